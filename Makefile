@@ -1,0 +1,52 @@
+# make demo    the whole pipeline on real images, in a few minutes
+# make test    the quick test suite
+# make check   lint, types and the quick tests
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help install install-dev demo test test-slow lint types check clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+# An installed environment is left alone until the project's own requirements change.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) scripts/check_machine.py $(VENV)
+	@echo "making the environment $(VENV): about 3 minutes and 7 GB"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --progress-bar off --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	@echo "adding the test tools"
+	@$(PIP) install --progress-bar off --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(BIN)/.installed
+
+install-dev: $(BIN)/.installed-dev
+
+demo: $(BIN)/.installed
+	@$(BIN)/cli demo --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(TEACHER),--teacher-path "$(TEACHER)")
+
+test: $(BIN)/.installed-dev
+	@$(BIN)/python -m pytest
+
+test-slow: $(BIN)/.installed-dev
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(BIN)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(BIN)/.installed-dev
+	@$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,164 @@
+"""Content digests of folders and files, remembered by path, size and time of change.
+
+The first look at a data set reads every byte; later ones only ask for sizes and times. What is remembered is a
+text file in the cache: losing it costs time, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backend.errors import PlatformError
+from console.progress import track_progress
+
+BLOCK_BYTES = 1 << 20
+READERS = 8
+# Left beside images by other programs (ultralytics, macOS, Windows); not part of the data.
+IGNORED_SUFFIXES = (".cache", ".tmp", ".part")
+IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it is now, below a root."""
+
+    name: str
+    path: Path
+    size: int
+    changed_ns: int
+
+    @property
+    def memo_key(self) -> str:
+        return f"{self.size} {self.changed_ns} {self.name}"
+
+
+@dataclass
+class DigestMemo:
+    """Remembered digests of one root: `size time name` → hex digest."""
+
+    file: Path
+    known: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path, root: Path) -> DigestMemo:
+        name = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=16).hexdigest()
+        memo = cls(folder / f"{name}.txt")
+        try:
+            lines = memo.file.read_text("utf-8", errors="surrogateescape").split("\0")
+        except OSError:
+            return memo
+        for line in lines:
+            digest, blank, key = line.partition(" ")
+            if blank and len(digest) == 32:
+                memo.known[key] = digest
+        return memo
+
+    def save(self, known: dict[str, str]) -> None:
+        """Replace what is remembered; a full disk only costs the next run its time."""
+        partial = self.file.with_name(f"{self.file.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            text = "\0".join(f"{digest} {key}" for key, digest in known.items())
+            partial.write_text(text, "utf-8", errors="surrogateescape")
+            partial.replace(self.file)
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+
+def digest_folder(root: Path, memo_folder: Path, check_stop: Callable[[], None] = lambda: None) -> str:
+    """The digest of names and contents of all files below `root` (hex, blake2b-128).
+
+    `check_stop` is called between files and may raise.
+
+    Raises:
+        PlatformError: when a folder cannot be listed.
+    """
+    return digest_files(root, list(files_below(root)), memo_folder, check_stop)
+
+
+def digest_files(
+    root: Path, files: Iterable[FileState], memo_folder: Path, check_stop: Callable[[], None] = lambda: None
+) -> str:
+    """The digest of the given files of `root`; files that cannot be read count by name alone."""
+    states = sorted(files, key=lambda state: os.fsencode(state.name))
+    memo = DigestMemo.load(memo_folder, root)
+    missing = [state for state in states if state.memo_key not in memo.known]
+    fresh = dict(zip((s.memo_key for s in missing), read_digests(missing, root, check_stop), strict=True))
+    known = {
+        state.memo_key: fresh.get(state.memo_key) or memo.known.get(state.memo_key, "") for state in states
+    }
+    if fresh or len(known) != len(memo.known):
+        memo.save({key: digest for key, digest in known.items() if digest})
+    whole = hashlib.blake2b(digest_size=16)
+    for state in states:
+        whole.update(os.fsencode(state.name) + b"\0" + known[state.memo_key].encode() + b"\n")
+    return whole.hexdigest()
+
+
+def read_digests(states: list[FileState], root: Path, check_stop: Callable[[], None]) -> Iterator[str]:
+    if not states:
+        return
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        track_progress(len(states), f"reading {root.name}", "files") as progress,
+    ):
+        try:
+            for digest in pool.map(lambda state: file_digest(state.path), states):
+                check_stop()
+                progress.advance()
+                yield digest
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def file_digest(path: Path) -> str:
+    """Hex blake2b-128 of a file's bytes; empty when it cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                digest.update(block)
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def files_below(root: Path) -> Iterator[FileState]:
+    """All data files below a folder, or the file itself; hidden ones and other programs' caches are left out."""
+    if root.is_file():
+        yield file_state(root, root.name)
+        return
+    for folder, folders, names in os.walk(root, onerror=refuse_folder, followlinks=True):
+        folders[:] = [name for name in folders if is_data(name) and not leads_back(Path(folder, name))]
+        for name in names:
+            if is_data(name):
+                path = Path(folder, name)
+                yield file_state(path, path.relative_to(root).as_posix())
+
+
+def is_data(name: str) -> bool:
+    lower = name.lower()
+    return not (name.startswith(".") or lower in IGNORED_NAMES or lower.endswith(IGNORED_SUFFIXES))
+
+
+def leads_back(path: Path) -> bool:
+    """True for a linked folder that holds itself (an endless walk)."""
+    return path.is_symlink() and path.resolve() in path.absolute().parents
+
+
+def file_state(path: Path, name: str) -> FileState:
+    try:
+        status = path.stat()
+    except OSError:
+        return FileState(name, path, -1, -1)
+    return FileState(name, path, status.st_size, status.st_mtime_ns)
+
+
+def refuse_folder(error: OSError) -> None:
+    raise PlatformError(f"{error.filename}: cannot be listed: {error.strerror}")

@@ -1,0 +1,130 @@
+"""What extraction and training tell → calls to the platform, and the files it looks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backend.calls import TaskCalls
+from backend.pipe import Sender
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+BEST_MODEL = "best_model.pt"
+EXTRACTION_EVERY_S = 2.0
+MEGABYTE = 1_000_000
+# The number that stands for a student's quality, by task: the first that a record has.
+ACCURACIES = ("top1", "map50", "miou", "probe_top1", "knn_top1")
+
+
+def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
+    """The validation accuracy of a record or of final metrics, as a fraction of 1."""
+    for name in ACCURACIES:
+        if metrics.get(name) is not None:
+            return float(metrics[name])
+    return None
+
+
+class ExtractionEvents:
+    """Extraction can take hours: progress of epoch 0 with a message, every few seconds."""
+
+    def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int) -> None:
+        self.calls, self.sender, self.total_epochs = calls, sender, total_epochs
+        self.said = float("-inf")
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        """Called by stage one after each batch."""
+        if time.monotonic() - self.said >= EXTRACTION_EVERY_S or done >= total:
+            self.said = time.monotonic()
+            self.say(f"extracting features: {message}, {done} of {total}")
+
+    def say(self, text: str) -> None:
+        self.sender.send(self.calls.progress(epoch=0, total_epochs=self.total_epochs, message=text))
+
+
+def training_observers(config: TrainConfig, calls: TaskCalls, sender: Sender | None) -> list[TrainingEvents]:
+    """The observer of a training, in the process that reports."""
+    if sender is None:
+        return []
+    return [TrainingEvents(calls, sender, config.epochs, config.out / BEST_MODEL)]
+
+
+class TrainingEvents:
+    """Hears the training (`train.events.Observer`) and reports each epoch and each better model."""
+
+    def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int, best_model: Path) -> None:
+        self.calls, self.sender, self.total_epochs, self.best_model = calls, sender, total_epochs, best_model
+
+    def epoch_end(self, record: dict[str, Any]) -> None:
+        epoch, accuracy = int(record["epoch"]), accuracy_of(record)
+        self.sender.send(
+            self.calls.progress(
+                epoch=epoch,
+                total_epochs=self.total_epochs,
+                train_loss=record.get("train_loss"),
+                val_loss=record.get("val_loss"),
+                val_accuracy=accuracy,
+            )
+        )
+        self.sender.send(self.calls.history(epoch=epoch, values=history_values(record, accuracy)))
+
+    def checkpoint_saved(self, path: Path, epoch: int, is_best: bool) -> None:
+        if is_best:
+            from backend.checkpoints import publish
+
+            publish(path, self.best_model)
+            self.sender.send(self.calls.model_path(self.best_model.absolute()))
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        pass
+
+    def failed(self, error: BaseException) -> None:
+        pass
+
+
+def history_values(record: Mapping[str, Any], accuracy: float | None) -> dict[str, Any]:
+    """A record of metrics.jsonl under the names of the history call.
+
+    `distillLoss` is the whole distillation term, `softLoss` its logit part, `hardLoss` the task loss.
+    """
+    terms = [record.get(name) for name in ("feature_loss", "logit_loss")]
+    known = [term for term in terms if term is not None]
+    train_accuracy = record.get("train_accuracy")
+    return {
+        "trainLoss": record.get("train_loss"),
+        "trainAccuracy": None if train_accuracy is None else 100 * train_accuracy,
+        "valLoss": record.get("val_loss"),
+        "valAccuracy": None if accuracy is None else round(100 * accuracy, 6),
+        "distillLoss": sum(known) if known else None,
+        "hardLoss": record.get("hard_loss"),
+        "softLoss": record.get("logit_loss"),
+        "gpuUsage": gpu_usage(),
+        "memoryUsage": memory_usage(),
+        "epochTime": record.get("epoch_time_s"),
+    }
+
+
+def gpu_usage() -> float | None:
+    """Percent of the GPU in use, None without a GPU or without a way to ask it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return float(torch.cuda.utilization())
+    except Exception:  # pynvml missing, driver in the way: a number for a chart is not worth an error
+        return None
+
+
+def memory_usage() -> float:
+    """Megabytes: the GPU's where there is one, else the resident memory of this process."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / MEGABYTE
+    import psutil
+
+    return float(psutil.Process().memory_info().rss / MEGABYTE)

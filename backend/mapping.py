@@ -1,0 +1,210 @@
+"""The platform's settings → our two configurations. This is the only place that knows both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backend.errors import OptionError
+from backend.request import TaskRequest
+from train.recipes import recipe_of
+
+if TYPE_CHECKING:
+    from extract.config import ExtractConfig
+    from train.config import TrainConfig
+
+PATCH = 28
+LARGEST_TEACHER_SIZE = 448
+GRID_TASKS = frozenset({"detection", "segmentation"})
+LABEL_TASKS = frozenset({"classification", "sequence"})
+
+# Options that mean the same, under the same name, in stage two.
+SAME_NAME = (
+    "num_classes",
+    "image_size",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "optimizer",
+    "lr_scheduler",
+    "weight_decay",
+    "grad_accum_steps",
+    "max_grad_norm",
+    "seed",
+    "workers",
+    "hard_label_weight",
+    "soft_label_weight",
+    "feature_loss_type",
+    "align_feature",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_bias",
+)
+# Any of these in the output folder: this task was started before.
+RUN_FILES = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
+LOGIT_OPTIONS = ("temperature", "distill_loss_type")
+LORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias")
+
+
+class Mapping:
+    """What a request means for both stages; `notes` say where the platform's wish could not be followed."""
+
+    def __init__(self, request: TaskRequest) -> None:
+        self.request = request
+        self.notes: list[str] = list(request.notes)
+        self.recipe = recipe_of(str(request.student))
+        self.distillation = self.resolve_distillation()
+        self.lora_rank = self.resolve_lora()
+
+    def setting(self, name: str) -> Any:
+        """Option or JSON, else the recipe of the student, else the default."""
+        if name in self.request.chosen:
+            return self.request.chosen[name]
+        return self.recipe.get(name, self.request.get(name))
+
+    def resolve_distillation(self) -> str:
+        """feature, logit or hybrid, as far as the task has class logits.
+
+        Raises:
+            OptionError: when logits alone are asked for where there are none.
+        """
+        asked, task = self.setting("distillation_type"), self.request.task
+        if task in LABEL_TASKS or asked == "feature":
+            return str(asked)
+        if "distillation_type" in self.request.chosen:
+            if asked == "logit":
+                raise OptionError(
+                    f"--distillation_type: {task} has no class logits: expected feature, got 'logit'"
+                )
+            self.notes.append(
+                f"distillation_type {asked}: {task} has no class logits, features alone are distilled"
+            )
+        return "feature"
+
+    def resolve_lora(self) -> int:
+        """The back end sends rank 16 as its default: on random weights adapters make no sense."""
+        rank = int(self.setting("lora_rank"))
+        if rank and self.request.student_path is None and not self.pretrained:
+            self.notes.append(f"lora_rank {rank}: left off, the student starts from random weights")
+            return 0
+        return rank
+
+    @property
+    def pretrained(self) -> bool:
+        """timm's published weights were asked for and no file of weights is there."""
+        return bool(self.request.chosen.get("pretrained")) and self.request.student_path is None
+
+    @property
+    def teacher_size(self) -> int:
+        """The student's image size to the nearest multiple of 28, at most 448, unless asked otherwise."""
+        asked = self.request.get("teacher_image_size")
+        if asked is not None:
+            return int(asked)
+        size = round(int(self.setting("image_size")) / PATCH) * PATCH
+        return min(max(size, PATCH), LARGEST_TEACHER_SIZE)
+
+    def features(self) -> dict[str, Any]:
+        """What is extracted, derived from the student: the options that decide a store's content."""
+        request = self.request
+        wanted: dict[str, Any] = {
+            "teacher": request.teacher,
+            "image_size": self.teacher_size,
+            "grid": "auto" if request.task in GRID_TASKS else 0,
+            "logits": "probe" if self.distillation in ("logit", "hybrid") else "none",
+            "val_fraction": request.get("val_fraction"),
+            # Images of one folder are read there; a database or a second folder have no common root to read from.
+            "images": "jpeg" if request.database or data_splits(request) else "none",
+        }
+        if request.student.type == "lstm":
+            wanted["source"] = "clips"
+            wanted |= {"frames": request.get("clip_frames")} if request.get("clip_frames") else {}
+        if request.database:
+            wanted["source"] = "sql"
+        return wanted
+
+    def store_features(self) -> dict[str, Any]:
+        """The options that name a store in the cache: logits come from its features and are added when missing."""
+        return {name: value for name, value in self.features().items() if name != "logits"}
+
+    def extract_config(self, out: Path) -> ExtractConfig:
+        """Stage one's configuration.
+
+        Raises:
+            ConfigError: when the options do not make sense together.
+        """
+        from extract.config import load_config
+
+        request = self.request
+        options = {
+            **self.features(),
+            "out": out,
+            "teacher_path": str(request.teacher_path),
+            "device": ",".join(dict.fromkeys(request.devices)),
+            "workers": request.get("workers"),
+            "max_bad": request.get("max_bad"),
+            **self.data_options(),
+        }
+        return load_config(None, options)
+
+    def data_options(self) -> dict[str, Any]:
+        request = self.request
+        if request.database:
+            options = {name: request.database[name] for name in ("query", "image_root")}
+            return {"data": request.database["url"], "source_options": options}
+        splits = data_splits(request)
+        return {"data": str(request.dataset_dir), **({"split": splits} if splits else {})}
+
+    def train_config(self, store: Path) -> TrainConfig:
+        """Stage two's configuration; it resumes when the output folder holds a run.
+
+        Raises:
+            ConfigError: when the options do not make sense together.
+        """
+        from train.config import load_config
+
+        request = self.request
+        same = {name: request.chosen[name] for name in self.passed_on() if name in request.chosen}
+        options = {
+            **same,
+            "store": store,
+            "student": str(request.student),
+            "out": request.output_dir,
+            "task": request.task,
+            "distillation_type": self.distillation,
+            "lora_rank": self.lora_rank,
+            "student_path": request.student_path,
+            "pretrained": self.pretrained or None,
+            "device": ",".join(request.devices),
+            "checkpoint_interval": self.checkpoint_interval,
+            "resume": any((request.output_dir / name).exists() for name in RUN_FILES),
+        }
+        if self.features()["images"] == "none":
+            options["data_root"] = request.dataset_dir
+        return load_config(options)
+
+    def passed_on(self) -> list[str]:
+        names = [name for name in SAME_NAME if name != "lora_rank"]
+        if not self.lora_rank:
+            names = [name for name in names if name not in LORA_OPTIONS]
+        return names + (list(LOGIT_OPTIONS) if self.distillation != "feature" else [])
+
+    @property
+    def checkpoint_interval(self) -> int | None:
+        """Epochs between `checkpoint_epoch_n.pt` files, None for none of them."""
+        if not self.request.get("auto_save_checkpoint"):
+            return None
+        return int(self.request.get("checkpoint_interval"))
+
+
+def data_splits(request: TaskRequest) -> dict[str, str] | None:
+    """Splits from two data sets; None when one data set holds all it has in its own layout."""
+    train, val = request.dataset_dir, request.val_dataset_dir
+    if train is None or val is None or train == val:
+        return None
+    return {"train": str(split_folder(train, "train")), "val": str(split_folder(val, "val"))}
+
+
+def split_folder(folder: Path, name: str) -> Path:
+    return folder / name if (folder / name).is_dir() else folder

@@ -1,0 +1,246 @@
+"""The platform's options, each said once: name, kind, limits, default, and its names in the JSON.
+
+The names and defaults are an external contract (SPEC section 3); the JSON's camelCase form of each name is
+accepted without being listed, `json` holds the further spellings.
+"""
+
+from __future__ import annotations
+
+import operator
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from backend.errors import OptionError
+from backend.values import (
+    as_boolean,
+    as_float,
+    as_integer,
+    as_list,
+    as_multiline_text,
+    as_text,
+    shown,
+)
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "text": as_text,
+    "long text": as_multiline_text,
+    "integer": as_integer,
+    "number": as_float,
+    "boolean": as_boolean,
+    "list": as_list,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """One option: `default` None means absent; `from_json` False keeps it out of the web form's reach."""
+
+    name: str
+    kind: str
+    help: str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    json: tuple[str, ...] = ()
+    from_json: bool = True
+
+    def read(self, value: Any) -> Any:
+        """The typed value, or None for an empty one, which counts as not given.
+
+        Raises:
+            OptionError: when it is of another kind, not among the choices or out of range.
+        """
+        if value is None or value == "" or value == []:
+            return None
+        result = READERS[self.kind](value)
+        if self.choices:
+            result = self.read_choice(result)
+        self.check_range(result)
+        return None if result == "" else result
+
+    def read_choice(self, value: str) -> str | None:
+        word = value.lower().replace("-", "_")
+        if word and word not in self.choices:
+            raise OptionError(f"expected one of {', '.join(self.choices)}, got {shown(value)}")
+        return word or None
+
+    def check_range(self, value: Any) -> None:
+        limits = (
+            (self.minimum, "at least", operator.ge),
+            (self.above, "more than", operator.gt),
+            (self.maximum, "at most", operator.le),
+            (self.below, "less than", operator.lt),
+        )
+        for limit, words, holds in limits:
+            if limit is not None and not holds(value, limit):
+                raise OptionError(f"expected {words} {limit:.10g}, got {shown(value)}")
+
+
+def text(name: str, help: str, **rest: Any) -> Option:
+    return Option(name=name, kind="text", help=help, **rest)
+
+
+def integer(name: str, help: str, **rest: Any) -> Option:
+    return Option(name=name, kind="integer", help=help, **({"minimum": 1, "maximum": 10**9} | rest))
+
+
+def number(name: str, help: str, **rest: Any) -> Option:
+    return Option(name=name, kind="number", help=help, **({"minimum": 0, "maximum": 1e9} | rest))
+
+
+def boolean(name: str, help: str, **rest: Any) -> Option:
+    return Option(name=name, kind="boolean", help=help, **rest)
+
+
+TASK = (
+    text("task_id", "The platform's id of the task."),
+    text("task_name", "Its name, for log lines."),
+    text("api_base_url", "Where progress is reported: http://host:port/path.", from_json=False),
+    text("output_dir", "Where everything is written (default: output root / task id).", from_json=False),
+)
+MODELS = (
+    text("teacher_model", "Name of the teacher: a folder of the models root."),
+    text("teacher_path", "Its folder or file (default: models root / teacher_model).", json=("modelPath",)),
+    text("models_root", "Folder of the models.", from_json=False),
+    text("student_model", "resnet50, resnet/resnet50, yolov8s, …"),
+    text("student_model_type", "resnet, vit, yolov8, unet, lstm (default: from student_model)."),
+    text("student_model_size", "resnet18, vit-tiny, n, small, … (default: from student_model)."),
+    text("student_path", "Weights to start from, if they exist.", json=("pretrainPath",)),
+    boolean("pretrained", "Start from timm's published weights where no student_path is given."),
+)
+DATA = (
+    text("dataset_id", "Folder of the data set below the data sets' root."),
+    text("val_dataset_id", "Folder whose val split validates (default: dataset_id)."),
+    text("datasets_root", "Folder of the data sets.", default="/data/datasets", from_json=False),
+    text("dataset_url", "Database that holds the data set (SQLAlchemy URL).", from_json=False),
+    Option(name="dataset_query", kind="long text", help="Its query; may use :dataset_id.", from_json=False),
+    text("cache_dir", "Shared cache of teacher features.", from_json=False),
+    integer("teacher_image_size", "Teacher's image side (default: from image_size).", minimum=28),
+    integer("clip_frames", "Frames per clip for lstm students.", minimum=2, maximum=4096),
+    number(
+        "val_fraction", "Share cut for validation when there is one split.", default=0.1, below=1, above=0
+    ),
+    text("max_bad", "How many unreadable images end the run: 1% or a count.", default="1%"),
+)
+TRAINING = (
+    text(
+        "task_type",
+        "classification, detection, segmentation, sequence, features.",
+        default="classification",
+        choices=("classification", "detection", "segmentation", "sequence", "features"),
+    ),
+    integer(
+        "num_classes", "Classes of the head; more than the data has widens it.", default=10, maximum=10**6
+    ),
+    integer("image_size", "Side of the student's input in pixels.", default=224, minimum=16, maximum=4096),
+    integer("epochs", "Passes over the training split.", default=100, json=("totalEpochs",)),
+    integer("batch_size", "Images per step.", default=32, maximum=65536),
+    number("learning_rate", "Peak learning rate.", default=1e-4, minimum=None, above=0),
+    text("optimizer", "adamw, adam, sgd.", default="adamw", choices=("adamw", "adam", "sgd")),
+    text(
+        "lr_scheduler",
+        "cosine, linear, constant.",
+        default="cosine",
+        choices=("cosine", "linear", "constant"),
+    ),
+    number("weight_decay", "Weight decay.", default=0.01),
+    integer("grad_accum_steps", "Batches per optimizer step.", default=1, maximum=65536),
+    number("max_grad_norm", "Clipping of the gradient's norm.", default=1.0, minimum=None, above=0),
+    integer("seed", "Random seed.", default=0, minimum=0, maximum=2**31 - 1),
+    integer("workers", "Processes that decode images.", minimum=0, maximum=1024),
+)
+DISTILLATION = (
+    text(
+        "distillation_type",
+        "feature, logit, hybrid.",
+        default="hybrid",
+        choices=("feature", "logit", "hybrid"),
+    ),
+    number("temperature", "Temperature of the logit loss.", default=4.0, minimum=None, above=0),
+    number("alpha", "Soft weight; the hard weight is 1 - alpha.", maximum=1),
+    number("hard_label_weight", "Weight of the task loss.", default=0.5),
+    number("soft_label_weight", "Weight of the distillation loss.", default=0.5),
+    text(
+        "feature_loss_type",
+        "mse, cosine, smooth_l1, relation.",
+        default="mse",
+        choices=("mse", "cosine", "smooth_l1", "relation"),
+    ),
+    boolean("align_feature", "Map student features to the teacher's width.", default=True),
+    text("distill_loss_type", "kl_div.", default="kl_div", choices=("kl_div",)),
+)
+LORA = (
+    integer("lora_rank", "Rank of LoRA; 0 is off.", default=0, minimum=0, maximum=4096),
+    number("lora_alpha", "Scale of LoRA.", default=16.0, minimum=None, above=0),
+    number("lora_dropout", "Dropout of LoRA.", default=0.1, below=1),
+    Option(
+        name="lora_target_modules",
+        kind="list",
+        help="Modules that get adapters (default: by student).",
+        json=("targetModules",),
+    ),
+    text("lora_bias", "none, all, lora_only.", default="none", choices=("none", "all", "lora_only")),
+)
+RUNNING = (
+    Option(name="gpu_devices", kind="list", help="0 or 0,1 or cpu.", default="0"),
+    boolean("auto_save_checkpoint", "Keep checkpoint_epoch_n.pt files.", default=False),
+    integer("checkpoint_interval", "Epochs between them.", default=10),
+    Option(
+        name="training_config",
+        kind="long text",
+        help="The settings as JSON: a file or the text.",
+        from_json=False,
+    ),
+    text("platform_config", "The platform's YAML with URLs and roots.", from_json=False),
+)
+
+GROUPS: dict[str, tuple[Option, ...]] = {
+    "Task": TASK,
+    "Models": MODELS,
+    "Data": DATA,
+    "Training": TRAINING,
+    "Distillation": DISTILLATION,
+    "LoRA": LORA,
+    "Running": RUNNING,
+}
+OPTIONS: dict[str, Option] = {option.name: option for group in GROUPS.values() for option in group}
+
+
+def canonical_name(name: str) -> str:
+    """`batch-size` and `batch_size` are one option."""
+    return name.replace("-", "_")
+
+
+def camel_case(name: str) -> str:
+    """`batch_size` as the JSON spells it: `batchSize`."""
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def help_text(program: str) -> str:
+    """The page that `--help` prints: 80 columns, each option with its default."""
+    lines = [
+        f"{program} --task_id 7 --api_base_url http://localhost:8080/api \\",
+        "    --teacher_model qwen2.5-vl-8b --teacher_path /data/models/qwen2.5-vl-8b \\",
+        "    --student_model resnet18 --dataset_id flowers --output_dir /data/output/7",
+        "",
+        "Extract the teacher's features if the shared cache lacks them, train the student,",
+        "evaluate it, report to the platform. Dashes work for underscores; the",
+        "last of repeated options wins; unknown options are warned about and ignored.",
+        "Option > training_config JSON > recipe of the student > [default].",
+    ]
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [option_line(option) for option in group]
+    return "\n".join(lines)
+
+
+def option_line(option: Option) -> str:
+    default = "" if option.default is None else f" [{option.default}]"
+    head = f"  --{option.name:<22}"
+    return textwrap.fill(head + option.help + default, 80, subsequent_indent=" " * len(head))

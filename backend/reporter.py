@@ -1,0 +1,210 @@
+"""Reports to the platform from a background thread: training never waits for the server.
+
+Calls wait in a bounded queue. Newer progress replaces older. What fails is tried again, ever less often; a
+server that nobody answers at holds all calls back, an error answer only its own. At the end the queue is
+drained within a deadline, the end-of-task call last and hardest; what is left goes to `undelivered.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from backend.calls import Call
+from backend.http_client import Outcome
+from console.log import get_logger
+
+log = get_logger("report")
+
+
+class Client(Protocol):
+    """What delivers one call (`HttpClient`)."""
+
+    def deliver(self, call: Call, timeout_s: float) -> Outcome: ...
+
+    def abort(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long the reporter waits, in seconds."""
+
+    call_s: float = 10.0
+    first_pause_s: float = 0.5
+    longest_pause_s: float = 30.0
+    closing_pause_s: float = 0.5
+    queue_length: int = 10_000
+
+
+@dataclass
+class Waiting:
+    """A call in the queue."""
+
+    call: Call
+    attempts: int = 0
+    not_before: float = 0.0
+    reason: str = "not sent before the end"
+
+
+class Reporter:
+    """Owns the queue and its thread. `send` returns at once and may be called from any thread."""
+
+    def __init__(self, client: Client, undelivered: Path, patience: Patience | None = None) -> None:
+        self.client, self.undelivered, self.patience = client, undelivered, patience or Patience()
+        self.changed = threading.Condition()
+        self.queue: list[Waiting] = []
+        self.lost = 0
+        self.failures = 0
+        self.pause_until = 0.0
+        self.started_closing = self.deadline = float("inf")
+        self.ended = False
+        self.thread = threading.Thread(target=self.run, name="platform-reporter", daemon=True)
+        self.thread.start()
+
+    def send(self, call: Call) -> None:
+        """Queue a call; a waiting one that it replaces is dropped, a full queue gives up its oldest."""
+        with self.changed:
+            if call.replaces is not None:
+                self.queue = [item for item in self.queue if item.call.replaces != call.replaces]
+            if len(self.queue) >= self.patience.queue_length:
+                self.give_up(self.queue.pop(0), "the queue was full")
+            self.queue.append(Waiting(call))
+            self.changed.notify()
+
+    def close(self, timeout_s: float) -> bool:
+        """Deliver what is waiting within `timeout_s` seconds, then stop; True when nothing was lost.
+
+        Later calls are ignored. A call that a stalled server holds longer than that is cut off.
+        """
+        with self.changed:
+            now = time.monotonic()
+            self.started_closing, self.deadline, self.pause_until = now, now + timeout_s, 0.0
+            for item in self.queue:
+                item.not_before = 0.0
+            self.changed.notify()
+        if timeout_s < self.patience.call_s:
+            self.client.abort()
+        self.thread.join(timeout_s + 0.2)
+        with self.changed:
+            self.ended = True
+            self.give_up_all()
+        self.client.abort()
+        return self.lost == 0
+
+    def run(self) -> None:
+        """The thread: take the next call that may go, deliver it, settle what came of it."""
+        while True:
+            with self.changed:
+                item = self.next_item()
+                while item is None:
+                    if self.ended or time.monotonic() >= self.deadline or (self.closing and not self.queue):
+                        return
+                    self.changed.wait(self.time_to_wait())
+                    item = self.next_item()
+            outcome = self.client.deliver(item.call, self.time_for_call())
+            with self.changed:
+                if self.ended:
+                    return
+                self.settle(item, outcome)
+
+    @property
+    def closing(self) -> bool:
+        return self.deadline < float("inf")
+
+    def next_item(self) -> Waiting | None:
+        """The call to make now. The end-of-task call goes last, unless half of the closing time is gone."""
+        now = time.monotonic()
+        if now < self.pause_until or now >= self.deadline:
+            return None
+        others = [item for item in self.queue if not item.call.closes]
+        last = [item for item in self.queue if item.call.closes]
+        hurry = self.closing and now > (self.started_closing + self.deadline) / 2
+        ordered = last + others if hurry else others or last
+        return next((item for item in ordered if item.not_before <= now), None)
+
+    def time_to_wait(self) -> float | None:
+        """Seconds until something may be due; None: until something is sent."""
+        if not self.queue:
+            return None
+        now = time.monotonic()
+        due = max(min(item.not_before for item in self.queue), self.pause_until, now)
+        return max(0.01, min(due, self.deadline, now + 1.0) - now)
+
+    def time_for_call(self) -> float:
+        remaining = self.deadline - time.monotonic()
+        if remaining >= self.patience.call_s * 2:
+            return self.patience.call_s
+        # Close to the end one stalled call must leave time for the next.
+        return max(0.1, min(self.patience.call_s, remaining / 2))
+
+    def settle(self, item: Waiting, outcome: Outcome) -> None:
+        item.attempts += 1
+        if outcome.delivered:
+            self.recovered()
+            self.drop(item)
+            if item.call.closes:
+                # Progress says RUNNING: after the end it must not arrive any more.
+                self.queue = [other for other in self.queue if other.call.kind != "progress"]
+        elif not outcome.retry:
+            self.drop(item)
+            self.give_up(item, outcome.reason)
+        else:
+            self.postpone(item, outcome)
+
+    def drop(self, item: Waiting) -> None:
+        self.queue = [other for other in self.queue if other is not item]
+
+    def postpone(self, item: Waiting, outcome: Outcome) -> None:
+        item.reason = outcome.reason
+        pause = self.pause(self.failures if not outcome.reached else item.attempts - 1)
+        if outcome.reached:
+            item.not_before = time.monotonic() + pause
+        else:
+            self.pause_until = time.monotonic() + pause
+        if self.failures == 0:
+            log.warning("platform: %s not delivered (%s): trying again", item.call.kind, outcome.reason)
+        self.failures += 1
+
+    def pause(self, failures: int) -> float:
+        if self.closing:
+            return min(self.patience.closing_pause_s, max(0.05, (self.deadline - self.started_closing) / 20))
+        return float(min(self.patience.first_pause_s * 2 ** min(failures, 16), self.patience.longest_pause_s))
+
+    def recovered(self) -> None:
+        if self.failures:
+            log.info("platform: answers again, %d calls waiting", max(0, len(self.queue) - 1))
+        self.failures = 0
+
+    def give_up(self, item: Waiting, reason: str) -> None:
+        """Keep one call in `undelivered.jsonl` and in the log."""
+        log.warning("platform: %s given up after %d attempts: %s", item.call.kind, item.attempts, reason)
+        self.keep([(item, reason)])
+
+    def give_up_all(self) -> None:
+        """The same for what is still waiting at the end, in one line."""
+        if self.queue:
+            kinds = Counter(item.call.kind for item in self.queue)
+            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            log.warning("platform: not delivered: %s (%s)", counts, self.queue[-1].reason)
+        self.keep([(item, item.reason) for item in self.queue])
+        self.queue.clear()
+
+    def keep(self, given_up: list[tuple[Waiting, str]]) -> None:
+        self.lost += len(given_up)
+        records = [
+            {"time": time.time(), **item.call.record(), "attempts": item.attempts, "reason": reason}
+            for item, reason in given_up
+        ]
+        if not records:
+            return
+        try:
+            self.undelivered.parent.mkdir(parents=True, exist_ok=True)
+            with self.undelivered.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        except OSError as error:
+            log.warning("platform: cannot write %s: %s", self.undelivered, error.strerror)

@@ -1,0 +1,348 @@
+"""One task, from options, JSON and YAML: explicit option > JSON > recipe of the student > default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backend.arguments import Arguments, parse_arguments
+from backend.errors import OptionError
+from backend.options import OPTIONS
+from backend.platform_config import PlatformConfig, read_platform_config
+from backend.safety import (
+    check_api_url,
+    check_database_url,
+    check_id,
+    check_inside,
+    check_path,
+    inside,
+    lies_at,
+)
+from backend.student import reconcile
+from backend.training_config import read_training_config
+from backend.values import shown
+from train.recipes import STUDENT_TASKS
+from train.students.names import StudentName
+
+DATASET_PARAMETER = re.compile(r"(?<![:\w]):dataset_id\b")
+PRIVATE = frozenset({"dataset_url", "dataset_query", "training_config", "platform_config"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRequest:
+    """What the platform asks for, resolved and checked; nothing heavy is imported for it.
+
+    `chosen` holds only what an option or the JSON said (the recipe of the student comes between them and
+    the defaults); `warnings` go to the log, `notes` also into the summary.
+    """
+
+    task_id: str
+    task_name: str
+    api_base_url: str | None
+    allow_local_urls: bool
+    output_dir: Path
+    teacher: str
+    teacher_path: Path
+    student: StudentName
+    student_path: Path | None
+    task: str
+    dataset_id: str
+    dataset_dir: Path | None
+    val_dataset_id: str
+    val_dataset_dir: Path | None
+    database: Mapping[str, str] = field(repr=False)
+    cache_dir: Path
+    devices: tuple[str, ...]
+    chosen: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def get(self, name: str) -> Any:
+        """The chosen value of an option, else its default."""
+        return self.chosen.get(name, OPTIONS[name].default)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Options over JSON over YAML, before anything is resolved; `options` alone are what the caller typed."""
+
+    options: Mapping[str, Any]
+    document: Mapping[str, Any]
+    config: PlatformConfig
+    warnings: list[str]
+
+    def get(self, name: str) -> Any:
+        for source in (self.options, self.document, self.config.values):
+            if source.get(name) is not None:
+                return source[name]
+        return OPTIONS[name].default
+
+    def need(self, name: str, instead: str = "") -> Any:
+        value = self.get(name)
+        if value is None:
+            raise OptionError(f"--{name}: expected a value, got none{instead}")
+        return value
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What options and JSON say; the database's URL is left out, since it may hold a password."""
+        both = {**self.document, **{k: v for k, v in self.options.items() if v is not None}}
+        return {name: value for name, value in both.items() if value is not None and name not in PRIVATE}
+
+
+def read_request(words: Sequence[str]) -> TaskRequest:
+    """The task that a command line asks for.
+
+    Raises:
+        OptionError: with every problem on one line.
+    """
+    return resolve(merge(words))
+
+
+def find_addressee(words: Sequence[str]) -> tuple[str, str, bool] | None:
+    """(task id, base URL, local URLs allowed) of a command line whose other options are wrong, if those are good.
+
+    Raises:
+        OptionError: when they are wrong themselves.
+    """
+    arguments = parse_arguments(words)
+    config = read_platform_config(arguments.values.get("platform_config"))
+    task_id = arguments.values.get("task_id")
+    url = arguments.values.get("api_base_url") or config.values.get("api_base_url")
+    if not task_id or not url:
+        return None
+    allowed = config.allow_local_urls
+    return check_id("task_id", task_id), check_api_url(url, allowed), allowed
+
+
+def merge(words: Sequence[str]) -> Merged:
+    arguments = parse_arguments(words)
+    text = arguments.values.get("training_config")
+    document = Arguments()
+    try:
+        config = read_platform_config(arguments.values.get("platform_config"))
+        document = read_training_config(text) if text else document
+    except OptionError as error:
+        arguments.problems.append(str(error))
+        config = PlatformConfig()
+    arguments.problems += document.problems
+    arguments.check()
+    options = with_alpha(arguments.values)
+    return Merged(options, document.values, config, arguments.warnings + document.warnings)
+
+
+def with_alpha(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`--alpha` spelled out as the two weights, unless those are given too."""
+    result = {name: value for name, value in values.items() if name != "alpha"}
+    alpha = values.get("alpha")
+    if alpha is not None:
+        for name, weight in (("soft_label_weight", alpha), ("hard_label_weight", round(1 - alpha, 12))):
+            if result.get(name) is None:
+                result[name] = weight
+    return result
+
+
+def resolve(merged: Merged) -> TaskRequest:
+    notes: list[str] = []
+    student = reconcile(*(merged.get(f"student_model{part}") for part in ("", "_type", "_size")))
+    task_id = check_id("task_id", merged.need("task_id"))
+    teacher, teacher_path = resolve_teacher(merged)
+    output_dir = resolve_output(merged, task_id)
+    return TaskRequest(
+        task_id=task_id,
+        task_name=merged.get("task_name") or "",
+        api_base_url=resolve_api_url(merged),
+        allow_local_urls=merged.config.allow_local_urls,
+        output_dir=output_dir,
+        teacher=teacher,
+        teacher_path=teacher_path,
+        student=student,
+        student_path=resolve_student_path(merged, notes),
+        task=resolve_task(merged, student, notes),
+        cache_dir=resolve_cache(merged, output_dir),
+        devices=resolve_devices(merged.get("gpu_devices")),
+        **resolve_data(merged),
+        chosen=merged.chosen,
+        warnings=tuple(merged.warnings),
+        notes=tuple(notes),
+    )
+
+
+def resolve_api_url(merged: Merged) -> str | None:
+    value = merged.need("api_base_url", ": give it, or distillation.api.base-url in --platform_config")
+    return check_api_url(value, merged.config.allow_local_urls)
+
+
+def resolve_output(merged: Merged, task_id: str) -> Path:
+    """`--output_dir`, below the output root when the operator set one; by default root / task id."""
+    root, given = merged.config.output_root, merged.get("output_dir")
+    if given is None:
+        if root is None:
+            raise OptionError("--output_dir: expected a folder, got none")
+        return inside("task_id", root, task_id, merged.config.allow_symlinks)
+    path = check_path("output_dir", given)
+    if root is not None:
+        path = root / path
+        check_inside("output_dir", root, path)
+    if lies_at("output_dir", path) and not path.is_dir():
+        raise OptionError(f"--output_dir: expected a folder, got the file {path}")
+    return path
+
+
+def resolve_cache(merged: Merged, output_dir: Path) -> Path:
+    """The shared cache lies beside the tasks' folders unless it is configured."""
+    given = merged.get("cache_dir")
+    if given is not None:
+        return check_path("cache_dir", given)
+    return (merged.config.output_root or output_dir.absolute().parent) / "feature_cache"
+
+
+def resolve_teacher(merged: Merged) -> tuple[str, Path]:
+    """The teacher's kind (`qwen2.5-vl` or `timm:NAME`) and where its weights lie."""
+    name = merged.get("teacher_model")
+    path = resolve_teacher_path(merged, name)
+    if not lies_at("teacher_path", path):
+        raise OptionError(f"--teacher_path: nothing lies at {path}: put the teacher's weights there")
+    if name and name.lower().startswith(("timm:", "timm/")):
+        return f"timm:{name[len('timm:') :]}", path
+    if path.is_file():
+        raise OptionError(
+            f"--teacher_path: expected the folder of a Qwen2.5-VL checkpoint, got the file {path}"
+        )
+    return "qwen2.5-vl", path
+
+
+def resolve_teacher_path(merged: Merged, name: str | None) -> Path:
+    given, root = merged.get("teacher_path"), merged.get("models_root")
+    if given is not None:
+        path = check_path("teacher_path", given)
+        from_json = merged.options.get("teacher_path") is None
+        return below_models_root("modelPath", root, path, merged) if from_json else path
+    if not name:
+        raise OptionError("--teacher_path: expected a path, or --teacher_model with a models root, got none")
+    if root is None:
+        raise OptionError("--teacher_path: expected a path, or a models root to look in, got none")
+    return inside("teacher_model", check_path("models_root", root), name, merged.config.allow_symlinks)
+
+
+def below_models_root(field_name: str, root: str | None, path: Path, merged: Merged) -> Path:
+    """A path that someone typed into the web form: below the models root where there is one."""
+    if root is None:
+        return path
+    path = Path(root) / path
+    if not merged.config.allow_symlinks:
+        check_inside(field_name, Path(root), path)
+    return path
+
+
+def resolve_student_path(merged: Merged, notes: list[str]) -> Path | None:
+    """The weights to start from. The back end always sends a path: where nothing lies, none are given."""
+    given = merged.options.get("student_path")
+    if given is not None:
+        path = check_path("student_path", given)
+        if lies_at("student_path", path):
+            return path
+        notes.append(f"no weights at student_path {path}: the student starts from random weights")
+    typed = merged.document.get("student_path")
+    if typed is None or merged.document.get("pretrained") is False:
+        return None
+    path = below_models_root(
+        "pretrainPath", merged.get("models_root"), check_path("pretrainPath", typed), merged
+    )
+    if lies_at("pretrainPath", path):
+        notes[:] = [f"the student starts from {path} (pretrainPath)"]
+        return path
+    notes[:] = [f"no weights at pretrainPath {path}: the student starts from random weights"]
+    return None
+
+
+def resolve_task(merged: Merged, student: StudentName, notes: list[str]) -> str:
+    """The student's task; `classification` is hard-coded in the back end and yields to the student's own."""
+    asked = str(merged.chosen.get("task_type", ""))
+    own = STUDENT_TASKS[student.type]
+    if asked in ("", own) or (asked == "classification" and own == "sequence"):
+        return own
+    if asked == "features" and student.type != "yolov8":
+        return asked
+    if asked == "classification":
+        notes.append(f"task_type classification does not fit {student}: training {own}")
+        return own
+    raise OptionError(f"--task_type: expected {own} for {student}, got {asked!r}")
+
+
+def resolve_devices(value: str) -> tuple[str, ...]:
+    """`0,1` → cuda:0, cuda:1; `cpu`; `cpu,cpu` starts two processes, which is for tests.
+
+    Raises:
+        OptionError: for anything else, a mixture, or a GPU named twice.
+    """
+    names = [name.lower().removeprefix("cuda:") for name in value.split(",")]
+    if names and all(name == "cpu" for name in names):
+        return tuple(names)
+    if not all(name.isascii() and name.isdigit() and len(name) < 4 for name in names):
+        raise OptionError(f"--gpu_devices: expected numbers like 0 or 0,1, or cpu, got {shown(value)}")
+    numbers = [int(name) for name in names]
+    if len(set(numbers)) < len(numbers):
+        raise OptionError(f"--gpu_devices: each GPU once, got {shown(value)}")
+    return tuple(f"cuda:{number}" for number in numbers)
+
+
+def resolve_data(merged: Merged) -> dict[str, Any]:
+    """Where the data lies: folders below the data sets' root, or a database and a query."""
+    dataset_id = merged.get("dataset_id")
+    if dataset_id is not None:
+        check_id("dataset_id", dataset_id)
+    val_id = merged.get("val_dataset_id") or dataset_id
+    root = check_path("datasets_root", merged.get("datasets_root"))
+    database = resolve_database(merged, dataset_id, root)
+    if dataset_id is None and not database:
+        raise OptionError("--dataset_id: expected the data set's id, got none")
+    names = {"dataset_id": dataset_id or "database", "val_dataset_id": val_id or "database"}
+    if database:
+        return {**names, "dataset_dir": None, "val_dataset_dir": None, "database": database}
+    folders = [data_folder(merged, option, root, name) for option, name in names.items()]
+    return {**names, "dataset_dir": folders[0], "val_dataset_dir": folders[1], "database": {}}
+
+
+def data_folder(merged: Merged, option: str, root: Path, name: str) -> Path:
+    check_id(option, name)
+    path = inside(option, root, name, merged.config.allow_symlinks)
+    if not lies_at(option, path):
+        raise OptionError(f"--{option}: no data set at {path}")
+    return path
+
+
+def resolve_database(merged: Merged, dataset_id: str | None, root: Path) -> dict[str, str]:
+    """URL and query: from the options, else the YAML's entry for this data set; empty for folders.
+
+    Only what comes as an option is checked for local files and hosts: the YAML is the operator's.
+    """
+    entry = merged.config.database_of(dataset_id)
+    query = merged.options.get("dataset_query") or entry.get("query")
+    url = merged.options.get("dataset_url")
+    if url is not None:
+        check_database_url(url, root, merged.config.allow_local_urls)
+    url = url or entry.get("url") or (merged.config.values.get("dataset_url") if query else None)
+    query = query or (merged.config.values.get("dataset_query") if url else None)
+    if bool(url) != bool(query):
+        missing = "dataset_query" if url else "dataset_url"
+        raise OptionError(f"--{missing}: a data set in a database needs both a URL and a query, got none")
+    if not url or not query:
+        return {}
+    return {"url": url, "query": with_dataset_id(query, dataset_id), "image_root": str(root)}
+
+
+def with_dataset_id(query: str, dataset_id: str | None) -> str:
+    """The query with the id as a literal in place of `:dataset_id`.
+
+    A literal, not a bound parameter: databases convert it to the column's type. `check_id` lets neither quotes
+    nor backslashes through, so it cannot end early.
+    """
+    if not DATASET_PARAMETER.search(query):
+        return query
+    if dataset_id is None:
+        raise OptionError("--dataset_id: the query asks for :dataset_id, got none")
+    return DATASET_PARAMETER.sub(f"'{dataset_id}'", query)

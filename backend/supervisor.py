@@ -1,0 +1,175 @@
+"""The process that the platform starts: light, always answering, it watches over the one that works.
+
+The working process imports torch, extracts and trains, and sends its calls over a pipe. This one checks the
+options first, reports from a background thread (a hostile server costs the training nothing), passes SIGTERM
+on, keeps the four-second promise whatever the other is doing, and reports even its sudden death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from backend.calls import Call, TaskCalls
+from backend.errors import OptionError
+from backend.http_client import HttpClient, read_token
+from backend.pipe import read_calls
+from backend.ranks import PIPE_VARIABLE
+from backend.reporter import Reporter
+from backend.request import TaskRequest
+from console.log import get_logger
+from console.stop import StopRequest
+
+log = get_logger("platform")
+
+ROOT = Path(__file__).resolve().parent.parent
+PARENT_VARIABLE = "QWEN_DISTILL_PARENT"
+UNDELIVERED = "undelivered.jsonl"
+POLL_S = 0.05
+# After SIGTERM: the work may end by itself, then it is ended; the rest of four seconds is for the report.
+WORK_STOP_S = 3.2
+REPORT_STOP_S = 0.5
+DEFAULT_CLOSE_S = 30.0
+CLOSE_VARIABLE = "QWEN_DISTILL_REPORT_SECONDS"
+
+
+class Outlet(Protocol):
+    """What takes calls and can be closed (`Reporter`)."""
+
+    def send(self, call: Call) -> None: ...
+
+    def close(self, timeout_s: float) -> bool: ...
+
+
+def supervise(request: TaskRequest, words: Sequence[str]) -> int:
+    """Run a task to its end and report it; the exit code for the platform."""
+    close_s = closing_time()
+    outlet = open_reporter(request)
+    with StopRequest() as stop:
+        return Supervisor(request, words, outlet, stop, close_s).run()
+
+
+def open_reporter(request: TaskRequest) -> Reporter:
+    if request.api_base_url is None:
+        raise OptionError("--api_base_url: expected a URL, got none")
+    client = HttpClient(request.api_base_url, read_token(), request.allow_local_urls)
+    return Reporter(client, request.output_dir / UNDELIVERED)
+
+
+def closing_time() -> float:
+    """Seconds that the last calls may take when the server is in trouble.
+
+    Raises:
+        OptionError: when the environment says something that is no number.
+    """
+    text = os.environ.get(CLOSE_VARIABLE, "")
+    try:
+        value = float(text or DEFAULT_CLOSE_S)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:
+        raise OptionError(f"{CLOSE_VARIABLE}: expected seconds between 0 and 3600, got {text!r}")
+    return value
+
+
+class Supervisor:
+    """One task: the working process, its calls, the signal, the end."""
+
+    def __init__(
+        self, request: TaskRequest, words: Sequence[str], outlet: Outlet, stop: StopRequest, close_s: float
+    ) -> None:
+        self.request, self.words, self.outlet, self.stop, self.close_s = request, words, outlet, stop, close_s
+        self.calls = TaskCalls(request.task_id)
+        self.ended = False
+
+    def run(self) -> int:
+        process, relay = self.start()
+        killed = self.wait(process)
+        end_group(process.pid)
+        relay.join(timeout=0.5)
+        code = exit_code(process.returncode, self.stop, killed)
+        if not self.ended and code != 0:
+            self.outlet.send(self.calls.error(self.sudden_end(process.returncode, killed)))
+        delivered = self.outlet.close(REPORT_STOP_S if self.stop.requested else self.close_s)
+        if not delivered:
+            log.warning(
+                "platform: not everything was delivered, see %s", self.request.output_dir / UNDELIVERED
+            )
+        return code
+
+    def start(self) -> tuple[subprocess.Popen[bytes], threading.Thread]:
+        """The working process, in a session of its own: signals reach it once, from here."""
+        reading, writing = os.pipe()
+        environment = os.environ | {
+            PIPE_VARIABLE: str(writing),
+            PARENT_VARIABLE: str(os.getpid()),
+            "PYTHONUTF8": "1",
+            "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "backend.worker", *self.words],
+            env=environment,
+            pass_fds=[writing],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(writing)
+        relay = threading.Thread(target=self.relay, args=(reading,), name="platform-relay", daemon=True)
+        relay.start()
+        return process, relay
+
+    def relay(self, reading: int) -> None:
+        """Pass calls on; of several that end the task (a rank's and its launcher's) the first says most."""
+        for call in read_calls(reading):
+            if not (call.closes and self.ended):
+                self.outlet.send(call)
+            self.ended = self.ended or call.closes
+
+    def wait(self, process: subprocess.Popen[bytes]) -> bool:
+        """Wait for the end; after a signal only for so long. True when it had to be killed."""
+        asked: float | None = None
+        while process.poll() is None:
+            if self.stop.requested and asked is None:
+                asked = time.monotonic()
+                log.info("stopping: saving a checkpoint")
+                process.send_signal(self.stop.signal_number)
+            if asked is not None and time.monotonic() - asked > WORK_STOP_S:
+                process.kill()
+                process.wait()
+                return True
+            if asked is None:
+                self.stop.wait(POLL_S)
+            else:
+                time.sleep(POLL_S)
+        return False
+
+    def sudden_end(self, returncode: int, killed: bool) -> str:
+        """What to tell the platform when the working process could not."""
+        if killed or self.stop.requested:
+            return "stopped; starting the task again goes on from the last checkpoint"
+        if returncode == -9:
+            return "the training process was killed (SIGKILL), as the system does when memory runs out: see the log"
+        if returncode < 0:
+            return f"the training process died of signal {-returncode}: see the log"
+        return f"the training process ended with exit code {returncode}: see the log"
+
+
+def end_group(leader: int) -> None:
+    """End what the work may have left behind: decoding processes, data loaders, ranks."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def exit_code(returncode: int, stop: StopRequest, killed: bool) -> int:
+    """The platform's exit code: 128 + signal for a stop, as shells count; the work's own otherwise."""
+    if stop.requested and (killed or returncode != 0):
+        return stop.exit_code
+    return 128 - returncode if returncode < 0 else returncode

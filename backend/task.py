@@ -1,0 +1,248 @@
+"""One task from data to report: features from the cache or extracted into it, training, evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping as MappingType
+from pathlib import Path
+from typing import Any
+
+from backend.cache import FeatureCache, cache_key, teacher_digest
+from backend.calls import TaskCalls
+from backend.digests import digest_folder
+from backend.errors import PlatformError
+from backend.events import BEST_MODEL, ExtractionEvents, training_observers
+from backend.mapping import Mapping, data_splits
+from backend.pipe import PipeSender, Sender
+from backend.request import TaskRequest
+from console.log import get_logger
+from console.stop import Stopped, StopRequest
+
+log = get_logger("platform")
+
+SUMMARY = "summary.json"
+
+
+class Task:
+    """Does the work of one request; calls go to `sender`, a stop request ends it with a checkpoint."""
+
+    def __init__(self, request: TaskRequest, sender: Sender, stop: StopRequest) -> None:
+        self.request, self.sender, self.stop = request, sender, stop
+        self.calls = TaskCalls(request.task_id)
+        self.mapping = Mapping(request)
+        self.cache = FeatureCache(request.cache_dir)
+        self.epochs = int(self.mapping.setting("epochs"))
+        self.extraction = ExtractionEvents(self.calls, sender, self.epochs)
+
+    def run(self) -> dict[str, Any]:
+        """Everything, to the evaluation's report; the summary of the training.
+
+        Raises:
+            Stopped: after a signal, with everything saved.
+            DistillError, PlatformError: for what a user can do something about.
+        """
+        request = self.request
+        log.info("task %s: student %s, %s", request.task_id, request.student, request.task)
+        for note in self.mapping.notes[len(request.notes) :]:
+            log.warning("%s", note)
+        make_folder(request.output_dir)
+        self.cache.prepare()
+        check_devices(request.devices)
+        store = self.features()
+        summary = self.train(store)
+        self.report(summary, store)
+        return summary
+
+    def check_stop(self) -> None:
+        if self.stop.requested:
+            raise Stopped("stopped before the training began", self.stop.exit_code)
+
+    # -- stage one --------------------------------------------------------------------------------------
+
+    def features(self) -> Path:
+        """The store with this task's features, from the cache or extracted now; one task at a time makes it."""
+        self.extraction.say("looking for cached features")
+        key = self.feature_key()
+        path = self.cache.store_path(key)
+        owner = f"task {self.request.task_id}"
+        with self.cache.lock(key, owner, self.stop, self.extraction.say):
+            if not is_complete(path):
+                log.info("features: extracting into the cache, %s", path)
+                self.extract(path)
+            else:
+                log.info("features: taken from the cache, %s", path)
+                self.add_logits(path)
+        return path
+
+    def feature_key(self) -> str:
+        """The store's name: data, teacher and all that decides what is extracted."""
+        teacher = teacher_digest(self.request.teacher_path, self.cache.digests, self.check_stop)
+        data = self.database_digests() if self.request.database else self.folder_digests()
+        return cache_key({**self.mapping.store_features(), "weights": teacher, "data": data})
+
+    def folder_digests(self) -> dict[str, str]:
+        request = self.request
+        folders = data_splits(request) or {"all": str(request.dataset_dir)}
+        memo = self.cache.digests
+        return {name: digest_folder(Path(path), memo, self.check_stop) for name, path in folders.items()}
+
+    def database_digests(self) -> dict[str, str]:
+        """Rows of the query with their contents: a database has no times of change to rely on."""
+        import hashlib
+
+        from extract.run import open_data
+        from imaging.errors import ImageError
+
+        digest = hashlib.blake2b(digest_size=16)
+        source = open_data(self.mapping.extract_config(Path("unused")))
+        for name, samples in source.splits().items():
+            for sample in samples:
+                self.check_stop()
+                try:
+                    content = hashlib.blake2b(sample.read(), digest_size=16).hexdigest()
+                except ImageError:
+                    content = ""
+                digest.update(repr((name, sample.key, sample.label, sample.boxes, content)).encode())
+        return {"rows": digest.hexdigest()}
+
+    def extract(self, path: Path) -> None:
+        from extract.run import run_extraction
+
+        config = self.mapping.extract_config(path)
+        result = run_extraction(config, [self.extraction], self.stop)
+        if not result.complete:
+            raise PlatformError(f"{path}: the extraction ended without being complete: see the log")
+        log.info(
+            "features: %d images, %d unreadable, %.1f images/s",
+            result.rows,
+            result.bad,
+            result.images_per_second,
+        )
+
+    def add_logits(self, path: Path) -> None:
+        """A store of another task may lack the class logits that this one needs: they are made from its features."""
+        config = self.mapping.extract_config(path)
+        if config.logits == "none":
+            return
+        from extract.logits import add_logits
+
+        add_logits(config, [self.extraction], self.stop)
+
+    # -- stage two --------------------------------------------------------------------------------------
+
+    def train(self, store: Path) -> dict[str, Any]:
+        """Train, or go on with what lies in the output folder; the content of summary.json."""
+        self.check_stop()
+        config = self.mapping.train_config(store)
+        if config.resume:
+            log.info("%s holds a run: going on with it", self.request.output_dir)
+        if len(config.devices) > 1 and config.student_type != "yolov8":
+            from backend.ranks import train_on_ranks
+
+            pipe = self.sender.descriptor if isinstance(self.sender, PipeSender) else None
+            return train_on_ranks(config, self.request.task_id, pipe, self.stop)
+        from train.run import run_training
+
+        return dict(run_training(config, training_observers(config, self.calls, self.sender), self.stop))
+
+    # -- the end ----------------------------------------------------------------------------------------
+
+    def report(self, summary: dict[str, Any], store: Path) -> None:
+        """Publish the best model, note the platform's part in summary.json, send the evaluation."""
+        from backend.checkpoints import publish, same_file
+
+        folder = self.request.output_dir
+        if (folder / "best.pt").exists() and not same_file(folder / "best.pt", folder / BEST_MODEL):
+            publish(folder / "best.pt", folder / BEST_MODEL)
+            self.sender.send(self.calls.model_path((folder / BEST_MODEL).absolute()))
+        summary["platform"] = {"task_id": self.request.task_id, "notes": self.mapping.notes}
+        write_summary(folder / SUMMARY, summary)
+        metrics = summary.get("metrics") or {}
+        self.sender.send(
+            self.calls.evaluations(
+                values=evaluation_values(metrics),
+                dataset_id=self.request.val_dataset_id,
+                dataset_name=self.request.val_dataset_id,
+                samples=count_validated(store),
+                details=plain_details(summary),
+            )
+        )
+
+
+def check_devices(devices: tuple[str, ...]) -> None:
+    """Raises PlatformError for a GPU that is not there."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = [name.removeprefix("cuda:") for name in devices if name != "cpu" and int(name[5:]) >= count]
+    if missing:
+        raise PlatformError(
+            f"--gpu_devices: GPU {', '.join(missing)} is not there, this machine shows {count} to PyTorch: "
+            "choose others, or pass --gpu_devices cpu"
+        )
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "not writable")
+    except OSError as error:
+        raise PlatformError(f"--output_dir: {path}: {error.strerror}") from None
+
+
+def is_complete(path: Path) -> bool:
+    """True when a finished store lies at `path`."""
+    from store import open_store
+    from store.errors import StoreError
+
+    if not path.exists():
+        return False
+    try:
+        return bool(open_store(path, allow_incomplete=True).manifest.complete)
+    except StoreError:
+        return False
+
+
+def count_validated(store: Path) -> int:
+    """Samples of the validation split that have features."""
+    from store import open_store
+
+    return int(open_store(store)["val"].valid.sum())
+
+
+def evaluation_values(metrics: MappingType[str, Any]) -> dict[str, Any]:
+    """Final metrics under the names of the evaluations call, fractions of 1. F1 of detection is P and R's."""
+    precision, recall = (metrics.get(name, metrics.get(f"macro_{name}")) for name in ("precision", "recall"))
+    f1 = metrics.get("macro_f1")
+    if f1 is None and precision is not None and recall is not None:
+        f1 = 2 * precision * recall / max(precision + recall, 1e-12)
+    detection = {"map50": metrics.get("map50"), "map95": metrics.get("map50_95")}
+    return {"precision": precision, "recall": recall, "f1Score": f1, **detection}
+
+
+def plain_details(summary: MappingType[str, Any]) -> dict[str, Any]:
+    """The part of a summary that goes into `detailedResults`."""
+    from console.output import plain_json
+
+    names = (
+        "student",
+        "task",
+        "num_classes",
+        "epochs_done",
+        "best_epoch",
+        "metrics",
+        "parameters",
+        "platform",
+    )
+    return {name: plain_json(summary[name]) for name in names if name in summary}
+
+
+def write_summary(path: Path, summary: MappingType[str, Any]) -> None:
+    """Replace summary.json, complete or not at all."""
+    from console.output import plain_json
+
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(plain_json(summary), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    partial.replace(path)

@@ -1,0 +1,164 @@
+"""The platform's training_config JSON: camelCase, flat or nested, as a file or as the text itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from backend.arguments import Arguments, printable
+from backend.errors import OptionError
+from backend.options import OPTIONS, camel_case
+from backend.values import as_text, read_text_file, shown
+
+UNSET: tuple[Any, ...] = (None, "", [], {}, False)
+
+# Objects whose fields are settings; `trainingConfig` is how the platform's task record carries them.
+NESTED = (
+    "trainingConfig",
+    "teacherModelConfig",
+    "studentModelConfig",
+    "loraAdvancedConfig",
+    "distillationAdvancedConfig",
+)
+JSON_NAMES: dict[str, str] = {
+    spelling: option.name
+    for option in OPTIONS.values()
+    if option.from_json
+    for spelling in (camel_case(option.name), option.name, *option.json)
+}
+KL_NAMES = ("kl", "kl_div", "kldiv", "kl_divergence")
+FEATURE_LOSSES = OPTIONS["feature_loss_type"].choices
+
+
+def read_training_config(text: str) -> Arguments:
+    """Settings from JSON text (it starts with a brace) or from the file that `text` names.
+
+    Raises:
+        OptionError: when it cannot be read or is no JSON object; bad values are collected in `problems`.
+    """
+    content = parse_object(text if text.lstrip().startswith("{") else read_text(text))
+    arguments = Arguments()
+    for path, name, value in sorted(walk(content, arguments), key=lambda item: item[0].count(".")):
+        take_field(arguments, path, name, value)
+    split_alpha(arguments)
+    return arguments
+
+
+def read_text(name: str) -> str:
+    try:
+        return read_text_file(Path(name))
+    except OptionError as error:
+        raise OptionError(f"--training_config: {error}") from None
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text, parse_constant=refuse_constant)
+    except RecursionError:
+        raise OptionError("--training_config: nested too deeply") from None
+    except ValueError as error:
+        raise OptionError(f"--training_config: not valid JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise OptionError(f"--training_config: expected a JSON object, got {shown(content)}")
+    return content
+
+
+def refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def walk(content: dict[str, Any], arguments: Arguments, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Every field as (path, name, value), going into the nested objects (also when they come as JSON text)."""
+    for name, value in content.items():
+        path = f"{prefix}{printable(name)}"
+        if name not in NESTED or value in UNSET:
+            yield path, name, value
+            continue
+        try:
+            inner = parse_object(value) if isinstance(value, str) else value
+        except OptionError:
+            inner = None
+        if isinstance(inner, dict) and prefix.count(".") < len(NESTED):
+            yield from walk(inner, arguments, f"{path}.")
+        else:
+            arguments.problems.append(f"training_config {path}: expected an object, got {shown(value)}")
+
+
+def take_field(arguments: Arguments, path: str, name: str, value: Any) -> None:
+    if name in NESTED:
+        return
+    special = SPECIAL.get(name)
+    try:
+        if special is not None:
+            special(arguments, path, value)
+        elif name in JSON_NAMES:
+            arguments.values[JSON_NAMES[name]] = OPTIONS[JSON_NAMES[name]].read(value)
+        else:
+            arguments.warnings.append(f"unknown field {path} in training_config: ignored")
+    except OptionError as error:
+        arguments.problems.append(f"training_config {path}: {error}")
+
+
+def refuse(arguments: Arguments, path: str, value: Any) -> None:
+    """A field that means nothing here: silently dropping it would train something else than was asked."""
+    if value not in UNSET and str(value).strip().lower() not in ("none", "false"):
+        raise OptionError(f"not supported here, got {shown(value)}: leave it unset")
+
+
+def take_layers(arguments: Arguments, path: str, value: Any) -> None:
+    if value not in UNSET and value != ["all"] and str(value).strip().lower() != "all":
+        raise OptionError(f"only all layers are supported, got {shown(value)}: leave it unset")
+
+
+def take_bias(arguments: Arguments, path: str, value: Any) -> None:
+    """`biasTrain` is none, all or lora_only; a checkbox sends true for all."""
+    word = {True: "all", False: "none"}.get(value) if isinstance(value, bool) else value
+    arguments.values["lora_bias"] = OPTIONS["lora_bias"].read(word)
+
+
+def take_loss_type(arguments: Arguments, path: str, value: Any) -> None:
+    """`lossType` names the logit loss, or one of the feature losses."""
+    word = as_text(value or "").lower().replace("-", "_")
+    if word in KL_NAMES:
+        arguments.values["distill_loss_type"] = "kl_div"
+    elif word in FEATURE_LOSSES:
+        arguments.values["feature_loss_type"] = word
+    elif word:
+        expected = ", ".join(("kl_div", *FEATURE_LOSSES))
+        raise OptionError(f"expected one of {expected}, got {shown(value)}")
+
+
+def take_init_method(arguments: Arguments, path: str, value: Any) -> None:
+    word = as_text(value or "").lower()
+    if word not in ("", "random", "pretrained"):
+        raise OptionError(f"expected random or pretrained, got {shown(value)}")
+    if word:
+        arguments.values["pretrained"] = word == "pretrained"
+
+
+def take_parameter_size(arguments: Arguments, path: str, value: Any) -> None:
+    """`paramSize` describes a model to people; which model it is stands in the other fields."""
+    if value not in UNSET:
+        arguments.warnings.append(f"training_config {path} {shown(value)} is a description only: not used")
+
+
+SPECIAL: dict[str, Callable[[Arguments, str, Any], None]] = {
+    "intermediateLayers": refuse,
+    "attentionDistill": refuse,
+    "quantization": refuse,
+    "layers": take_layers,
+    "biasTrain": take_bias,
+    "lossType": take_loss_type,
+    "initMethod": take_init_method,
+    "paramSize": take_parameter_size,
+}
+
+
+def split_alpha(arguments: Arguments) -> None:
+    """`alpha` is the soft weight, 1 - alpha the hard one, unless the JSON gives the weights themselves."""
+    alpha = arguments.values.pop("alpha", None)
+    if alpha is not None:
+        arguments.values.setdefault("soft_label_weight", alpha)
+        arguments.values.setdefault("hard_label_weight", round(1 - alpha, 12))

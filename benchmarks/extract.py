@@ -1,0 +1,299 @@
+"""`cli extract` against the bare forward passes of the same batches; bytes of each storage choice; memory.
+
+    python benchmarks/extract.py [--quick] [--json] [--rounds 5] [--images 50000]
+
+Overhead: JPEG files of 640×480 made from real photos, a random Qwen2.5-VL tower of a few blocks (deep enough that
+decoding is under 5 % of it), rounds interleaved, medians. Both sides leave their first batch out: there decoders
+start and caches fill. Extraction ends with the last commit (fsync included).
+
+Memory: resident memory of the process and its decoders, sampled while many small JPEG files are encoded by a small
+convolutional teacher; flat means that the last fifth needs no more than the second.
+
+The figures for an H100 are arithmetic, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# The repository instead of this folder, whose files are named like packages and standard modules.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.remove(str(Path(__file__).resolve().parent))
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from commands.assets import asset
+from console.output import print_json, print_table
+from extract.config import load_config
+from extract.decoding import DecodeJob, decode_samples
+from extract.run import run_extraction
+from extract.sources import open_source
+from extract.teachers import load_teacher
+from extract.teachers.tiny import make_tiny_teacher
+
+SIZE, BATCH = 224, 8
+BOUND = 1.10
+FLAT_MB = 60  # growth that counts as flat: the commit log's small arrays and the allocator's slack
+# Arithmetic for the real tower: parameters that a token passes, bf16 peak of an H100 SXM, and a usual share of it.
+TOWER_PARAMETERS, H100_FLOPS, UTILISATION = 0.63e9, 989e12, 0.4
+TOKENS = (SIZE // 14) ** 2
+
+
+def make_photos(folder: Path, count: int, size: tuple[int, int], quality: int = 90) -> None:
+    """JPEG files from the real photos of the asset `foolbox`, cycled."""
+    photos = [Image.open(file).convert("RGB") for file in sorted(asset("foolbox").rglob("*.jpg"))]
+    folder.mkdir(parents=True)
+    for number in range(count):
+        photos[number % len(photos)].resize(size, Image.Resampling.LANCZOS).save(
+            folder / f"{number:06d}.jpg", quality=quality
+        )
+
+
+def link_photos(source: Path, folder: Path, count: int) -> None:
+    """Many names of a few files, in folders of a thousand."""
+    files = sorted(source.iterdir())
+    for number in range(count):
+        target = folder / f"{number // 1000:03d}" / f"{number:06d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(files[number % len(files)], target)
+
+
+class CpuObserver:
+    """CPU seconds of this process and its decoders since the first batch; unlike wall time, right under load."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.last: float | None = None
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        self.last = self.seconds()
+        if done > 0 and self.first is None:
+            self.first = self.last
+
+    def seconds(self) -> float:
+        processes = [psutil.Process(), *psutil.Process().children()]
+        times = [process.cpu_times() for process in processes if process.is_running()]
+        return sum(item.user + item.system for item in times)
+
+    @property
+    def spent(self) -> float:
+        return (self.last or 0.0) - (self.first or 0.0)
+
+
+# -- overhead -------------------------------------------------------------------------------------------
+
+
+def measure_overhead(work: Path, images: int, depth: int, rounds: int) -> dict[str, Any]:
+    photos, weights = work / "photos", make_tiny_teacher(work / "tower", depth=depth)
+    make_photos(photos, images, (640, 480))
+    teacher = load_teacher("qwen2.5-vl", str(weights), device="cpu", image_size=SIZE)
+    samples = open_source(photos, val_fraction=0).splits()["train"][:]
+    pixels = np.zeros((images, 1, 3, SIZE, SIZE), np.uint8)
+    job = DecodeJob(image_size=SIZE, resize="squash")
+    decode_samples(job, samples[:2], pixels[:2])
+    started = time.perf_counter()
+    decode_samples(job, samples, pixels)
+    decode_s = time.perf_counter() - started
+    batches = [torch.from_numpy(pixels[first : first + BATCH, 0].copy()) for first in range(0, images, BATCH)]
+    config = load_config(
+        None,
+        {
+            "data": str(photos),
+            "out": work / "store",
+            "teacher_path": str(weights),
+            "image_size": SIZE,
+            "batch_size": BATCH,
+            "device": "cpu",
+            "val_fraction": 0,
+            "overwrite": True,
+        },
+    )
+    bare, whole, cpu_ratios = [], [], []
+    for _ in range(rounds):
+        teacher.encode(batches[0])
+        started, cpu = time.perf_counter(), time.process_time()
+        for batch in batches[1:]:
+            teacher.encode(batch)
+        bare.append(time.perf_counter() - started)
+        bare_cpu = time.process_time() - cpu
+        observer = CpuObserver()
+        result = run_extraction(config, [observer])
+        whole.append(result.seconds - result.startup_seconds)
+        cpu_ratios.append(observer.spent / bare_cpu)
+    ratios = [b / a for a, b in zip(bare, whole, strict=True)]
+    return {
+        "images": images - BATCH,
+        "depth": depth,
+        "batch": BATCH,
+        "torch_threads": torch.get_num_threads(),
+        "bare_forward_s": statistics.median(bare),
+        "extract_s": statistics.median(whole),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "cpu_ratio": statistics.median(cpu_ratios),
+        "cpu_ratios": cpu_ratios,
+        "bound": BOUND,
+        "decode_share": decode_s / images * (images - BATCH) / statistics.median(bare),
+        "decode_ms_per_image": 1000 * decode_s / images,
+    }
+
+
+# -- memory ---------------------------------------------------------------------------------------------
+
+
+class MemoryObserver:
+    """Samples resident memory (MB) of this process and its children as images are encoded."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[int, float]] = []
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        if not self.samples or done - self.samples[-1][0] >= total // 50:
+            process = psutil.Process()
+            sizes = [process.memory_info().rss]
+            for child in process.children(recursive=True):
+                try:
+                    sizes.append(child.memory_info().rss)
+                except psutil.NoSuchProcess:
+                    continue
+            self.samples.append((done, sum(sizes) / 1e6))
+
+    def mean(self, low: float, high: float) -> float:
+        """Mean over the samples between two shares of the run."""
+        total = self.samples[-1][0]
+        return statistics.mean(size for done, size in self.samples if low * total <= done <= high * total)
+
+
+def measure_memory(work: Path, images: int) -> dict[str, Any]:
+    import timm
+
+    make_photos(work / "few", 20, (96, 72))
+    link_photos(work / "few", work / "many", images)
+    weights = work / "small.pth"
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
+    observer = MemoryObserver()
+    options = {
+        "data": str(work / "many"),
+        "out": work / "many.zarr",
+        "teacher": "timm:test_efficientnet",
+        "teacher_path": str(weights),
+        "image_size": 64,
+        "batch_size": 64,
+        "device": "cpu",
+    }
+    result = run_extraction(load_config(None, options), [observer])
+    early, late = observer.mean(0.2, 0.4), observer.mean(0.8, 1.0)
+    return {
+        "images": images,
+        "images_per_second": result.images_per_second,
+        "early_mb": early,
+        "late_mb": late,
+        "growth_mb": late - early,
+        "bound_mb": FLAT_MB,
+        "samples": observer.samples,
+    }
+
+
+# -- arithmetic -----------------------------------------------------------------------------------------
+
+
+def storage_choices() -> list[dict[str, Any]]:
+    """Bytes an image of the Qwen tower's features, by arithmetic from shapes and dtypes."""
+    width = 1280
+    choices = {"pooled (always)": width * 2}
+    choices |= {f"--grid {side}": side * side * width * 2 for side in (7, 8, 16)}
+    choices["--views 4 (pooled)"] = 4 * (width * 2 + 48)
+    choices["--images raw (224 px)"] = SIZE * SIZE * 3
+    return [
+        {"stored": name, "bytes an image": size, "GB a million": size / 1e3} for name, size in choices.items()
+    ]
+
+
+def h100_arithmetic(decode_ms: float) -> dict[str, Any]:
+    """What one H100 would ask of the host. Arithmetic, not a measurement."""
+    rate = H100_FLOPS * UTILISATION / (2 * TOWER_PARAMETERS * TOKENS)
+    return {
+        "images_per_second": rate,
+        "assumes": f"{H100_FLOPS / 1e12:.0f} TFLOP/s bf16 at {UTILISATION:.0%}, 32 blocks, {SIZE} px",
+        "decoding_cores": rate * decode_ms / 1000,
+        "pooled_mb_per_second": rate * 2560 / 1e6,
+        "grid16_mb_per_second": rate * 256 * 2560 / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few images, one round")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--depth", type=int, default=2, help="blocks of the tower")
+    parser.add_argument(
+        "--images", type=int, default=50_000, help="images of the memory run; 0 leaves it out"
+    )
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.images = 1, min(arguments.images, 2000)
+    work = Path(tempfile.mkdtemp(prefix="extract-benchmark-"))
+    try:
+        overhead = measure_overhead(work, 24 if arguments.quick else 48, arguments.depth, arguments.rounds)
+        memory = measure_memory(work, arguments.images) if arguments.images else None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    report = {
+        "overhead": overhead,
+        "memory": memory,
+        "storage": storage_choices(),
+        "h100_arithmetic": h100_arithmetic(overhead["decode_ms_per_image"]),
+    }
+    if arguments.json:
+        print_json(report)
+        return
+    print_report(report)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    overhead, memory, h100 = report["overhead"], report["memory"], report["h100_arithmetic"]
+    print(
+        f"extract {overhead['extract_s']:.2f} s, bare forward passes {overhead['bare_forward_s']:.2f} s: ratio "
+        f"{overhead['ratio']:.3f} (bound {BOUND}); rounds {[round(ratio, 3) for ratio in overhead['ratios']]}"
+    )
+    print(
+        f"  CPU seconds, decoders included: ratio {overhead['cpu_ratio']:.3f}, rounds "
+        f"{[round(ratio, 3) for ratio in overhead['cpu_ratios']]}"
+    )
+    print(
+        f"  {overhead['images']} JPEG files 640×480, batches of {overhead['batch']}, {overhead['depth']} blocks, "
+        f"{overhead['torch_threads']} threads; decoding {overhead['decode_ms_per_image']:.1f} ms an image, "
+        f"{overhead['decode_share']:.1%} of the forward passes"
+    )
+    if memory is not None:
+        print(
+            f"memory over {memory['images']:,} images ({memory['images_per_second']:.0f}/s): {memory['early_mb']:.0f} MB "
+            f"in the second fifth, {memory['late_mb']:.0f} MB in the last: {memory['growth_mb']:+.0f} MB (bound {FLAT_MB})"
+        )
+    print_table(
+        report["storage"], ["stored", "bytes an image", "GB a million"], "bytes of each storage choice"
+    )
+    print(
+        f"arithmetic, not measured: an H100 ({h100['assumes']}) encodes {h100['images_per_second']:.0f} images/s, asks "
+        f"for {h100['decoding_cores']:.1f} decoding cores like this one, and writes "
+        f"{h100['pooled_mb_per_second']:.1f} MB/s pooled or {h100['grid16_mb_per_second']:.0f} MB/s of 16×16 grids"
+    )
+
+
+if __name__ == "__main__":
+    main()

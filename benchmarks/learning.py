@@ -1,0 +1,405 @@
+"""What the teacher's features are worth to a student: distilled against trained on labels alone.
+
+Real images; the teacher is EfficientNet-Lite2 with its ImageNet weights (1280 wide), its features extracted once.
+Emoji: learn Twitter's drawings, be judged on Google's (9 categories). Scenes: photographed objects pasted into
+photographs, exact masks. Students start from random weights.
+
+Both sides of every comparison see the same images, augmentation and number of steps. Each has its own learning rate,
+the best of one grid on the validation split (with a seed that is not reported). Printed are the means on the test
+split, the mean of the paired differences with its 95 % interval (Student's t), and the accuracy of a linear probe on
+the teacher's features, fitted on the same labels, as the ceiling.
+
+    python benchmarks/learning.py [--studies few,all,scenes,mixed] [--seeds 5] [--ablation] [--fidelity]
+                                  [--work DIR] [--quick] [--json]
+
+Finished trainings are kept in --work and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.learning_data import write_emoji_table, write_scenes
+from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
+
+LEARNING_RATES = (1e-3, 3e-3)
+TUNING_SEED = 100
+LABELS_PER_CLASS = 10
+REPEAT = 8  # a control on few images: as many steps, but not ten times the validations
+TEACHER_SIZE = 160
+# 95 % quantiles of Student's t by degrees of freedom.
+T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+CONTROL: dict[str, Any] = {"distillation_type": "none", "hard_label_weight": 1.0}
+DISTILLED: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison. `distilled`: options of that side beyond the product's defaults; `common`: of both sides.
+
+    `labels_per_class`, `unlabelled`: see `write_emoji_table`. `control_unlabelled`: the control trains on the labelled
+    images alone (the others teach it nothing), for as many steps.
+    """
+
+    name: str
+    title: str
+    student: str
+    metric: str
+    epochs: int
+    common: dict[str, Any]
+    distilled: dict[str, Any] = field(default_factory=dict)
+    labels_per_class: int | None = None
+    unlabelled: bool = False
+    scenes: bool = False
+
+
+EMOJI = {"image_size": 32, "batch_size": 32, "augment": "mild"}
+SCENES = {"image_size": 32, "batch_size": 8, "augment": "full"}
+SMALL = "timm:resnet10t"
+FEW = LABELS_PER_CLASS
+STUDIES = {
+    study.name: study
+    for study in (
+        Study("few", f"{FEW} labels a class", SMALL, "top1", 16, EMOJI, labels_per_class=FEW),
+        Study("all", "all labels", SMALL, "top1", 5, EMOJI),
+        Study("scenes", "segmentation", "unet/small", "miou", 12, SCENES, scenes=True),
+        Study(
+            "mixed",
+            f"{FEW} labels a class, the other images without labels",
+            SMALL,
+            "top1",
+            5,
+            EMOJI,
+            labels_per_class=FEW,
+            unlabelled=True,
+        ),
+    )
+}
+USUAL = "few,all,scenes"
+
+
+class Bench:
+    """Stores and finished trainings in one folder."""
+
+    def __init__(
+        self, work: Path, quick: bool, rates: tuple[float, ...] = LEARNING_RATES, draws: int | None = None
+    ) -> None:
+        self.work, self.quick, self.rates, self.draws = work, quick, rates, draws
+        self.results = work / "results.jsonl"
+        self.done: dict[str, dict[str, Any]] = {}
+        if self.results.exists():
+            lines = self.results.read_text(encoding="utf-8").splitlines()
+            self.done = {record["id"]: record for record in map(json.loads, lines)}
+
+    def store(self, study: Study, draw: int, *, unlabelled: bool) -> Path:
+        """The extracted store of a study (a draw of labels), made on first use."""
+        draw = draw if study.labels_per_class else 0
+        kind = (
+            "scenes"
+            if study.scenes
+            else f"emoji-{study.labels_per_class}-{'mixed' if unlabelled else 'repeated' if study.unlabelled else 'only'}-{draw}"
+        )
+        path = self.work / f"{kind}.zarr"
+        if not (path / "complete").exists():
+            data = self.work / kind
+            if study.scenes:
+                counts = {"train": 120, "val": 48, "test": 120}
+                table = write_scenes(data, {k: v // 8 for k, v in counts.items()} if self.quick else counts)
+            else:
+                every = 12 if self.quick else 1
+                repeat = REPEAT if study.unlabelled and not unlabelled else 1
+                table = write_emoji_table(data, study.labels_per_class, unlabelled, draw, every, repeat)
+            extract(table, path, scenes=study.scenes)
+            (path / "complete").touch()
+        return path
+
+    def draw(self, seed: int) -> int:
+        """Which selection of labelled images a seed gets."""
+        return seed % TUNING_SEED % (self.draws or TUNING_SEED)
+
+    def test_store(self, study: Study) -> Path:
+        """The store that holds the study's test split."""
+        return self.store(STUDIES["scenes" if study.scenes else "all"], 0, unlabelled=False)
+
+    def train(self, study: Study, options: dict[str, Any], learning_rate: float, seed: int) -> dict[str, Any]:
+        """Train once; `val` and `test`: the study's metric, of the best epoch on the validation split."""
+        control = options.get("distillation_type") == "none"
+        unlabelled = study.unlabelled and not control
+        draw = self.draw(seed)
+        chosen = {**study.common, **options, "learning_rate": learning_rate, "seed": seed}
+        chosen["epochs"] = 1 if self.quick else study.epochs
+        if study.unlabelled and control:
+            # The same number of steps: fewer images make shorter epochs.
+            chosen["epochs"] = round(
+                chosen["epochs"] * self.size(study, draw, True) / self.size(study, draw, False)
+            )
+        identity = hashlib.sha256(
+            json.dumps(
+                [study.name, study.student, study.labels_per_class, draw, self.quick, chosen], sort_keys=True
+            ).encode()
+        ).hexdigest()[:16]
+        if identity not in self.done:
+            record = {
+                "id": identity,
+                "study": study.name,
+                "labels": study.labels_per_class,
+                "control": control,
+                **chosen,
+            }
+            record |= run(
+                self.store(study, draw, unlabelled=unlabelled),
+                self.test_store(study),
+                study,
+                chosen,
+                self.work / "run",
+            )
+            with self.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self.done[identity] = record
+        return self.done[identity]
+
+    def size(self, study: Study, draw: int, unlabelled: bool) -> int:
+        """Training images of a study's store."""
+        from store import open_store
+
+        return len(open_store(self.store(study, draw, unlabelled=unlabelled))["train"])
+
+    def tune(self, study: Study, options: dict[str, Any]) -> float:
+        """The learning rate that is best on the validation split."""
+        if len(self.rates) == 1:
+            return self.rates[0]
+        scores = {rate: self.train(study, options, rate, TUNING_SEED)["val"] for rate in self.rates}
+        return max(scores, key=scores.__getitem__)
+
+
+def extract(data: Path, out: Path, *, scenes: bool) -> None:
+    """Stage one, as `cli extract` does it."""
+    from extract.config import ExtractConfig
+    from extract.run import run_extraction
+
+    if out.exists():
+        shutil.rmtree(out)
+    run_extraction(
+        ExtractConfig(
+            data=str(data),
+            out=out,
+            source="masks" if scenes else "table",
+            teacher=PRETRAINED_TEACHER,
+            teacher_path=str(pretrained_teacher_weights()),
+            image_size=TEACHER_SIZE,
+            grid="native" if scenes else 0,
+            logits="none" if scenes else "probe",
+            workers=0,
+        )
+    )
+
+
+def run(store: Path, test_store: Path, study: Study, options: dict[str, Any], out: Path) -> dict[str, Any]:
+    """One training and its test."""
+    from train.config import TrainConfig
+    from train.evaluation import evaluate_run
+    from train.run import run_training
+
+    start = time.perf_counter()
+    settings = {**options, "workers": 0, "device": "cpu", "overwrite": True}
+    summary = run_training(TrainConfig(store=store, student=study.student, out=out, **settings))
+    tested = evaluate_run(out, test_store, split="test", workers=0, device="cpu")
+    return {
+        "val": summary["metrics"][study.metric],
+        "test": tested["metrics"][study.metric],
+        "best_epoch": summary["best_epoch"],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def probe_ceiling(bench: Bench, study: Study, draw: int) -> float | None:
+    """Test accuracy of a linear probe on the teacher's features, fitted on the study's labels."""
+    if study.scenes:
+        return None
+    from store import open_store
+    from store.format import LABEL, POOLED
+    from store.quality import probe_accuracy
+
+    learnt = open_store(bench.store(study, draw, unlabelled=study.unlabelled))["train"]
+    parts = []
+    for split in (learnt, open_store(bench.test_store(study))["test"]):
+        features = split.read(POOLED).astype(np.float32) * split.scale[POOLED]
+        labels = split.read(LABEL)
+        parts += [features[labels >= 0], labels[labels >= 0]]
+    return probe_accuracy(*parts)
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval."""
+    mean, count = float(np.mean(differences)), len(differences)
+    if count < 2:
+        return mean, math.nan
+    return mean, T_QUANTILE[count - 1] * float(np.std(differences, ddof=1)) / math.sqrt(count)
+
+
+def compare(bench: Bench, study: Study, options: dict[str, Any], seeds: int) -> dict[str, Any]:
+    """Distilled against control, each with its own learning rate, over the same seeds."""
+    rates = {"distilled": bench.tune(study, options), "control": bench.tune(study, CONTROL)}
+    distilled, control = [], []
+    for seed in range(seeds):
+        distilled.append(bench.train(study, options, rates["distilled"], seed)["test"])
+        control.append(bench.train(study, CONTROL, rates["control"], seed)["test"])
+    mean, half = interval([a - b for a, b in zip(distilled, control, strict=True)])
+    draws = sorted({bench.draw(seed) for seed in range(seeds)}) if study.labels_per_class else [0]
+    ceilings = [probe_ceiling(bench, study, draw) for draw in draws]
+    return {
+        "study": study.title,
+        "student": study.student,
+        "metric": study.metric,
+        "seeds": seeds,
+        "control": float(np.mean(control)),
+        "distilled": float(np.mean(distilled)),
+        "difference": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "probe": None if None in ceilings else float(np.mean([c for c in ceilings if c is not None])),
+        "learning_rates": rates,
+        "draws": len(draws),
+    }
+
+
+ABLATION: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "feature term alone": {"distillation_type": "feature"},
+    "logit term alone": {"distillation_type": "logit"},
+    "mse": {"feature_loss_type": "mse"},
+    "cosine": {"feature_loss_type": "cosine"},
+    "smooth_l1": {"feature_loss_type": "smooth_l1"},
+    "relation": {"feature_loss_type": "relation"},
+    "mlp alignment": {"align_head": "mlp"},
+    "feature_weight 1": {"feature_weight": 1.0},
+    "feature_weight 10": {"feature_weight": 10.0},
+    "soft_label_weight 0.9, hard 0.1": {"soft_label_weight": 0.9, "hard_label_weight": 0.1},
+    "temperature 1": {"temperature": 1.0},
+    "constant schedule": {"lr_scheduler": "constant"},
+}
+
+
+def ablate(bench: Bench, study: Study, seeds: int) -> list[dict[str, Any]]:
+    """Variants of the distilled side at its learning rate: mean test metric over seeds."""
+    rate = bench.tune(study, study.distilled)
+    rows = []
+    for name, change in ABLATION.items():
+        tests = [bench.train(study, {**study.distilled, **change}, rate, s)["test"] for s in range(seeds)]
+        rows.append(
+            {"study": study.title, "variant": name, study.metric: float(np.mean(tests)), "seeds": seeds}
+        )
+    return rows
+
+
+def fidelity(bench: Bench) -> dict[str, float]:
+    """Stored grids against live encoding, standardised, cosine of every token."""
+    from PIL import Image
+
+    from extract.teachers import load_teacher
+    from store import open_store
+    from store.format import GRID
+
+    path = bench.store(STUDIES["scenes"], 0, unlabelled=False)
+    split = open_store(path)["val"]
+    teacher: Any = load_teacher(
+        PRETRAINED_TEACHER,
+        str(pretrained_teacher_weights()),
+        device="cpu",
+        dtype="float32",
+        image_size=TEACHER_SIZE,
+    )
+    images = [Image.open(bench.work / "scenes" / split.keys[row]).convert("RGB") for row in range(len(split))]
+    live = np.asarray(teacher.encode(images).grid)
+    statistics = split.statistics[GRID]
+    stored = split.read(GRID).astype(np.float32) * split.scale[GRID]
+    spread = np.where(statistics.std > 0, statistics.std, 1)
+    a, b = ((grid - statistics.mean) / spread for grid in (stored, live))
+    cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    return {
+        "tokens": int(cosine.size),
+        "mean": float(cosine.mean()),
+        "percentile_1": float(np.percentile(cosine, 1)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--studies", default=USUAL, help="a list of: " + ", ".join(STUDIES))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--learning-rates", help="another grid; a single one is not tuned")
+    parser.add_argument("--draws", type=int, help="selections of labelled images; default: one a seed")
+    parser.add_argument("--ablation", action="store_true", help="also the variants of the first study")
+    parser.add_argument("--ablation-seeds", type=int, default=2)
+    parser.add_argument("--fidelity", action="store_true", help="also stored against live features")
+    parser.add_argument("--work", type=Path, help="keeps stores and finished trainings")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few images, one epoch: only shows that it runs"
+    )
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.INFO)
+    if arguments.work:
+        report(arguments, arguments.work)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            report(arguments, Path(folder))
+
+
+def report(arguments: argparse.Namespace, work: Path) -> None:
+    """Run what was asked for and print it."""
+    work.mkdir(parents=True, exist_ok=True)
+    grid = arguments.learning_rates
+    rates = tuple(float(text) for text in grid.split(",")) if grid else LEARNING_RATES
+    bench = Bench(work, arguments.quick, rates, arguments.draws)
+    studies = [STUDIES[name] for name in arguments.studies.split(",")]
+    seeds = 2 if arguments.quick else arguments.seeds
+    result: dict[str, Any] = {"comparison": [compare(bench, s, s.distilled, seeds) for s in studies]}
+    if arguments.ablation:
+        result["ablation"] = ablate(bench, studies[0], arguments.ablation_seeds)
+    if arguments.fidelity:
+        result["fidelity"] = fidelity(bench)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    print_tables(result)
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """The result as markdown tables, accuracies in percent."""
+    print("| study | student | metric | control | distilled | difference (95 %) | probe | seeds |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in result["comparison"]:
+        ceiling = "" if row["probe"] is None else f"{100 * row['probe']:.1f}"
+        gap = f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} … {100 * row['high']:+.1f})"
+        print(
+            f"| {row['study']} | {row['student']} | {row['metric']} | {100 * row['control']:.1f} "
+            f"| {100 * row['distilled']:.1f} | {gap} | {ceiling} | {row['seeds']} |"
+        )
+    for row in result.get("ablation", []):
+        metric = next(value for key, value in row.items() if key in ("top1", "miou"))
+        print(f"{row['variant']:34s} {100 * metric:.1f}  ({row['seeds']} seeds)")
+    if "fidelity" in result:
+        print("stored against live features, standardised cosine per token:", result["fidelity"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,424 @@
+"""What stage two costs: the distillation step, the loop, memory, loading, and a cached teacher against a live one.
+
+    python benchmarks/train.py                 # everything, about ten minutes on two cores
+    python benchmarks/train.py --only step,loop --quick --json
+
+Timings of two things are interleaved, one step of each in turn, so that a slow moment of the machine hits both; the
+ratio of medians is reported. Random images and random weights: only speed and memory are measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image
+
+from console.output import print_json, print_table
+from console.stop import StopRequest
+
+WIDTH, GRID, SIDE, BATCH = 1280, 7, 112, 32
+CLASSES = 10
+
+
+def make_store(path: Path, rows: int, side: int = SIDE, images: str = "jpeg") -> Path:
+    """A store with 1280-wide pooled rows and 7×7 grids, random but of real shapes, and noisy JPEG images."""
+    from hashlib import blake2b
+
+    from store import Manifest, Plan, Preprocessing, StoreWriter, TeacherSpec, create_store, finalize_store
+    from store.format import feature_arrays, image_arrays, target_arrays
+
+    arrays = feature_arrays(WIDTH, grid=GRID) + target_arrays(label=True) + image_arrays("jpeg", side)
+    manifest = Manifest(
+        teacher=TeacherSpec(name="random", fingerprint="0", layer="none", width=WIDTH, random_weights=True),
+        preprocessing=Preprocessing(image_size=224),
+        class_names=tuple(f"class{index}" for index in range(CLASSES)),
+        grid=GRID,
+        images="jpeg",
+    )
+    keys = {
+        "train": [f"train/{row}.jpg" for row in range(rows)],
+        "val": [f"val/{row}.jpg" for row in range(64)],
+    }
+    create_store(path, manifest, Plan(keys, batch_rows=32), arrays)
+    rng = np.random.default_rng(0)
+    files = [jpeg(rng, side) for _ in range(64)]
+    for split, names in keys.items():
+        with StoreWriter(path, split) as writer:
+            for start, stop in writer.batches():
+                some = [files[row % len(files)] for row in range(start, stop)]
+                grid = rng.normal(size=(stop - start, GRID, GRID, WIDTH)).astype(np.float32)
+                writer.append(
+                    {
+                        "features/pooled": grid.mean(axis=(1, 2)),
+                        "features/grid": grid,
+                        "sizes": np.full((stop - start, 2), side, np.int32),
+                        "content": np.stack(
+                            [np.frombuffer(blake2b(data, digest_size=16).digest(), np.uint8) for data in some]
+                        ),
+                        "targets/label": rng.integers(0, CLASSES, size=stop - start).astype(np.int32),
+                        "images/encoded/values": [np.frombuffer(data, np.uint8) for data in some],
+                    }
+                )
+        del names
+    finalize_store(path)
+    return path
+
+
+def jpeg(rng: np.random.Generator, side: int) -> bytes:
+    """A smooth random picture: it compresses as photographs do."""
+    coarse = Image.fromarray(rng.integers(0, 256, size=(12, 16, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize((side * 4 // 3, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def build(store: Path, out: Path, workers: int = 0, **options: Any) -> Any:
+    """The loop's parts for resnet18, without starting it."""
+    from store import open_store
+    from train.assemble import build_training
+    from train.config import load_config
+    from train.engine.machine import build_accelerator
+    from train.resolve import resolve_data, resolve_task
+
+    settings = {
+        "student": "resnet18",
+        "image_size": SIDE,
+        "batch_size": BATCH,
+        "device": "cpu",
+        "epochs": 100,
+    }
+    config = load_config({"store": store, "out": out, "workers": workers, **settings, **options})
+    opened: Any = open_store(config.store)
+    data = resolve_data(config, opened, resolve_task(config))
+    return build_training(config, opened, data, build_accelerator(config), StopRequest())
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    for epoch in range(1_000_000):
+        yield from loader.epoch(epoch)
+
+
+def interleave(steps: dict[str, Callable[[], None]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """CPU seconds of each step in every round, the order reversed in every other round.
+
+    Everything measured runs in this process on one thread, so on an idle machine this is the wall time; on a busy
+    one it stays comparable.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + warmup):
+        names = list(steps) if number % 2 else list(reversed(steps))
+        for name in names:
+            started = time.process_time()
+            steps[name]()
+            if number >= warmup:
+                times[name].append(time.process_time() - started)
+    return times
+
+
+def loop_step(built: Any) -> Callable[[], None]:
+    """One step of our loop, loading included."""
+    from train.engine.loop import Loop
+
+    loop = Loop(built.parts)
+    batches = endless(built.parts.train_loader)
+    built.parts.wrapped.train()
+
+    def step() -> None:
+        loop.step([next(batches)], time.monotonic())
+
+    return step
+
+
+def bare_step(built: Any) -> Callable[[], None]:
+    """The same student, batches and loss in the plainest loop one would write."""
+    from torch.nn import functional
+
+    student, optimizer = built.parts.module.student, built.parts.optimizer.optimizer
+    batches = endless(built.parts.train_loader)
+    normalize, parameters = built.parts.normalize, list(built.parts.module.parameters())
+    student.train()
+
+    def step() -> None:
+        batch = next(batches)
+        loss = functional.cross_entropy(student(normalize(batch.images)).logits, batch.labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+def ratio_row(name: str, times: dict[str, list[float]], ours: str, base: str, aim: float) -> dict[str, Any]:
+    pairs = [a / b for a, b in zip(times[ours], times[base], strict=True)]
+    return {
+        "measurement": name,
+        "ours": statistics.median(times[ours]),
+        "baseline": statistics.median(times[base]),
+        "unit": "CPU s/step",
+        "ratio": statistics.median(pairs),
+        "aim": f"<= {aim}",
+    }
+
+
+def measure_step(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """A distillation step against the same step of the control: pooled rows and 7×7 grids onto 4×4 cells."""
+    store = make_store(folder / "step.zarr", 256)
+    steps = {
+        "distilled": loop_step(build(store, folder / "a", distillation_type="feature")),
+        "task alone": loop_step(build(store, folder / "b", distillation_type="none")),
+    }
+    times = interleave(steps, 6 if quick else 30)
+    return [ratio_row("distillation step / step without it", times, "distilled", "task alone", 1.05)]
+
+
+def measure_loop(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Our loop against a bare PyTorch loop over the same loader."""
+    store = make_store(folder / "loop.zarr", 256)
+    steps = {
+        "loop": loop_step(build(store, folder / "a", distillation_type="none")),
+        "bare": bare_step(build(store, folder / "b", distillation_type="none")),
+    }
+    times = interleave(steps, 6 if quick else 30)
+    return [ratio_row("our loop / bare PyTorch loop", times, "loop", "bare", 1.03)]
+
+
+def measure_memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Peak resident memory of two processes: our distilling loop, and the bare loop without distillation."""
+    store = make_store(folder / "memory.zarr", 512)
+    peaks = {}
+    for kind in ("bare", "loop"):
+        command = [
+            sys.executable,
+            __file__,
+            "--memory-of",
+            kind,
+            "--store",
+            str(store),
+            "--out",
+            str(folder / kind),
+        ]
+        peaks[kind] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    row = {"measurement": "resident memory, distilling loop / bare loop", "ours": peaks["loop"]}
+    row |= {
+        "baseline": peaks["bare"],
+        "unit": "MB",
+        "ratio": peaks["loop"] - peaks["bare"],
+        "aim": "<= +150 MB",
+    }
+    return [row]
+
+
+def memory_of(kind: str, store: Path, out: Path) -> None:
+    """In a process of its own: twelve steps, then the peak resident memory in MB."""
+    distillation = "feature" if kind == "loop" else "none"
+    built = build(store, out, distillation_type=distillation)
+    step = loop_step(built) if kind == "loop" else bare_step(built)
+    for _ in range(12):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def measure_loading(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Decoding and augmenting 480-pixel JPEG files to 224: our loader against timm's, one process each."""
+    import timm.data
+    from timm.data import create_dataset, create_loader
+
+    del timm.data
+    count = 96 if quick else 384
+    rng = np.random.default_rng(0)
+    root = folder / "files"
+    for number in range(count):
+        path = root / f"class{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(rng, 480))
+    theirs = create_loader(
+        create_dataset("", root=str(root)), (3, 224, 224), BATCH, is_training=True, use_prefetcher=False,
+        num_workers=0, color_jitter=0.4, scale=(0.35, 1.0), interpolation="bilinear", hflip=0.5,
+        device=torch.device("cpu"), persistent_workers=False,
+    )  # fmt: skip
+    ours = files_loader(root)
+    batches = {"ours": iterate(ours), "timm": iterate(lambda: iter(theirs))}
+    rounds = 4 if quick else 16
+    times = interleave({name: lambda it=it: next(it) for name, it in batches.items()}, rounds)  # type: ignore[misc]
+    row = ratio_row("decoding and augmentation, ours / timm", times, "ours", "timm", 1.0)
+    return [{**row, "unit": f"CPU s/{BATCH} images"}]
+
+
+def iterate(start: Callable[[], Iterator[Any]]) -> Iterator[None]:
+    while True:
+        for batch in start():
+            if len(batch[0] if isinstance(batch, (list, tuple)) else batch) == BATCH:
+                yield
+
+
+def files_loader(root: Path) -> Callable[[], Iterator[Any]]:
+    """Our data set over the same files: read, hash, decode, view, colours, to normalised tensors."""
+    from hashlib import blake2b
+
+    from train.data import ImageViews, ViewSettings, collate_views
+    from train.images import ImageReader
+    from train.plan import Item
+    from train.views import AUGMENTATIONS
+
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))
+
+    class Files:
+        """As much of a split as the reader needs."""
+
+        names: tuple[str, ...] = ()
+        keys = files
+
+        def gather(self, rows: Any, names: Any) -> Any:
+            digests = [blake2b((root / files[row]).read_bytes(), digest_size=16).digest() for row in rows]
+            return {names[0]: np.stack([np.frombuffer(digest, np.uint8) for digest in digests])}
+
+    settings = ViewSettings(image_size=224, policy="squash", augmentation=AUGMENTATIONS["full"], seed=0)
+    dataset = ImageViews(ImageReader(Files(), root), settings)
+    mean, std = torch.tensor([123.7, 116.3, 103.5]), torch.tensor([58.4, 57.1, 57.4])
+
+    def start() -> Iterator[Any]:
+        for first in range(0, len(files) - BATCH + 1, BATCH):
+            batch = collate_views([dataset.show(Item(0, row, 1.0)) for row in range(first, first + BATCH)])
+            yield ((batch["images"].float() - mean) / std).movedim(-1, -3).contiguous()
+
+    return start
+
+
+STUDENTS = ("resnet18", "resnet34", "timm:mobilenetv3_small_100", "timm:efficientnet_lite0", "vit-tiny")
+
+
+def measure_sweep(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Five students × epochs: the teacher once and cached, or in every step of every student.
+
+    The teacher is EfficientNet-Lite2 (1280 wide, random weights: only its cost matters); a real one of 0.67
+    billion parameters makes the difference far larger. Each in a process of its own, for its peak memory.
+    """
+    rows, epochs = (32, 2) if quick else (32, 20)
+    store = make_store(folder / "sweep.zarr", rows, side=64)
+    results = {}
+    for kind in ("cached", "online"):
+        command = [
+            sys.executable,
+            __file__,
+            "--sweep-of",
+            kind,
+            "--store",
+            str(store),
+            "--out",
+            str(folder / kind),
+        ]
+        text = subprocess.run(
+            [*command, "--epochs", str(epochs)], check=True, capture_output=True, text=True
+        ).stdout
+        results[kind] = json.loads(text.splitlines()[-1])
+    name = f"{len(STUDENTS)} students × {epochs} epochs × {rows} images"
+    time_row = {
+        "measurement": f"{name}: time",
+        "ours": results["cached"]["seconds"],
+        "unit": "s",
+        "aim": "< 1",
+    }
+    time_row |= {"baseline": results["online"]["seconds"]}
+    time_row["ratio"] = time_row["ours"] / time_row["baseline"]
+    memory_row = {"measurement": f"{name}: peak memory", "ours": results["cached"]["peak_mb"], "unit": "MB"}
+    memory_row |= {"baseline": results["online"]["peak_mb"], "aim": "< 1"}
+    memory_row["ratio"] = memory_row["ours"] / memory_row["baseline"]
+    return [time_row, memory_row]
+
+
+def sweep_of(kind: str, store: Path, out: Path, epochs: int) -> None:
+    """In a process of its own: train the five students with targets from the store, or from a live teacher."""
+    import timm
+
+    torch.manual_seed(0)
+    teacher = timm.create_model("tf_efficientnet_lite2", num_classes=0).eval() if kind == "online" else None
+    started = time.perf_counter()
+    if kind == "cached":
+        # The cost of extraction belongs to the sum: the teacher sees every image once.
+        live = timm.create_model("tf_efficientnet_lite2", num_classes=0).eval()
+        encode_once(live, build(store, out, image_size=64, distillation_type="none"))
+        del live
+    for student in STUDENTS:
+        built = build(store, out, student=student, image_size=64, distillation_type="feature")
+        step = loop_step(built)
+        for _ in range(epochs * len(built.parts.train_loader.batches.slices)):
+            step()
+            if teacher is not None:
+                # What an online teacher adds: its forward pass on the batch's augmented images at its own size.
+                with torch.no_grad():
+                    teacher(torch.zeros(BATCH, 3, 224, 224))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": time.perf_counter() - started, "peak_mb": peak}))
+
+
+@torch.no_grad()
+def encode_once(teacher: Any, built: Any) -> None:
+    for batch in built.parts.train_loader.epoch(0):
+        teacher(torch.zeros(len(batch), 3, 224, 224))
+
+
+MEASUREMENTS: dict[str, Callable[[Path, bool], list[dict[str, Any]]]] = {
+    "step": measure_step,
+    "loop": measure_loop,
+    "memory": measure_memory,
+    "loading": measure_loading,
+    "sweep": measure_sweep,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default=",".join(MEASUREMENTS), help="comma-separated: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
+    for name in ("--memory-of", "--sweep-of", "--store", "--out"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--epochs", type=int, default=1, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        return memory_of(arguments.memory_of, Path(arguments.store), Path(arguments.out))
+    if arguments.sweep_of:
+        return sweep_of(arguments.sweep_of, Path(arguments.store), Path(arguments.out), arguments.epochs)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.only.split(","):
+            place = Path(folder) / name
+            place.mkdir()
+            rows += MEASUREMENTS[name](place, arguments.quick)
+    if arguments.json:
+        print_json(
+            {"rows": rows, "torch": torch.__version__, "cores": os.cpu_count(), "threads": arguments.threads}
+        )
+    else:
+        print_table(rows, ["measurement", "ours", "baseline", "unit", "ratio", "aim"], "Stage two, CPU")
+    return None
+
+
+if __name__ == "__main__":
+    main()

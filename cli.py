@@ -1,0 +1,149 @@
+"""The command line: a table of commands; each is imported only when it is called.
+
+`cli --help` therefore imports neither torch nor zarr.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from typing import NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+
+class Command(NamedTuple):
+    """One row of the table: where the command lives and what the overview says of it."""
+
+    target: str  # "module:function"
+    panel: str
+    help: str
+
+
+STAGE_ONE = "Stage one: the teacher sees the data once (large GPU)"
+STAGE_TWO = "Stage two: train students from the stored features (small GPU or CPU)"
+STORE = "The store between the stages"
+MORE = "First steps and the training platform"
+
+COMMANDS: dict[str, Command] = {
+    "extract": Command("commands.extract:extract", STAGE_ONE, "Encode a data set into a store."),
+    "probe": Command("commands.extract:probe", STAGE_ONE, "k-NN and probe accuracy of a store's features."),
+    "teachers": Command("commands.extract:teachers", STAGE_ONE, "List the teachers."),
+    "make-tiny-teacher": Command(
+        "commands.extract:make_tiny_teacher",
+        STAGE_ONE,
+        "Make a small random Qwen2.5-VL checkpoint.",
+    ),
+    "train": Command("commands.train:train", STAGE_TWO, "Train one student from a store."),
+    "sweep": Command("commands.sweep:sweep", STAGE_TWO, "Train many students from one store."),
+    "evaluate": Command("commands.train:evaluate", STAGE_TWO, "Measure a trained student on a split."),
+    "predict": Command("commands.deliver:predict", STAGE_TWO, "Run a student on images, folders or clips."),
+    "export": Command("commands.deliver:export", STAGE_TWO, "Export a student to ONNX or torch.export."),
+    "quantize": Command("commands.deliver:quantize", STAGE_TWO, "Make a student int8 (PTQ or QAT)."),
+    "report": Command("commands.sweep:report", STAGE_TWO, "One HTML file of runs and sweeps."),
+    "students": Command("commands.train:students", STAGE_TWO, "List the students, sizes and recipes."),
+    "inspect": Command("commands.store:inspect", STORE, "Show what is in a store."),
+    "verify": Command("commands.store:verify", STORE, "Re-read every checksum of a store."),
+    "convert": Command("commands.store:convert", STORE, "Store to one HDF5 file, or back."),
+    "demo": Command("commands.demo:demo", MORE, "The whole pipeline on real images in a few minutes."),
+    "distill": Command("commands.platform:distill", MORE, "What a training platform starts."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A typer group whose commands come from COMMANDS, each imported when it is asked for."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return list(COMMANDS)
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]):  # type: ignore[no-untyped-def, override]
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"commands: {', '.join(COMMANDS)}"
+            ctx.fail(f"unknown command {args[0]!r}: {hint}")
+        return super().resolve_command(ctx, args)
+
+    def get_command(self, ctx: typer.Context, cmd_name: str):  # type: ignore[no-untyped-def, override]
+        command = COMMANDS.get(cmd_name)
+        if command is None:
+            return None
+        if overview_wanted():
+            return stub(cmd_name, command)
+        return load(cmd_name, command)
+
+
+def overview_wanted() -> bool:
+    """True when only the list of commands is printed, so that no command needs importing."""
+    # Shell completion passes the line typed so far in the environment, not as arguments.
+    completing = os.environ.get("COMP_WORDS", os.environ.get("_TYPER_COMPLETE_ARGS", ""))
+    return not any(word in COMMANDS for word in [*sys.argv[1:], *completing.split()])
+
+
+def stub(name: str, command: Command):  # type: ignore[no-untyped-def]
+    """A command that only knows its help line."""
+    app = typer.Typer(add_completion=False)
+    app.command(name, help=command.help, rich_help_panel=command.panel)(lambda: None)
+    return typer.main.get_command(app)
+
+
+def load(name: str, command: Command):  # type: ignore[no-untyped-def]
+    """Import the command's function and turn it into a click command."""
+    module, function = command.target.split(":")
+    target = getattr(importlib.import_module(module), function)
+    settings = getattr(target, "context_settings", None)
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    text = flowing_text(target.__doc__ or command.help)
+    app.command(name, help=text, rich_help_panel=command.panel, context_settings=settings)(target)
+    return typer.main.get_command(app)
+
+
+def flowing_text(docstring: str) -> str:
+    """The docstring with each paragraph on one line, so that the terminal's width breaks it."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    return "\n\n".join(" ".join(text.split()).strip("`") for text in paragraphs)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def root() -> None:
+    """Distil Qwen2.5-VL's vision encoder into small, fast vision models.
+
+    1. cli extract DATA --out features.zarr --teacher-path Qwen2.5-VL-7B-Instruct
+
+    2. cli train features.zarr --student resnet18 --out runs/resnet18
+
+    `--debug` with any command shows the traceback of an error.
+    """
+
+
+def main() -> None:
+    """Run the command line; an error is one readable line on stderr and a non-zero exit code."""
+    from console.log import configure_logging
+
+    configure_logging()
+    debug = "--debug" in sys.argv or os.environ.get("QWEN_DISTILL_DEBUG") == "1"
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    try:
+        app()
+    except Exception as error:
+        # An error meant for the user carries `exit_code`; anything else is a defect and keeps its traceback.
+        exit_code = getattr(error, "exit_code", None)
+        if debug or exit_code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

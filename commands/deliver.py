@@ -1,0 +1,127 @@
+"""`cli predict`, `cli export` and `cli quantize`."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class ExportFormat(StrEnum):
+    onnx = "onnx"
+    torch_export = "torch-export"
+
+
+class QuantizeMode(StrEnum):
+    ptq = "ptq"
+    qat = "qat"
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run folder, its best.pt, or an exported .onnx file.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs (quoted) or clips.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write predictions.jsonl and pictures into this folder.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 16,
+    confidence: Annotated[float, typer.Option(min=0, max=1, help="Detections below it are left out.")] = 0.25,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a line a file.")
+    ] = False,
+) -> None:
+    """cli predict runs/resnet18 photos/ --out predictions
+
+    Run a trained student on images, folders, globs or clips. Each file is one line of JSON on stdout; with
+    --out also a picture with the label, boxes or mask drawn. Files that cannot be read are named and skipped,
+    and the exit code is then 1.
+    """
+    import json
+
+    from console.output import print_json
+    from train.delivery.predict import predict_files, write_predictions
+    from train.delivery.records import BadFile
+
+    records: list[dict[str, Any]] = []
+    bad: list[dict[str, str]] = []
+    for item in predict_files(run, inputs, device=device, batch_size=batch_size, confidence=confidence):
+        if isinstance(item, BadFile):
+            bad.append(item._asdict())
+            print(f"skipped {item.file}: {item.reason}", file=sys.stderr, flush=True)
+            continue
+        if out is not None:
+            write_predictions(out, [item])
+        if json_:
+            records.append(item.record)
+        else:
+            print(json.dumps(item.record, ensure_ascii=False), flush=True)
+    if json_:
+        print_json({"run": run, "predictions": records, "bad": bad})
+    if bad:
+        print(f"error: {len(bad)} files could not be read", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder or its best.pt.")],
+    format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
+    out: Annotated[
+        Path | None, typer.Option(help="The file. [default: named after the student, in the run]")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images for the check. [default: the run's store]")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: 20]")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """cli export runs/resnet18 --format onnx
+
+    Export a trained student with dynamic batch, preprocessing and class names inside, and compare it with
+    PyTorch on real images. LoRA adapters are merged first; YOLO students go through ultralytics.
+    """
+    from console.output import print_json
+    from train.delivery.export import OPSET, export_student
+
+    done = export_student(run, format_.value, out, images, opset or OPSET)
+    if json_:
+        print_json(done._asdict())
+        return
+    print(
+        f"{done.path}: {done.size_bytes / 1e6:.1f} MB; logits differ by at most {done.max_abs_difference:.2g} from "
+        f"PyTorch on {done.checked_images} real images (allowed: {done.tolerance:.2g})"
+    )
+
+
+def quantize(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    store: Annotated[str, typer.Argument(help="The store it was trained from: calibration and fine-tuning.")],
+    mode: Annotated[
+        QuantizeMode, typer.Option(help="ptq: calibrate only; qat: also fine-tune.")
+    ] = QuantizeMode.ptq,
+    out: Annotated[Path | None, typer.Option(help="The folder to write. [default: RUN/int8-MODE]")] = None,
+    calibration: Annotated[int, typer.Option(min=8, help="Training images to calibrate with.")] = 256,
+    epochs: Annotated[int, typer.Option(min=1, help="qat: epochs of fine-tuning.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="qat: learning rate.")] = 1e-5,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """cli quantize runs/resnet18 features.zarr --mode ptq
+
+    Make an int8 ONNX student: post-training static quantisation with calibration from the store's training
+    split, or quantisation-aware training with the distillation loss still on. Accuracy, size and latency
+    before and after are printed and written to summary.json.
+    """
+    from console.output import print_json, print_table
+    from train.delivery.quantize import QuantizeOptions, quantize_student
+
+    options = QuantizeOptions(
+        mode=mode.value, calibration=calibration, epochs=epochs, learning_rate=learning_rate
+    )
+    summary = quantize_student(run, store, out or run / f"int8-{mode.value}", options)
+    if json_:
+        print_json(summary)
+        return
+    print_table(summary["models"], ["model", "size_mb", "latency_ms", *summary["metric_names"]])
+    print(f"written: {summary['path']}")

@@ -1,0 +1,231 @@
+"""`cli inspect`, `cli verify`, `cli convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+StorePath = Annotated[
+    str, typer.Argument(help="A store: a folder, or a URL (s3://bucket/a.zarr).", metavar="STORE")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+HDF5_SUFFIXES = (".h5", ".hdf5")
+
+
+def inspect(
+    store: StorePath,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Write pictures of the grids (principal components) to this folder.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 16,
+    json: AsJson = False,
+) -> None:
+    """cli inspect flowers.zarr
+
+    Show what is in a store: splits, arrays, sizes, manifest, how far it is.
+
+    cli inspect flowers.zarr --pictures pictures
+
+    cli inspect s3://features/flowers.zarr --json
+    """
+    from console.output import print_json
+    from store.summary import describe_store
+
+    described = describe_store(store)
+    if pictures is not None:
+        from commands.pictures import write_pictures
+
+        described["pictures"] = [str(file) for file in write_pictures(store, pictures, samples)]
+    if json:
+        print_json(described)
+    else:
+        print_description(described)
+        if pictures is not None:
+            print(f"\n{len(described['pictures'])} pictures in {pictures}")
+
+
+def print_description(described: dict[str, Any]) -> None:
+    """The same as tables and lines."""
+    from console.output import print_table
+
+    manifest = described["manifest"]
+    teacher, preprocessing = manifest["teacher"], manifest["preprocessing"]
+    state = "complete" if described["complete"] else "INCOMPLETE: run the same extraction again to resume"
+    print(f"{described['path']}: format version {manifest['format_version']}, {state}")
+    print(
+        f"teacher        {teacher['name']}, {teacher['width']} wide, {teacher['layer']}, {teacher['dtype']}"
+    )
+    if teacher["random_weights"]:
+        print("               random weights: shows the machinery, teaches nothing")
+    print(f"preprocessing  {preprocessing['image_size']} px, {preprocessing['resize']}")
+    print(f"classes        {len(manifest['class_names'])}, source {manifest['source'] or 'not recorded'}")
+    print(f"fingerprint    {described['fingerprint'] or '-'}")
+    for job, splits in described["pending"].items():
+        done = ", ".join(f"{name} {have} of {rows}" for name, (have, rows) in splits.items())
+        print(f"being written  {job}: {done} rows")
+    for name, split in described["splits"].items():
+        bad = split.get("invalid_rows", 0)
+        print(
+            f"\n{name}: {split['rows']} rows, {bad} bad, {split['bytes_per_sample']:,.0f} bytes a sample, "
+            f"{split['bytes'] / 1e6:,.1f} MB"
+        )
+        rows = [array_row(array, entry) for array, entry in split["arrays"].items()]
+        print_table(rows, ["array", "shape", "dtype", "bytes a sample", "MB", "stored"])
+        for key, reason in split.get("reasons", {}).items():
+            print(f"  bad: {key}: {reason}")
+
+
+def array_row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in (entry["codec"], entry["encoding"]) if kind not in ("none", "plain")]
+    return {
+        "array": name,
+        "shape": " × ".join(map(str, entry["shape"])),
+        "dtype": entry["dtype"],
+        "bytes a sample": round(entry["bytes_per_sample"], 1),
+        "MB": round(entry["bytes"] / 1e6, 2),
+        "stored": "+".join(["ragged"] * entry["ragged"] + kinds) or "plain",
+    }
+
+
+def verify(
+    store: Annotated[Path, typer.Argument(help="A local store.", metavar="STORE")],
+    repair: Annotated[
+        bool, typer.Option(help="Delete uncommitted leftovers of interrupted runs first; nothing else.")
+    ] = False,
+    teacher_path: Annotated[
+        str | None, typer.Option(help="The teacher's weights: encode some samples again and compare.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many samples to encode again.", min=1)] = 16,
+    data: Annotated[str | None, typer.Option(help="The data set, when it has moved.")] = None,
+    device: Annotated[str, typer.Option(help="Where to encode: auto, cpu, cuda.")] = "auto",
+    json: AsJson = False,
+) -> None:
+    """cli verify flowers.zarr
+
+    Read every file of a store again and check it; exit code 1 when anything is wrong.
+
+    cli verify flowers.zarr --teacher-path Qwen2.5-VL-7B-Instruct
+
+    cli verify flowers.zarr --repair --json
+    """
+    from console.output import print_json
+    from store.verify import Finding, repair_store, verify_store
+
+    repaired = repair_store(store) if repair else []
+    findings = verify_store(store)
+    audit = None
+    if teacher_path is not None and not findings:
+        from extract.audit import audit_store
+
+        audit = audit_store(store, teacher_path, samples=samples, data=data, device=device)
+        findings = [Finding(str(store), problem) for problem in audit.findings]
+    if json:
+        listed = [{"path": finding.path, "problem": finding.problem} for finding in findings]
+        report = {"store": str(store), "ok": not findings, "findings": listed, "repaired": repaired}
+        print_json({**report, "teacher": None if audit is None else vars(audit)})
+    else:
+        if audit is not None:
+            print_audit(vars(audit))
+        for path in repaired:
+            print(f"deleted {path}")
+        for finding in findings:
+            print(finding)
+        print(f"{store}: {len(findings)} findings" if findings else f"{store}: everything is as recorded")
+    if findings:
+        raise typer.Exit(1)
+
+
+def print_audit(audit: dict[str, Any]) -> None:
+    """What encoding again showed."""
+    line = f"{audit['samples']} samples encoded again: least cosine {audit['pooled']:.6f} (pooled)"
+    if audit["grid"] is not None:
+        line += f", {audit['grid']:.6f} (grid tokens)"
+    least = min(
+        value for value in (audit["pooled_standardised"], audit["grid_standardised"]) if value is not None
+    )
+    print(f"{line}; {least:.5f} standardised")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A store, or a .h5 file made from one.", metavar="FROM")],
+    target: Annotated[Path, typer.Argument(help="What to make: a .h5 file or a store.", metavar="TO")],
+    zstd: Annotated[bool, typer.Option(help="Store to store: compress, lossless.")] = False,
+    int8: Annotated[
+        bool, typer.Option(help="Store to store: features as int8, scales a channel and a token.")
+    ] = False,
+    pca: Annotated[
+        int | None, typer.Option(help="Store to store: keep this many principal components.", min=1)
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """cli convert flowers.zarr flowers.h5
+
+    Convert a store to one HDF5 file or back (lossless), or to a smaller store (with what that costs).
+
+    cli convert flowers.h5 flowers.zarr
+
+    cli convert flowers.zarr small.zarr --int8 --zstd
+    """
+    from console.output import print_json
+
+    costs = convert_paths(source, target, zstd=zstd, int8=int8, pca=pca)
+    listed = [
+        {
+            "array": cost.array,
+            "cosine_mean": cost.cosine_mean,
+            "cosine_p1": cost.cosine_p1,
+            "bytes_before": cost.bytes_before,
+            "bytes_after": cost.bytes_after,
+            "saved": cost.saved,
+        }
+        for cost in costs
+    ]
+    if json:
+        print_json({"source": str(source), "target": str(target), "costs": listed})
+        return
+    if listed:
+        print_costs(listed)
+    print(f"{target}: written")
+
+
+def convert_paths(source: Path, target: Path, *, zstd: bool, int8: bool, pca: int | None) -> list[Any]:
+    """Choose the way by what is a file and what is asked for. Raises StoreError for a way that is none."""
+    from store.errors import StoreError
+    from store.hdf5 import hdf5_to_store, store_to_hdf5
+    from store.pack import pack_store
+
+    packing = zstd or int8 or pca is not None
+    to_hdf5 = target.suffix.lower() in HDF5_SUFFIXES
+    from_hdf5 = source.suffix.lower() in HDF5_SUFFIXES
+    if packing and (to_hdf5 or from_hdf5):
+        raise StoreError("--zstd, --int8 and --pca make a store from a store, not from or to HDF5")
+    if from_hdf5 and not to_hdf5:
+        hdf5_to_store(source, target)
+    elif to_hdf5 and not from_hdf5:
+        store_to_hdf5(source, target)
+    elif packing:
+        return pack_store(source, target, zstd=zstd, int8=int8, pca=pca)
+    else:
+        raise StoreError(
+            f"convert {source} to {target}: one of the two must end in .h5, or choose --zstd, --int8 or --pca"
+        )
+    return []
+
+
+def print_costs(costs: list[dict[str, Any]]) -> None:
+    from console.output import print_table
+
+    rows = [
+        {
+            "array": cost["array"],
+            "cosine (mean)": f"{cost['cosine_mean']:.5f}",
+            "cosine (1st percentile)": f"{cost['cosine_p1']:.5f}",
+            "MB before": round(cost["bytes_before"] / 1e6, 2),
+            "MB after": round(cost["bytes_after"] / 1e6, 2),
+            "saved": f"{cost['saved']:.1%}",
+        }
+        for cost in costs
+    ]
+    print_table(rows, list(rows[0]), "cosine of standardised features, before and after")

@@ -1,0 +1,214 @@
+"""`cli train`, `cli evaluate` and `cli students`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from train.config import TrainConfig, load_config
+
+PANELS = {
+    "Data and student": "task num_classes student_path pretrained data_root train_split val_split dropout freeze_encoder "
+    "attention_pooling distill_layers foreground_weight yolo_settings",
+    "Optimisation": "epochs batch_size learning_rate optimizer lr_scheduler warmup_epochs weight_decay "
+    "grad_accum_steps max_grad_norm image_size precision ema_decay label_smoothing early_stopping_patience "
+    "mixup_alpha cutmix_alpha augment gradient_checkpointing compile",
+    "Distillation": "distillation_type hard_label_weight soft_label_weight feature_weight logit_weight "
+    "feature_loss_type feature_target distill_loss_type temperature teacher_logits align_feature align_head views",
+    "LoRA": "lora_rank lora_alpha lora_dropout lora_target_modules lora_bias",
+    "The run": "device workers seed deterministic auto_batch control resume overwrite tracker checkpoint_interval "
+    "checkpoint_minutes",
+}
+
+
+def train(
+    store: Annotated[str, typer.Argument(help="The store of teacher features.", metavar="STORE")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML, TOML or JSON file of options; options win.")
+    ] = None,
+    gpu_devices: Annotated[
+        str | None, typer.Option(help="Like 0,1: short for --device cuda:0,cuda:1; or cpu.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    **options: Any,
+) -> None:
+    """cli train flowers.zarr --student resnet18 --out runs/resnet18
+
+    Train one student against stored teacher features; no teacher is needed. What is not given comes from the
+    student's recipe (cli students), then from the defaults shown here.
+
+    cli train flowers.zarr --student vit-tiny --out runs/vit --epochs 50 --control
+
+    cli train flowers.zarr --student timm:mobilenetv4_conv_small --out runs/mobile --config recipe.yaml
+
+    cli train flowers.zarr --student resnet18 --out runs/resnet18 --resume
+    """
+    from console.log import configure_logging
+
+    configure_logging()
+    if gpu_devices and options.get("device") is None:
+        options["device"] = devices_from_numbers(gpu_devices)
+    settings = load_config({"store": store, **options}, config)
+    if len(settings.devices) > 1 and "RANK" not in os.environ:
+        from train.engine.launch import launch_ranks
+
+        raise typer.Exit(launch_ranks(sys.argv, settings.devices))
+    from train.run import run_training
+
+    summary = run_training(settings)
+    if os.environ.get("RANK", "0") == "0":
+        print_summary(summary, settings.out, json_)
+
+
+def devices_from_numbers(text: str) -> str:
+    """`0,1` → `cuda:0,cuda:1`; `cpu` stays."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return ",".join(f"cuda:{name}" if name.isdigit() else name for name in names)
+
+
+def option_parameter(name: str, panel: str) -> inspect.Parameter:
+    """A command-line option for a field of TrainConfig: the field says the default and the help.
+
+    Values stay text: pydantic reads them, so that all wrong ones are reported together.
+    """
+    item = TrainConfig.model_fields[name]
+    dashed = name.replace("_", "-")
+    is_flag = item.annotation is bool
+    declaration = f"--{dashed}/--no-{dashed}" if is_flag else f"--{dashed}"
+    default = None if item.default is None or (is_flag and not item.default) else item.default
+    shown = f" [{default}]" if default not in (None, "") else ""
+    choices = [str(value) for value in get_args(item.annotation) if isinstance(value, str)]
+    listed = f" {', '.join(choices)}." if choices else ""
+    info = typer.Option(
+        declaration,
+        help=f"{item.description}{listed}{shown}",
+        rich_help_panel=panel,
+        show_default=False,
+        metavar=None if is_flag else "VALUE",
+    )
+    kind = bool | None if is_flag else str | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info]
+    )
+
+
+def required_parameter(name: str, metavar: str) -> inspect.Parameter:
+    """`--student` and `--out` may come from the file as well, so only the configuration requires them."""
+    info = typer.Option(f"--{name}", help=TrainConfig.model_fields[name].description, metavar=metavar)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
+    )
+
+
+def complete_signature(function: Any) -> None:
+    """Give `function` one keyword per field of TrainConfig in place of its `**options`."""
+    own = inspect.signature(function, eval_str=True)
+    fixed = [item for item in own.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    added = [required_parameter("student", "TYPE/SIZE"), required_parameter("out", "RUN")]
+    added += [option_parameter(name, panel) for panel, names in PANELS.items() for name in names.split()]
+    first, *rest = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in fixed]
+    parameters = [first, *added[:2], *rest, *added[2:]]
+    function.__signature__ = own.replace(parameters=parameters)
+    function.__annotations__ = {item.name: item.annotation for item in parameters} | {"return": None}
+
+
+complete_signature(train)
+
+
+def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
+    """The result on stdout."""
+    from console.output import print_json, print_table
+
+    if as_json:
+        print_json(summary)
+        return
+    control = summary.get("control") or {}
+    rows = [
+        {
+            "metric": name,
+            "distilled": value,
+            "control": control.get("metrics", {}).get(name),
+            "difference": control.get("difference", {}).get(name),
+        }
+        for name, value in summary["metrics"].items()
+    ]
+    columns = ["metric", "distilled", *(["control", "difference"] if control else [])]
+    title = f"{summary['student']} after {summary['epochs_done']} epochs (best: {summary['best_epoch']}), in {out}"
+    print_table(rows, columns, title)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint in it.", metavar="RUN")],
+    store: Annotated[str, typer.Argument(help="A store with targets.", metavar="STORE")],
+    split: Annotated[str, typer.Option(help="The split to measure on.")] = "val",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a forward pass.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where the images lie, when the store has none.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """cli evaluate runs/resnet18 flowers.zarr --split val
+
+    Measure a trained student on a split: the metrics of its task, per class where there are classes.
+    """
+    from console.log import configure_logging
+    from console.output import print_json, print_table
+    from train.evaluation import evaluate_run
+
+    configure_logging()
+    result = evaluate_run(
+        run, store, split=split, batch_size=batch_size, device=device, workers=workers, data_root=data_root
+    )
+    if json_:
+        print_json(result)
+        return
+    rows = [{"metric": name, "value": value} for name, value in result["metrics"].items()]
+    print_table(rows, ["metric", "value"], f"{result['student']} on {split} ({result['samples']} samples)")
+
+
+def students(
+    name: Annotated[list[str] | None, typer.Argument(help="Only these; timm:NAME works too.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """cli students
+
+    List the students with measured parameters and multiply-accumulates (MACs) at their default size, and the
+    recipe that `cli train` starts from.
+
+    cli students timm:mobilenetv4_conv_small vit-tiny
+    """
+    from console.output import print_json, print_table
+    from train.students import list_students
+
+    rows = list_students(name or None)
+    if json_:
+        print_json({"students": rows})
+        return
+    shown = [
+        {
+            **row,
+            "parameters": None if row["parameters"] is None else f"{row['parameters'] / 1e6:.1f} M",
+            "macs": None if row["macs"] is None else f"{row['macs'] / 1e9:.2f} G",
+            "recipe": recipe_line(row["recipe"]),
+        }
+        for row in rows
+    ]
+    # Five columns fit into 80 characters; --json has every value by name.
+    columns = {"name": "name", "task": "task", "parameters": "weights", "macs": "MACs", "recipe": "recipe"}
+    print_table(shown, columns, "Students (any timm model too: timm:NAME)")
+
+
+def recipe_line(recipe: dict[str, Any]) -> str:
+    """`224 px, adamw 0.0001, batch 32, hybrid cosine`"""
+    loss = " ".join(
+        str(recipe[name]) for name in ("distillation_type", "feature_loss_type") if recipe.get(name)
+    )
+    size, batch = recipe["image_size"], recipe["batch_size"]
+    return f"{size} px, {recipe['optimizer']} {recipe['learning_rate']:g}, batch {batch}, {loss}"

@@ -1,0 +1,45 @@
+"""Log lines: plain, flushed, on stderr, so that stdout stays free for results."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+ROOT = "qwen_distill"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a part of the program; it prints nothing until `configure_logging` was called."""
+    return logging.getLogger(f"{ROOT}.{name}")
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Print our log lines on stderr; calling it again changes the level only.
+
+    Libraries' own loggers are left alone. Only commands call this: importing the package must not.
+    """
+    root = logging.getLogger(ROOT)
+    root.setLevel(level)
+    root.propagate = False
+    if not root.handlers:
+        handler = StderrHandler()
+        handler.setFormatter(Formatter("%(message)s"))
+        root.addHandler(handler)
+    # torch warns about torchao's classes whenever both are installed: nothing that a user could act on.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever `sys.stderr` is now: tests and the platform's entry point replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class Formatter(logging.Formatter):
+    """`warning: text` from level WARNING on, the bare text below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text

@@ -1,0 +1,85 @@
+"""Results on stdout: a table for people, one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MISSING = "-"
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object (not-a-number becomes null, paths and numpy scalars become plain values)."""
+    print(json.dumps(plain_json(value), ensure_ascii=False, indent=2), flush=True)
+
+
+def plain_json(value: Any) -> Any:
+    """The same value made of dict, list, str, int, float, bool and None only."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain_json(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return plain_json(value.tolist())
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def print_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str], title: str | None = None
+) -> None:
+    """Print rows as a table: drawn by rich in a terminal, aligned plain text elsewhere.
+
+    `columns` names the keys to show, in order; a mapping gives each its heading.
+    """
+    headings = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
+    cells = [[cell(row.get(name)) for name in headings] for row in rows]
+    numeric = [is_numeric([row.get(name) for row in rows]) for name in headings]
+    if sys.stdout.isatty():
+        print_rich_table(cells, list(headings.values()), numeric, title)
+    else:
+        print_plain_table(cells, list(headings.values()), numeric, title)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def is_numeric(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, (int, float)) or value is None for value in values)
+
+
+def print_plain_table(
+    cells: Sequence[Sequence[str]], headings: Sequence[str], numeric: Sequence[bool], title: str | None
+) -> None:
+    if title:
+        print(title)
+    widths = [max(len(text) for text in column) for column in zip(headings, *cells, strict=True)]
+    for line in (headings, *cells):
+        parts = (
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric, strict=True)
+        )
+        print("  ".join(parts).rstrip(), flush=True)
+
+
+def print_rich_table(
+    cells: Sequence[Sequence[str]], headings: Sequence[str], numeric: Sequence[bool], title: str | None
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title)
+    for heading, right in zip(headings, numeric, strict=True):
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for line in cells:
+        table.add_row(*(Text(text) for text in line))
+    Console().print(table)

@@ -1,0 +1,202 @@
+"""`cli verify --teacher-path`: encode some samples again and compare them with what is stored, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from extract.decoding import DecodedSample, DecodeJob, decode_samples
+from extract.encode import Encoder, Encoding
+from extract.slabs import Slab
+from extract.sources import open_source
+from extract.sources.base import Sample
+from extract.teachers import Teacher, load_teacher
+from extract.workers import DecodedBatch
+from store import format as names
+from store.errors import DistillError
+from store.format import Manifest
+from store.reader import Split, Store, open_store
+
+# float16 keeps 11 bits and a batch of another size changes the last ones; everything else is a fault.
+LEAST_COSINE = 0.9999
+# On standardised features, where a flipped or shifted image shows: the plain cosine of such a one can be 0.995.
+LEAST_STANDARDISED = 0.99
+BATCH = 16
+
+Floats = npt.NDArray[np.float32]
+
+
+class NoImages(DistillError):
+    """The images that are to be encoded again are not there."""
+
+
+@dataclass
+class Audit:
+    """Least cosines over all samples (pooled) and tokens (grid), plain and standardised; what is wrong."""
+
+    samples: int = 0
+    pooled: float = 1.0
+    grid: float | None = None
+    pooled_standardised: float = 1.0
+    grid_standardised: float | None = None
+    findings: list[str] = field(default_factory=list)
+
+
+def audit_store(
+    path: str | Path, teacher_path: str, *, samples: int = 16, data: str | None = None, device: str = "auto"
+) -> Audit:
+    """Encode `samples` valid rows, spread over the store, with the teacher at `teacher_path`.
+
+    The images come from the data set (`data`, or where it was when the store was made), or from the store itself.
+
+    Raises:
+        NoImages: when neither has them. TeacherError: when the teacher does not load.
+    """
+    store = open_store(path)
+    audit = Audit()
+    manifest = store.manifest
+    teacher = load_teacher(
+        manifest.teacher.name,
+        teacher_path,
+        device=device,
+        dtype=manifest.teacher.dtype,
+        image_size=manifest.preprocessing.image_size,
+        resize=manifest.preprocessing.resize,
+    )
+    stored, given = manifest.teacher.model_dump(), teacher.spec.model_dump()
+    audit.findings += [
+        f"teacher: {name} is {stored[name]} in the store, {given[name]} at {teacher_path}"
+        for name in stored
+        if stored[name] != given[name]
+    ]
+    chosen = choose_rows(store, samples)
+    found = find_samples(store, chosen, data)
+    for split, rows in chosen.items():
+        for first in range(0, len(rows), BATCH):
+            some = rows[first : first + BATCH]
+            compare(
+                audit,
+                store[split],
+                some,
+                encode_again(manifest, teacher, [found[split][row] for row in some]),
+            )
+    return audit
+
+
+def choose_rows(store: Store, count: int) -> dict[str, list[int]]:
+    """`count` valid rows, evenly spaced over all splits."""
+    valid = [(split, int(row)) for split in store.splits for row in np.flatnonzero(store[split].valid)]
+    places = np.unique(np.linspace(0, len(valid) - 1, min(count, len(valid))).astype(np.int64))
+    chosen: dict[str, list[int]] = {}
+    for place in places.tolist():
+        split, row = valid[place]
+        chosen.setdefault(split, []).append(row)
+    return chosen
+
+
+def find_samples(
+    store: Store, chosen: Mapping[str, list[int]], data: str | None
+) -> dict[str, dict[int, Sample]]:
+    """The sample of every chosen row, by key.
+
+    Raises:
+        NoImages: when neither the data set nor the store has it.
+    """
+    try:
+        source = open_source(data or store.manifest.data_root or "", store.manifest.source or "auto")
+    except DistillError as error:
+        if data is not None or store.manifest.images != "jpeg":
+            raise NoImages(
+                f"{store.path}: its images cannot be read ({error}): give the data set with --data"
+            ) from None
+        return {split: stored_images(store[split], rows) for split, rows in chosen.items()}
+    where: dict[str, tuple[str, int]] = {}
+    wanted = {store[split].keys[row] for split, rows in chosen.items() for row in rows}
+    for name, samples in source.splits().items():
+        where |= {key: (name, index) for index, key in enumerate(samples.keys) if key in wanted}
+    missing = sorted(wanted - set(where))
+    if missing:
+        raise NoImages(
+            f"{store.path}: {len(missing)} of its images are not in {source.root}, first {missing[0]}: "
+            "give the data set with --data"
+        )
+    parts = source.splits()
+    return {
+        split: {row: parts[where[key][0]][where[key][1]] for row in rows for key in [store[split].keys[row]]}
+        for split, rows in chosen.items()
+    }
+
+
+def stored_images(split: Split, rows: list[int]) -> dict[int, Sample]:
+    """Samples of the images that the store holds."""
+    encoded = split.ragged(rows, names.IMAGES_ENCODED)
+    return {row: Sample(split.keys[row], data.tobytes()) for row, data in zip(rows, encoded, strict=True)}
+
+
+def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) -> dict[str, Floats | None]:
+    """pooled [n, D] and, where stored, grid [n, g, g, D] of the samples as the extraction encodes them."""
+    options = {**manifest.preprocessing.options}
+    frames = int(manifest.options.get("frames", 0))
+    job = DecodeJob(
+        image_size=manifest.preprocessing.image_size,
+        resize=manifest.preprocessing.resize,
+        interpolation=manifest.preprocessing.interpolation,
+        exact=bool(options.get("exact", False)),
+        frames=frames,
+        pair=teacher.temporal_patch_size if frames else 1,
+    )
+    slab = Slab((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
+    results = decode_samples(job, samples, slab.pixels)
+    check_readable(samples, results)
+    encoder = Encoder(teacher, job, Encoding(grid=manifest.grid or 0, clips=frames > 0), len(samples))
+    arrays = encoder.launch(DecodedBatch(0, samples, slab, [], results)).arrays()
+    return {name: arrays.get(name) for name in (names.POOLED, names.GRID)}
+
+
+def check_readable(samples: list[Sample], results: list[DecodedSample]) -> None:
+    for sample, result in zip(samples, results, strict=True):
+        if result.reason is not None:
+            raise NoImages(f"{sample.key} was encoded once, but now: {result.reason}")
+
+
+def compare(audit: Audit, split: Split, rows: list[int], again: Mapping[str, Floats | None]) -> None:
+    """Add the rows' least cosines to the audit, and a finding for each row below the limits."""
+    audit.samples += len(rows)
+    for name, fresh in again.items():
+        if fresh is None:
+            continue
+        stored = split.gather(rows, [name])[name].astype(np.float32) * split.scale[name]
+        plain = cosines(stored, fresh)
+        statistics = split.statistics.get(name)
+        if statistics is not None:
+            std = np.maximum(statistics.std, 1e-6 * np.abs(statistics.mean) + 1e-12)
+            stored, fresh = (stored - statistics.mean) / std, (fresh - statistics.mean) / std
+        standardised = cosines(stored, fresh)
+        note(audit, name, plain, standardised)
+        for row, least, least_standardised in zip(rows, plain, standardised, strict=True):
+            if least < LEAST_COSINE or least_standardised < LEAST_STANDARDISED:
+                audit.findings.append(
+                    f"{split.name} {split.keys[row]}: {name} differs from the teacher's answer: cosine {least:.5f} "
+                    f"(standardised {least_standardised:.4f}), expected at least {LEAST_COSINE} ({LEAST_STANDARDISED})"
+                )
+
+
+def note(audit: Audit, name: str, plain: Floats, standardised: Floats) -> None:
+    field_name = "pooled" if name == names.POOLED else "grid"
+    for suffix, values in (("", plain), ("_standardised", standardised)):
+        before: Any = getattr(audit, field_name + suffix)
+        least = float(values.min())
+        setattr(audit, field_name + suffix, least if before is None else min(before, least))
+
+
+def cosines(a: Floats, b: Floats) -> Floats:
+    """float32 [n]: the least cosine over each sample's tokens of a and b [n, ..., D]."""
+    product = (a * b).sum(axis=-1, dtype=np.float64)
+    norms = np.sqrt((a.astype(np.float64) ** 2).sum(-1) * (b.astype(np.float64) ** 2).sum(-1))
+    cosine = product / np.maximum(norms, 1e-30)
+    return np.asarray(cosine.reshape(len(a), -1).min(axis=1), np.float32)

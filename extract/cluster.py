@@ -1,0 +1,241 @@
+"""Extraction by many processes: several devices of this machine, or the workers of a dask scheduler.
+
+One shard of the plan is one task. A worker keeps the data set's listing, the teacher and its decoders between
+tasks; a worker that is lost loses its shard's uncommitted rows, and dask gives the shard to another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from console.log import get_logger
+from console.stop import Stopped, StopRequest
+from extract.cluster_worker import (
+    POLL_S,
+    STOP_FILE,
+    UnitReport,
+    encode_unit,
+    extend_on_worker,
+    prepare_on_worker,
+)
+from extract.config import ExtractConfig
+from extract.existing import FOLDER, Unit, count_committed, job_of, list_units
+from extract.ledger import append_ledger, check_limit
+from extract.outcome import ExtractObserver, ExtractResult, stop_message
+from extract.prepare import finalize, record_halving
+from extract.watchdog import Watchdog
+from extract.workers import blocked_signals
+from store.errors import DistillError
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+log = get_logger("extract")
+
+PROGRESS_S = 2.0
+STOP_S = 2.0  # how long workers may take to commit when a stop is requested
+CLOSE_S = 10.0
+GPU = "GPU"
+
+
+class ClusterError(DistillError):
+    """The scheduler cannot be reached, or its workers keep dying."""
+
+
+def run_on_cluster(
+    config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
+) -> ExtractResult:
+    """Encode all shards with the workers of `config.scheduler`, or with one process for each device here.
+
+    Raises:
+        ClusterError, Stopped, and what the tasks raise.
+    """
+    config = absolute(config)
+    with Watchdog(stop, lambda: stop_message(config)), cluster_client(config) as client:
+        return Coordinator(config, client, observers, stop).run()
+
+
+def absolute(config: ExtractConfig) -> ExtractConfig:
+    """The configuration with paths that mean the same in every process of this or another machine."""
+    changes: dict[str, Any] = {"out": config.out.absolute()}
+    if Path(config.data).exists():
+        changes["data"] = str(Path(config.data).absolute())
+    if config.teacher_path is not None and Path(config.teacher_path).exists():
+        changes["teacher_path"] = str(Path(config.teacher_path).absolute())
+    changes["split"] = {
+        name: str(Path(path).absolute()) if Path(path).exists() else path
+        for name, path in config.split.items()
+    }
+    return config.model_copy(update=changes)
+
+
+@contextmanager
+def cluster_client(config: ExtractConfig) -> Iterator[Client]:
+    """A client of the given scheduler, or of a cluster of one process for each device."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    if config.scheduler is not None:
+        try:
+            client = Client(config.scheduler, timeout=20, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise ClusterError(f"scheduler {config.scheduler} does not answer: {error}") from None
+        with client:
+            yield client
+        return
+    # Daemonic workers could not start decoding processes. Signals are for this process alone.
+    with dask.config.set({"distributed.worker.daemon": False}), blocked_signals():
+        cluster = LocalCluster(
+            n_workers=len(config.devices),
+            threads_per_worker=1,
+            memory_limit=0,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        )
+        client = Client(cluster, set_as_default=False)
+    try:
+        yield client
+    finally:
+        with contextlib.suppress(TimeoutError):  # they end with this process in any case
+            client.close(timeout=CLOSE_S)
+        with contextlib.suppress(TimeoutError):
+            cluster.close(timeout=CLOSE_S)
+
+
+class Coordinator:
+    """Hands shards to workers, counts bad images, stops them all, completes the store."""
+
+    def __init__(
+        self, config: ExtractConfig, client: Client, observers: Sequence[ExtractObserver], stop: StopRequest
+    ) -> None:
+        self.config, self.client, self.observers, self.stop = config, client, observers, stop
+        self.options = config.model_dump(mode="json")
+        self.run_id = uuid.uuid4().hex[:8]
+        self.resources = {GPU: 1} if self.has_gpu_resource() else {}
+        self.stop_file = config.out / FOLDER / STOP_FILE
+        self.bad = 0
+
+    def has_gpu_resource(self) -> bool:
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        return any(GPU in worker.get("resources", {}) for worker in workers)
+
+    def run(self) -> ExtractResult:
+        result = ExtractResult(store=str(self.config.out))
+        self.result_of(self.submit("prepare", prepare_on_worker, self.options))
+        # Options such as --overwrite have done their work; the shards' tasks must not repeat it.
+        self.options = {**self.options, "overwrite": False}
+        self.stop_file.unlink(missing_ok=True)
+        try:
+            self.encode(result)
+            while finalize(self.config.out, own_all=True) and self.result_of(
+                self.submit("extend", extend_on_worker, self.options)
+            ):
+                self.encode(result)
+        finally:
+            self.stop_file.unlink(missing_ok=True)
+        return result.read_store()
+
+    def submit(self, name: str, function: Any, *arguments: Any) -> Future:
+        return self.client.submit(
+            function,
+            *arguments,
+            key=f"extract-{name}-{self.run_id}-{uuid.uuid4().hex[:6]}",
+            pure=False,
+            resources=self.resources,
+        )
+
+    def encode(self, result: ExtractResult) -> None:
+        """Encode all shards of the unfinished job, if there is one."""
+        job = job_of(self.config.out)
+        if job is None:
+            return
+        done, self.bad = count_committed(self.config.out, job)
+        units = list_units(job)
+        self.total = sum(end - first for _, first, end in units)
+        self.tell(done)
+        started = time.monotonic()
+        futures = {
+            self.submit(f"{unit[0]}-{unit[1]}", encode_unit, self.options, unit): unit for unit in units
+        }
+        for report in self.reports(futures):
+            result.add(report.rows, 0.0, report.halved)
+            self.count_bad(report)
+        result.add(0, time.monotonic() - started, [])
+
+    def reports(self, futures: dict[Future, Unit]) -> Iterator[UnitReport]:
+        """Reports of the tasks as they end. On a stop or an error the workers commit and end, too."""
+        told = time.monotonic()
+        waiting = dict(futures)
+        try:
+            while waiting:
+                if self.stop.requested:
+                    raise Stopped("", self.stop.exit_code)
+                for future in self.finished(waiting):
+                    del waiting[future]
+                    yield self.result_of(future)
+                if time.monotonic() - told >= PROGRESS_S:
+                    told = time.monotonic()
+                    self.tell_committed()
+        except BaseException:
+            self.stop_workers(list(waiting))
+            if self.stop.requested:
+                raise Stopped(stop_message(self.config), self.stop.exit_code) from None
+            raise
+        self.tell(self.total)
+
+    def finished(self, waiting: dict[Future, Unit]) -> list[Future]:
+        """Those of the tasks that have ended; when there are none, after a moment."""
+        ended = [future for future in waiting if future.done()]
+        if not ended:
+            self.stop.wait(POLL_S / 5)
+        return ended
+
+    def result_of(self, future: Future) -> Any:
+        """A task's result; a worker that dies again and again becomes a readable error."""
+        from distributed import KilledWorker
+
+        while not future.done():
+            if self.stop.requested:
+                raise Stopped(stop_message(self.config), self.stop.exit_code)
+            self.stop.wait(0.05)
+        try:
+            return future.result()
+        except KilledWorker as error:
+            raise ClusterError(
+                f"a shard ended several workers ({error.last_worker.address}): out of memory? "
+                "Try a smaller --batch-size; running the same command again goes on"
+            ) from None
+
+    def stop_workers(self, futures: list[Future]) -> None:
+        """Ask all workers to commit what they have, and give them a moment for it."""
+        self.stop_file.touch()
+        self.client.cancel([future for future in futures if future.status == "pending"], force=False)
+        deadline = time.monotonic() + STOP_S
+        while time.monotonic() < deadline and self.client.processing():
+            if not any(self.client.processing().values()):
+                return
+            time.sleep(0.1)
+
+    def count_bad(self, report: UnitReport) -> None:
+        append_ledger(self.config.out, report.bad)
+        record_halving(self.config.out, report.halved)
+        self.bad += len(report.bad)
+        last = report.bad[-1] if report.bad else None
+        allowed = self.config.allowed_bad(self.total)
+        check_limit(self.bad, allowed, self.config.max_bad, self.config.out, last)
+
+    def tell_committed(self) -> None:
+        job = job_of(self.config.out)
+        if job is not None:
+            self.tell(count_committed(self.config.out, job)[0])
+
+    def tell(self, done: int) -> None:
+        for observer in self.observers:
+            observer.progress(done, self.total, "encoding")

@@ -1,0 +1,148 @@
+"""What runs on the workers of a cluster: prepare the store, encode one shard, plan new images."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from console.log import configure_logging
+from console.stop import StopRequest
+from extract.config import ExtractConfig
+from extract.existing import FOLDER, Unit, adopt_rows, job_of, planned_keys
+from extract.planning import ExtractTask, make_task
+from extract.prepare import extend, prepare_store, use_threads
+from extract.run import decode_workers, load, open_data
+from extract.session import BadSample, Session
+from extract.teachers import Teacher
+from store.errors import LockedError
+from store.writer import StoreWriter
+
+STOP_FILE = "stop"
+POLL_S = 0.5
+LOCK_WAIT_S = 300.0  # longer than the store takes to call a lost worker's lock stale
+
+
+class UnitReport(NamedTuple):
+    """What one task did."""
+
+    rows: int
+    bad: list[BadSample]
+    halved: list[int]
+
+
+class FileStop(StopRequest):
+    """A stop request by a file, which all machines see."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file, self.looked = file, 0.0
+
+    @property
+    def requested(self) -> bool:
+        if time.monotonic() - self.looked > POLL_S:
+            self.looked = time.monotonic()
+            if self.file.exists():
+                self.set()
+        return self.event.is_set()
+
+
+class WorkerState:
+    """What a worker process keeps between tasks. One task at a time: a device has no room for two teachers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.options: dict[str, Any] | None = None
+        self.teacher: Teacher | None = None
+        self.task: ExtractTask | None = None
+        self.session: Session | None = None
+        self.share = 1  # workers that share this machine's cores
+
+    def open(self, options: dict[str, Any]) -> tuple[ExtractConfig, ExtractTask, Teacher]:
+        """Data set and teacher of these options, from the last task where possible."""
+        config = ExtractConfig(**options)
+        self.share = len(config.devices)
+        config = config.model_copy(update={"device": own_device(config), "scheduler": None})
+        if self.options != options or self.task is None or self.teacher is None:
+            configure_logging(logging.WARNING)
+            self.close()
+            self.teacher = load(config)
+            self.task = make_task(config, open_data(config), self.teacher)
+            self.options = options
+        return config, self.task, self.teacher
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.close()
+        self.session = self.task = self.teacher = self.options = None
+
+
+STATE = WorkerState()
+
+
+def own_device(config: ExtractConfig) -> str:
+    """The device of this worker: that of its number among the local workers, else the only one."""
+    from distributed import get_worker
+
+    name = get_worker().name
+    return config.devices[int(name) % len(config.devices)] if isinstance(name, int) else config.devices[0]
+
+
+def prepare_on_worker(options: dict[str, Any]) -> None:
+    """Make or check the store: a worker has the device that its scales need."""
+    with STATE.lock:
+        config, task, teacher = STATE.open(options)
+        STATE.task = prepare_store(config, task, teacher)
+        STATE.options = {**options, "overwrite": False}
+
+
+def extend_on_worker(options: dict[str, Any]) -> bool:
+    """Plan new images as new rows; True when there are some."""
+    with STATE.lock:
+        _, task, _ = STATE.open(options)
+        return extend(task) is not None
+
+
+def encode_unit(options: dict[str, Any], unit: Unit) -> UnitReport:
+    """Encode one shard; waits for a lock that a lost worker has left."""
+    with STATE.lock:
+        config, task, teacher = STATE.open(options)
+        job = job_of(config.out)
+        if job is None:
+            return UnitReport(0, [], [])
+        session = worker_session(config, task, teacher, job.batch_rows)
+        report = session.report
+        rows, bad, halved = report.rows, len(report.bad), len(report.halved)
+        session.encode(open_writer(config, unit), FileStop(config.out / FOLDER / STOP_FILE))
+        return UnitReport(report.rows - rows, report.bad[bad:], report.halved[halved:])
+
+
+def worker_session(config: ExtractConfig, task: ExtractTask, teacher: Teacher, batch_rows: int) -> Session:
+    """The worker's session over the store's planned rows; made anew when rows were appended."""
+    planned = sum(len(keys) for keys in planned_keys(config.out).values())
+    if STATE.session is None or STATE.session.task.rows != planned:
+        if STATE.session is not None:
+            STATE.session.close()
+        use_threads(config.out, teacher)
+        adopted, _ = adopt_rows(task, config.out)
+        STATE.session = Session(adopted, teacher, batch_rows, decode_workers(config, STATE.share))
+    return STATE.session
+
+
+def open_writer(config: ExtractConfig, unit: Unit) -> StoreWriter:
+    """The shard's writer. A lost worker of another machine leaves a lock that takes minutes to go stale.
+
+    Raises:
+        LockedError: when somebody else is really writing it.
+    """
+    split, first, end = unit
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return StoreWriter(config.out, split, (first, end), break_lock=config.break_lock)
+        except LockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(5)

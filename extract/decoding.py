@@ -1,0 +1,131 @@
+"""What a decoding process does with one sample: bytes → hash, pixels at the teacher's size, views, stored bytes.
+
+Light to import, since every decoding process does; torch comes in with the first resize (extract/preprocess.py).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from extract.augment import Matrix, sample_views
+from extract.preprocess import decode_for, resize_pixels
+from extract.sources.base import AnnotationError, Boxes, Sample, content_digest
+from imaging.decode import DEFAULT_MAX_PIXELS, Decoded, decode
+from imaging.errors import ImageError
+from imaging.geometry import View
+
+Pixels = npt.NDArray[np.uint8]
+
+JPEG_QUALITY = 95
+JPEG_MAGIC = b"\xff\xd8\xff"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeJob:
+    """How every sample of a run is decoded.
+
+    `frames` > 0: samples are clips, of which that many places are seen; `pair` is 2 where the teacher takes each
+    frame with its successor, else 1.
+    """
+
+    image_size: int
+    resize: Literal["squash", "letterbox", "center-crop"]
+    interpolation: str = "bicubic"
+    exact: bool = False
+    views: int = 0
+    frames: int = 0
+    pair: int = 1
+    seed: int = 0
+    images: Literal["none", "jpeg", "raw"] = "none"
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    @property
+    def planes(self) -> int:
+        """Pixel planes a sample takes in a slab."""
+        return self.frames * self.pair or 1 + self.views
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedSample:
+    """What decoding found out about one sample, pixels aside.
+
+    size: (width, height) of the original, upright; (0, 0) when bad. content: blake2b-128 of the file's bytes.
+    reason: why the sample is bad, or None. encoded: image bytes to store. geometry: float64 [K, 2, 3].
+    mask: PNG bytes.
+    """
+
+    size: tuple[int, int] = (0, 0)
+    content: bytes = bytes(16)
+    reason: str | None = None
+    boxes: Boxes | None = None
+    mask: bytes = b""
+    encoded: bytes = b""
+    geometry: Matrix | None = None
+
+
+def decode_samples(job: DecodeJob, samples: Sequence[Sample], pixels: Pixels) -> list[DecodedSample]:
+    """Decode `samples` into `pixels`, uint8 [n, P, 3, S, S]; a bad one leaves zeros and says why."""
+    return [decode_sample(job, sample, planes) for sample, planes in zip(samples, pixels, strict=True)]
+
+
+def decode_sample(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSample:
+    """One sample; whatever its file may be, the answer is pixels or a reason."""
+    content = bytes(16)
+    try:
+        data = sample.read()
+        content = content_digest(data)
+        result = decode_clip(job, sample, planes) if job.frames else decode_still(job, sample, data, planes)
+        boxes = sample.read_boxes(result.size)
+        return replace(result, content=content, boxes=boxes, mask=sample.read_mask(result.size) or b"")
+    except ImageError as error:
+        reason = error.reason
+    except AnnotationError as error:
+        reason = f"annotation: {error}"
+    except MemoryError:
+        reason = "decoding needs more memory than there is"
+    planes[...] = 0
+    return DecodedSample(reason=reason, content=content)
+
+
+def decode_still(job: DecodeJob, sample: Sample, data: bytes, planes: Pixels) -> DecodedSample:
+    """One image: the base plane, then a plane for each augmented view."""
+    decoded = decode_for(data, job.image_size, exact=job.exact, max_pixels=job.max_pixels)
+    planes[0] = resize_pixels(decoded, job.image_size, job.resize, job.interpolation)
+    geometry = None
+    if job.views:
+        geometry = sample_views(sample.key, job.views, job.seed, *decoded.size)
+        for plane, matrix in zip(planes[1:], geometry, strict=True):
+            put_plane(plane, View(matrix).render(decoded.image, job.image_size))
+    encoded = jpeg_bytes(data, job) if job.images == "jpeg" else b""
+    return DecodedSample(size=decoded.size, encoded=encoded, geometry=geometry)
+
+
+def decode_clip(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSample:
+    """A clip: one plane for each frame that the teacher sees."""
+    frames = sample.read_frames(job.frames, pairs=job.pair == 2, max_pixels=job.max_pixels)
+    size = frames[0].size
+    for plane, frame in zip(planes, frames, strict=True):
+        plane[...] = resize_pixels(Decoded(frame, size), job.image_size, job.resize, job.interpolation)
+    return DecodedSample(size=size)
+
+
+def put_plane(plane: Pixels, image: Image.Image) -> None:
+    """Copy an RGB image of the plane's size into uint8 [3, S, S]."""
+    plane[...] = np.asarray(image).transpose(2, 0, 1)
+
+
+def jpeg_bytes(data: bytes, job: DecodeJob) -> bytes:
+    """What `--images jpeg` stores: a JPEG file as it is, anything else re-encoded at quality 95, 4:4:4."""
+    if data.startswith(JPEG_MAGIC):
+        return data
+    buffer = io.BytesIO()
+    image = decode(data, max_pixels=job.max_pixels).image
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()

@@ -1,0 +1,113 @@
+"""`--dry-run`: how large the store will be, whether the disk has room, how long it will take. Writes nothing."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extract.config import ExtractConfig
+from extract.decoding import DecodedSample, decode_samples
+from extract.encode import Encoder
+from extract.outcome import ExtractResult
+from extract.planning import ExtractTask, batch_rows, calibration_samples, make_task
+from extract.run import decode_workers, load, open_data
+from extract.slabs import Slab
+from extract.sources.base import Sample
+from extract.teachers import Teacher
+from extract.workers import DecodedBatch
+from store import format as names
+from store.format import ArraySpec
+
+TIMED_SAMPLES = 32
+TIMED_PASSES = 3
+
+
+def estimate(config: ExtractConfig) -> ExtractResult:
+    """Sizes from the arrays, times from a few real samples: decoded once, encoded `TIMED_PASSES` times."""
+    teacher = load(config)
+    task = make_task(config, open_data(config), teacher)
+    batch_size = batch_rows(config, teacher)
+    samples = calibration_samples(task, min(TIMED_SAMPLES, batch_size))
+    slab, results, decode_s = timed_decoding(task, samples)
+    encode_s, frames = timed_encoding(task, teacher, samples, slab, results)
+    arrays = {spec.name: bytes_per_sample(spec, task, samples, results, frames) for spec in task.arrays}
+    workers = max(1, decode_workers(config, len(config.devices)))
+    per_sample = max(encode_s, decode_s / workers) / len(config.devices)
+    total = int(sum(arrays.values()) * task.rows)
+    free = free_bytes(config.out)
+    figures: dict[str, Any] = {
+        "batch_size": batch_size,
+        "bytes_per_sample": {name: round(size, 1) for name, size in arrays.items()},
+        "total_bytes": total,
+        "free_bytes": free,
+        "fits": total < free,
+        "encode_ms_per_image": 1000 * encode_s,
+        "decode_ms_per_image_and_core": 1000 * decode_s,
+        "decoding_workers": workers,
+        "estimated_seconds": per_sample * task.rows,
+        "images_per_second": 1 / per_sample,
+        "timed_samples": len(samples),
+    }
+    return ExtractResult(
+        store=str(config.out),
+        rows=task.rows,
+        splits={name: len(split) for name, split in task.splits.items()},
+        batch_size=batch_size,
+        random_weights=teacher.spec.random_weights,
+        estimate=figures,
+    )
+
+
+def timed_decoding(task: ExtractTask, samples: list[Sample]) -> tuple[Slab, list[DecodedSample], float]:
+    """The samples decoded in this thread, and seconds a sample."""
+    size = task.job.image_size
+    slab = Slab((len(samples), task.job.planes, 3, size, size), shared=False)
+    decode_samples(task.job, samples[:1], slab.pixels[:1])  # the first one imports the decoder
+    started = time.perf_counter()
+    results = decode_samples(task.job, samples, slab.pixels)
+    return slab, results, (time.perf_counter() - started) / len(samples)
+
+
+def timed_encoding(
+    task: ExtractTask, teacher: Teacher, samples: list[Sample], slab: Slab, results: list[DecodedSample]
+) -> tuple[float, int]:
+    """Median seconds a sample of a few passes, and rows of frames a sample."""
+    encoder = Encoder(teacher, task.job, task.encoding, len(samples))
+    batch = DecodedBatch(0, samples, slab, [], results)
+    arrays = encoder.launch(batch).arrays()  # a warm-up
+    times = []
+    for _ in range(TIMED_PASSES):
+        started = time.perf_counter()
+        encoder.launch(batch).arrays()
+        times.append(time.perf_counter() - started)
+    frames = arrays[names.FRAMES].shape[1] if names.FRAMES in arrays else 0
+    return statistics.median(times) / len(samples), frames
+
+
+def bytes_per_sample(
+    spec: ArraySpec, task: ExtractTask, samples: list[Sample], results: list[DecodedSample], frames: int
+) -> float:
+    """Bytes a row of an array takes; for ragged ones as measured on the timed samples."""
+    if not spec.ragged:
+        return float(spec.row_bytes)
+    counts: dict[str, list[int]] = {
+        names.FRAMES: [frames],
+        names.BOXES: [0 if result.boxes is None else len(result.boxes.values) for result in results],
+        names.BOX_CLASSES: [0 if result.boxes is None else len(result.boxes.classes) for result in results],
+        names.MASK: [len(result.mask) for result in results],
+        names.IMAGES_ENCODED: [len(result.encoded) for result in results],
+    }
+    return float(np.mean(counts[spec.name])) * spec.row_bytes + np.dtype(np.int64).itemsize
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk that the path is, or would be, on."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,104 @@
+"""What an extraction says of itself: progress, result, and how to go on after a stop."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from extract.config import ExtractConfig
+from extract.existing import count_committed, job_of, list_units
+from extract.ledger import write_ledger
+from store.metadata import ZARR_JSON
+from store.reader import open_store
+
+
+class ExtractObserver(Protocol):
+    """Who wants to know how far an extraction is: a progress bar, the platform."""
+
+    def progress(self, done: int, total: int, message: str) -> None: ...
+
+
+@dataclass
+class ExtractResult:
+    """What a run did. `encoded` counts this run's rows, `rows` all of the store's."""
+
+    store: str
+    rows: int = 0
+    splits: dict[str, int] = field(default_factory=dict)
+    encoded: int = 0
+    bad: int = 0
+    complete: bool = False
+    fingerprint: str | None = None
+    batch_size: int = 0
+    halved: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    startup_seconds: float = (
+        0.0  # of `seconds`: until the first batch was encoded (decoders start, caches fill)
+    )
+    images_per_second: float = 0.0
+    random_weights: bool = False
+    probe: dict[str, Any] | None = None
+    estimate: dict[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def add(self, encoded: int, seconds: float, halved: list[int]) -> None:
+        """Count rows that were encoded just now."""
+        self.encoded += encoded
+        self.seconds += seconds
+        self.halved += halved
+        self.images_per_second = self.encoded / max(self.seconds, 1e-9)
+
+    def read_store(self) -> ExtractResult:
+        """Fill in what the store says; a complete one gets its final ledger."""
+        store = open_store(self.store, allow_incomplete=True)
+        self.complete = store.manifest.complete
+        self.random_weights = store.manifest.teacher.random_weights
+        self.batch_size = store.manifest.batch_rows
+        job = job_of(store.path)
+        splits = {name: split.rows for name, split in job.splits.items()} if job else store.manifest.splits
+        self.splits, self.rows = dict(splits), sum(splits.values())
+        if self.complete:
+            self.bad = len(write_ledger(store.path))
+            self.fingerprint = store.fingerprint
+        return self
+
+
+def stop_message(config: ExtractConfig) -> str:
+    """What to say when a signal ended the run, read from what is committed."""
+    return f"stopped: {committed_text(config.out)}. Go on with: {resume_command(config)}"
+
+
+def committed_text(path: Path) -> str:
+    if not (path / ZARR_JSON).exists():
+        return "nothing is encoded yet"
+    job = job_of(path)
+    if job is None:
+        return f"all images are committed in {path}"
+    total = sum(split.rows for split in job.splits.values())
+    planned = sum(
+        end - first for _, first, end in list_units(job)
+    )  # less than `total` when new images are added
+    rows = total - planned + count_committed(path, job)[0]
+    return f"{rows:,} of {total:,} images are committed in {path}"
+
+
+def resume_command(config: ExtractConfig) -> str:
+    """The command line that goes on with this extraction."""
+    words = ["cli", "extract", config.data]
+    for name, info in ExtractConfig.model_fields.items():
+        value = getattr(config, name)
+        if name in ("data", "overwrite", "dry_run") or value == info.get_default(call_default_factory=True):
+            continue
+        option = "--" + name.replace("_", "-").removesuffix("s" if name == "source_options" else "\0")
+        if isinstance(value, bool):
+            words.append(option)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                words += [option, f"{key}={item}"]
+        else:
+            words += [option, str(value)]
+    return shlex.join(words)

@@ -1,0 +1,231 @@
+"""What a run will write, decided before the first row: samples by row, arrays, manifest, scales."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from extract.config import ConfigError, ExtractConfig
+from extract.decoding import DecodeJob
+from extract.encode import Encoding
+from extract.sources.base import Sample, Samples, Source
+from extract.teachers import Teacher
+from store import format as names
+from store.format import ArraySpec, Manifest
+from store.keys import KeyTable
+from store.layout import choose_shard_rows, power_of_two_below
+
+AUTO_GRID = 16
+AUTO_BATCH = {"cuda": 256, "cpu": 16}
+PEEK = 1000  # samples looked at to find out which targets the data set has
+PARALLEL_SHARDS = 16  # shards that a large data set has at least, so that several devices can share it
+MIN_SHARD_ROWS = 1024
+
+
+class NoSamples(Samples):
+    """A split that the data set does not have."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return ()
+
+    def build(self, index: int) -> Sample:
+        raise IndexError(index)
+
+
+NO_SAMPLES = NoSamples()
+
+
+@dataclass(frozen=True)
+class RowSamples:
+    """The samples of a split in the store's row order; `order` int64 [N] is None when that is the source's."""
+
+    samples: Samples
+    order: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples) if self.order is None else len(self.order)
+
+    def between(self, first: int, end: int) -> list[Sample]:
+        """The samples of rows [first, end)."""
+        if self.order is None:
+            return self.samples[first:end]
+        return [self.samples.build(int(index)) for index in self.order[first:end]]
+
+
+@dataclass(frozen=True)
+class ExtractTask:
+    """One store to be filled: where, from what, and how."""
+
+    path: Path
+    splits: Mapping[str, RowSamples]
+    job: DecodeJob
+    encoding: Encoding
+    manifest: Manifest
+    arrays: Sequence[ArraySpec]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(samples) for samples in self.splits.values())
+
+
+def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> ExtractTask:
+    """The task of a new store; resuming puts its rows in the stored order, see `existing.py`.
+
+    Raises:
+        ConfigError: for options that this data set or teacher cannot follow.
+    """
+    clips = source.task == "sequence" or source.kind == "clips"
+    check_options(config, source, clips)
+    targets = found_targets(source)
+    encoding = Encoding(grid=grid_side(config, teacher, targets), views=config.views, clips=clips)
+    job = DecodeJob(
+        image_size=config.image_size,
+        resize=config.resize,
+        interpolation=teacher.preprocessing.interpolation,
+        exact=config.exact_preprocessing,
+        max_pixels=config.max_pixels,
+        views=config.views,
+        frames=config.frames if clips else 0,
+        pair=temporal_patch(teacher) if clips else 1,
+        seed=config.seed,
+        images=config.images,
+    )
+    return ExtractTask(
+        path=config.out,
+        splits={name: RowSamples(samples) for name, samples in source.splits().items()},
+        job=job,
+        encoding=encoding,
+        manifest=make_manifest(config, source, teacher, encoding, job),
+        arrays=make_arrays(config, teacher, encoding, targets),
+    )
+
+
+def check_options(config: ExtractConfig, source: Source, clips: bool) -> None:
+    problems = []
+    if clips and config.views:
+        problems.append("--views needs images, this data set has clips")
+    if clips and config.images != "none":
+        problems.append(f"--images {config.images} needs images, this data set has clips")
+    if config.logits != "none" and not source.class_names:
+        problems.append(f"--logits {config.logits} needs class labels, this data set has none")
+    if config.logits.startswith("zero-shot") and (config.teacher != "qwen2.5-vl" or clips):
+        problems.append(f"--logits {config.logits} needs Qwen2.5-VL's language model and images")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def found_targets(source: Source) -> frozenset[str]:
+    """Which of label, boxes and mask the samples have, by a look at evenly spaced ones."""
+    found = set()
+    for samples in source.splits().values():
+        step = max(1, len(samples) // PEEK)
+        for index in range(0, len(samples), step):
+            sample = samples[index]
+            values = {"label": sample.label, "boxes": sample.boxes, "mask": sample.mask}
+            found |= {name for name, value in values.items() if value is not None}
+    return frozenset(found)
+
+
+def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) -> int:
+    """Side of the stored grid, 0 for none."""
+    native = teacher.grid_size(config.image_size, config.image_size)[0]
+    if config.grid == "native":
+        return native
+    if config.grid == "auto":
+        return min(AUTO_GRID, native) if targets & {"boxes", "mask"} else 0
+    return int(config.grid)
+
+
+def temporal_patch(teacher: Teacher) -> int:
+    """Frames that the teacher encodes together: 2 for Qwen2.5-VL, 1 for image encoders."""
+    return int(getattr(teacher, "temporal_patch_size", 1))
+
+
+def make_arrays(
+    config: ExtractConfig, teacher: Teacher, encoding: Encoding, targets: frozenset[str]
+) -> list[ArraySpec]:
+    width = teacher.spec.width
+    return [
+        *names.feature_arrays(width, grid=encoding.grid or None, views=encoding.views, frames=encoding.clips),
+        *names.target_arrays(label="label" in targets, boxes="boxes" in targets, mask="mask" in targets),
+        *names.image_arrays(config.images, config.image_size),
+    ]
+
+
+def make_manifest(
+    config: ExtractConfig, source: Source, teacher: Teacher, encoding: Encoding, job: DecodeJob
+) -> Manifest:
+    preprocessing = teacher.preprocessing
+    if config.exact_preprocessing:
+        options = {**preprocessing.options, "exact": True}
+        preprocessing = preprocessing.model_copy(update={"options": options})
+    options = {"seed": config.seed} if config.views else {}
+    if job.frames:
+        options |= {"frames": job.frames, "frames_per_row": job.pair}
+    return Manifest(
+        teacher=teacher.spec,
+        preprocessing=preprocessing,
+        class_names=source.class_names,
+        task=source.task,
+        source=source.kind,
+        data_root=source.root,
+        grid=encoding.grid or None,
+        views=encoding.views,
+        images=config.images,
+        software=software_versions(),
+        options=options,
+    )
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what computes the features."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "pillow", "timm", "qwen-distill"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def batch_rows(config: ExtractConfig, teacher: Teacher) -> int:
+    """Images of one forward pass, before memory runs out."""
+    if isinstance(config.batch_size, int):
+        return config.batch_size
+    return AUTO_BATCH.get(teacher.device.type, AUTO_BATCH["cpu"])
+
+
+def shard_rows(config: ExtractConfig, task: ExtractTask) -> int:
+    """Rows of a shard: the store's own choice, less for a large data set that several devices may share.
+
+    A function of the data set alone, so that one device and many make the same store.
+    """
+    if config.shard_rows is not None:
+        return config.shard_rows
+    share = max(MIN_SHARD_ROWS, power_of_two_below(task.rows // PARALLEL_SHARDS))
+    return min(choose_shard_rows(list(task.arrays)), share)
+
+
+def calibration_samples(task: ExtractTask, count: int) -> list[Sample]:
+    """`count` samples spread evenly over the largest split: scales are taken from them."""
+    samples = max(task.splits.values(), key=len)
+    rows = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64))
+    return list(itertools.chain.from_iterable(samples.between(row, row + 1) for row in rows.tolist()))
+
+
+def in_stored_order(samples: Samples, table: KeyTable) -> tuple[RowSamples, list[str]]:
+    """The samples in the order of a store's keys, and the keys that the data set no longer has."""
+    if len(samples) == len(table) and all(a == b for a, b in zip(samples.keys, table, strict=True)):
+        return RowSamples(samples), []
+    index = {key: number for number, key in enumerate(samples.keys)}
+    missing = [key for key in table if key not in index]
+    order = np.fromiter((index[key] for key in table if key in index), np.int64)
+    return RowSamples(samples, order), missing

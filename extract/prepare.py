@@ -1,0 +1,219 @@
+"""The store before the first row: made anew, resumed, extended by new images, or refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from console.log import get_logger
+from extract.config import ConfigError, ExtractConfig
+from extract.decoding import decode_samples
+from extract.encode import Encoder
+from extract.existing import (
+    FOLDER,
+    Unit,
+    adopt_rows,
+    check_files,
+    check_same,
+    count_committed,
+    job_of,
+    list_units,
+    save_snapshots,
+)
+from extract.planning import ExtractTask, batch_rows, calibration_samples, shard_rows
+from extract.slabs import Slab
+from extract.teachers import Teacher
+from extract.workers import DecodedBatch
+from store.create import create_store
+from store.errors import StoreError
+from store.extend import extend_store
+from store.files import write_json
+from store.finalize import finalize_store
+from store.job import Job
+from store.metadata import ZARR_JSON
+from store.plan import Plan
+from store.reader import open_store
+from store.scale import channel_scale
+
+log = get_logger("extract")
+
+CALIBRATION = 32
+PLAN_FILE = "plan.json"
+HALVED_FILE = "out_of_memory.jsonl"
+
+
+def prepare_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> ExtractTask:
+    """Make the store, or check the one that is there; the task with samples in the store's row order.
+
+    New images of the data set are planned as new rows once the rows before them are complete.
+
+    Raises:
+        DifferentStore: when the store was made otherwise, with the fields that differ.
+    """
+    path = task.path
+    if config.overwrite:
+        delete_store(path)
+    if not (path / ZARR_JSON).exists():
+        make_store(config, task, teacher)
+    check_same(path, task, open_store(path, allow_incomplete=True).manifest)
+    use_threads(path, teacher)
+    adopted, _ = adopt_rows(task, path)
+    if check_files(path, adopted):
+        save_snapshots(path, adopted)
+    return adopted
+
+
+def delete_store(path: Path) -> None:
+    """Remove what an earlier run made, and nothing else.
+
+    Raises:
+        ConfigError: when the path holds something that is not a store.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / ZARR_JSON).exists()):
+        raise ConfigError(f"--overwrite deletes stores only: {path} is something else, choose another --out")
+    shutil.rmtree(path)
+
+
+def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> None:
+    """Write the plan: keys in order, row numbers, batch cuts, scales. Another process may be first."""
+    plan = Plan(
+        {name: samples.samples.keys for name, samples in task.splits.items()},
+        batch_rows=batch_rows(config, teacher),
+        shard_rows=shard_rows(config, task),
+    )
+    scales = calibrate(task, teacher)
+    try:
+        create_store(task.path, task.manifest, plan, task.arrays, scales=scales)
+    except (StoreError, OSError):
+        if config.shard_range is None or not (task.path / ZARR_JSON).exists():
+            raise
+        return  # an array job's neighbour has made it, from the same data
+    save_snapshots(task.path, task)
+    record_threads(task.path, teacher)
+
+
+def calibrate(task: ExtractTask, teacher: Teacher) -> dict[str, np.ndarray]:
+    """Powers of two [D] for every scaled array, from samples spread over the data set."""
+    samples = calibration_samples(task, CALIBRATION)
+    size = task.job.image_size
+    slab = Slab((len(samples), task.job.planes, 3, size, size), shared=False)
+    results = decode_samples(task.job, samples, slab.pixels)
+    good = [index for index, result in enumerate(results) if result.reason is None]
+    if not good:
+        return {}
+    slab.pixels = slab.pixels[good]
+    batch = DecodedBatch(0, [samples[index] for index in good], slab, [], [results[index] for index in good])
+    arrays = Encoder(teacher, task.job, task.encoding, len(good)).launch(batch).arrays()
+    scaled = {spec.name for spec in task.arrays if spec.scaled}
+    return {name: channel_scale(values) for name, values in arrays.items() if name in scaled}
+
+
+# -- new images ---------------------------------------------------------------------------------------
+
+
+def extend(task: ExtractTask) -> ExtractTask | None:
+    """Plan the data set's new images as new rows of a complete store; None when there are none."""
+    with extract_lock(task.path):
+        if job_of(task.path) is None:
+            _, new = adopt_rows(task, task.path)
+            if not new:
+                return None
+            counts = ", ".join(f"{len(keys):,} in {split}" for split, keys in new.items())
+            log.info("%s: new images (%s) are appended", task.path, counts)
+            extend_store(task.path, new)
+    adopted, _ = adopt_rows(task, task.path)
+    save_snapshots(task.path, adopted)
+    return adopted
+
+
+# -- the end ------------------------------------------------------------------------------------------
+
+
+def finalize(path: Path, own_all: bool) -> bool:
+    """Complete the store if all rows are committed; of several processes one does it. True when complete.
+
+    Raises:
+        StoreError: when rows are missing although this process was to write all of them.
+    """
+    with extract_lock(path):
+        job = job_of(path)
+        if job is None:
+            return True
+        committed = count_committed(path, job)[0]
+        expected = sum(end - first for _, first, end in list_units(job))
+        if committed < expected and not own_all:
+            log.info("%s: %d of %d rows are committed, other shards are missing", path, committed, expected)
+            return False
+        finalize_store(path)
+        return True
+
+
+def chosen_units(config: ExtractConfig, job: Job) -> list[Unit]:
+    """The shards this run is to encode.
+
+    Raises:
+        ConfigError: when `--shard-range` begins beyond the last shard.
+    """
+    units = list_units(job)
+    if config.shards is None:
+        return units
+    first, end = config.shards
+    if first >= len(units):
+        raise ConfigError(
+            f"--shard-range {config.shard_range}: the plan has {len(units)} shards, 0:{len(units)}"
+        )
+    return units[first:end]
+
+
+def merge_units(units: list[Unit]) -> list[Unit]:
+    """Neighbouring shards of one split as one range, so that the pipeline is drained once a split."""
+    merged: list[Unit] = []
+    for split, first, end in units:
+        if merged and merged[-1][0] == split and merged[-1][2] == first:
+            merged[-1] = (split, merged[-1][1], end)
+        else:
+            merged.append((split, first, end))
+    return merged
+
+
+@contextmanager
+def extract_lock(path: Path) -> Iterator[None]:
+    """One extracting process at a time plans or finalises; the lock goes with its owner."""
+    (path / FOLDER).mkdir(exist_ok=True)
+    with open(path / FOLDER / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def record_halving(path: Path, halved: list[int]) -> None:
+    """Note batch sizes that memory forced: rows encoded so may differ in the last bits from an undisturbed run's."""
+    if halved:
+        with (path / FOLDER / HALVED_FILE).open("a") as file:
+            file.write("".join(json.dumps({"batch_size": size}) + "\n" for size in halved))
+
+
+# -- threads: on a CPU their number changes the last bits of a sum ----------------------------------
+
+
+def record_threads(path: Path, teacher: Teacher) -> None:
+    import torch
+
+    if teacher.device.type == "cpu":
+        write_json(path / FOLDER / PLAN_FILE, {"cpu_threads": torch.get_num_threads()})
+
+
+def use_threads(path: Path, teacher: Teacher) -> None:
+    """Compute with as many threads as the process that wrote the plan, so that all runs agree to the bit."""
+    import torch
+
+    file = path / FOLDER / PLAN_FILE
+    if teacher.device.type == "cpu" and file.exists():
+        torch.set_num_threads(int(json.loads(file.read_bytes())["cpu_threads"]))

@@ -1,0 +1,226 @@
+"""`cli extract`: source → plan → decoding processes → teacher → writer thread → store."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from console.log import get_logger
+from console.stop import Stopped, StopRequest
+from extract.config import ExtractConfig
+from extract.existing import Unit, count_committed, job_of, list_units
+from extract.ledger import append_ledger, check_limit
+from extract.outcome import ExtractObserver, ExtractResult, stop_message
+from extract.planning import ExtractTask, make_task
+from extract.prepare import (
+    chosen_units,
+    extend,
+    finalize,
+    merge_units,
+    prepare_store,
+    record_halving,
+)
+from extract.session import Session
+from extract.sources import Source, open_source
+from extract.teachers import RANDOM_WEIGHTS_NOTICE, Teacher, load_teacher
+from extract.watchdog import Watchdog
+from store.job import Job
+from store.writer import StoreWriter
+
+log = get_logger("extract")
+
+LISTING_S = 5.0
+
+LISTING_LOG_S = 5.0
+
+
+def run_extraction(
+    config: ExtractConfig, observers: Sequence[ExtractObserver] = (), stop: StopRequest | None = None
+) -> ExtractResult:
+    """Encode a data set into a store; a second run with the same options goes on where the first ended.
+
+    Raises:
+        Stopped: after SIGINT or SIGTERM (or `stop.set()`), with everything encoded committed.
+        DistillError: for everything the user can do something about.
+    """
+    with own_or(stop) as stop:
+        if config.dry_run:
+            from extract.estimate import estimate
+
+            return estimate(config)
+        if config.scheduler is not None or len(config.devices) > 1:
+            from extract.cluster import run_on_cluster
+
+            result = run_on_cluster(config, observers, stop)
+        else:
+            result = run_here(config, observers, stop)
+        if config.logits != "none" and result.complete:
+            from extract.logits import add_logits
+
+            result.probe = add_logits(config, observers, stop)
+        return result
+
+
+@contextmanager
+def own_or(stop: StopRequest | None) -> Iterator[StopRequest]:
+    """The caller's stop request, or one of our own."""
+    if stop is not None:
+        yield stop
+    else:
+        with StopRequest() as own:
+            yield own
+
+
+def run_here(config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest) -> ExtractResult:
+    """The whole extraction, or its `--shard-range`, in this process on one device."""
+    with Watchdog(stop, lambda: stop_message(config)) as watchdog:
+        source = open_data(config)
+        raise_if_stopped(config, stop)
+        teacher = load(config)
+        raise_if_stopped(config, stop)
+        task: ExtractTask | None = prepare_store(config, make_task(config, source, teacher), teacher)
+        result = ExtractResult(store=str(config.out))
+        while task is not None:
+            Run(config, task, teacher, observers, stop, watchdog).encode(result)
+            complete = finalize(config.out, own_all=config.shards is None)
+            # Images that came after the plan. Not with --shard-range: its numbers are those of the plan.
+            task = extend(task) if complete and config.shards is None else None
+    return result.read_store()
+
+
+def raise_if_stopped(config: ExtractConfig, stop: StopRequest) -> None:
+    """Raises Stopped when a signal came."""
+    if stop.requested:
+        raise Stopped(stop_message(config), stop.exit_code)
+
+
+class ListingLog:
+    """Says every few seconds how many files a large data set has shown so far."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, found: int) -> None:
+        if time.monotonic() - self.last >= LISTING_LOG_S:
+            self.last = time.monotonic()
+            log.info("listing the data set: %s files so far", f"{found:,}")
+
+
+def open_data(config: ExtractConfig) -> Source:
+    """The data set, with what the log should say of it."""
+    source = open_source(
+        config.data,
+        config.source,
+        split=config.split or None,
+        val_fraction=config.val_fraction,
+        group_duplicates=config.group_duplicates,
+        progress=ListingLog(),
+        **config.source_options,
+    )
+    for note in source.notes:
+        log.info("%s", note)
+    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in source.splits().items())
+    log.info("%s: %s data set, %s, %d classes", source.root, source.kind, counts, len(source.class_names))
+    return source
+
+
+class ListingProgress:
+    """Says how many files were found so far, when listing takes long."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+
+    def __call__(self, found: int) -> None:
+        if time.monotonic() - self.said >= LISTING_S:
+            self.said = time.monotonic()
+            log.info("listing: %s files found so far", f"{found:,}")
+
+
+def load(config: ExtractConfig) -> Teacher:
+    """The teacher on the first device."""
+    teacher = load_teacher(
+        config.teacher,
+        config.teacher_path,
+        device=config.devices[0],
+        dtype=config.dtype,
+        image_size=config.image_size,
+        resize=config.resize,
+    )
+    log.info("teacher %s on %s, %s", teacher.spec.name, teacher.device, teacher.spec.dtype)
+    if teacher.spec.random_weights:
+        log.warning("%s", RANDOM_WEIGHTS_NOTICE)
+    return teacher
+
+
+class Run:
+    """What is missing of one job, encoded on one device."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        task: ExtractTask,
+        teacher: Teacher,
+        observers: Sequence[ExtractObserver],
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config, self.task, self.teacher = config, task, teacher
+        self.observers, self.stop, self.watchdog = observers, stop, watchdog
+        self.done = self.bad = self.total = 0
+        self.first_batch_at: float | None = None
+
+    def encode(self, result: ExtractResult) -> None:
+        """Encode the chosen shards of the unfinished job, if there is one, and count it in `result`."""
+        job = job_of(self.task.path)
+        if job is None:
+            return
+        self.done, self.bad = count_committed(self.task.path, job)
+        self.total = sum(end - first for _, first, end in list_units(job))
+        self.tell()
+        with Session(self.task, self.teacher, job.batch_rows, decode_workers(self.config)) as session:
+            self.session = self.watchdog.session = session
+            started = time.monotonic()
+            try:
+                self.encode_units(job)
+            finally:
+                self.watchdog.session = None
+                append_ledger(self.task.path, session.report.bad)
+                record_halving(self.task.path, session.report.halved)
+        result.add(session.report.rows, time.monotonic() - started, session.report.halved)
+        result.startup_seconds += (self.first_batch_at or started) - started
+
+    def encode_units(self, job: Job) -> None:
+        for split, first, end in merge_units(chosen_units(self.config, job)):
+            writer = StoreWriter(self.task.path, split, (first, end), break_lock=self.config.break_lock)
+            self.session.encode(writer, self.stop, self.after_batch)
+            self.check_bad()
+            raise_if_stopped(self.config, self.stop)
+
+    def after_batch(self, rows: int) -> None:
+        self.first_batch_at = self.first_batch_at or time.monotonic()
+        self.done += rows
+        self.tell()
+        self.check_bad()
+
+    def check_bad(self) -> None:
+        found = self.session.report.bad
+        last = found[-1] if found else None
+        allowed = self.config.allowed_bad(self.total)
+        check_limit(self.bad + len(found), allowed, self.config.max_bad, self.task.path, last)
+
+    def tell(self) -> None:
+        for observer in self.observers:
+            observer.progress(self.done, self.total, "encoding")
+
+
+def decode_workers(config: ExtractConfig, share: int = 1) -> int:
+    """Decoding processes: as asked, or one for each core but one, over `share` devices, 16 at most."""
+    if config.workers is not None:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, (cores - 1) // share))
+
+
+__all__ = ["ExtractObserver", "ExtractResult", "Unit", "run_extraction"]

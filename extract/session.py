@@ -1,0 +1,159 @@
+"""Encode ranges of rows: decoding ahead, the teacher, a writer thread, one batch of the plan after the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from console.stop import StopRequest
+from extract.background import BackgroundWriter, Block
+from extract.encode import Encoder, Pending
+from extract.planning import ExtractTask
+from extract.teachers import Teacher
+from extract.workers import DecodedBatch, DecodePool
+from store import format as names
+from store.writer import StoreWriter
+
+Rows = tuple[int, int]
+OVERFLOW = "its features are not finite or too large for float16 at the store's scale"
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A ledger entry. `content` is the hex digest of the file's bytes, empty when it could not be read."""
+
+    split: str
+    row: int
+    key: str
+    reason: str
+    content: str
+
+
+@dataclass
+class Report:
+    """What a session did so far: rows encoded, the bad ones, batch sizes that memory forced."""
+
+    rows: int = 0
+    bad: list[BadSample] = field(default_factory=list)
+    halved: list[int] = field(default_factory=list)
+
+
+class Session:
+    """A teacher and a decode pool that encode any number of row ranges of one store."""
+
+    def __init__(self, task: ExtractTask, teacher: Teacher, batch_size: int, workers: int) -> None:
+        self.task = task
+        self.encoder = Encoder(teacher, task.job, task.encoding, batch_size)
+        self.pool = DecodePool(task.job, batch_size, workers)
+        self.report = Report(halved=self.encoder.halved)
+        self.background: BackgroundWriter | None = None
+
+    def encode(
+        self,
+        writer: StoreWriter,
+        stop: StopRequest | None = None,
+        after_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Encode the writer's rows that are not committed yet.
+
+        Ends early, with everything encoded committed, when `stop` is requested. `after_batch` is called with the
+        number of rows of each batch and may raise to end the run.
+        """
+        with BackgroundWriter(writer) as self.background:
+            for batch, pending in self.run_batches(writer, stop):
+                self.keep(self.background, writer, batch, pending)
+                if after_batch is not None:
+                    after_batch(len(batch.samples))
+
+    def run_batches(
+        self, writer: StoreWriter, stop: StopRequest | None
+    ) -> Iterator[tuple[DecodedBatch, Pending]]:
+        """Encoded batches; on CUDA the device works on the next one while the last is being fetched."""
+        samples = self.task.splits[writer.split]
+        launched: deque[tuple[DecodedBatch, Pending]] = deque()
+        cuts = ((first, samples.between(first, end)) for first, end in writer.batches())
+        for batch in self.pool.batches(cuts):
+            if stop is not None and stop.requested:
+                break
+            launched.append((batch, self.encoder.launch(batch)))
+            self.pool.release(batch)
+            if len(launched) > self.encoder.depth:
+                yield launched.popleft()
+        yield from launched
+
+    def keep(
+        self, background: BackgroundWriter, writer: StoreWriter, batch: DecodedBatch, pending: Pending
+    ) -> None:
+        """Hand a batch to the writer thread, which notes what was bad."""
+        arrays = {**feature_arrays(pending), **sample_arrays(batch, pending)}
+        reasons = [result.reason or "" for result in batch.results]
+        chosen = {name: arrays[name] for name in writer.array_names}
+        background.put(Block(chosen, reasons, partial(self.note_bad, writer.split, batch, reasons)))
+        self.report.rows += len(reasons)
+
+    def note_bad(
+        self, split: str, batch: DecodedBatch, reasons: list[str], valid: npt.NDArray[np.bool_]
+    ) -> None:
+        for offset in np.flatnonzero(~valid).tolist():
+            content = batch.results[offset].content
+            self.report.bad.append(
+                BadSample(
+                    split=split,
+                    row=batch.first + offset,
+                    key=batch.samples[offset].key,
+                    reason=reasons[offset] or OVERFLOW,
+                    content=content.hex() if any(content) else "",
+                )
+            )
+
+    def give_up(self, timeout_s: float) -> None:
+        """From another thread, before the process is ended: commit what was encoded, leave nothing behind."""
+        if self.background is not None:
+            self.background.finish(timeout_s)
+        self.pool.abandon()
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+
+def feature_arrays(pending: Pending) -> dict[str, Any]:
+    """The teacher's arrays as the writer takes them: frames as one array a row."""
+    arrays: dict[str, Any] = dict(pending.arrays())
+    if names.FRAMES in arrays:
+        arrays[names.FRAMES] = list(arrays[names.FRAMES])
+    return arrays
+
+
+def sample_arrays(batch: DecodedBatch, pending: Pending) -> dict[str, Any]:
+    """Everything about a batch that is not the teacher's; the writer picks what its store has."""
+    results = batch.results
+    labels = [names.NO_LABEL if sample.label is None else sample.label for sample in batch.samples]
+    boxes = [result.boxes for result in results]
+    arrays: dict[str, Any] = {
+        names.SIZES: np.array([result.size for result in results], np.int32).reshape(-1, 2),
+        names.CONTENT: np.stack([np.frombuffer(result.content, np.uint8) for result in results]),
+        names.LABEL: np.array(labels, np.int32),
+        names.BOXES: [np.empty((0, 4), np.float32) if item is None else item.values for item in boxes],
+        names.BOX_CLASSES: [np.empty(0, np.int32) if item is None else item.classes for item in boxes],
+        names.MASK: [result.mask for result in results],
+        names.IMAGES_ENCODED: [result.encoded for result in results],
+        names.IMAGES_RAW: pending.raw,
+    }
+    views = next((len(result.geometry) for result in results if result.geometry is not None), 0)
+    missing = np.full((views or pending.views, 2, 3), np.nan)
+    arrays[names.VIEWS_GEOMETRY] = np.stack(
+        [missing if result.geometry is None else result.geometry for result in results]
+    )
+    return arrays

@@ -1,0 +1,216 @@
+"""What every data-set layout is turned into: splits of `Sample` records, with stable keys.
+
+Shapes: `M` boxes of an image, `T` frames of a clip. Coordinates are pixels of the upright original image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from imaging.decode import DEFAULT_MAX_PIXELS, read_file
+from store.errors import DistillError
+
+
+class SourceError(DistillError):
+    """The data set cannot be read as asked; the text names the place and the next step."""
+
+
+class AnnotationError(SourceError):
+    """An annotation is wrong; the text names the file and, where it has lines, the line."""
+
+
+class Boxes(NamedTuple):
+    """Objects of one image: `values` float32 [M, 4] (xyxy, pixels of the upright original), `classes` int32 [M]."""
+
+    values: npt.NDArray[np.float32]
+    classes: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, values: Any, classes: Any) -> Boxes:
+        """From anything array-like; no box at all is [0, 4]."""
+        return cls(np.asarray(values, np.float32).reshape(-1, 4), np.asarray(classes, np.int32).reshape(-1))
+
+
+@runtime_checkable
+class Payload(Protocol):
+    """Bytes to be read later, perhaps in another process: small and picklable."""
+
+    def read(self) -> bytes:
+        """Raises ImageError when they cannot be read."""
+        ...
+
+
+class LazyBoxes(Protocol):
+    """Boxes to be parsed later: some layouts need the image's size for it. Small and picklable."""
+
+    def read(self, size: tuple[int, int]) -> Boxes:
+        """Boxes of an image of `size` (width, height), upright. Raises AnnotationError."""
+        ...
+
+
+class LazyMask(Protocol):
+    """A mask to be read later. Small and picklable."""
+
+    def read(self, size: tuple[int, int] | None) -> bytes:
+        """A grey PNG of class ids. Raises AnnotationError, also for another size (width, height) than `size`."""
+        ...
+
+
+class Frames(Payload, Protocol):
+    """The frames of a clip; `read()` gives the bytes of its file or files, for the content's digest."""
+
+    def read_frames(self, count: int, *, pairs: bool, max_pixels: int) -> list[Image.Image]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image or clip with what is known about it. Nothing is read before a `read…` method is called.
+
+    `key` is unique in the data set, stable between runs and machines. `label` indexes the source's class names;
+    None: unlabelled. A clip has `frames` and no `image`.
+    """
+
+    key: str
+    image: Path | bytes | Payload | None = None
+    label: int | None = None
+    boxes: Boxes | LazyBoxes | None = None
+    mask: bytes | LazyMask | None = None
+    frames: Frames | None = None
+
+    def read(self) -> bytes:
+        """The encoded bytes as they lie in the data set. Raises ImageError when unreadable."""
+        content = self.frames if self.image is None else self.image
+        if isinstance(content, bytes):
+            return content
+        if isinstance(content, Path):
+            return read_file(content)
+        if content is None:
+            raise ValueError(f"sample {self.key!r} has neither image nor frames")
+        return content.read()
+
+    def read_boxes(self, size: tuple[int, int]) -> Boxes | None:
+        """The boxes, for an upright original of `size` (width, height). Raises AnnotationError."""
+        if self.boxes is None or isinstance(self.boxes, Boxes):
+            return self.boxes
+        return self.boxes.read(size)
+
+    def read_mask(self, size: tuple[int, int] | None = None) -> bytes | None:
+        """A grey 8-bit PNG of class ids (255: ignore), upright.
+
+        Raises AnnotationError, also when `size` (width, height of the image) is given and the mask's differs.
+        """
+        if self.mask is None or isinstance(self.mask, bytes):
+            return self.mask
+        return self.mask.read(size)
+
+    def read_frames(
+        self, count: int, *, pairs: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> list[Image.Image]:
+        """`count` RGB frames spread evenly over the clip, see `sample_frame_indices`; with `pairs` 2 · count
+        frames, each chosen one followed by its successor, as Qwen's temporal patch takes them.
+
+        Raises ImageError when a frame cannot be decoded, ValueError for a sample that is not a clip.
+        """
+        if self.frames is None:
+            raise ValueError(f"sample {self.key!r} is not a clip")
+        return self.frames.read_frames(count, pairs=pairs, max_pixels=max_pixels)
+
+
+class Samples(Sequence[Sample], ABC):
+    """The samples of one split, made on demand: a million of them cost little more than their keys."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> Sequence[str]:
+        """The keys of all samples, in order."""
+
+    @abstractmethod
+    def build(self, index: int) -> Sample:
+        """The sample at `index`, 0 ≤ index < len."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self.build(i) for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.build(position)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.build(index) for index in range(len(self)))
+
+
+class Selection(Samples):
+    """Some samples of another sequence, in the order of `rows` (int64).
+
+    `prefix` goes before each key; `classes` (int32 [C]) maps their class numbers to other ones.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        rows: npt.NDArray[np.int64],
+        prefix: str = "",
+        classes: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        self.samples, self.rows, self.classes = samples, rows, classes
+        names = samples.keys
+        self._keys = [prefix + names[row] for row in rows] if prefix else [names[row] for row in rows]
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self._keys
+
+    def build(self, index: int) -> Sample:
+        sample = replace(self.samples.build(int(self.rows[index])), key=self._keys[index])
+        if self.classes is None:
+            return sample
+        label = None if sample.label is None else int(self.classes[sample.label])
+        boxes = sample.boxes
+        if isinstance(boxes, Boxes):
+            boxes = Boxes(boxes.values, self.classes[boxes.classes])
+        return replace(sample, label=label, boxes=boxes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened data set. `task` is a hint: classification, detection, segmentation, sequence or features.
+
+    `class_names` are those of all splits together. `root` says where the data came from, without passwords.
+    `notes` are for the log: decisions the user may want to know of.
+    """
+
+    kind: str
+    root: str
+    task: str
+    class_names: tuple[str, ...]
+    parts: Mapping[str, Samples]
+    notes: tuple[str, ...] = field(default=())
+
+    def splits(self) -> dict[str, Samples]:
+        """Split name (`train`, `val`, `test`, …) → its samples, in an order that does not change."""
+        return dict(self.parts)
+
+    def __len__(self) -> int:
+        return sum(len(samples) for samples in self.parts.values())
+
+
+def content_digest(data: bytes) -> bytes:
+    """The 16 bytes by which the store knows a file's content: blake2b-128."""
+    return hashlib.blake2b(data, digest_size=16).digest()

@@ -1,0 +1,110 @@
+"""Class folders: `[train|val|test/]class/…/image.jpg`, and folders of images without labels.
+
+The first folder below the root (or below the split) is the class; deeper folders are just part of the key.
+Class names are sorted by code point (`10` before `9`), exactly as torchvision's `ImageFolder` and ultralytics do,
+so that class numbers agree with theirs. A folder that holds images directly, or has a single sub-folder with
+images, is unlabelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from extract.sources.base import Sample, Samples, Source, SourceError
+from extract.sources.listing import Progress, list_files, make_key, make_keys
+from extract.sources.splitting import SPLIT_NAMES
+from imaging.decode import IMAGE_SUFFIXES
+
+
+class FileSamples(Samples):
+    """Image files below `root`, with a label each (int32 [N], -1: none) or none at all."""
+
+    def __init__(self, root: Path, paths: list[str], labels: npt.NDArray[np.int32] | None) -> None:
+        self.root, self.paths, self.labels = root, paths, labels
+        self._keys = make_keys(paths)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self._keys
+
+    def build(self, index: int) -> Sample:
+        return Sample(key=self._keys[index], image=self.root / self.paths[index], label=self.label_of(index))
+
+    def label_of(self, index: int) -> int | None:
+        return None if self.labels is None or self.labels[index] < 0 else int(self.labels[index])
+
+
+def open_folder(path: Path, *, labelled: bool | None = None, progress: Progress | None = None) -> Source:
+    """Open class folders or an unlabelled folder. `labelled`: None decides by the layout, see above.
+
+    Raises SourceError: no images, or images beside class folders.
+    """
+    files = list_files(path, IMAGE_SUFFIXES, progress)
+    if not files:
+        raise SourceError(f"no images in {path}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+    by_split = split_paths(files)
+    names, notes = class_names_of(by_split, path, labelled)
+    index = {name: number for number, name in enumerate(names)}
+    parts = {
+        split: FileSamples(path, paths, label_paths(paths, depth, index))
+        for split, (depth, paths) in by_split.items()
+    }
+    task = "classification" if names else "features"
+    return Source(kind="folder", root=str(path), task=task, class_names=names, parts=parts, notes=notes)
+
+
+def split_paths(files: list[str]) -> dict[str, tuple[int, list[str]]]:
+    """Split name → (how many leading folders are not classes, its paths).
+
+    The top folders are splits when all of them have a split's name and no file lies beside them.
+    Raises SourceError when two folders mean the same split.
+    """
+    tops: dict[str, None] = dict.fromkeys(path.partition("/")[0] if "/" in path else "" for path in files)
+    meanings = [SPLIT_NAMES.get(top.lower()) for top in tops]
+    if None in meanings:
+        return {"train": (0, files)}
+    if len(set(meanings)) < len(meanings):
+        raise SourceError(f"folders {', '.join(sorted(tops))} name the same split twice: rename one")
+    parts: dict[str, list[str]] = {str(meaning): [] for meaning in meanings}
+    for file in files:
+        parts[SPLIT_NAMES[file.partition("/")[0].lower()]].append(file)
+    return {split: (1, paths) for split, paths in parts.items()}
+
+
+def class_names_of(
+    by_split: dict[str, tuple[int, list[str]]], root: Path, labelled: bool | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The class names of all splits together, sorted, and notes; () when the folder is unlabelled."""
+    classes: set[str] = set()
+    loose: list[str] = []
+    for depth, paths in by_split.values():
+        for path in paths:
+            parts = path.split("/", depth + 1)
+            if len(parts) == depth + 2:
+                classes.add(make_key(parts[depth]))
+            else:
+                loose.append(path)
+    if labelled is False or (labelled is None and not classes):
+        return (), ()
+    if loose:
+        raise SourceError(
+            f"{len(loose)} images lie beside the class folders of {root}, first {loose[0]!r}: "
+            "move them into a class, or pass labelled=false to use all images without labels"
+        )
+    if len(classes) == 1 and labelled is None:
+        return (), (
+            f"one folder of images ({next(iter(classes))!r}) is no class: images taken as unlabelled",
+        )
+    return tuple(sorted(classes)), ()
+
+
+def label_paths(paths: list[str], depth: int, index: dict[str, int]) -> npt.NDArray[np.int32] | None:
+    """Class numbers int32 [N] by the folder at `depth`; None when there are no classes."""
+    if not index:
+        return None
+    folders = (make_key(path.split("/", depth + 1)[depth]) for path in paths)
+    return np.fromiter((index[folder] for folder in folders), np.int32, len(paths))

@@ -1,0 +1,318 @@
+"""The Qwen2.5-VL teacher: its vision tower alone, and the only file that knows transformers.
+
+transformers is imported inside functions, by those that need the whole model (zero-shot logits) or make one (tiny
+checkpoints). The tower itself runs on `vision_tower.py` and is held to transformers' own by tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from extract.teachers.base import RANDOM_WEIGHTS_NOTICE, Encoded, Teacher
+from extract.teachers.checkpoint import find_tensors, fingerprint_of, load_tensors, one_line, read_json
+from extract.teachers.devices import pick_device, pick_dtype
+from extract.teachers.errors import CheckpointError, TeacherError
+from extract.teachers.hub import checkpoint_folder, hub_client
+from extract.teachers.patchify import normalise, patchify
+from extract.teachers.pixels import as_pixels, as_resize_policy, pooled_mean
+from extract.teachers.vision_tower import GridLayout, TowerConfig, VisionTower, grid_layout
+from store.format import Preprocessing, TeacherSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from extract.teachers.language_model import LanguageModel
+    from extract.teachers.zero_shot import ZeroShotScorer
+
+NAME = "qwen2.5-vl"
+TENSOR_PREFIXES = ("visual.", "model.visual.")
+RANDOM_WEIGHTS_FILE = "random_weights.json"
+# What preprocessor_config.json of the published checkpoints says; used when the folder has none.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 28 * 28 * 16384
+
+
+class Qwen25VLTeacher:
+    """The vision tower with its preprocessing; see `extract.teachers.base.Teacher`."""
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        spec: TeacherSpec,
+        preprocessing: Preprocessing,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        compile_tower: bool = False,
+    ) -> None:
+        weight = tower.patch_embed.proj.weight
+        self.tower, self.spec, self.preprocessing, self.max_pixels = tower, spec, preprocessing, max_pixels
+        self.device, self.dtype = weight.device, weight.dtype
+        self.temporal_patch_size = tower.config.temporal_patch_size
+        self.mean = 255 * torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
+        self.run_tower: Any = torch.compile(tower, fullgraph=True) if compile_tower else tower
+        self.layouts: dict[tuple[int, int], GridLayout] = {}
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (h, w) of an image of this many pixels.
+
+        Raises:
+            TeacherError: when a side is no multiple of 28 or the image has more pixels than the checkpoint allows.
+        """
+        unit = self.tower.config.patch_size * self.tower.config.spatial_merge_size
+        if height % unit or width % unit or not height or not width:
+            raise TeacherError(
+                f"image size {width}×{height}: both sides must be multiples of {unit}, e.g. "
+                f"{max(1, width // unit) * unit}×{max(1, height // unit) * unit}"
+            )
+        if height * width > self.max_pixels:
+            raise TeacherError(
+                f"image size {width}×{height} is {height * width:,} pixels: the checkpoint's cap is "
+                f"{self.max_pixels:,} (max_pixels in preprocessor_config.json); use a smaller --image-size"
+            )
+        return height // self.tower.config.patch_size, width // self.tower.config.patch_size
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image] | Tensor, *, inside: Tensor | None = None) -> Encoded:
+        """pooled float32 [B, 1280] and grid float32 [B, h, w, 1280] in raster order; see `Teacher.encode`.
+
+        A tensor may also be uint8 [B, 2, 3, H, W]: two consecutive frames of a clip, seen as one temporal patch.
+        """
+        pixels, inside = as_pixels(images, inside, self)
+        grid = self.encode_grid(pixels)
+        return Encoded(pooled_mean(grid, inside), grid)
+
+    @torch.inference_mode()
+    def encode_each(self, images: Sequence[Tensor]) -> list[Encoded]:
+        """Encode images of different sizes, each uint8 [3, H, W]; one forward pass per size, order kept."""
+        by_size: dict[torch.Size, list[int]] = {}
+        for index, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(index)
+        results: dict[int, Encoded] = {}
+        for indices in by_size.values():
+            encoded = self.encode(torch.stack([images[index] for index in indices]))
+            for place, index in enumerate(indices):
+                results[index] = Encoded(encoded.pooled[place : place + 1], encoded.grid[place : place + 1])
+        return [results[index] for index in range(len(images))]
+
+    def encode_grid(self, pixels: Tensor) -> Tensor:
+        """Tokens float32 [B, h, w, D] of uint8 pixels [B, 3, H, W] or [B, 2, 3, H, W]."""
+        height, width = pixels.shape[-2:]
+        h, w = self.grid_size(height, width)
+        if (h, w) not in self.layouts:
+            self.layouts[h, w] = grid_layout(self.tower.config, h, w, self.device)
+        config = self.tower.config
+        values = normalise(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
+        tokens: Tensor = self.run_tower(
+            patchify(values, config.patch_size, config.temporal_patch_size), self.layouts[h, w]
+        )
+        return tokens.float().view(pixels.shape[0], h, w, config.hidden_size)
+
+
+def load_qwen2_5_vl(
+    path: str | Path | None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    image_size: int = 224,
+    resize: str = "squash",
+    compile_tower: bool = False,
+) -> Qwen25VLTeacher:
+    """Load the vision tower of the checkpoint at `path`: a folder, or a Hugging Face name.
+
+    image_size: pixels of the square's side. Only the files with needed tensors are opened; on a CPU in the
+    stored dtype the weights stay mapped from the files. compile_tower: run it through `torch.compile`.
+
+    Raises:
+        CheckpointError, TeacherError: as `load_teacher`.
+    """
+    if path is None:
+        raise TeacherError(
+            f"teacher {NAME} needs --teacher-path: a checkpoint folder or a name like Qwen/Qwen2.5-VL-7B-Instruct "
+            "(`cli make-tiny-teacher DIR` makes a small random one to try things with)"
+        )
+    picked = pick_device(device)
+    compute = pick_dtype(dtype, picked)
+    folder = checkpoint_folder(str(path), TENSOR_PREFIXES)
+    config = read_tower_config(folder)
+    with torch.device("meta"):
+        tower = VisionTower(config)
+    shapes = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+    entries = find_tensors(folder, TENSOR_PREFIXES, shapes)
+    for name, entry in entries.items():
+        if entry.shape != shapes[name]:
+            raise CheckpointError(
+                f"{entry.file}: {entry.stored_name} has shape {list(entry.shape)}, config.json says "
+                f"{list(shapes[name])}: the files do not belong together"
+            )
+    tower.load_state_dict(load_tensors(entries, picked, compute), assign=True)
+    tower.requires_grad_(False).eval()
+    spec = TeacherSpec(
+        name=NAME,
+        fingerprint=fingerprint_of(entries, asdict(config)),
+        layer=f"vision tower, after block {config.depth} of {config.depth}, before the merger",
+        width=config.hidden_size,
+        dtype=str(compute).removeprefix("torch."),
+        random_weights=(folder / RANDOM_WEIGHTS_FILE).is_file(),
+    )
+    processor = read_processor_config(folder)
+    preprocessing = Preprocessing(
+        image_size=image_size,
+        resize=as_resize_policy(resize),
+        interpolation="bicubic",
+        mean=tuple(processor.get("image_mean", CLIP_MEAN)),
+        std=tuple(processor.get("image_std", CLIP_STD)),
+    )
+    teacher = Qwen25VLTeacher(
+        tower,
+        spec,
+        preprocessing,
+        max_pixels=processor_cap(processor),
+        compile_tower=compile_tower,
+    )
+    teacher.grid_size(image_size, image_size)
+    return teacher
+
+
+def read_tower_config(folder: Path) -> TowerConfig:
+    """The tower's shape from config.json, in the spelling of transformers 4 or 5.
+
+    Raises:
+        CheckpointError: when it is not Qwen2.5-VL, lacks a value, or has one this code does not implement.
+    """
+    file = folder / "config.json"
+    config = read_json(file)
+    if config.get("model_type") != "qwen2_5_vl":
+        raise CheckpointError(
+            f"{file}: model_type is {config.get('model_type')!r}, expected 'qwen2_5_vl': "
+            "give the folder of a Qwen2.5-VL checkpoint"
+        )
+    vision = config.get("vision_config")
+    if not isinstance(vision, dict) or "hidden_size" not in vision:
+        raise CheckpointError(f"{file} has no vision_config with a hidden_size: download it again")
+    vision = dict(vision)
+    vision.setdefault("in_channels", vision.get("in_chans", 3))
+    vision["rope_theta"] = (vision.get("rope_parameters") or {}).get("rope_theta", TowerConfig.rope_theta)
+    values = {name: vision[name] for name in TowerConfig.__dataclass_fields__ if name in vision}
+    if "fullatt_block_indexes" in values:
+        values["fullatt_block_indexes"] = tuple(values["fullatt_block_indexes"])
+    try:
+        tower = TowerConfig(**values)
+        sound = tower.hidden_act == "silu" and tower.hidden_size % (4 * tower.num_heads) == 0
+        sound = sound and tower.depth > 0 and tower.window_patches > 0 and tower.in_channels == 3
+    except (TypeError, ZeroDivisionError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"{file}: vision_config {values} is not a Qwen2.5-VL tower that this version can run"
+        )
+    return tower
+
+
+def read_processor_config(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json, or an empty dict: then the published values hold."""
+    file = folder / "preprocessor_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def processor_cap(processor: dict[str, Any]) -> int:
+    """Most pixels an image may have, in the spelling of transformers 4 (max_pixels) or 5 (size.longest_edge)."""
+    cap = processor.get("max_pixels") or (processor.get("size") or {}).get("longest_edge")
+    return int(cap or MAX_PIXELS)
+
+
+def save_random_checkpoint(
+    folder: Path, *, vision: dict[str, Any], text: dict[str, Any], seed: int, **config: Any
+) -> None:
+    """Write a whole Qwen2.5-VL model with random weights, made and saved by transformers itself.
+
+    vision, text, config: values of the vision, text and outer configuration. The same seed gives the same bytes.
+    """
+    import json
+
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(vision_config=vision, text_config=text, **config)
+        )
+    model.save_pretrained(folder)
+    Qwen2VLImageProcessor(max_pixels=MAX_PIXELS).save_pretrained(folder)
+    record = {"random_weights": True, "seed": seed, "depth": vision["depth"], "notice": RANDOM_WEIGHTS_NOTICE}
+    (folder / RANDOM_WEIGHTS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load_zero_shot(
+    path: str | Path,
+    teacher: Teacher,
+    class_names: Sequence[str],
+    *,
+    prompts: Sequence[str] | None = None,
+    calibrate: bool = False,
+) -> ZeroShotScorer:
+    """A scorer of class names from the whole model at `path`, on the teacher's device and in its dtype.
+
+    The tower is the teacher's own; of the checkpoint's, only the merger is kept. Options: see `ZeroShotScorer`.
+
+    Raises:
+        CheckpointError: when the language model or the tokenizer is missing or damaged.
+        TeacherError: for a teacher that has no language model.
+    """
+    from extract.teachers.zero_shot import PROMPTS, ZeroShotScorer
+
+    if not isinstance(teacher, Qwen25VLTeacher):
+        raise TeacherError(
+            f"zero-shot logits need the teacher {NAME}, got {teacher.spec.name}: use --logits probe"
+        )
+    language = load_language_model(str(path), teacher.device, teacher.dtype)
+    return ZeroShotScorer(language, teacher, class_names, prompts=prompts or PROMPTS, calibrate=calibrate)
+
+
+def load_language_model(path: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """Language model, merger and tokenizer of the checkpoint at `path` (folder or hub name)."""
+    from transformers import AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging
+
+    from extract.teachers.language_model import LanguageModel
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with hub_client():
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                path,
+                dtype=dtype,
+                device_map={"": str(device)},
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except Exception as error:  # OS, hub, safetensors, JSON and tokenizer errors alike
+        raise CheckpointError(
+            f"--teacher-path {path}: zero-shot logits need the whole model and its tokenizer, which do not load "
+            f"({one_line(error)}): download the complete checkpoint, or use --logits probe"
+        ) from None
+    model, report = loaded
+    if report["missing_keys"] or report["mismatched_keys"]:
+        absent = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+        raise CheckpointError(
+            f"--teacher-path {path}: {len(absent)} tensors of the whole model are missing, first {absent[0]}"
+        )
+    start = model.config.vision_start_token_id
+    if tokenizer.encode("<|vision_start|>", add_special_tokens=False) != [start]:
+        raise CheckpointError(
+            f"--teacher-path {path}: its tokenizer does not know <|vision_start|> as token {start}: "
+            "download tokenizer.json and tokenizer_config.json of the same checkpoint"
+        )
+    model.requires_grad_(False).eval()
+    model.model.visual.blocks = torch.nn.ModuleList()  # the teacher's own tower has encoded the images
+    return LanguageModel(model, tokenizer, DynamicCache)

@@ -1,0 +1,269 @@
+"""Any timm image encoder as a teacher: its features before the classifier, as a grid and as their mean.
+
+Shapes: `B` images, `H W` pixels, `h w` grid cells, `D` width, `T` tokens (prefix tokens included).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from extract.teachers.base import Encoded
+from extract.teachers.checkpoint import one_line
+from extract.teachers.devices import pick_device, pick_dtype
+from extract.teachers.errors import CheckpointError, TeacherError
+from extract.teachers.hub import endpoint, hub_client
+from extract.teachers.patchify import normalise
+from extract.teachers.pixels import as_pixels, as_resize_policy, pooled_mean
+from store.format import Preprocessing, TeacherSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Where checkpoints of the usual training scripts keep the state dict.
+STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+
+
+class TimmTeacher:
+    """A timm model without its head; see `extract.teachers.base.Teacher`."""
+
+    def __init__(self, model: nn.Module, spec: TeacherSpec, preprocessing: Preprocessing) -> None:
+        weight = next(model.parameters())
+        self.model, self.spec, self.preprocessing = model, spec, preprocessing
+        self.device, self.dtype = weight.device, weight.dtype
+        self.temporal_patch_size = 1
+        self.mean = 255 * torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
+        self.grid_sizes: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Grid (h, w) of an image of this many pixels; found by encoding one black image per size.
+
+        Raises:
+            TeacherError: when the model does not take this size.
+        """
+        if (height, width) not in self.grid_sizes:
+            black = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+            with torch.inference_mode():
+                self.grid_sizes[height, width] = tuple(self.encode_grid(black).shape[1:3])  # type: ignore[assignment]
+        return self.grid_sizes[height, width]
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image] | Tensor, *, inside: Tensor | None = None) -> Encoded:
+        """pooled float32 [B, D] and grid float32 [B, h, w, D] in raster order; see `Teacher.encode`."""
+        pixels, inside = as_pixels(images, inside, self)
+        if pixels.dim() == 5:
+            raise TeacherError(f"{self.spec.name} takes single frames [B, 3, H, W], got {list(pixels.shape)}")
+        grid = self.encode_grid(pixels)
+        return Encoded(pooled_mean(grid, inside), grid)
+
+    def encode_grid(self, pixels: Tensor) -> Tensor:
+        """Features float32 [B, h, w, D] of uint8 pixels [B, 3, H, W]."""
+        values = normalise(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
+        # Convolutions run a quarter faster so; and one layout whatever the caller's gives one result to the last bit.
+        values = values.contiguous(memory_format=torch.channels_last)
+        try:
+            features = self.model.forward_features(values)  # type: ignore[operator]
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            size = f"{pixels.shape[-1]}×{pixels.shape[-2]}"
+            raise TeacherError(
+                f"{self.spec.name} cannot encode {size} pixels ({one_line(error)}): another --image-size?"
+            ) from error
+        return as_grid(features, self.spec.width, self.model, pixels.shape[-2:]).float()
+
+
+def as_grid(features: Tensor, width: int, model: nn.Module, size: Sequence[int]) -> Tensor:
+    """What a timm model's `forward_features` gives, as [B, h, w, D]: maps of either layout, or tokens.
+
+    Raises:
+        TeacherError: when the tokens do not form the grid of the model's patch embedding.
+    """
+    if features.dim() == 4:
+        return features.permute(0, 2, 3, 1) if features.shape[1] == width else features
+    embed = getattr(model, "patch_embed", None)
+    if (
+        features.dim() == 3
+        and embed is not None
+        and (hasattr(embed, "dynamic_feat_size") or hasattr(embed, "grid_size"))
+    ):
+        tokens = features[:, int(getattr(model, "num_prefix_tokens", 0)) :]
+        h, w = (
+            embed.dynamic_feat_size(tuple(size)) if hasattr(embed, "dynamic_feat_size") else embed.grid_size
+        )
+        if h * w == tokens.shape[1]:
+            return tokens.reshape(features.shape[0], h, w, features.shape[-1])
+    raise TeacherError(
+        f"{type(model).__name__} gives features {list(features.shape)}, which are no grid: choose another timm model"
+    )
+
+
+def load_timm(
+    path: str | Path | None,
+    *,
+    model_name: str,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    image_size: int = 224,
+    resize: str = "squash",
+    random_weights: bool = False,
+) -> TimmTeacher:
+    """Load the timm model `model_name` with the weights in `path`, or with timm's own from the hub.
+
+    random_weights: neither of them (for trying the machinery); the spec says so.
+
+    Raises:
+        CheckpointError, TeacherError: as `load_teacher`.
+    """
+    from timm.data import resolve_model_data_config
+
+    picked = pick_device(device)
+    compute = pick_dtype(dtype, picked)
+    model = build(model_name, image_size, pretrained=path is None and not random_weights)
+    if path is not None:
+        load_weights(model, Path(path).expanduser(), model_name)
+    fingerprint = fingerprint_of_state(model_name, model.state_dict())
+    width = int(model.num_features)  # type: ignore[arg-type]
+    data = resolve_model_data_config(model)
+    spec = TeacherSpec(
+        name=f"timm:{model_name}",
+        fingerprint=fingerprint,
+        layer="features before the classifier",
+        width=width,
+        dtype=str(compute).removeprefix("torch."),
+        random_weights=random_weights,
+    )
+    preprocessing = Preprocessing(
+        image_size=image_size,
+        resize=as_resize_policy(resize),
+        interpolation=str(data["interpolation"]),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+    )
+    model = model.requires_grad_(False).eval().to(picked, compute).to(memory_format=torch.channels_last)
+    teacher = TimmTeacher(model, spec, preprocessing)
+    teacher.grid_size(image_size, image_size)
+    return teacher
+
+
+def build(model_name: str, image_size: int, *, pretrained: bool) -> nn.Module:
+    """The timm model, for this image size where its architecture depends on it (ViTs).
+
+    Raises:
+        TeacherError: no such model. CheckpointError: timm's weights are out of reach.
+    """
+    import timm
+
+    known = timm.list_models()
+    architecture = model_name.partition(".")[0]
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=5, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "`timm.list_models()` lists the valid names"
+        raise TeacherError(f"timm has no model {model_name!r}: {hint}")
+    # Convolutional models have no img_size; their factories refuse it with a TypeError.
+    choices: tuple[dict[str, Any], ...] = ({"img_size": image_size}, {})
+    for options in choices:
+        try:
+            with hub_client() if pretrained else nullcontext():
+                model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **options)
+            return model
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+        except Exception as error:  # the hub's client raises its own, httpx's and OS errors
+            if not pretrained:
+                raise TeacherError(f"timm:{model_name} at {image_size} pixels: {one_line(error)}") from error
+            raise CheckpointError(no_hub_weights(model_name, error)) from None
+    raise TeacherError(f"timm cannot build {model_name}")
+
+
+def no_hub_weights(model_name: str, error: Exception) -> str:
+    return (
+        f"timm:{model_name}: no weights from {endpoint()} ({type(error).__name__}: {one_line(error)[:120]}); "
+        "set HF_ENDPOINT to a mirror, or give a state dict with --teacher-path FILE"
+    )
+
+
+def load_weights(model: nn.Module, file: Path, model_name: str) -> None:
+    """Load a state dict into the model: by name, or by order when every shape fits in its place.
+
+    Classifier weights of another number of classes are left out, and batch counters (old files have none) may be
+    missing: the features do not depend on them.
+
+    Raises:
+        CheckpointError: when the file is missing, unsafe or damaged, or its tensors do not fit.
+    """
+    state = read_state_dict(file)
+    expected = model.state_dict()
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if not set(state) & set(expected) and [v.shape for v in state.values()] == [
+        v.shape for v in expected.values()
+    ]:
+        # The same network under other names: some ports of TensorFlow weights keep timm's order but not its names.
+        state = dict(zip(expected, state.values(), strict=True))
+    head = tuple(f"{name}." for name in head_names(model))
+    wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
+    wrong = [
+        name for name in wrong if not name.startswith(head) and not name.endswith(".num_batches_tracked")
+    ]
+    if wrong:
+        got = list(state[wrong[0]].shape) if wrong[0] in state else "nothing"
+        raise CheckpointError(
+            f"{file} does not fit timm:{model_name}: {len(wrong)} of {len(expected)} tensors are missing or of another "
+            f"shape, first {wrong[0]}: expected {list(expected[wrong[0]].shape)}, got {got}; is it another model?"
+        )
+    fitting = {name: value for name, value in state.items() if name in expected}
+    fitting = {name: value for name, value in fitting.items() if value.shape == expected[name].shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier's modules, as timm's configuration gives them."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def read_state_dict(file: Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors file or a torch checkpoint; nothing else is unpickled.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, or holds other objects.
+    """
+    if not file.is_file():
+        raise CheckpointError(
+            f"--teacher-path {file}: no such file; expected a state dict (.pth, .pt, .safetensors)"
+        )
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(file))
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, safetensors and OS errors
+        raise CheckpointError(
+            f"{file} cannot be read as weights ({one_line(error)}): download it again"
+        ) from None
+    for key in STATE_DICT_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} holds {type(content).__name__}, expected a state dict of tensors")
+    return dict(content)
+
+
+def fingerprint_of_state(model_name: str, state: Mapping[str, Tensor]) -> str:
+    """blake2b-128 (hex) of the model's name and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.blake2b(model_name.partition(".")[0].encode(), digest_size=16)
+    for name, value in state.items():
+        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

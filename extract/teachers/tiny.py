@@ -1,0 +1,72 @@
+"""Small random Qwen2.5-VL checkpoints, to try the machinery without the real weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from extract.teachers.errors import TeacherError
+
+
+def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> Path:
+    """Write a Qwen2.5-VL checkpoint with a 1280-wide tower of `depth` blocks and random weights.
+
+    The folder has the published layout (config.json, model.safetensors, preprocessor_config.json) and a file
+    `random_weights.json`, by which everything that uses it says so. About 32 MB per block.
+
+    Raises:
+        TeacherError: when depth is below 1 or the folder holds something else.
+    """
+    from extract.teachers.qwen2_5_vl import RANDOM_WEIGHTS_FILE, save_random_checkpoint
+
+    target = Path(folder)
+    if depth < 1:
+        raise TeacherError(f"depth {depth}: expected at least 1 block")
+    if target.exists() and not (
+        target.is_dir() and (not any(target.iterdir()) or (target / RANDOM_WEIGHTS_FILE).is_file())
+    ):
+        raise TeacherError(f"{target} exists and is no tiny teacher: choose another folder")
+    save_random_checkpoint(target, vision=tiny_vision(depth), text=TINY_TEXT, seed=seed)
+    return target
+
+
+def make_tiny_model(folder: str | Path, tokenizer: str | Path, *, depth: int = 1, seed: int = 0) -> Path:
+    """A whole small Qwen2.5-VL with random weights, for zero-shot logits: two-layer language model, real vocabulary.
+
+    tokenizer: a folder with Qwen's `tokenizer.json` and `tokenizer_config.json`, which are copied.
+    """
+    from extract.teachers.qwen2_5_vl import save_random_checkpoint
+
+    target = Path(folder)
+    text = {**TINY_TEXT, "num_hidden_layers": 2, "vocab_size": QWEN_VOCABULARY, "initializer_range": 0.1}
+    save_random_checkpoint(target, vision=tiny_vision(depth), text=text, seed=seed, tie_word_embeddings=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer) / name, target)
+    return target
+
+
+QWEN_VOCABULARY = 151_936
+# The language model is only there because the layout has one; the vision tower is what counts.
+TINY_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 1024,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+}
+
+
+def tiny_vision(depth: int) -> dict[str, object]:
+    """The published tower's shape with fewer blocks; the last of every four blocks attends to the whole image."""
+    return {
+        "depth": depth,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": TINY_TEXT["hidden_size"],
+        "fullatt_block_indexes": list(range(3, depth, 4)) or [depth - 1],
+    }

@@ -1,0 +1,236 @@
+"""Qwen2.5-VL's vision tower in plain torch: raster order in, raster order out, windows batched.
+
+Shapes: `B` images, `h w` patches per side, `N = h·w` tokens, `D` width, `A` heads, `W` windows of one shape.
+
+transformers runs one attention call per window and image, because its images may all differ in size. Here a
+batch has one size, so its windows fall into at most four shapes (whole, cut at the right, cut at the bottom, the
+corner). Tokens are sorted by window shape once at the beginning; after that a block makes one attention call per
+shape, over all windows of all images, without masks: flash attention stays possible. They are sorted back at the
+end. Nothing inside the forward pass reads a value back to the host, so it compiles as one graph.
+"""
+
+# Calling a torch module gives Any.
+# mypy: disable-error-code="no-any-return"
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """The shape of a tower, with the names of the checkpoint's `vision_config`."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    hidden_act: str = "silu"
+    rope_theta: float = 10_000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one flattened patch: channels × frames × height × width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_patches(self) -> int:
+        """Patches along one side of a whole attention window (8 for 112 pixels)."""
+        return self.window_size // self.spatial_merge_size // self.patch_size * self.spatial_merge_size
+
+
+class WindowGroup(NamedTuple):
+    """Windows of one shape: tokens `[start, start + windows · tokens)` of each image."""
+
+    start: int
+    windows: int
+    tokens: int
+
+
+class GridLayout(NamedTuple):
+    """Everything that depends only on the grid's size; made once per size, kept on the device.
+
+    order: int64 [N], raster index of the token at each sorted place. inverse: int64 [N], its inverse.
+    cos, sin: float32 [N, 1, 1, head_dim], rotary angles in sorted order.
+    groups: the windows by shape; together they cover 0..N.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    cos: Tensor
+    sin: Tensor
+    groups: tuple[WindowGroup, ...]
+
+
+def grid_layout(config: TowerConfig, h: int, w: int, device: torch.device | str = "cpu") -> GridLayout:
+    """Window order and rotary angles of an h × w patch grid."""
+    order, groups = window_order(h, w, config.window_patches)
+    cos, sin = rotary_angles(config, order // w, order % w)
+    inverse = torch.argsort(order)
+    return GridLayout(order.to(device), inverse.to(device), cos.to(device), sin.to(device), groups)
+
+
+def window_order(h: int, w: int, side: int) -> tuple[Tensor, tuple[WindowGroup, ...]]:
+    """Raster indices sorted by window shape, then window; and the groups of equal windows.
+
+    Windows start at the top left corner and are cut at the right and bottom edges, as in the original.
+    Inside a window the tokens are in raster order: attention does not care, rotary angles travel along.
+    """
+    raster = torch.arange(h * w).reshape(h, w)
+    whole_h, whole_w = h // side * side, w // side * side
+    parts, groups, start = [], [], 0
+    for top, bottom in ((0, whole_h), (whole_h, h)):
+        for left, right in ((0, whole_w), (whole_w, w)):
+            block = raster[top:bottom, left:right]
+            if block.numel() == 0:
+                continue
+            rows, columns = min(side, bottom - top), min(side, right - left)
+            windows = block.unfold(0, rows, rows).unfold(1, columns, columns).reshape(-1, rows * columns)
+            parts.append(windows.flatten())
+            groups.append(WindowGroup(start, windows.shape[0], windows.shape[1]))
+            start += windows.numel()
+    return torch.cat(parts), tuple(groups)
+
+
+def rotary_angles(config: TowerConfig, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each float32 [N, 1, 1, head_dim], of two-dimensional rotary positions.
+
+    The first half of a head's frequencies turns with the row, the second with the column; the table is repeated
+    for the two halves that `rotate` exchanges (arXiv 2104.09864, in the axial form of Qwen2-VL, 2409.12191).
+    """
+    spatial = config.head_dim // 2
+    exponents = torch.arange(0, spatial, 2, dtype=torch.float32) / spatial
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    half = torch.cat([rows[:, None].float() * frequencies, columns[:, None].float() * frequencies], dim=-1)
+    angles = torch.cat([half, half], dim=-1)[:, None, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [B, N, 2, A, head_dim] by the rotary angles, computed in float32."""
+    x32 = x.float()
+    first, second = x32.chunk(2, dim=-1)
+    return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the statistics in float32 whatever the model's dtype."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention inside windows, or over the whole image when `groups` is one window of N tokens."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, layout: GridLayout, groups: tuple[WindowGroup, ...]) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        qk = rotate(qkv[:, :, :2], layout.cos, layout.sin)
+        v = qkv[:, :, 2]
+        parts = [self.attend(qk, v, group) for group in groups]
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self.proj(mixed.reshape(batch, tokens, width))  # attention kernels differ in their strides
+
+    def attend(self, qk: Tensor, v: Tensor, group: WindowGroup) -> Tensor:
+        """One attention call over all windows of one shape: [B, windows · tokens, A, head_dim]."""
+        batch = v.shape[0]
+        length = group.windows * group.tokens
+        if length != v.shape[1]:
+            qk, v = qk.narrow(1, group.start, length), v.narrow(1, group.start, length)
+        q, k = qk.unbind(2)
+        shape = (batch * group.windows, group.tokens, self.num_heads, self.head_dim)
+        q, k, v = (part.reshape(shape).transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(batch, length, self.num_heads, self.head_dim)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each with its residual."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size)
+        self.norm2 = RMSNorm(config.hidden_size)
+        self.attn = Attention(config)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x: Tensor, layout: GridLayout, groups: tuple[WindowGroup, ...]) -> Tensor:
+        x = x + self.attn(self.norm1(x), layout, groups)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens. The weight keeps the checkpoint's 3-d convolution shape [D, C, frames, p, p].
+
+    Patches do not overlap, so the convolution is one matrix product, which is faster on every device.
+    """
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1))
+
+
+class VisionTower(nn.Module):
+    """The tower without its merger. Parameter names are those of the checkpoint below `visual.`."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def forward(self, patches: Tensor, layout: GridLayout) -> Tensor:
+        """Encode patches [B, N, patch_values] in raster order to tokens [B, N, D] in raster order.
+
+        The output keeps the model's dtype; it is the residual stream after the last block, before the merger.
+        """
+        x = self.patch_embed(patches.index_select(1, layout.order))
+        whole = (WindowGroup(0, 1, x.shape[1]),)
+        for index, block in enumerate(self.blocks):
+            x = block(x, layout, whole if index in self.config.fullatt_block_indexes else layout.groups)
+        return x.index_select(1, layout.inverse)

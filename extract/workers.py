@@ -1,0 +1,234 @@
+"""Decoding beside the teacher: worker processes fill shared pixel buffers, batch after batch, in order.
+
+The processes are spawned, never forked: a fork would copy CUDA's and zarr's threads half-way. Each
+uses one core.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import current_process, get_context, util
+from typing import Self
+
+from console.log import get_logger
+from extract.decoding import DecodedSample, DecodeJob, decode_samples
+from extract.slabs import Pixels, SharedMemoryFull, Slab, SlabAddress, open_slab
+from extract.sources.base import Sample
+from store.errors import DistillError
+
+log = get_logger("extract")
+
+CHUNK = 8  # samples a task: small enough that the first batch is spread over all workers
+AHEAD = 3  # batches in memory: one with the teacher, two being decoded
+
+
+class DecodingFailed(DistillError):
+    """The decoding processes cannot be kept alive."""
+
+
+@dataclass(eq=False)
+class Chunk:
+    """A few neighbouring samples of one batch, decoded by one task."""
+
+    samples: Sequence[Sample]
+    start: int
+    future: Future[list[DecodedSample]] | None = None
+
+
+@dataclass(eq=False)
+class DecodedBatch:
+    """One batch of the plan, rows `first…` of a split: `pixels` uint8 [B, P, 3, S, S], and what decoding found out."""
+
+    first: int
+    samples: Sequence[Sample]
+    slab: Slab
+    chunks: list[Chunk]
+    results: list[DecodedSample] = field(default_factory=list)
+
+    @property
+    def pixels(self) -> Pixels:
+        return self.slab.pixels[: len(self.samples)]
+
+
+class DecodePool:
+    """Decodes batches ahead of the teacher, in `workers` processes (0: in one thread of this process)."""
+
+    def __init__(self, job: DecodeJob, batch_size: int, workers: int) -> None:
+        self.job, self.workers = job, workers
+        self.processes = workers > 0 and not in_daemon()
+        shape = (batch_size, job.planes, 3, job.image_size, job.image_size)
+        self.free, self.processes = allocate_slabs(shape, self.processes)
+        self.slabs = list(self.free)
+        self.executor = self.start()
+
+    def start(self) -> Executor:
+        if not self.processes:
+            return ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="decode")
+        return ProcessPoolExecutor(
+            self.workers, mp_context=get_context("spawn"), initializer=begin_worker, initargs=(os.getpid(),)
+        )
+
+    def batches(self, cuts: Iterable[tuple[int, Sequence[Sample]]]) -> Iterator[DecodedBatch]:
+        """Yield each cut (first row, samples) decoded, in order; a batch's pixels stay valid until `release(batch)`."""
+        waiting: deque[DecodedBatch] = deque()
+        source = iter(cuts)
+        while True:
+            while self.free:
+                cut = next(source, None)
+                if cut is None:
+                    break
+                waiting.append(self.submit_batch(*cut))
+            if not waiting:
+                return
+            yield self.collect(waiting.popleft(), waiting)
+
+    def release(self, batch: DecodedBatch) -> None:
+        """The teacher has read the pixels: the buffer can take another batch."""
+        self.free.append(batch.slab)
+
+    def submit_batch(self, first: int, samples: Sequence[Sample]) -> DecodedBatch:
+        starts = range(0, len(samples), CHUNK)
+        chunks = [Chunk(samples[start : start + CHUNK], start) for start in starts]
+        batch = DecodedBatch(first, samples, self.free.pop(), chunks)
+        for chunk in chunks:
+            self.submit_chunk(chunk, batch.slab)
+        return batch
+
+    def submit_chunk(self, chunk: Chunk, slab: Slab) -> None:
+        target = slab.address or slab.pixels
+        try:
+            with blocked_signals():  # a new process inherits the mask: Ctrl-C is for the parent alone
+                chunk.future = self.executor.submit(
+                    decode_chunk, self.job, chunk.samples, target, chunk.start
+                )
+        except BrokenProcessPool:
+            chunk.future = None  # noticed, and done again, when the batch is collected
+
+    def collect(self, batch: DecodedBatch, waiting: Iterable[DecodedBatch]) -> DecodedBatch:
+        for chunk in batch.chunks:
+            batch.results += self.finish_chunk(chunk, batch, waiting)
+        return batch
+
+    def finish_chunk(
+        self, chunk: Chunk, batch: DecodedBatch, waiting: Iterable[DecodedBatch]
+    ) -> list[DecodedSample]:
+        try:
+            if chunk.future is not None:
+                return chunk.future.result()
+        except BrokenProcessPool:
+            pass
+        log.warning("a decoding process ended unexpectedly: starting it again")
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.executor = self.start()
+        results = self.isolate(chunk, batch.slab)
+        for other in (batch, *waiting):
+            for left in other.chunks:
+                if left is not chunk and not is_done(left):
+                    self.submit_chunk(left, other.slab)
+        return results
+
+    def isolate(self, chunk: Chunk, slab: Slab) -> list[DecodedSample]:
+        """Decode one by one: a file that kills its decoder becomes a bad image, its neighbours do not."""
+        results: list[DecodedSample] = []
+        for offset, sample in enumerate(chunk.samples):
+            single = Chunk([sample], chunk.start + offset)
+            self.submit_chunk(single, slab)
+            try:
+                if single.future is None:
+                    raise DecodingFailed("decoding processes do not start: try --workers 0")
+                results += single.future.result()
+            except BrokenProcessPool:
+                slab.pixels[single.start] = 0
+                results.append(DecodedSample(reason="its decoding ended the process"))
+                self.executor = self.start()
+        return results
+
+    def close(self) -> None:
+        """End the decoders at once (they hold nothing that is worth keeping) and give the buffers back."""
+        # A copy: the executor forgets its processes when it is shut down.
+        processes = list((getattr(self.executor, "_processes", None) or {}).values())
+        self.executor.shutdown(wait=not processes, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        for slab in self.slabs:
+            slab.close()
+
+    def abandon(self) -> None:
+        """Before the process is ended from outside: no decoder, buffer or semaphore stays behind."""
+        for process in list((getattr(self.executor, "_processes", None) or {}).values()):
+            process.kill()
+        for slab in self.slabs:
+            slab.unlink()
+        # What multiprocessing would do at a normal exit: give its semaphores back.
+        util._run_finalizers(0)  # type: ignore[attr-defined]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+
+def allocate_slabs(shape: tuple[int, ...], shared: bool) -> tuple[list[Slab], bool]:
+    """The pixel buffers, shared where they fit; else private ones, filled by threads, and it says so."""
+    slabs: list[Slab] = []
+    try:
+        for _ in range(AHEAD):
+            slabs.append(Slab(shape, shared))
+        return slabs, shared
+    except SharedMemoryFull as error:
+        for slab in slabs:
+            slab.close()
+        log.warning("%s; decoding in threads for now", error)
+        return [Slab(shape, shared=False) for _ in range(AHEAD)], False
+
+
+def decode_chunk(
+    job: DecodeJob, samples: Sequence[Sample], target: SlabAddress | Pixels, start: int
+) -> list[DecodedSample]:
+    """The task of a worker: decode `samples` into rows `start…` of the slab."""
+    pixels = open_slab(target) if isinstance(target, SlabAddress) else target
+    return decode_samples(job, samples, pixels[start : start + len(samples)])
+
+
+def is_done(chunk: Chunk) -> bool:
+    future = chunk.future
+    return future is not None and future.done() and not future.cancelled() and future.exception() is None
+
+
+def in_daemon() -> bool:
+    """A daemonic process (a dask worker under its nanny) may not have children: threads decode there."""
+    return bool(current_process().daemon)
+
+
+def begin_worker(parent: int) -> None:
+    """Ignore the signals meant for the parent, end with it even when it was killed, and use one core."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, with the first resize
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+class blocked_signals:
+    """SIGINT and SIGTERM wait while entered; processes started inside never see them."""
+
+    def __enter__(self) -> None:
+        self.previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+    def __exit__(self, *details: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.previous)

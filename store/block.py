@@ -1,0 +1,175 @@
+"""Rows on their way into a store: checked, scaled, and bad ones marked.
+
+Everything that can be wrong with a block is found here, before a byte is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from store.errors import StoreError
+from store.format import OWN_ARRAYS, REASONS, VALID, ArraySpec
+from store.job import Job
+from store.scale import to_stored
+
+Values = np.ndarray | Sequence[Any]
+FLOAT16_EXPONENT = np.uint16(0x7C00)  # all ones in infinities and NaN
+CACHED = 64 * 1024  # values that stay in the processor's cache between two passes
+NO_BYTES = np.empty(0, np.uint8)
+
+
+class Block:
+    """Rows ready to be written. fixed: name → [b, ...]; ragged: name → list of b arrays."""
+
+    def __init__(self, rows: int, fixed: dict[str, np.ndarray], ragged: dict[str, list[np.ndarray]]) -> None:
+        self.rows, self.fixed, self.ragged = rows, fixed, ragged
+
+    def part(self, start: int, stop: int) -> Block:
+        return Block(
+            stop - start,
+            {name: array[start:stop] for name, array in self.fixed.items()},
+            {name: entries[start:stop] for name, entries in self.ragged.items()},
+        )
+
+
+def prepare_block(
+    job: Job,
+    arrays: Mapping[str, Values],
+    valid: np.ndarray | None,
+    reasons: Sequence[str] | None,
+    stored: bool,
+) -> Block:
+    """Check a block and bring it into stored form. Raises StoreError for what does not fit."""
+    specs = {spec.name: spec for spec in job.arrays if spec.name not in OWN_ARRAYS}
+    check_names(specs, arrays)
+    rows = len(next(iter(arrays.values()))) if arrays else len(valid if valid is not None else ())
+    flags = np.ones(rows, dtype=bool) if valid is None else np.array(valid, dtype=bool)
+    texts = list(reasons) if reasons is not None else [""] * rows
+    if flags.shape != (rows,) or len(texts) != rows:
+        raise StoreError(f"append: {rows} rows, but valid has shape {flags.shape} and {len(texts)} reasons")
+    fixed: dict[str, np.ndarray] = {}
+    ragged: dict[str, list[np.ndarray]] = {}
+    for name, spec in specs.items():
+        if spec.ragged:
+            ragged[name] = check_ragged(spec, arrays[name], rows, job, stored)
+        else:
+            fixed[name] = check_fixed(spec, arrays[name], rows, job, stored)
+    mark_overflow(specs, fixed, ragged, flags, texts)
+    blank_invalid(specs, fixed, ragged, flags)
+    if job.owns_rows:
+        fixed[VALID] = flags
+        ragged[REASONS] = [np.frombuffer(text.encode(), np.uint8) if text else NO_BYTES for text in texts]
+    check_lengths(job, ragged)
+    return Block(rows, fixed, ragged)
+
+
+def check_names(specs: Mapping[str, ArraySpec], arrays: Mapping[str, Values]) -> None:
+    missing, unknown = sorted(set(specs) - set(arrays)), sorted(set(arrays) - set(specs))
+    if missing or unknown:
+        raise StoreError(
+            f"append: missing arrays {missing}, unknown arrays {unknown}; expected {sorted(specs)}"
+        )
+
+
+def check_fixed(spec: ArraySpec, values: Values, rows: int, job: Job, stored: bool) -> np.ndarray:
+    """[b, ...] in the stored dtype, C-contiguous."""
+    array = np.asarray(values)
+    if array.shape != (rows, *spec.row_shape):
+        raise StoreError(f"append {spec.name}: shape {array.shape}, expected {(rows, *spec.row_shape)}")
+    return in_stored_dtype(spec, array, job, stored)
+
+
+def check_ragged(spec: ArraySpec, values: Values, rows: int, job: Job, stored: bool) -> list[np.ndarray]:
+    """b arrays [n, ...] in the stored dtype."""
+    if len(values) != rows:
+        raise StoreError(f"append {spec.name}: {len(values)} entries, expected one for each of {rows} rows")
+    entries = []
+    for entry in values:
+        array = np.frombuffer(entry, np.uint8) if isinstance(entry, bytes) else np.asarray(entry)
+        if array.size == 0:
+            array = array.reshape(0, *spec.row_shape)
+        if array.shape[1:] != spec.row_shape:
+            raise StoreError(
+                f"append {spec.name}: entry shape {array.shape}, expected (n, *{spec.row_shape})"
+            )
+        entries.append(in_stored_dtype(spec, array, job, stored))
+    return entries
+
+
+def in_stored_dtype(spec: ArraySpec, array: np.ndarray, job: Job, stored: bool) -> np.ndarray:
+    dtype = np.dtype(spec.dtype)
+    scale = None if stored else job.scale_of(spec.name)
+    if scale is not None or dtype == np.float16:
+        return to_stored(array, scale, dtype)
+    if array.size and not np.can_cast(array.dtype, dtype, casting="same_kind"):
+        raise StoreError(f"append {spec.name}: dtype {array.dtype}, expected {dtype}")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def is_feature(spec: ArraySpec) -> bool:
+    return np.dtype(spec.dtype).kind == "f" and (spec.scaled or spec.name.startswith(("features/", "views/")))
+
+
+def mark_overflow(
+    specs: Mapping[str, ArraySpec],
+    fixed: Mapping[str, np.ndarray],
+    ragged: Mapping[str, list[np.ndarray]],
+    flags: np.ndarray,
+    texts: list[str],
+) -> None:
+    """Make rows invalid whose float values are not finite in stored form."""
+    for name, spec in specs.items():
+        if np.dtype(spec.dtype).kind != "f" or (not spec.ragged and all_finite(fixed[name])):
+            continue
+        entries = ragged[name] if spec.ragged else list(fixed[name])
+        for row in np.flatnonzero(flags).tolist():
+            bad = ~np.isfinite(entries[row])
+            if not bad.any():
+                continue
+            if not is_feature(spec):
+                raise StoreError(f"append {name}: row {row} of the block is not finite")
+            channel = int(np.argwhere(bad)[0][-1])
+            flags[row] = False
+            texts[row] = f"{name}: channel {channel} is not finite or too large for float16 at its scale"
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Like `np.isfinite(array).all()`, ten times as fast for float16, whose isfinite numpy does one by one."""
+    if array.dtype != np.float16:
+        return bool(np.isfinite(array).all())
+    bits = array.view(np.uint16).reshape(-1)
+    pieces = (bits[start : start + CACHED] for start in range(0, len(bits), CACHED))
+    return all((piece & FLOAT16_EXPONENT).max() < FLOAT16_EXPONENT for piece in pieces)
+
+
+def blank_invalid(
+    specs: Mapping[str, ArraySpec],
+    fixed: dict[str, np.ndarray],
+    ragged: dict[str, list[np.ndarray]],
+    flags: np.ndarray,
+) -> None:
+    """NaN for the features of invalid rows."""
+    if flags.all():
+        return
+    for name, spec in specs.items():
+        if not is_feature(spec):
+            continue
+        if spec.ragged:
+            ragged[name] = [
+                entry if ok else np.full_like(entry, np.nan)
+                for entry, ok in zip(ragged[name], flags, strict=True)
+            ]
+        else:
+            fixed[name] = fixed[name].copy()
+            fixed[name][~flags] = np.nan
+
+
+def check_lengths(job: Job, ragged: Mapping[str, list[np.ndarray]]) -> None:
+    """Ragged arrays that share offsets have equal lengths, row by row."""
+    for specs in job.ragged_groups.values():
+        lengths = [[len(entry) for entry in ragged[spec.name]] for spec in specs]
+        if any(other != lengths[0] for other in lengths):
+            raise StoreError(f"append: {[spec.name for spec in specs]} differ in entries of a row")

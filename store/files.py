@@ -1,0 +1,106 @@
+"""Durable files: write under a temporary name, fsync, rename, fsync the folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from store.errors import StoreError
+
+PARTIAL = ".partial"
+
+
+def crc32c(data: bytes | np.ndarray, start: int = 0) -> int:
+    """crc32c of `data`, continuing from `start`. Arrays must be C-contiguous."""
+    if len(data) == 0:
+        return start
+    return int(google_crc32c.extend(start, data))
+
+
+def byte_view(data: bytes | np.ndarray) -> memoryview:
+    """The bytes of C-contiguous data, without a copy."""
+    buffer: Any = data
+    size = data.nbytes if isinstance(data, np.ndarray) else len(data)
+    return memoryview(buffer).cast("B") if size else memoryview(b"")
+
+
+def write_all(fd: int, data: bytes | np.ndarray) -> None:
+    """`os.write` until everything is written."""
+    view = byte_view(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a written and synced file its final name, durably."""
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file so that readers see the old one or the new one, never a part."""
+    partial = path.with_name(path.name + PARTIAL)
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    publish(partial, path)
+
+
+def to_json(value: Any) -> bytes:
+    """The one JSON form of a value, so that equal values make equal files."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, to_json(value))
+
+
+def read_json(path: Path) -> Any:
+    """Raises StoreError when the file is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: not valid JSON ({error}); the file is damaged") from error
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into an error that says what to do."""
+    advice = {
+        errno.ENOSPC: "the disk is full: free some space",
+        errno.EDQUOT: "the disk quota is used up: free some space",
+        errno.EFBIG: "the limit on file size is reached: raise it (ulimit -f)",
+        errno.EROFS: "the file system is read-only: choose another folder",
+        errno.EACCES: "no permission to write: choose another folder or change its permissions",
+        errno.EPERM: "no permission to write: choose another folder or change its permissions",
+    }
+    try:
+        yield
+    except OSError as error:
+        known = advice.get(error.errno or 0)
+        if known is None:
+            raise
+        where = error.filename or path
+        raise StoreError(
+            f"{where}: cannot write, {known}, then run the same command again; committed rows are kept"
+        ) from error

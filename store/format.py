@@ -1,0 +1,197 @@
+"""Format version 1, said once: every array's name, dtype and axis order, and the manifest.
+
+Axis letters: `N` rows of a split, `D` feature width, `g` grid side, `C` classes, `K` recorded views,
+`F` frames of all rows together, `M` boxes (or bytes) of all rows together, `S` image side in pixels.
+
+A store is a Zarr v3 group with one sub-group a split. The manifest is the root group's attributes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+
+# Arrays of fixed width, one entry a row.
+POOLED = "features/pooled"  # [N, D] float16: mean over the tokens inside the image
+GRID = "features/grid"  # [N, g, g, D] float16: raster order, y before x
+LOGITS = "logits"  # logits/<name> [N, C] float16
+VALID = "valid"  # [N] bool: false for a bad image, whose features are NaN
+SIZES = "sizes"  # [N, 2] int32: width, height of the original in pixels, after EXIF; 0 when unreadable
+CONTENT = "content"  # [N, 16] uint8: blake2b-128 of the file's bytes
+LABEL = "targets/label"  # [N] int32: class index; -1 for a row without a label
+IMAGES_RAW = "images/raw"  # [N, S, S, 3] uint8
+VIEWS_GEOMETRY = "views/geometry"  # [N, K, 2, 3] float64: view → source, normalised coordinates
+VIEWS_POOLED = "views/pooled"  # [N, K, D] float16
+VIEWS_GRID = "views/grid"  # [N, K, g, g, D] float16
+
+# Ragged arrays: <parent>/offsets [N+1] int64 says where each row's entries lie in <parent>/*.
+FRAMES = "features/frames/values"  # [F, D] float16: one row a frame (pair)
+BOXES = "targets/boxes/values"  # [M, 4] float32: x0, y0, x1, y1 in pixels of the original
+BOX_CLASSES = "targets/boxes/classes"  # [M] int32
+MASK = "targets/mask/values"  # [M] uint8: bytes of a PNG whose grey value is the class, 255 ignored
+IMAGES_ENCODED = "images/encoded/values"  # [M] uint8: bytes of the image file
+REASONS = "reasons/values"  # [M] uint8: UTF-8 text, why a row is invalid; empty for a valid row
+
+# Beside an array that is not stored as plain float16 (see docs/store-format.md).
+TOKEN_SCALE = ".token_scale"  # <array>.token_scale [N, ...] float32: int8 scale of every token
+COMPONENTS = ".components"  # <array>.components [k, D] float32: PCA coefficients @ components = features
+
+# Keys, written with the plan. The index makes look-up possible without reading the keys.
+KEY_VALUES = "keys/values"  # [M] uint8: UTF-8
+KEY_OFFSETS = "keys/offsets"  # [N+1] int64
+KEY_HASHES = "keys/hashes"  # [N] uint64, ascending: blake2b-64 of the key
+KEY_ROWS = "keys/rows"  # [N] int64: the row of each hash
+
+KEY_ARRAYS = (KEY_VALUES, KEY_OFFSETS, KEY_HASHES, KEY_ROWS)
+
+OFFSETS = "offsets"
+NO_LABEL = -1
+IGNORE_INDEX = 255
+# Written by the store itself; `StoreWriter.append` takes them as arguments, not as arrays.
+OWN_ARRAYS = (VALID, REASONS)
+# Large rows go straight into their shard files; the rest waits in the commit log until the end.
+DIRECT_PREFIXES = ("features/", "views/", "images/")
+FEATURES_JOB = "features"
+# Beside the Zarr arrays: what is being written, and the checksums of what was.
+WORK_FOLDER = ".work"
+COMMITS_FOLDER = ".commits"
+# Beside them too: how long the extraction took and what the probe measured (not part of the format).
+MEASURED_FILE = ".extract/measured.json"
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*$")]
+
+
+class Model(BaseModel):
+    """Frozen, keyword-only, unknown fields rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherSpec(Model):
+    """Who made the features. Two stores with equal specs hold comparable features."""
+
+    name: str
+    fingerprint: str
+    layer: str
+    width: int = Field(gt=0)
+    dtype: str = "float32"
+    random_weights: bool = False
+    options: dict[str, Any] = {}
+
+
+class Preprocessing(Model):
+    """What happened to the image before the teacher saw it. Part of the teacher."""
+
+    image_size: int = Field(gt=0)
+    resize: Literal["squash", "letterbox", "center-crop"] = "squash"
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    options: dict[str, Any] = {}
+
+
+class ArraySpec(Model):
+    """One array of a split. `row_shape` is the shape without its first axis.
+
+    `scaled` arrays hold true value / scale, with a power-of-two scale per channel (last axis).
+    `encoding` says what else is needed for true values; `Split.true_values` does it all.
+    A ragged array's first axis counts entries, not rows; its `offsets` lie beside it.
+    """
+
+    name: Name
+    row_shape: tuple[int, ...] = ()
+    dtype: Literal["bool", "uint8", "int8", "int32", "int64", "uint64", "float16", "float32", "float64"]
+    ragged: bool = False
+    scaled: bool = False
+    codec: Literal["none", "zstd"] = "none"
+    encoding: Literal["plain", "int8", "pca"] = "plain"
+
+    @property
+    def direct(self) -> bool:
+        """Whether rows go straight into the final shard files."""
+        return not self.ragged and self.name.startswith(DIRECT_PREFIXES)
+
+    @property
+    def offsets_name(self) -> str:
+        return self.name.rpartition("/")[0] + "/" + OFFSETS
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.row_shape, dtype=np.int64))
+
+
+class Manifest(Model):
+    """The root group's attributes: all that a reader must know before it trusts the arrays."""
+
+    format_version: int = FORMAT_VERSION
+    complete: bool = False
+    teacher: TeacherSpec
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = ()
+    task: str | None = None
+    source: str | None = None
+    data_root: str | None = None
+    grid: int | None = None
+    views: int = 0
+    images: Literal["none", "jpeg", "raw"] = "none"
+    software: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    # Filled in by the store.
+    splits: dict[str, int] = {}
+    arrays: tuple[ArraySpec, ...] = ()
+    shard_rows: int = 0
+    batch_rows: int = 0
+    added: tuple[str, ...] = ()  # arrays of later jobs: they go when rows are appended
+    digest: str | None = None
+
+
+def feature_arrays(
+    width: int, *, grid: int | None = None, views: int = 0, frames: bool = False
+) -> list[ArraySpec]:
+    """The feature arrays of a store whose teacher is `width` wide."""
+    half: dict[str, Any] = {"dtype": "float16", "scaled": True}
+    specs = [ArraySpec(name=POOLED, row_shape=(width,), **half)]
+    if grid:
+        specs.append(ArraySpec(name=GRID, row_shape=(grid, grid, width), **half))
+    if frames:
+        specs.append(ArraySpec(name=FRAMES, row_shape=(width,), ragged=True, **half))
+    if views:
+        specs.append(ArraySpec(name=VIEWS_GEOMETRY, row_shape=(views, 2, 3), dtype="float64"))
+        specs.append(ArraySpec(name=VIEWS_POOLED, row_shape=(views, width), **half))
+    if views and grid:
+        specs.append(ArraySpec(name=VIEWS_GRID, row_shape=(views, grid, grid, width), **half))
+    return specs
+
+
+def target_arrays(*, label: bool = False, boxes: bool = False, mask: bool = False) -> list[ArraySpec]:
+    """Sizes and content of every row, and the targets that the data set has."""
+    specs = [
+        ArraySpec(name=SIZES, row_shape=(2,), dtype="int32"),
+        ArraySpec(name=CONTENT, row_shape=(16,), dtype="uint8"),
+    ]
+    if label:
+        specs.append(ArraySpec(name=LABEL, dtype="int32"))
+    if boxes:
+        specs.append(ArraySpec(name=BOXES, row_shape=(4,), dtype="float32", ragged=True))
+        specs.append(ArraySpec(name=BOX_CLASSES, dtype="int32", ragged=True))
+    if mask:
+        specs.append(ArraySpec(name=MASK, dtype="uint8", ragged=True))
+    return specs
+
+
+def image_arrays(images: Literal["none", "jpeg", "raw"], side: int) -> list[ArraySpec]:
+    """The images themselves, when the store is to be enough to train from."""
+    if images == "jpeg":
+        return [ArraySpec(name=IMAGES_ENCODED, dtype="uint8", ragged=True)]
+    if images == "raw":
+        return [ArraySpec(name=IMAGES_RAW, row_shape=(side, side, 3), dtype="uint8")]
+    return []
+
+
+def logits_array(name: str, classes: int) -> ArraySpec:
+    """Teacher logits `logits/<name>` [N, C]."""
+    return ArraySpec(name=f"{LOGITS}/{name}", row_shape=(classes,), dtype="float16")

@@ -1,0 +1,148 @@
+"""A store as one HDF5 file, and back: lossless, block by block, readable by plain h5py.
+
+The file has the store's own tree: `/train/features/pooled` and so on, with `scale` and `statistics` as
+attributes (float32), and the manifest as JSON in the root's attribute `manifest`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from store.create import KEY_SPECS
+from store.errors import StoreError
+from store.files import PARTIAL, disk_errors, sync_folder
+from store.format import FORMAT_VERSION, ArraySpec, Manifest
+from store.keys import KeyTable
+from store.location import RowArray
+from store.reader import Split, open_store
+from store.transfer import BLOCK_BYTES, Block, copy_store
+
+
+def store_to_hdf5(path: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
+    """Write a complete store into one new HDF5 file, which appears when it is whole.
+
+    Raises StoreError when the file exists or the store cannot be read.
+    """
+    import h5py
+
+    target = Path(file)
+    if target.exists():
+        raise StoreError(f"{target}: exists; choose another name or delete it")
+    store = open_store(path)
+    store.require_plain("conversion to HDF5")
+    partial = target.with_name(target.name + PARTIAL)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(partial, "w") as out:
+            out.attrs["manifest"] = store.manifest.model_dump_json()
+            out.attrs["fingerprint"] = store.fingerprint
+            for name, split in store.items():
+                for array in [*split.names, *KEY_SPECS]:
+                    copy_array(split.array(array), out, f"{name}/{array}", attributes_of(split, array))
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, target)
+        sync_folder(target.parent)
+
+
+def attributes_of(split: Split, name: str) -> dict[str, np.ndarray]:
+    """Scale and statistics of an array, as HDF5 attributes."""
+    found: dict[str, np.ndarray] = {}
+    if name in split.scale:
+        found["scale"] = split.scale[name]
+    if name in split.statistics:
+        found |= {"mean": split.statistics[name].mean, "std": split.statistics[name].std}
+    return found
+
+
+def copy_array(array: RowArray, out: Any, name: str, attributes: dict[str, np.ndarray]) -> None:
+    """One contiguous data set."""
+    layout = array.layout
+    dataset = out.create_dataset(name, shape=layout.shape, dtype=layout.dtype)
+    step = max(1, BLOCK_BYTES // max(1, layout.row_bytes))
+    for start in range(0, len(array), step):
+        dataset[start : start + step] = array.slice(start, start + step)
+    for key, value in attributes.items():
+        dataset.attrs[key] = value
+
+
+def hdf5_to_store(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Make a new store from a file of `store_to_hdf5`.
+
+    Raises StoreError when the file is not one, is damaged, or the store's path is taken.
+    """
+    import h5py
+
+    source = Path(file)
+    if not source.is_file():
+        raise StoreError(f"{source}: no such file")
+    try:
+        opened = h5py.File(source, "r")
+    except OSError as error:
+        raise StoreError(f"{source}: not a readable HDF5 file: {error}") from error
+    with opened:
+        rows = Hdf5Rows(opened, source)
+        copy_store(rows, Path(path), rows.manifest.arrays)
+    check_fingerprint(path, source, rows.fingerprint)
+
+
+def check_fingerprint(path: str | os.PathLike[str], file: Path, expected: str) -> None:
+    found = open_store(path).fingerprint
+    if found != expected:
+        raise StoreError(
+            f"{path}: fingerprint {found}, but {file} was made from {expected}; the file is damaged"
+        )
+
+
+class Hdf5Rows:
+    """The RowSource over an HDF5 file."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self.file, self.path = file, path
+        text = file.attrs.get("manifest")
+        if text is None:
+            raise StoreError(f"{path}: HDF5, but not made by `cli convert STORE FILE.h5` (no manifest in it)")
+        version = json.loads(text).get("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreError(f"{path}: format version {version}, this program reads version {FORMAT_VERSION}")
+        try:
+            self.manifest = Manifest.model_validate_json(text)
+        except ValidationError as error:
+            raise StoreError(f"{path}: manifest is damaged: {error}") from error
+        self.fingerprint = str(file.attrs["fingerprint"])
+        first = next(iter(self.manifest.splits), "")
+        self.scales = {
+            spec.name: self.array(first, spec.name).attrs["scale"]
+            for spec in self.manifest.arrays
+            if spec.scaled
+        }
+
+    def array(self, split: str, name: str) -> Any:
+        try:
+            return self.file[f"{split}/{name}"]
+        except KeyError as error:
+            raise StoreError(
+                f"{self.path}: data set {split}/{name} is missing; the file is damaged"
+            ) from error
+
+    def keys(self, split: str) -> KeyTable:
+        return KeyTable(*(self.array(split, name)[:] for name in KEY_SPECS))
+
+    def block(self, split: str, start: int, stop: int) -> Block:
+        return {
+            spec.name: self.entries(split, spec, start, stop)
+            if spec.ragged
+            else self.array(split, spec.name)[start:stop]
+            for spec in self.manifest.arrays
+        }
+
+    def entries(self, split: str, spec: ArraySpec, start: int, stop: int) -> list[np.ndarray]:
+        offsets = self.array(split, spec.offsets_name)[start : stop + 1]
+        values = self.array(split, spec.name)[offsets[0] : offsets[-1]]
+        return np.split(values, offsets[1:-1] - offsets[0])

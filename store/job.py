@@ -1,0 +1,164 @@
+"""A job: arrays that are being written to a store, and over which rows.
+
+`features` is the job of the extractor; later jobs add arrays (`logits/<name>`) to a complete store.
+A job lives in `.work/<name>/` until it is finalised:
+
+    job.json                  what this file describes, written before the first shard
+    <split>/<shard>.log       the commit log of one shard (see commits.py)
+    locks/                    who is writing
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from store.commits import read_commits
+from store.errors import StoreError
+from store.files import read_json, write_json
+from store.format import FEATURES_JOB, REASONS, VALID, WORK_FOLDER, ArraySpec, Model, Name
+from store.layout import Layout
+
+CREATING, DONE = ".creating", ".done"  # ends of the names of jobs that are not there yet, or no more
+
+
+class JobSplit(Model):
+    """Rows of one split; rows before `start` were written by an earlier job and stay."""
+
+    rows: int
+    start: int = 0
+
+
+class Job(Model):
+    """The content of job.json. `scale` holds one power of two a channel, fixed before the first shard."""
+
+    name: Name
+    arrays: tuple[ArraySpec, ...]
+    splits: dict[str, JobSplit]
+    scale: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    center: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    shard_rows: int
+    batch_rows: int
+
+    def attributes(self, name: str) -> dict[str, Any]:
+        """What an array's zarr.json says beyond its shape."""
+        found: dict[str, Any] = {}
+        if name in self.scale:
+            found["scale"] = list(self.scale[name])
+        if name in self.center:
+            found["center"] = list(self.center[name])
+        return found
+
+    @property
+    def direct(self) -> list[ArraySpec]:
+        return [spec for spec in self.arrays if spec.direct]
+
+    @property
+    def logged(self) -> list[ArraySpec]:
+        """Arrays that wait in the commit log until the job is finalised."""
+        return [spec for spec in self.arrays if not spec.direct]
+
+    @property
+    def ragged_groups(self) -> dict[str, list[ArraySpec]]:
+        """Offsets' name → the ragged arrays that share it."""
+        groups: dict[str, list[ArraySpec]] = {}
+        for spec in self.arrays:
+            if spec.ragged:
+                groups.setdefault(spec.offsets_name, []).append(spec)
+        return groups
+
+    @property
+    def owns_rows(self) -> bool:
+        """Whether this job says which rows are valid (the extractor's job)."""
+        return any(spec.name == VALID for spec in self.arrays)
+
+    def scale_of(self, name: str) -> np.ndarray | None:
+        """[D] float32, or None for an array that is stored as it is."""
+        scale = self.scale.get(name)
+        return None if scale is None else np.array(scale, dtype=np.float32)
+
+    def layout(self, spec: ArraySpec, rows: int) -> Layout:
+        return Layout.of(spec, rows, self.shard_rows)
+
+    def shard_range(self, split: str, shard: int) -> tuple[int, int]:
+        """First row and end row of a shard."""
+        return shard * self.shard_rows, min(self.splits[split].rows, (shard + 1) * self.shard_rows)
+
+    def shards(self, split: str) -> range:
+        """The shards that this job writes."""
+        rows, start = self.splits[split].rows, self.splits[split].start
+        return range(start // self.shard_rows, -(-rows // self.shard_rows) if rows > start else 0)
+
+    def save_in(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "job.json", self.model_dump(mode="json"))
+
+
+def offsets_spec(name: str) -> ArraySpec:
+    """The spec of a ragged array's offsets."""
+    return ArraySpec(name=name, dtype="int64")
+
+
+def own_specs() -> list[ArraySpec]:
+    """The arrays that every features job has: `valid` and the reasons of invalid rows."""
+    return [ArraySpec(name=VALID, dtype="bool"), ArraySpec(name=REASONS, dtype="uint8", ragged=True)]
+
+
+def job_folder(store: Path, name: str) -> Path:
+    return store / WORK_FOLDER / name.replace("/", "-")
+
+
+def keys_folder(job: Path) -> Path:
+    """Where a job that appends rows keeps the new key arrays, laid out as in a store."""
+    return job / "keys"
+
+
+def locks_folder(store: Path, job: Job) -> Path:
+    return job_folder(store, job.name) / "locks"
+
+
+def log_path(store: Path, job: Job, split: str, shard: int) -> Path:
+    return job_folder(store, job.name) / split / f"{shard:06d}.log"
+
+
+def pending_jobs(store: Path) -> list[str]:
+    """Names of the jobs that are not finalised."""
+    files = sorted((store / WORK_FOLDER).glob("*/job.json"))
+    files = [path for path in files if not path.parent.name.endswith((CREATING, DONE))]
+    return [str(read_json(path)["name"]) for path in files]
+
+
+def load_job(store: Path, name: str) -> Job:
+    """Raises StoreError when the store has no such job."""
+    path = job_folder(store, name) / "job.json"
+    if not path.exists():
+        raise StoreError(
+            f"{store}: no job {name!r} is being written; pending: {pending_jobs(store) or 'none'}"
+        )
+    try:
+        return Job.model_validate(read_json(path))
+    except ValidationError as error:
+        raise StoreError(f"{path}: damaged: {error}") from error
+
+
+def progress(store: Path, job: Job) -> dict[str, tuple[int, int]]:
+    """split → (committed rows, rows)."""
+    done = {}
+    for split, plan in job.splits.items():
+        written = job.shards(split).start * job.shard_rows if job.shards(split) else plan.rows
+        for shard in job.shards(split):
+            commits = read_commits(log_path(store, job, split, shard))
+            written += commits[-1].stop - job.shard_range(split, shard)[0] if commits else 0
+        done[split] = (written, plan.rows)
+    return done
+
+
+def describe_progress(store: Path) -> str:
+    """`train 640 of 1000 rows, val 0 of 10 rows` of the features job."""
+    if FEATURES_JOB not in pending_jobs(store):
+        return "no rows are committed"
+    done = progress(store, load_job(store, FEATURES_JOB))
+    return ", ".join(f"{split} {have} of {rows} rows" for split, (have, rows) in done.items())

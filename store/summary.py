@@ -1,0 +1,73 @@
+"""What is in a store, as plain data for `cli inspect`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from store.format import ArraySpec
+from store.job import load_job, pending_jobs, progress
+from store.location import is_url
+from store.reader import Split, Store, open_store
+
+
+def describe_store(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Manifest, completeness, splits, arrays, shapes, bytes a sample and in all. Complete or not.
+
+    Raises StoreError when there is no store.
+    """
+    store = open_store(path, allow_incomplete=True)
+    described: dict[str, Any] = {
+        "path": store.location,
+        "complete": store.manifest.complete,
+        "fingerprint": store.fingerprint if store.manifest.complete else None,
+        "manifest": store.manifest.model_dump(mode="json"),
+        "splits": {name: describe_split(split) for name, split in store.items()},
+        "pending": describe_pending(store),
+    }
+    described["bytes"] = sum(split["bytes"] for split in described["splits"].values())
+    return described
+
+
+def describe_split(split: Split) -> dict[str, Any]:
+    arrays = {name: describe_array(split, name) for name in sorted(split.names)}
+    described: dict[str, Any] = {"rows": len(split), "arrays": arrays}
+    if "valid" in split.names:
+        described["invalid_rows"] = int(np.count_nonzero(~split.valid))
+        described["reasons"] = reasons_of(split)
+    described["bytes"] = sum(array["bytes"] for array in arrays.values())
+    described["bytes_per_sample"] = described["bytes"] / max(1, len(split))
+    return described
+
+
+def describe_array(split: Split, name: str) -> dict[str, Any]:
+    layout = split.array(name).layout
+    spec: ArraySpec | None = split.specs.get(name)
+    size = layout.rows * layout.row_bytes
+    return {
+        "shape": list(layout.shape),
+        "dtype": layout.dtype.name,
+        "ragged": bool(spec and spec.ragged),
+        "codec": layout.codec,
+        "encoding": spec.encoding if spec else "plain",
+        "bytes": size,
+        "bytes_per_sample": size / max(1, len(split)),
+    }
+
+
+def reasons_of(split: Split, limit: int = 5) -> dict[str, str]:
+    """key → reason of the first invalid rows."""
+    rows = np.flatnonzero(~split.valid)[:limit].tolist()
+    return {split.keys[row]: split.reason(row) for row in rows}
+
+
+def describe_pending(store: Store) -> dict[str, dict[str, list[int]]]:
+    """job → split → [committed rows, rows] of what is being written."""
+    if is_url(store.location):
+        return {}
+    return {
+        name: {split: list(done) for split, done in progress(store.path, load_job(store.path, name)).items()}
+        for name in pending_jobs(store.path)
+    }

@@ -1,0 +1,305 @@
+"""Is a store what it says it is? Every file is read, every checksum compared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.commits import Commit, read_commits
+from store.errors import StoreError
+from store.files import PARTIAL, read_json
+from store.finalize import commit_record
+from store.format import (
+    COMMITS_FOLDER,
+    KEY_OFFSETS,
+    KEY_ROWS,
+    KEY_VALUES,
+    OFFSETS,
+    VALID,
+    WORK_FOLDER,
+    ArraySpec,
+)
+from store.job import CREATING, DONE, Job, describe_progress, job_folder, load_job, log_path, pending_jobs
+from store.keys import KeyTable
+from store.layout import Layout
+from store.locks import is_abandoned, read_owner
+from store.mapped import open_shard
+from store.metadata import ZARR_JSON, node_names, parse_manifest, read_root
+from store.reader import Split, Store
+from store.shards import ShardFile, checksum_of
+
+BLOCK_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: where, what. `leftover` marks what `repair` may delete."""
+
+    path: str
+    problem: str
+    leftover: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+def verify_store(path: str | os.PathLike[str]) -> list[Finding]:
+    """Everything that is wrong with a local store; empty when all is well.
+
+    Raises StoreError when there is no store that could be checked (no or another format).
+    """
+    folder = Path(path)
+    root = read_root(folder)
+    manifest = parse_manifest(root, str(folder))
+    findings = list(leftovers(folder))
+    nodes = root.get("consolidated_metadata", {}).get("metadata", {})
+    findings += check_metadata(folder, nodes)
+    if not manifest.complete:
+        findings.append(Finding(str(folder), f"incomplete: {describe_progress(folder)}"))
+        return findings + list(check_jobs(folder))
+    findings += check_jobs(folder)
+    store = Store(str(folder), manifest, nodes)
+    for split in store.values():
+        try:
+            findings += check_split(folder, split)
+        except StoreError as error:
+            findings.append(Finding(f"{folder}/{split.name}", str(error)))
+    return findings
+
+
+def repair_store(path: str | os.PathLike[str]) -> list[str]:
+    """Delete uncommitted leftovers of runs that are gone, nothing else. Returns the deleted paths."""
+    deleted = []
+    for finding in leftovers(Path(path)):
+        if finding.leftover:
+            target = Path(finding.path)
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+            deleted.append(finding.path)
+    return deleted
+
+
+def leftovers(folder: Path) -> Iterator[Finding]:
+    """Temporary files that no job in progress owns, and locks of dead writers."""
+    owned = partial_files_of_jobs(folder)
+    for path in sorted(folder.rglob(f"*{PARTIAL}")):
+        if path not in owned:
+            yield Finding(str(path), "temporary file of an interrupted run", leftover=True)
+    for path in sorted(folder.glob(f"{WORK_FOLDER}/*/locks/*.lock")):
+        owner = read_owner(path)
+        if owner is not None and is_abandoned(path, owner):
+            yield Finding(str(path), f"lock of a dead writer: {owner}", leftover=True)
+    for path in sorted(folder.glob(f"{WORK_FOLDER}/*")):
+        if path.name.endswith((CREATING, DONE)):
+            yield Finding(str(path), "a job that was never begun or is done", leftover=True)
+
+
+def partial_files_of_jobs(folder: Path) -> set[Path]:
+    """The open shard files of jobs that can be resumed: not leftovers."""
+    owned: set[Path] = set()
+    for name in pending_jobs(folder):
+        job = load_job(folder, name)
+        for split in job.splits:
+            for spec in job.direct:
+                owned |= set((folder / split / spec.name).rglob(f"*{PARTIAL}"))
+        owned |= set(job_folder(folder, name).rglob(f"*{PARTIAL}"))
+    return owned
+
+
+def check_metadata(folder: Path, nodes: dict[str, Any]) -> Iterator[Finding]:
+    """The root's copy of every zarr.json equals the file."""
+    on_disk = node_names(folder)
+    for name in sorted(set(on_disk) ^ set(nodes)):
+        where = "on disk but not in the root's zarr.json" if name in on_disk else "missing on disk"
+        yield Finding(f"{folder}/{name}", f"node is {where}")
+    for name in sorted(set(on_disk) & set(nodes)):
+        try:
+            if read_json(folder / name / ZARR_JSON) != nodes[name]:
+                yield Finding(f"{folder}/{name}/{ZARR_JSON}", "differs from the copy in the root's zarr.json")
+        except StoreError as error:
+            yield Finding(f"{folder}/{name}/{ZARR_JSON}", str(error))
+
+
+def check_jobs(folder: Path) -> Iterator[Finding]:
+    """What is committed of jobs in progress: log records and the shard files that they vouch for."""
+    for name in pending_jobs(folder):
+        job = load_job(folder, name)
+        for split in job.splits:
+            for shard in job.shards(split):
+                log = log_path(folder, job, split, shard)
+                try:
+                    commits = read_commits(log, check_all=True)
+                except StoreError as error:
+                    yield Finding(str(log), str(error))
+                    continue
+                rest = (log.stat().st_size if log.exists() else 0) - (commits[-1].end if commits else 0)
+                if rest:
+                    yield Finding(
+                        str(log), f"{rest} bytes at the end are no intact commit; resuming drops them"
+                    )
+                if commits:
+                    yield from check_commit(folder, job, split, shard, commits[-1])
+
+
+def check_commit(folder: Path, job: Job, split: str, shard: int, last: Commit) -> Iterator[Finding]:
+    """The bytes that a shard's last record vouches for."""
+    for spec in job.direct:
+        file = ShardFile(folder / split / spec.name, job.layout(spec, job.splits[split].rows), shard)
+        path = file.final if last.finished is not None else file.partial
+        size, crc = (last.prefix if last.finished is None else last.finished)[spec.name]
+        have = path.stat().st_size if path.exists() else 0
+        if have < size:
+            yield Finding(str(path), f"{have} bytes, {size} are committed")
+            continue
+        with path.open("rb") as opened:
+            if checksum_of(opened.fileno(), size) != crc:
+                yield Finding(str(path), "crc32c differs from the committed one; the data is damaged")
+
+
+def check_split(folder: Path, split: Split) -> Iterator[Finding]:
+    """Files against commit records, then counts, offsets, keys and values."""
+    record = commit_record(folder, split.name)
+    keys_record = read_json(folder / COMMITS_FOLDER / f"{split.name}.keys.json")
+    damaged = list(check_files(folder, split, {**record, **keys_record}))
+    yield from damaged
+    yield from check_lengths(folder, split)
+    if damaged:
+        return  # Values of damaged files would only repeat the finding.
+    yield from check_offsets(folder, split)
+    yield from check_keys(folder, split)
+    yield from check_values(folder, split)
+
+
+def check_files(folder: Path, split: Split, record: dict[str, Any]) -> Iterator[Finding]:
+    """Every shard file is there, with the recorded length and crc32c, and nothing else is."""
+    arrays = set(split.names) | {name for name in record if name.startswith("keys/")}
+    for name in sorted(arrays | set(record)):
+        base = folder / split.name / name
+        if name not in record or not (base / ZARR_JSON).exists():
+            missing = "no commit record" if name not in record else "array is missing"
+            yield Finding(str(base), missing)
+            continue
+        layout = Layout.from_metadata(read_json(base / ZARR_JSON), str(base))
+        if len(record[name]) != layout.shards:
+            yield Finding(str(base), f"{len(record[name])} shards are recorded, expected {layout.shards}")
+            continue
+        yield from check_shards(base, layout, record[name])
+        expected = {base / layout.shard_key(shard) for shard in range(layout.shards)}
+        for path in sorted(set((base / "c").rglob("*")) - expected):
+            if path.is_file() and path.suffix != PARTIAL:
+                yield Finding(str(path), "file does not belong to the array")
+
+
+def check_shards(base: Path, layout: Layout, record: list[tuple[int, int]]) -> Iterator[Finding]:
+    for shard, (size, crc) in enumerate(record):
+        path = base / layout.shard_key(shard)
+        first = shard * layout.shard_rows
+        where = f"{path} (rows {first}:{first + layout.rows_in(shard)})"
+        if not path.exists():
+            yield Finding(where, "shard is missing")
+            continue
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            have = os.fstat(fd).st_size
+            if have != size:
+                yield Finding(where, f"{have} bytes, {size} are recorded")
+            elif checksum_of(fd, size) != crc:
+                yield Finding(where, "crc32c differs from the recorded one; the data is damaged")
+        finally:
+            os.close(fd)
+        if layout.codec == "none" and have == size:
+            try:
+                os.close(open_shard(base, layout, shard))
+            except StoreError as error:
+                yield Finding(where, str(error))
+
+
+def check_lengths(folder: Path, split: Split) -> Iterator[Finding]:
+    """First axes agree with the manifest's number of rows, row shapes with its arrays."""
+    for name, spec in split.specs.items():
+        where = f"{folder}/{split.name}/{name}"
+        if name not in split.names:
+            yield Finding(where, "array is in the manifest, but missing")
+            continue
+        layout = split.array(name).layout
+        if layout.row_shape != spec.row_shape or layout.dtype != np.dtype(spec.dtype):
+            yield Finding(
+                where, f"{layout.dtype} {layout.row_shape}, manifest says {spec.dtype} {spec.row_shape}"
+            )
+        if not spec.ragged and layout.rows != len(split):
+            yield Finding(where, f"{layout.rows} rows, manifest says {len(split)}")
+
+
+def check_offsets(folder: Path, split: Split) -> Iterator[Finding]:
+    groups: dict[str, list[ArraySpec]] = {}
+    for spec in split.specs.values():
+        if spec.ragged:
+            groups.setdefault(spec.offsets_name, []).append(spec)
+    for name, specs in groups.items():
+        where = f"{folder}/{split.name}/{name}"
+        offsets = split.array(name)
+        yield from check_ascending(where, offsets.slice(0, len(offsets)), len(split))
+        end = int(offsets.slice(len(split), len(split) + 1)[0])
+        for spec in specs:
+            if len(split.array(spec.name)) != end:
+                yield Finding(
+                    where, f"ends at {end}, but {spec.name} has {len(split.array(spec.name))} entries"
+                )
+
+
+def check_ascending(where: str, offsets: np.ndarray, rows: int) -> Iterator[Finding]:
+    if len(offsets) != rows + 1:
+        yield Finding(where, f"{len(offsets)} offsets, expected {rows + 1}")
+    elif offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        yield Finding(where, f"{OFFSETS} do not ascend from 0")
+
+
+def check_keys(folder: Path, split: Split) -> Iterator[Finding]:
+    """Keys are valid UTF-8, unique, and the look-up index is theirs."""
+    where = f"{folder}/{split.name}/{KEY_VALUES}"
+    keys = split.keys
+    yield from check_ascending(f"{folder}/{split.name}/{KEY_OFFSETS}", keys.offsets, len(split))
+    try:
+        again = KeyTable.build(keys, where)
+    except (StoreError, UnicodeDecodeError) as error:
+        yield Finding(where, str(error))
+        return
+    if not (np.array_equal(again.hashes, keys.hashes) and np.array_equal(again.rows, keys.rows)):
+        yield Finding(f"{folder}/{split.name}/{KEY_ROWS}", "the look-up index does not belong to the keys")
+
+
+def check_values(folder: Path, split: Split) -> Iterator[Finding]:
+    """Float values of valid rows are finite, features of invalid rows are not."""
+    valid = split.valid
+    for name, spec in split.specs.items():
+        if np.dtype(spec.dtype).kind != "f" or spec.ragged or name == VALID:
+            continue
+        for first, rows in blocks(split, name):
+            finite = np.isfinite(rows).reshape(len(rows), -1)
+            flags = valid[first : first + len(rows)]
+            bad = np.flatnonzero(flags & ~finite.all(axis=1))
+            if len(bad):
+                yield Finding(
+                    f"{folder}/{split.name}/{name}", f"row {first + bad[0]} is valid, but not finite"
+                )
+                break
+            if spec.scaled and (finite.any(axis=1) & ~flags).any():
+                row = first + int(np.flatnonzero(finite.any(axis=1) & ~flags)[0])
+                yield Finding(f"{folder}/{split.name}/{name}", f"row {row} is invalid, but has features")
+                break
+
+
+def blocks(split: Split, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of an array, about 32 MB at a time."""
+    array = split.array(name)
+    step = max(1, BLOCK_BYTES // max(1, array.layout.row_bytes))
+    for start in range(0, len(array), step):
+        yield start, array.slice(start, start + step)

@@ -1,0 +1,237 @@
+"""Append rows to a store: whole shards written directly, small arrays in the commit log.
+
+A row is committed when its record is in its shard's log: at least every 1,024 rows or 60 seconds.
+What was not committed is written again by the next run, and the files come out bit-identical.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from store.block import Block, Values, prepare_block
+from store.commits import read_commits
+from store.errors import StoreError
+from store.files import disk_errors
+from store.format import FEATURES_JOB, OWN_ARRAYS, VALID
+from store.job import Job, job_folder, keys_folder, load_job, locks_folder, log_path
+from store.keys import KeyTable
+from store.locks import RowLock
+from store.mapped import open_keys
+from store.open_shard import OpenShard
+from store.plan import batches
+
+COMMIT_ROWS = 1024
+COMMIT_SECONDS = 60.0
+COMMIT_BYTES = 128 * 1024 * 1024  # large rows: bounds memory, and the disk works while rows are computed
+
+
+class StoreWriter:
+    """Appends rows of one split, in row order, from `next_row` on.
+
+    row_range: (first row, end row), both at shard boundaries (the end may be the split's end); None is
+        every row of the job. Writers of disjoint ranges may run at the same time, anywhere.
+
+    Use as a context manager: leaving it normally commits, leaving it by an exception does not.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        split: str,
+        row_range: tuple[int, int] | None = None,
+        *,
+        job: str = FEATURES_JOB,
+        commit_rows: int = COMMIT_ROWS,
+        commit_seconds: float = COMMIT_SECONDS,
+        break_lock: bool = False,
+    ) -> None:
+        self.path, self.split = Path(path), split
+        self.job: Job = load_job(self.path, job)
+        if split not in self.job.splits:
+            raise StoreError(f"{path}: no split {split!r}; valid: {sorted(self.job.splits)}")
+        self.start, self.stop = check_range(self.job, split, row_range, self.path)
+        self.commit_rows, self.commit_seconds = commit_rows, commit_seconds
+        self._shard: OpenShard | None = None
+        self._failed = False
+        self._last_commit = time.monotonic()
+        self._committer = ThreadPoolExecutor(1, "store-commit")
+        self._commit: Future[None] | None = None
+        with disk_errors(self.path):
+            folder = locks_folder(self.path, self.job)
+            self._lock = RowLock(folder, split, self.start, self.stop, break_lock=break_lock)
+            try:
+                self.next_row = self._resume()
+            except BaseException:
+                self._lock.release()
+                raise
+
+    # -- what the caller sees ---------------------------------------------------------------------
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """The (first row, end row) of every batch that is still to be appended."""
+        return batches(self.next_row, self.stop, self.job.batch_rows, self.job.shard_rows)
+
+    @cached_property
+    def keys(self) -> KeyTable:
+        """The split's keys in row order, new ones included."""
+        appended = keys_folder(job_folder(self.path, self.job.name)) / self.split
+        return open_keys(appended if appended.exists() else self.path / self.split)
+
+    @property
+    def array_names(self) -> list[str]:
+        """The arrays that `append` expects."""
+        return [spec.name for spec in self.job.arrays if spec.name not in OWN_ARRAYS]
+
+    def append(
+        self,
+        arrays: Mapping[str, Values],
+        *,
+        valid: np.ndarray | None = None,
+        reasons: Sequence[str] | None = None,
+        stored: bool = False,
+    ) -> np.ndarray:
+        """Append b rows. Returns valid [b] bool as stored.
+
+        arrays: name → [b, ...] for fixed arrays, list of b arrays [n, ...] for ragged ones; every array of
+            the job but `valid` and `reasons`. Scaled arrays are given in true units (any float dtype);
+            with `stored=True` as they lie in the store.
+        valid: [b] bool, None for all valid. Features of invalid rows are stored as NaN, whatever is given.
+        reasons: b texts, empty for valid rows.
+
+        A valid row with a value that float16 cannot hold at its scale becomes invalid, with the reason.
+        Raises StoreError for wrong names, shapes, dtypes, too many rows, and for a disk that refuses.
+        """
+        self._check_usable()
+        block = prepare_block(self.job, arrays, valid, reasons, stored)
+        if self.next_row + block.rows > self.stop:
+            raise StoreError(
+                f"{self.path} {self.split}: {block.rows} rows at row {self.next_row} pass the end of the "
+                f"range at {self.stop}"
+            )
+        with self._failing_for_good():
+            if self._shard is not None and self._shard.uncommitted + block.rows > self.commit_rows:
+                self._begin_commit()
+            self._write(block)
+            self._commit_when_due()
+        return block.fixed.get(VALID, np.ones(block.rows, dtype=bool))
+
+    def commit(self) -> None:
+        """Make every appended row durable; returns when it is."""
+        self._check_usable()
+        with self._failing_for_good():
+            self._begin_commit()
+            self._await_commit()
+
+    def close(self, *, commit: bool = True) -> None:
+        """Commit (unless told not to) and let go of files and lock. May be called twice."""
+        try:
+            if commit and not self._failed:
+                self.commit()
+        finally:
+            self._committer.shutdown()
+            if self._shard is not None:
+                self._shard.close()
+                self._shard = None
+            self._lock.release()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(commit=kind is None)
+
+    # -- how it is done ---------------------------------------------------------------------------
+
+    def _resume(self) -> int:
+        """Open the first shard that is not complete. Returns the first row to append."""
+        for shard in range(self.start // self.job.shard_rows, -(-self.stop // self.job.shard_rows)):
+            first, end = self.job.shard_range(self.split, shard)
+            commits = read_commits(log_path(self.path, self.job, self.split, shard))
+            if not (commits and commits[-1].finished is not None):
+                self._shard = OpenShard(self.path, self.job, self.split, shard, commits)
+                return self._shard.committed
+            assert end == commits[-1].stop, (first, end, commits[-1])
+        return self.stop
+
+    @contextmanager
+    def _failing_for_good(self) -> Iterator[None]:
+        """After an error in here nobody knows what is on disk: this writer is of no more use."""
+        self._failed = True
+        with disk_errors(self.path):
+            yield
+        self._failed = False
+
+    def _begin_commit(self) -> None:
+        """Let the second thread sync and record what was appended, while the next rows are computed.
+
+        There is at most one such commit under way, so at most twice `commit_rows` are ever at risk.
+        """
+        self._last_commit = time.monotonic()
+        if self._shard is None or not self._shard.uncommitted:
+            return
+        finish = self._shard.begin_commit()
+        self._await_commit()
+
+        def run() -> None:
+            self._lock.check()
+            finish()
+
+        self._commit = self._committer.submit(run)
+
+    def _await_commit(self) -> None:
+        """Wait for the commit under way. Raises what it raised."""
+        commit, self._commit = self._commit, None
+        if commit is not None:
+            commit.result()
+
+    def _write(self, block: Block) -> None:
+        """Write a block's rows, shard by shard."""
+        done = 0
+        while done < block.rows:
+            if self._shard is None:
+                shard = self.next_row // self.job.shard_rows
+                self._shard = OpenShard(self.path, self.job, self.split, shard, [])
+            count = min(block.rows - done, self._shard.end - self.next_row)
+            self._shard.append(block.part(done, done + count))
+            done += count
+            self.next_row += count
+            if self.next_row == self._shard.end:
+                self._begin_commit()
+                self._shard = None
+
+    def _commit_when_due(self) -> None:
+        if self._shard is None:
+            return
+        late = time.monotonic() - self._last_commit >= self.commit_seconds
+        if late or self._shard.uncommitted >= self.commit_rows or self._shard.waiting >= COMMIT_BYTES:
+            self._begin_commit()
+
+    def _check_usable(self) -> None:
+        if self._failed:
+            raise StoreError(f"{self.path}: an earlier write failed; open a new writer to resume")
+
+
+def check_range(job: Job, split: str, row_range: tuple[int, int] | None, path: Path) -> tuple[int, int]:
+    """The rows a writer owns. Raises StoreError unless they are whole shards of this job."""
+    rows, first = job.splits[split].rows, job.splits[split].start
+    if row_range is None:
+        return first - first % job.shard_rows, rows
+    start, stop = row_range
+    whole = start % job.shard_rows == 0 and (stop % job.shard_rows == 0 or stop == rows)
+    if not whole or not 0 <= start <= stop <= rows:
+        raise StoreError(
+            f"{path} {split}: row range {start}:{stop} is not made of whole shards of {job.shard_rows} rows "
+            f"within 0:{rows}"
+        )
+    return start, stop

@@ -1,0 +1,88 @@
+"""The command line as a whole: fast start, readable errors, the table of commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def imported_modules(*arguments: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    modules = imported_modules(*arguments)
+    assert "typer" in modules
+    assert not modules & {"torch", "zarr", "transformers", "timm", "ultralytics", "dask", "sklearn", "pandas"}
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_help_that_starts_with_an_example(name: str) -> None:
+    done = run_cli(name, "--help")
+    assert done.returncode == 0, done.stderr
+    example = next(text for text in first_paragraphs(done.stdout) if not text.startswith("Usage:"))
+    assert example.startswith(f"cli {name}"), example
+
+
+def first_paragraphs(text: str) -> list[str]:
+    """Blocks of text between blank lines, each on one line."""
+    blocks = re.split(r"\n\s*\n", text.strip())
+    return [" ".join(block.split()) for block in blocks]
+
+
+def test_overview_shows_the_stages_in_order() -> None:
+    done = run_cli()
+    overview = done.stdout + done.stderr
+    assert overview.index("Stage one") < overview.index("Stage two")
+    for name in cli.COMMANDS:
+        assert name in overview
+
+
+def test_unknown_command_names_the_nearest() -> None:
+    done = run_cli("exract")
+    assert done.returncode == 2
+    assert "did you mean extract" in " ".join(done.stderr.split())
+
+
+def test_an_error_is_one_line_without_traceback(tmp_path: Path) -> None:
+    done = run_cli("inspect", str(tmp_path / "nothing.zarr"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "nothing.zarr" in line
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = run_cli("inspect", str(tmp_path / "nothing.zarr"), "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr

@@ -1,0 +1,93 @@
+"""Progress lines, stop signals, tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from console import progress
+from console.output import print_json, print_table
+from console.progress import clock, track_progress
+from console.stop import StopRequest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_progress_is_plain_lines_outside_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
+    stream = io.StringIO()
+    with track_progress(4, "encoding", "images", stream=stream) as bar:
+        bar.advance(1)
+        bar.note("one bad image")
+        bar.advance(3)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("encoding: 1/4 images (25%)")
+    assert "left" in lines[0]
+    assert lines[1] == "one bad image"
+    assert lines[-1].startswith("encoding: 4/4 images (100%)")
+    assert not {"\r", "\x1b"} & set(stream.getvalue())
+
+
+def test_progress_rate_leaves_out_what_was_done_before() -> None:
+    stream = io.StringIO()
+    bar = progress.PlainProgress(1000, "encoding", "images", 900, stream)
+    bar.started -= 10.0
+    bar.advance(10)
+    assert "910/1000" in bar.line()
+    assert ", 1.0 images/s, 1:30 left" in bar.line()
+
+
+def test_clock_has_hours_when_needed() -> None:
+    assert [clock(5), clock(65), clock(3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_first_signal_requests_a_stop_and_handlers_come_back(number: int, code: int) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.wait(5.0)
+        assert stop.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_second_signal_ends_at_once() -> None:
+    script = """
+import os, signal, time
+from console.stop import StopRequest
+with StopRequest():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=50, check=False)
+    assert done.returncode == 143
+
+
+def test_table_is_aligned_plain_text_outside_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(
+        [{"name": "resnet18", "top1": 0.5}, {"name": "vit", "top1": None}],
+        {"name": "student", "top1": "top-1"},
+    )
+    assert capsys.readouterr().out.splitlines() == ["student   top-1", "resnet18    0.5", "vit           -"]
+
+
+def test_json_has_plain_values_only(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json(
+        {"path": Path("a/b"), "loss": float("nan"), "count": np.int64(3), "mean": np.array([1.5, 2.5])}
+    )
+    assert json.loads(capsys.readouterr().out) == {
+        "path": "a/b",
+        "loss": None,
+        "count": 3,
+        "mean": [1.5, 2.5],
+    }

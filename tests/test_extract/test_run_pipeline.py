@@ -1,0 +1,402 @@
+"""The pipeline from files to a store: rows, resume, refusal, appending, bad images, memory that runs out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from console.stop import Stopped, StopRequest
+from extract.config import load_config
+from extract.existing import DifferentStore
+from extract.ledger import LEDGER, TooManyBad
+from extract.run import ExtractResult, run_extraction
+from extract.teachers import load_teacher
+from store.reader import Store, open_store
+
+
+def extract(options: dict[str, Any], **changes: Any) -> ExtractResult:
+    return run_extraction(load_config(None, {**options, **changes}))
+
+
+def true_features(store: Store, split: str, name: str = "features/pooled") -> np.ndarray:
+    """All rows of an array in true units."""
+    part = store[split]
+    return part.gather(np.arange(len(part)), [name])[name].astype(np.float32) * part.scale[name]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a store but the extractor's own notes (times of files, locks)."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".extract" not in path.parts
+    }
+
+
+class StopAfter:
+    """An observer that asks for a stop once `rows` rows are encoded, as Ctrl-C would."""
+
+    def __init__(self, stop: StopRequest, rows: int) -> None:
+        self.stop, self.rows = stop, rows
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        if done >= self.rows:
+            self.stop.set()
+
+
+def interrupt(options: dict[str, Any], rows: int) -> Stopped:
+    stop = StopRequest()
+    with pytest.raises(Stopped) as stopped:
+        run_extraction(load_config(None, options), [StopAfter(stop, rows)], stop)
+    return stopped.value
+
+
+class TestStore:
+    def test_each_row_holds_the_teachers_answer_for_its_own_image(
+        self, extract_options: dict[str, Any]
+    ) -> None:
+        result = extract(extract_options, grid="native")
+        assert (result.complete, result.bad, result.encoded) == (True, 0, 60)
+        store = open_store(extract_options["out"])
+        teacher = load_teacher(
+            "timm:test_efficientnet", extract_options["teacher_path"], device="cpu", image_size=64
+        )
+        train = store["train"]
+        pooled, grid = true_features(store, "train"), true_features(store, "train", "features/grid")
+        for row in (0, 17, len(train) - 1):
+            image = Image.open(Path(extract_options["data"]) / train.keys[row]).convert("RGB")
+            expected = teacher.encode([image])
+            np.testing.assert_allclose(pooled[row], expected.pooled[0], rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(grid[row], expected.grid[0], rtol=2e-3, atol=2e-3)
+            other = teacher.encode([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+            assert np.abs(pooled[row] - other.pooled[0].numpy()).max() > 0.02
+
+    def test_labels_sizes_and_content_belong_to_the_key(self, extract_options: dict[str, Any]) -> None:
+        from extract.sources import content_digest
+
+        extract(extract_options)
+        store = open_store(extract_options["out"])
+        assert store.manifest.class_names == tuple("0123456789")
+        for split in store.splits:
+            part = store[split]
+            labels, sizes, content = (part.read(n) for n in ("targets/label", "sizes", "content"))
+            for row, key in enumerate(part.keys):
+                assert store.manifest.class_names[labels[row]] == key.split("/")[0]
+                data = (Path(extract_options["data"]) / key).read_bytes()
+                assert content[row].tobytes() == content_digest(data)
+            assert (sizes == 40).all()
+
+    def test_worker_processes_give_the_same_store_as_a_thread(self, extract_options: dict[str, Any]) -> None:
+        extract(extract_options)
+        one = files_of(extract_options["out"])
+        extract(extract_options, workers=2, overwrite=True)
+        assert files_of(extract_options["out"]) == one
+
+    @pytest.mark.parametrize("images", ["jpeg", "raw"])
+    def test_stored_images_make_the_store_enough(self, extract_options: dict[str, Any], images: str) -> None:
+        from imaging.decode import decode_image
+
+        extract(extract_options, images=images)
+        train = open_store(extract_options["out"])["train"]
+        original = Image.open(Path(extract_options["data"]) / train.keys[3]).convert("RGB")
+        if images == "jpeg":
+            stored = decode_image(train.ragged([3], "images/encoded/values")[0].tobytes())
+        else:
+            stored = Image.fromarray(train.gather([3], ["images/raw"])["images/raw"][0]).resize((40, 40))
+        difference = np.asarray(stored, np.float32) - np.asarray(original, np.float32)
+        assert np.abs(difference).mean() < 4
+        assert (
+            np.abs(np.asarray(stored.transpose(Image.Transpose.ROTATE_90), np.float32) - original).mean() > 8
+        )
+
+    def test_jpeg_files_are_stored_byte_for_byte(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        data = tmp_path / "photos"
+        data.mkdir()
+        for number in range(4):
+            image = Image.new("RGB", (90, 60), (number * 60, 10, 90))
+            image.save(data / f"{number}.jpg")
+        extract(extract_options, data=str(data), images="jpeg", val_fraction=0)
+        train = open_store(extract_options["out"])["train"]
+        stored = train.ragged(range(4), "images/encoded/values")
+        assert [item.tobytes() for item in stored] == [(data / key).read_bytes() for key in train.keys]
+
+    def test_recorded_views_show_what_their_geometry_says(self, extract_options: dict[str, Any]) -> None:
+        from imaging.geometry import View
+
+        extract(extract_options, views=2, grid="native")
+        store = open_store(extract_options["out"])
+        train = store["train"]
+        teacher = load_teacher(
+            "timm:test_efficientnet", extract_options["teacher_path"], device="cpu", image_size=64
+        )
+        geometry = train.gather([5], ["views/geometry"])["views/geometry"][0]
+        stored = true_features(store, "train", "views/pooled")[5]
+        image = Image.open(Path(extract_options["data"]) / train.keys[5]).convert("RGB")
+        for view in range(2):
+            pixels = torch.from_numpy(np.array(View(geometry[view]).render(image, 64))).permute(2, 0, 1)[None]
+            expected = teacher.encode(pixels.contiguous()).pooled[0]
+            np.testing.assert_allclose(stored[view], expected, rtol=2e-3, atol=2e-3)
+        assert not np.allclose(geometry[0], geometry[1])
+        assert train.specs["views/grid"].row_shape == (2, 2, 2, 256)
+
+    def test_letterbox_padding_is_left_out_of_the_mean(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        data = tmp_path / "wide"
+        data.mkdir()
+        noise = np.random.default_rng(0).integers(0, 255, (64, 128, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(data / "wide.png")
+        extract(
+            extract_options, data=str(data), resize="letterbox", grid="native", image_size=128, val_fraction=0
+        )
+        store = open_store(extract_options["out"])
+        grid, pooled = true_features(store, "train", "features/grid")[0], true_features(store, "train")[0]
+        assert grid.shape == (4, 4, 256)
+        np.testing.assert_allclose(pooled, grid[1:3].mean(axis=(0, 1)), rtol=5e-3, atol=5e-3)
+        assert np.abs(pooled - grid.mean(axis=(0, 1))).max() > 0.01
+
+
+class TestResume:
+    def test_an_interrupted_run_ends_up_bit_identical(self, extract_options: dict[str, Any]) -> None:
+        extract(extract_options, shard_rows=16, grid="native", views=1, images="jpeg")
+        whole = files_of(extract_options["out"])
+        shutil.rmtree(extract_options["out"])
+        options = {**extract_options, "shard_rows": 16, "grid": "native", "views": 1, "images": "jpeg"}
+        stopped = interrupt(options, rows=24)
+        assert stopped.exit_code == 143
+        assert f"cli extract {options['data']} --out {options['out']}" in str(stopped)
+        committed = int(str(stopped).split("stopped: ")[1].split(" of ")[0])
+        assert 24 <= committed < 60
+        result = extract(options)
+        assert result.encoded == 60 - committed
+        assert files_of(extract_options["out"]) == whole
+
+    def test_a_complete_store_is_left_alone(self, extract_options: dict[str, Any]) -> None:
+        extract(extract_options)
+        before = files_of(extract_options["out"])
+        assert extract(extract_options).encoded == 0
+        assert files_of(extract_options["out"]) == before
+
+    @pytest.mark.parametrize(
+        ("changes", "text"),
+        [
+            ({"image_size": 96}, "preprocessing.image_size is 64, asked for 96"),
+            ({"resize": "letterbox"}, "preprocessing.resize is squash, asked for letterbox"),
+            ({"grid": 1}, "grid is None, asked for 1"),
+            ({"images": "raw"}, "images is none, asked for raw"),
+            ({"teacher": "timm:test_resnet", "teacher_path": None}, "teacher.name is timm:test_efficientnet"),
+        ],
+    )
+    def test_other_options_are_refused_with_the_fields_that_differ(
+        self, extract_options: dict[str, Any], changes: dict[str, Any], text: str, tmp_path: Path
+    ) -> None:
+        import timm
+
+        extract(extract_options)
+        before = files_of(extract_options["out"])
+        if "teacher" in changes:
+            torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.pth")
+            changes = {**changes, "teacher_path": str(tmp_path / "resnet.pth")}
+        with pytest.raises(DifferentStore) as error:
+            extract(extract_options, **changes)
+        assert text in str(error.value)
+        assert "--overwrite" in str(error.value)
+        assert files_of(extract_options["out"]) == before
+
+    def test_changed_files_are_refused_and_named(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        data = tmp_path / "data"
+        shutil.copytree(extract_options["data"], data)
+        extract(extract_options, data=str(data))
+        changed = sorted(data.rglob("*.png"))[4]
+        Image.new("RGB", (40, 40), "red").save(changed)
+        with pytest.raises(DifferentStore, match=f"1 images have other bytes.*{changed.name}"):
+            extract(extract_options, data=str(data))
+
+    def test_touched_files_with_the_same_bytes_are_accepted(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        data = tmp_path / "data"
+        shutil.copytree(extract_options["data"], data)
+        extract(extract_options, data=str(data))
+        for file in data.rglob("*.png"):
+            file.touch()
+        assert extract(extract_options, data=str(data)).encoded == 0
+
+    def test_images_that_are_gone_are_refused_and_named(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        data = tmp_path / "data"
+        shutil.copytree(extract_options["data"], data)
+        extract(extract_options, data=str(data))
+        gone = sorted(data.rglob("*.png"))[7]
+        gone.unlink()
+        with pytest.raises(DifferentStore, match=f"1 images of its split.*{gone.name}"):
+            extract(extract_options, data=str(data))
+
+    def test_overwrite_spares_what_is_no_store(self, extract_options: dict[str, Any], tmp_path: Path) -> None:
+        from extract.config import ConfigError
+
+        precious = tmp_path / "precious"
+        precious.mkdir()
+        (precious / "thesis.tex").write_text("")
+        with pytest.raises(ConfigError, match="deletes stores only"):
+            extract(extract_options, out=precious, overwrite=True)
+        assert (precious / "thesis.tex").exists()
+
+    def test_new_images_are_appended_and_encoded_alone(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        data = tmp_path / "data"
+        shutil.copytree(extract_options["data"], data)
+        options = {**extract_options, "data": str(data), "shard_rows": 16}
+        extract(options)
+        store = open_store(options["out"])
+        before = {split: (list(store[split].keys), true_features(store, split)) for split in store.splits}
+        for number in range(20):
+            name = data / str(number % 10) / f"{'a' if number % 2 else 'z'}{number}.png"
+            Image.new("RGB", (40, 40), (number * 12, 90, 0)).save(name)
+        assert extract(options).encoded == 20
+        store = open_store(options["out"])
+        assert sum(len(store[split]) for split in store.splits) == 80
+        for split, (keys, features) in before.items():
+            assert list(store[split].keys)[: len(keys)] == keys
+            np.testing.assert_array_equal(true_features(store, split)[: len(keys)], features)
+            labels = store[split].read("targets/label")
+            assert [str(label) for label in labels] == [key.split("/")[0] for key in store[split].keys]
+        assert extract(options).encoded == 0
+
+
+class TestBadImages:
+    @pytest.fixture
+    def broken(self, extract_options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+        """The digits with two files that are no images."""
+        data = tmp_path / "data"
+        shutil.copytree(extract_options["data"], data)
+        files = sorted(data.rglob("*.png"))
+        files[10].write_bytes(b"")
+        files[20].write_bytes(files[20].read_bytes()[:100])
+        return {
+            **extract_options,
+            "data": str(data),
+            "bad": [str(files[n].relative_to(data)) for n in (10, 20)],
+        }
+
+    def test_they_keep_their_rows_and_go_to_the_ledger(self, broken: dict[str, Any]) -> None:
+        bad = broken.pop("bad")
+        result = extract(broken, max_bad=2, grid="native", images="jpeg", views=1)
+        assert (result.bad, result.rows) == (2, 60)
+        store = open_store(broken["out"])
+        lines = [json.loads(line) for line in (Path(broken["out"]) / LEDGER).read_text().splitlines()]
+        assert sorted(line["key"] for line in lines) == sorted(bad)
+        assert {line["reason"].split(":")[0].split(" (")[0] for line in lines} == {
+            "empty file",
+            "cannot be decoded",
+        }
+        for line in lines:
+            part = store[line["split"]]
+            assert not part.valid[line["row"]]
+            assert part.keys[line["row"]] == line["key"]
+            assert np.isnan(true_features(store, line["split"])[line["row"]]).all()
+            assert np.isfinite(true_features(store, line["split"])[part.valid]).all()
+
+    def test_more_than_allowed_end_the_run_and_a_higher_limit_goes_on(self, broken: dict[str, Any]) -> None:
+        broken.pop("bad")
+        with pytest.raises(TooManyBad, match="--max-bad 1% allows 0"):
+            extract(broken)
+        assert (Path(broken["out"]) / LEDGER).exists()
+        with pytest.raises(TooManyBad):
+            extract(broken)
+        assert extract(broken, max_bad="5%").complete
+
+    def test_an_image_with_more_pixels_than_the_limit_is_bad(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        for name, side in (("small", 20), ("large", 60)):
+            (tmp_path / "data").mkdir(exist_ok=True)
+            Image.new("RGB", (side, side)).save(tmp_path / "data" / f"{name}.png")
+        extract(extract_options, data=str(tmp_path / "data"), max_pixels=500, max_bad=1, val_fraction=0)
+        train = open_store(extract_options["out"])["train"]
+        assert dict(zip(train.keys, train.valid.tolist(), strict=True)) == {
+            "small.png": True,
+            "large.png": False,
+        }
+
+    def test_they_do_not_change_their_neighbours(
+        self, broken: dict[str, Any], extract_options: dict[str, Any]
+    ) -> None:
+        broken.pop("bad")
+        extract(broken, max_bad=2)
+        damaged = open_store(broken["out"])
+        extract(extract_options, out=Path(extract_options["out"]).with_name("sound"))
+        sound = open_store(Path(extract_options["out"]).with_name("sound"))
+        for split in sound.splits:
+            assert list(sound[split].keys) == list(damaged[split].keys)
+            valid = damaged[split].valid
+            expected, got = true_features(sound, split)[valid], true_features(damaged, split)[valid]
+            np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-3)
+
+
+class TestOutOfMemory:
+    def test_the_batch_is_halved_and_it_says_so(
+        self,
+        extract_options: dict[str, Any],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        from extract.teachers.timm_encoder import TimmTeacher
+
+        extract(extract_options, out=Path(extract_options["out"]).with_name("roomy"))
+        encode = TimmTeacher.encode
+
+        def tight(self: Any, images: Any, **kwargs: Any) -> Any:
+            if len(images) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return encode(self, images, **kwargs)
+
+        monkeypatch.setattr(TimmTeacher, "encode", tight)
+        with caplog.at_level("WARNING", "qwen_distill"):
+            result = extract(extract_options)
+        assert result.halved == [4, 2]
+        assert "going on with batches of 2" in caplog.text
+        record = Path(extract_options["out"]) / ".extract" / "out_of_memory.jsonl"
+        assert [json.loads(line)["batch_size"] for line in record.read_text().splitlines()] == [4, 2]
+        tight_store, roomy = (
+            open_store(Path(extract_options["out"]).with_name(name)) for name in ("store", "roomy")
+        )
+        np.testing.assert_allclose(
+            true_features(tight_store, "train"), true_features(roomy, "train"), rtol=2e-3, atol=1e-3
+        )
+
+    def test_one_image_that_does_not_fit_is_an_error_with_advice(
+        self, extract_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from extract.encode import OutOfMemory
+        from extract.teachers.timm_encoder import TimmTeacher
+
+        def full(self: Any, images: Any, **kwargs: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(TimmTeacher, "encode", full)
+        with pytest.raises(OutOfMemory, match=r"one image of 64 pixels.*smaller --image-size"):
+            extract(extract_options)
+
+
+def test_cuda_is_never_replaced_by_the_cpu(extract_options: dict[str, Any]) -> None:
+    from extract.teachers import TeacherError
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(TeacherError, match="device cuda:7 is not there"):
+        extract(extract_options, device="cuda:7")
+    assert not Path(extract_options["out"]).exists()

@@ -1,0 +1,281 @@
+"""Masks, clips and HDF5: their forms, and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from extract.sources import AnnotationError, SourceError, open_source, sample_frame_indices
+from extract.sources.clips import looks_like_frames, time_order
+from imaging.decode import decode_image
+from imaging.errors import ImageError
+from imaging.masks import decode_mask
+from tests.test_extract.source_datasets import (
+    mask_of,
+    picture,
+    png,
+    save,
+    write_clips,
+    write_folder,
+    write_masks,
+)
+
+SIZE = (24, 16)
+
+
+def test_segmentation_folders_and_suffixes(tmp_path: Path) -> None:
+    forms = {
+        "plain": ("images/a.png", "masks/a.png"),
+        "voc": ("JPEGImages/a.jpg", "SegmentationClass/a.png"),
+        "below": ("images/val/a.png", "labels/val/a.png"),
+        "suffix": ("images/a.png", "masks/a_mask.png"),
+        "beside": ("train/a.png", "train/a_mask.png"),
+    }
+    for name, (image, mask) in forms.items():
+        save(tmp_path / name / image, picture(0))
+        save(tmp_path / name / mask, mask_of(1))
+        source = open_source(tmp_path / name, val_fraction=0)
+        assert source.kind == "masks", name
+        ((sample,),) = source.splits().values()
+        assert sample.key == image
+        np.testing.assert_array_equal(decode_mask(sample.read_mask(SIZE) or b""), mask_of(1))
+    assert set(open_source(tmp_path / "below", val_fraction=0).splits()) == {"val"}
+
+
+def test_voc_segmentation_lists_choose_images_and_splits(tmp_path: Path) -> None:
+    for number in range(6):
+        save(tmp_path / f"JPEGImages/{number}.jpg", picture(number))
+    for number in range(3):
+        save(tmp_path / f"SegmentationClass/{number}.png", mask_of(number))
+        save(tmp_path / f"SegmentationObject/{number}.png", mask_of(number))
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    for name, stems in {"train": "0\n1\n", "val": "2\n", "trainval": "0\n1\n2\n"}.items():
+        (lists / f"{name}.txt").write_text(stems)
+    splits = open_source(tmp_path, "masks").splits()
+    assert {name: list(samples.keys) for name, samples in splits.items()} == {
+        "train": ["JPEGImages/0.jpg", "JPEGImages/1.jpg"],
+        "val": ["JPEGImages/2.jpg"],
+    }
+    (lists / "val.txt").write_text("2\n5\n")
+    with pytest.raises(SourceError, match=r"1 of 4 images .* have no mask, first 'JPEGImages/5\.jpg'"):
+        open_source(tmp_path, "masks")
+
+
+def test_class_names_of_masks(tmp_path: Path) -> None:
+    write_masks(tmp_path)
+    assert open_source(tmp_path, class_names=["x", "y", "z", "w"]).class_names == ("x", "y", "z", "w")
+    (tmp_path / "classes.txt").write_text("sky\ntree\nroad\n\n")
+    assert open_source(tmp_path).class_names == ("sky", "tree", "road")
+
+
+def test_masks_of_0_and_255_are_background_and_foreground(tmp_path: Path) -> None:
+    binary = np.where(mask_of(1) == 1, 255, 0).astype(np.uint8)
+    save(tmp_path / "images/a.png", picture(0))
+    save(tmp_path / "masks/a.png", binary)
+    source = open_source(tmp_path, val_fraction=0)
+    assert source.class_names == ("0", "1")
+    assert "255 taken as class 1" in source.notes[0]
+    mask = decode_mask(source.splits()["train"][0].read_mask() or b"")
+    np.testing.assert_array_equal(mask, binary // 255)
+    ignoring = open_source(tmp_path, binary=False, val_fraction=0)
+    np.testing.assert_array_equal(decode_mask(ignoring.splits()["train"][0].read_mask() or b""), binary)
+
+
+def test_mask_errors_name_the_file(tmp_path: Path) -> None:
+    write_masks(tmp_path)
+    few = open_source(tmp_path, class_names=["x", "y"]).splits()["train"]
+    with pytest.raises(AnnotationError, match=r"masks/0\.png: class id 2, but there are 2 classes"):
+        few[0].read_mask()
+    samples = open_source(tmp_path).splits()["train"]
+    with pytest.raises(AnnotationError, match=r"masks/0\.png: mask of 24×16 pixels, its image has 30×16"):
+        samples[0].read_mask((30, 16))
+    (tmp_path / "train/masks/1.png").write_bytes(b"nonsense")
+    with pytest.raises(AnnotationError, match=r"masks/1\.png: mask not an image"):
+        samples[1].read_mask()
+    with pytest.raises(AnnotationError, match=r"masks/1\.png: mask not an image"):
+        open_source(tmp_path)
+
+
+def test_image_without_a_mask(tmp_path: Path) -> None:
+    write_masks(tmp_path)
+    (tmp_path / "val/masks/8.png").unlink()
+    with pytest.raises(SourceError, match=r"1 of 11 images .* have no mask, first 'val/images/8.png'"):
+        open_source(tmp_path)
+
+
+def write_video(path: Path, count: int) -> list[int]:
+    """A clip whose frame `i` is grey of a level of its own; returns the levels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = [20 + 10 * (number % 20) for number in range(count)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.bit_rate = 2_000_000
+        for level in levels:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return levels
+
+
+def levels_of(images: list[Image.Image]) -> list[float]:
+    return [float(np.asarray(image).mean()) for image in images]
+
+
+def test_video_frames_are_spread_evenly(tmp_path: Path) -> None:
+    levels = write_video(tmp_path / "train/walk/a.mp4", 20)
+    write_video(tmp_path / "train/run/b.avi", 5)
+    source = open_source(tmp_path, val_fraction=0)
+    assert (source.kind, source.task, source.class_names) == ("clips", "sequence", ("run", "walk"))
+    run, walk = source.splits()["train"]
+    assert (run.key, run.label, walk.key, walk.label) == ("train/run/b.avi", 0, "train/walk/a.mp4", 1)
+    assert walk.read() == (tmp_path / "train/walk/a.mp4").read_bytes()
+    np.testing.assert_allclose(levels_of(walk.read_frames(4)), [levels[i] for i in (2, 7, 12, 17)], atol=3)
+    pairs = walk.read_frames(2, pairs=True)
+    np.testing.assert_allclose(levels_of(pairs), [levels[i] for i in (4, 5, 14, 15)], atol=3)
+    assert len(run.read_frames(8)) == 8
+    with pytest.raises(ImageError, match="too many pixels: frames of 64×48"):
+        run.read_frames(2, max_pixels=100)
+
+
+def test_damaged_videos_are_bad_clips(tmp_path: Path) -> None:
+    write_video(tmp_path / "a/good.avi", 30)
+    data = (tmp_path / "a/good.avi").read_bytes()
+    (tmp_path / "a/cut.mp4").write_bytes(data[:60])
+    (tmp_path / "a/empty.mp4").write_bytes(b"")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/text.mkv").write_text("no video at all")
+    samples = {sample.key: sample for sample in open_source(tmp_path, val_fraction=0).splits()["train"]}
+    assert len(samples["a/good.avi"].read_frames(4)) == 4
+    for key in ("a/cut.mp4", "a/empty.mp4", "b/text.mkv"):
+        with pytest.raises(ImageError):
+            samples[key].read_frames(4)
+
+
+def test_frame_folders_are_in_the_order_of_time(tmp_path: Path) -> None:
+    dataset = write_clips(tmp_path / "clips")
+    for number in range(4, 13):  # 4 … 12 written without leading zeros
+        save(
+            Path(dataset.path) / "train/bird/clip0" / f"{number}.png", np.full((16, 24, 3), number, np.uint8)
+        )
+    clip = next(
+        s for s in open_source(dataset.path, "clips").splits()["train"] if s.key == "train/bird/clip0"
+    )
+    assert levels_of(clip.read_frames(12))[3:] == list(range(4, 13))
+    (Path(dataset.path) / "train/bird/clip0/12.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"frame 12\.png: empty file"):
+        clip.read_frames(12)
+    assert sorted(["f10.png", "f9.png", "f1a.png"], key=time_order) == ["f1a.png", "f9.png", "f10.png"]
+
+
+def test_a_clip_with_another_frame_has_other_content(tmp_path: Path) -> None:
+    dataset = write_clips(tmp_path / "clips")
+    before = {s.key: s.read() for s in open_source(dataset.path).splits()["train"]}
+    save(Path(dataset.path) / "train/bird/clip0/0002.png", picture(99))
+    after = {s.key: s.read() for s in open_source(dataset.path).splits()["train"]}
+    assert [key for key in before if before[key] != after[key]] == ["train/bird/clip0"]
+
+
+def test_what_is_no_clip(tmp_path: Path) -> None:
+    dataset = write_folder(tmp_path / "folder")
+    assert not looks_like_frames(["1.png", "2.png"])
+    assert not looks_like_frames(["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"])
+    assert not looks_like_frames(["cat/a/1.png", "cat/a/3.png"])
+    assert looks_like_frames(["cat/a/1.png", "cat/a/2.png"])
+    with pytest.raises(ValueError, match="is not a clip"):
+        open_source(dataset.path).splits()["train"][0].read_frames(2)
+    save(tmp_path / "mixed/a/b/1.png", picture(0))
+    write_video(tmp_path / "mixed/a/c.mp4", 3)
+    with pytest.raises(SourceError, match="both video files"):
+        open_source(tmp_path / "mixed", "clips")
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [(20, 4, [2, 7, 12, 17]), (4, 4, [0, 1, 2, 3]), (1, 3, [0, 0, 0]), (2, 4, [0, 0, 1, 1]), (3, 1, [1])],
+)
+def test_frame_indices(total: int, count: int, expected: list[int]) -> None:
+    assert sample_frame_indices(total, count).tolist() == expected
+
+
+def test_frame_pairs() -> None:
+    assert sample_frame_indices(20, 2, pairs=True).tolist() == [[4, 5], [14, 15]]
+    assert sample_frame_indices(1, 2, pairs=True).tolist() == [[0, 0], [0, 0]]
+    for total in range(2, 40):
+        for count in range(1, 20):
+            pairs = sample_frame_indices(total, count, pairs=True)
+            assert (pairs[:, 1] == pairs[:, 0] + 1).all()
+            assert pairs.max() < total
+            assert (np.diff(pairs[:, 0]) >= 0).all()
+    with pytest.raises(ValueError, match="cannot take 4 frames of 0"):
+        sample_frame_indices(0, 4)
+
+
+def hdf5(path: Path, **datasets: object) -> Path:
+    with h5py.File(path, "w") as file:
+        for name, value in datasets.items():
+            file[name] = value
+    return path
+
+
+def stack(count: int) -> np.ndarray:
+    return np.stack([picture(number) for number in range(count)])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)])
+def test_hdf5_pixel_layouts(tmp_path: Path, order: tuple[int, ...]) -> None:
+    path = hdf5(tmp_path / "x.h5", images=stack(5).transpose(order), labels=[1, 0, 1, -1, 0])
+    samples = open_source(path, val_fraction=0).splits()["train"]
+    assert [sample.label for sample in samples] == [1, 0, 1, None, 0]
+    for number, sample in enumerate(samples):
+        assert sample.key == f"{number:09d}"
+        np.testing.assert_array_equal(np.asarray(decode_image(sample.read())), picture(number))
+
+
+def test_hdf5_grey_images_keys_and_names(tmp_path: Path) -> None:
+    path = hdf5(tmp_path / "x.h5", images=stack(2)[..., 0], labels=[b"dog", b"cat"], keys=[b"p/1", b"p/2"])
+    source = open_source(path, val_fraction=0)
+    assert source.class_names == ("cat", "dog")
+    assert [(s.key, s.label) for s in source.splits()["train"]] == [("p/1", 1), ("p/2", 0)]
+    seen = np.asarray(decode_image(source.splits()["train"][1].read()))
+    np.testing.assert_array_equal(seen[..., 1], picture(1)[..., 0])
+
+
+def test_hdf5_encoded_files(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        cells = file.create_dataset("images", (2,), dtype=h5py.vlen_dtype(np.uint8))
+        cells[0], cells[1] = (np.frombuffer(png(picture(n)), np.uint8) for n in range(2))
+    source = open_source(tmp_path / "x.h5", val_fraction=0)
+    assert source.task == "features"
+    assert [s.read() for s in source.splits()["train"]] == [png(picture(0)), png(picture(1))]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({"pictures": stack(2)}, "no data set 'images'"),
+        ({"images": stack(2).astype(np.float32)}, r"images is float32 \[2, 16, 24, 3\]: expected uint8"),
+        ({"images": stack(2)[..., :2]}, r"images is uint8 \[2, 16, 24, 2\]"),
+        ({"images": stack(2), "labels": [1]}, r"labels have shape \[1\], expected \[2\]"),
+        ({"images": stack(2), "labels": [1, -2]}, "label 1: label -2 is negative"),
+        ({"images": stack(2), "keys": [b"a"]}, "1 keys, but 2 images"),
+        ({"images": stack(2), "keys": [b"a", b"a"]}, "keys occur more than once"),
+    ],
+)
+def test_hdf5_errors(tmp_path: Path, datasets: dict[str, object], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        open_source(hdf5(tmp_path / "x.h5", **datasets))
+
+
+def test_hdf5_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.h5").write_bytes(b"nonsense")
+    with pytest.raises(SourceError, match="cannot be read as HDF5"):
+        open_source(tmp_path / "x.h5")
+    with pytest.raises(SourceError, match="holds HDF5 files: give the path of one"):
+        open_source(tmp_path)

@@ -1,0 +1,97 @@
+"""cli inspect, verify, convert: text for people, one JSON object for machines, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from store_samples import write_rows
+from typer.testing import CliRunner
+
+from commands import store as commands
+from store import StoreError
+
+
+def run(*arguments: Any) -> Any:
+    app = typer.Typer()
+    for command in (commands.inspect, commands.verify, commands.convert):
+        app.command()(command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_inspect(make_store: Any) -> None:
+    path = make_store(train=100, val=10)
+    text = run("inspect", path).stdout
+    assert "format version 1, complete" in text
+    assert "train: 100 rows, 0 bad" in text
+    assert "features/grid" in text
+    assert "100 × 2 × 2 × 16" in text
+    described = json.loads(run("inspect", path, "--json").stdout)
+    assert described["complete"] is True
+    assert described["manifest"]["teacher"]["width"] == 16
+    grid = described["splits"]["train"]["arrays"]["features/grid"]
+    assert grid["shape"] == [100, 2, 2, 16]
+    assert grid["bytes_per_sample"] == 128
+    assert described["bytes"] == sum(split["bytes"] for split in described["splits"].values())
+
+
+def test_inspect_of_an_incomplete_store(make_store: Any) -> None:
+    path = make_store(complete=False, train=100, val=10)
+    write_rows(path, "train", row_range=(0, 64))
+    assert "being written  features: train 64 of 100, val 0 of 10 rows" in run("inspect", path).stdout
+    described = json.loads(run("inspect", path, "--json").stdout)
+    assert described["complete"] is False
+    assert described["pending"] == {"features": {"train": [64, 100], "val": [0, 10]}}
+
+
+def test_verify_exit_codes(make_store: Any) -> None:
+    path = make_store(train=100)
+    good = run("verify", path, "--json")
+    assert (good.exit_code, json.loads(good.stdout)["ok"]) == (0, True)
+    (path / "train/valid/c/0").unlink()
+    (path / "train/valid/c/0.partial").write_bytes(b"")
+    bad = run("verify", path)
+    assert bad.exit_code == 1
+    assert len(bad.stdout.splitlines()) == 3  # one line a finding, and their number
+    repaired = run("verify", path, "--repair", "--json")
+    assert repaired.exit_code == 1
+    answer = json.loads(repaired.stdout)
+    assert [Path(name).name for name in answer["repaired"]] == ["0.partial"]
+    assert [finding["problem"] for finding in answer["findings"]] == ["shard is missing"]
+
+
+def test_convert(make_store: Any, tmp_path: Path) -> None:
+    path = make_store(train=100)
+    assert run("convert", path, tmp_path / "s.h5").exit_code == 0
+    assert run("convert", tmp_path / "s.h5", tmp_path / "back.zarr").exit_code == 0
+    answer = json.loads(run("convert", path, tmp_path / "small.zarr", "--int8", "--json").stdout)
+    assert {cost["array"] for cost in answer["costs"]} == {"features/pooled", "features/grid"}
+    assert all(cost["cosine_p1"] > 0.999 for cost in answer["costs"])
+    assert "cosine (1st percentile)" in run("convert", path, tmp_path / "pca.zarr", "--pca", "8").stdout
+    for arguments, problem in (
+        ((path, tmp_path / "x.zarr"), "one of the two must end in .h5"),
+        ((path, tmp_path / "x.h5", "--zstd"), "not from or to HDF5"),
+    ):
+        error = run("convert", *arguments).exception
+        assert isinstance(error, StoreError)
+        assert problem in str(error)
+
+
+def test_errors_are_one_line_on_stderr(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent.parent
+    command = [sys.executable, "cli.py", "verify", str(tmp_path / "none.zarr"), "--json"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify", "convert"])
+def test_help_has_an_example(name: str) -> None:
+    assert f"cli {name} flowers.zarr" in run(name, "--help").stdout

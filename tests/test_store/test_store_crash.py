@@ -1,0 +1,254 @@
+"""Killed at any moment, resumed, and not one bit differs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from crash_writer import build
+from store_samples import files_of, small_arrays, small_block, small_manifest, write_rows
+
+from store import Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
+from store.verify import verify_store
+
+KILLED = 9
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked process; returns its process id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+            os._exit(1)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def assert_same_store(path: Path, undisturbed: dict[str, bytes], what: Any) -> None:
+    found = files_of(path)
+    assert sorted(found) == sorted(undisturbed), what
+    assert [name for name in found if found[name] != undisturbed[name]] == [], what
+
+
+def die_at_call(number: int) -> None:
+    """Make this process end, as kill -9 would, just before its n-th write, sync, rename, link or removal."""
+    calls = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("write", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def kill_at_every_call(tmp_path: Path, first: int, step: int, codec: str) -> int:
+    """Kill one run at call `first`, the next at `first` + step, … until a run ends by itself."""
+    build(tmp_path / "undisturbed.zarr", codec=codec)
+    undisturbed = files_of(tmp_path / "undisturbed.zarr")
+    number, killed = first, 0
+    while True:
+        path = tmp_path / f"killed{number}.zarr"
+
+        def run(path: Path = path, number: int = number) -> None:
+            die_at_call(number)
+            build(path, codec=codec)
+
+        code = exit_code(in_child(run))
+        assert code in (0, -KILLED)
+        build(path, codec=codec)
+        assert_same_store(path, undisturbed, f"killed at call {number}")
+        assert not list(tmp_path.glob(".killed*")), number
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        path.rmdir()
+        if code == 0:
+            return killed
+        killed += 1
+        number += step
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_killed_at_some_system_calls(tmp_path: Path, codec: str) -> None:
+    assert kill_at_every_call(tmp_path, 11, 149, codec) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_killed_at_system_calls_all_over(tmp_path: Path, codec: str) -> None:
+    """The states that a killed process can leave, one after the other; all of them with CRASH_STEP=1."""
+    assert kill_at_every_call(tmp_path, 1, int(os.environ.get("CRASH_STEP", "9")), codec) >= 50
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """kill -9 from outside, 60 times or more, at moments spread over the whole run."""
+    began = time.monotonic()
+    build(tmp_path / "undisturbed.zarr")
+    duration = time.monotonic() - began
+    undisturbed = files_of(tmp_path / "undisturbed.zarr")
+    generator = np.random.default_rng(int(os.environ.get("CRASH_SEED", "0")))
+    kills = 0
+    for trial in range(500):
+        path = tmp_path / f"trial{trial}.zarr"
+        while True:
+            pid = in_child(lambda path=path: build(path))  # type: ignore[misc]
+            time.sleep(generator.uniform(0, 1.2 * duration))
+            os.kill(pid, signal.SIGKILL)
+            code = exit_code(pid)
+            assert code in (0, -KILLED)
+            if code == 0:
+                break
+            kills += 1
+        assert_same_store(path, undisturbed, f"trial {trial}")
+        if kills >= 60:
+            break
+    assert kills >= 60
+    assert verify_store(path) == []
+
+
+def test_killed_as_a_process_of_its_own(tmp_path: Path) -> None:
+    """The same through a fresh interpreter, as a user's run would be."""
+    build(tmp_path / "undisturbed.zarr")
+    folder = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{folder.parent.parent}"}
+    path = tmp_path / "killed.zarr"
+    command = [sys.executable, str(folder / "crash_writer.py"), str(path)]
+    with subprocess.Popen(command, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not list(path.glob("train/features/grid/c/1/*/*/*")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.kill()
+    subprocess.run(command, env=environment, check=True)
+    assert_same_store(path, files_of(tmp_path / "undisturbed.zarr"), "killed")
+
+
+def limited_file_size(path: Path, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        write_rows(path, "train")
+    except StoreError as error:
+        os._exit(42 if "the limit on file size is reached" in str(error) else 43)
+
+
+@pytest.mark.parametrize("limit", [1, 5_000, 9_000])
+def test_limit_on_file_size_fails_cleanly_and_resumes(make_store: Any, limit: int) -> None:
+    undisturbed = make_store("one.zarr", shard_rows=256, train=300)
+    path = make_store("two.zarr", complete=False, shard_rows=256, train=300)
+    assert exit_code(in_child(lambda: limited_file_size(path, limit))) == 42
+    write_rows(path, "train")
+    finalize_store(path)
+    assert_same_store(path, files_of(undisturbed), limit)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize("megabytes", [1, 2])
+def test_full_disk_fails_cleanly_and_resumes(make_store: Any, tmp_path: Path, megabytes: int) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        keys = {"train": [f"train/{row:05d}.jpg" for row in range(16_000)]}
+        path = disk / "full.zarr"
+        with pytest.raises(
+            StoreError, match=r"the disk is full: free some space, then run the same command again"
+        ):
+            fill(path, keys)
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        fill(path, keys)
+        finalize_store(path)
+        assert verify_store(path) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_read_only_folder_is_read_and_refused_for_writing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        path, keys = disk / "s.zarr", {"train": [str(row) for row in range(100)]}
+        create_store(path, small_manifest(), Plan(keys, shard_rows=64), small_arrays())
+        create_store(disk / "half.zarr", small_manifest(), Plan(keys, shard_rows=64), small_arrays())
+        write_rows(path, "train")
+        finalize_store(path)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert verify_store(path) == []
+        assert open_store(path)["train"].gather([5], ["features/grid"])["features/grid"].shape == (
+            1,
+            2,
+            2,
+            16,
+        )
+        with pytest.raises(StoreError, match="the file system is read-only: choose another folder"):
+            StoreWriter(disk / "half.zarr", "train")
+        with pytest.raises(StoreError, match="the file system is read-only: choose another folder"):
+            create_store(disk / "new.zarr", small_manifest(), Plan(keys), small_arrays())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(path: Path, keys: dict[str, list[str]]) -> None:
+    if not path.exists():
+        create_store(path, small_manifest(), Plan(keys, batch_rows=512, shard_rows=1024), small_arrays())
+    block = small_block(0, 512)
+    with StoreWriter(path, "train") as writer:
+        for start, stop in writer.batches():
+            writer.append({name: values[: stop - start] for name, values in block.items()})
+
+
+def test_an_error_in_the_middle_leaves_a_writer_that_refuses(
+    make_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer does not go on after a failed write: it cannot know what is on disk."""
+    path = make_store(complete=False, train=100)
+    undisturbed = make_store("other.zarr", train=100)
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with StoreWriter(path, "train", commit_rows=16) as writer:
+        writer.append(small_block(0, 16))
+        writer.commit()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            writer.append(small_block(16, 24))
+            with pytest.raises(StoreError, match="the disk is full"):
+                writer.commit()
+        with pytest.raises(StoreError, match="an earlier write failed; open a new writer"):
+            writer.append(small_block(24, 32))
+    with StoreWriter(path, "train") as writer:
+        assert writer.next_row == 16
+    write_rows(path, "train")
+    finalize_store(path)
+    assert_same_store(path, files_of(undisturbed), "after a full disk")

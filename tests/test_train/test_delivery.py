@@ -1,0 +1,255 @@
+"""Export, prediction and quantisation of a student that was really trained (briefly)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from train.checkpoint import load_student_from_run
+from train.config import load_config
+from train.delivery.detect import to_image
+from train.delivery.draw import mask_image
+from train.delivery.export import export_student
+from train.delivery.inputs import sample_inputs
+from train.delivery.model import METADATA_KEY, ModelCard, OnnxModel, open_model, open_student
+from train.delivery.predict import find_files, predict_files, write_predictions
+from train.delivery.records import BadFile, Prediction
+from train.errors import DeliveryError
+from train.run import run_training
+
+ROOT = Path(__file__).parents[2]
+STUDENT = "timm:test_resnet"
+
+
+def trained(store: Path, out: Path, student: str = STUDENT, **options: Any) -> Path:
+    settings = {
+        "epochs": 1,
+        "image_size": 32,
+        "batch_size": 8,
+        "workers": 0,
+        "learning_rate": 1e-3,
+        **options,
+    }
+    run_training(load_config({"store": str(store), "student": student, "out": out, **settings}))
+    return out
+
+
+@pytest.fixture
+def run_folder(make_store: Any, tmp_path: Path) -> Path:
+    return trained(make_store(), tmp_path / "run")
+
+
+def cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_onnx_has_dynamic_batch_and_its_card_and_equals_pytorch(run_folder: Path) -> None:
+    exported = export_student(run_folder, "onnx")
+    assert exported.max_abs_difference <= exported.tolerance
+    assert exported.checked_images == 8
+    onnx.checker.check_model(str(exported.path))
+    session = onnxruntime.InferenceSession(str(exported.path))
+    assert isinstance(session.get_inputs()[0].shape[0], str)
+    student, card = open_student(run_folder)
+    inputs = sample_inputs(run_folder, card, 5)
+    for count in (1, 2, 5):
+        (got,) = session.run(None, {"images": inputs[:count]})
+        with torch.no_grad():
+            expected = student(torch.from_numpy(inputs[:count])).logits.numpy()
+        np.testing.assert_allclose(got, expected, atol=exported.tolerance)
+    stored = ModelCard.from_json(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    assert stored == card
+    assert stored.class_names == ("red", "green", "blue")
+
+
+def test_torch_export_is_checked_too(run_folder: Path) -> None:
+    exported = export_student(run_folder, "torch-export")
+    program = torch.export.load(str(exported.path))
+    assert program.module()(torch.zeros(7, 3, 32, 32)).shape == (7, 3)
+
+
+def test_an_export_that_differs_is_not_written(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = OnnxModel.run
+    monkeypatch.setattr(OnnxModel, "run", lambda self, batch: real(self, batch) + 1)
+    with pytest.raises(DeliveryError, match=r"differ by 1\b.* not written"):
+        export_student(run_folder, "onnx")
+    assert not list(run_folder.glob("*.onnx*"))
+    assert not list(run_folder.glob(".*partial*"))
+
+
+def test_lora_is_merged_before_export(make_store: Any, run_folder: Path, tmp_path: Path) -> None:
+    weights = run_folder / "best.pt"
+    run = trained(make_store("other.zarr", seed=1), tmp_path / "lora", lora_rank=2, student_path=weights)
+    exported = export_student(run, "onnx")
+    student, _ = load_student_from_run(run)
+    _, card = open_student(run)
+    inputs = sample_inputs(run, card, 4)
+    with torch.no_grad():
+        expected = student(torch.from_numpy(inputs)).logits.numpy()
+    np.testing.assert_allclose(OnnxModel(exported.path).run(inputs), expected, atol=1e-4)
+    names = {node.name for node in onnx.load(str(exported.path)).graph.initializer}
+    assert not [name for name in names if "lora" in name]
+
+
+def test_pytorch_and_onnx_predict_the_same(run_folder: Path, pictures: Path) -> None:
+    exported = export_student(run_folder, "onnx")
+    ours = [p.record for p in predict_files(run_folder, [str(pictures)]) if isinstance(p, Prediction)]
+    theirs = [p.record for p in predict_files(exported.path, [str(pictures)]) if isinstance(p, Prediction)]
+    assert len(ours) == 3
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["file"] == other["file"]
+        assert [c["class"] for c in one["top"]] == [c["class"] for c in other["top"]]
+        assert sum(c["probability"] for c in one["top"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_bad_files_are_named_in_their_place(run_folder: Path, pictures: Path) -> None:
+    (pictures / "1.png").write_bytes(b"\x89PNG broken")
+    results = list(predict_files(run_folder, [str(pictures)], batch_size=2))
+    assert [isinstance(item, BadFile) for item in results] == [False, True, False]
+    assert results[1].file.endswith("1.png")  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_predict_command_skips_bad_files_and_exits_1(
+    run_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "1.png").write_bytes(b"")
+    done = cli("predict", run_folder, pictures, "--out", tmp_path / "out")
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(line["file"]).name for line in lines] == ["0.png", "2.png"]
+    assert "1.png" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.jpg")) == ["0.jpg", "2.jpg"]
+    good = cli("predict", run_folder, pictures / "0.png", "--json")
+    assert good.returncode == 0
+    assert len(json.loads(good.stdout)["predictions"]) == 1
+
+
+def test_pictures_of_equal_names_stay_apart(run_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    other = tmp_path / "more"
+    other.mkdir()
+    (pictures / "0.png").rename(other / "1.png")
+    items = [p for p in predict_files(run_folder, [str(pictures), str(other)]) if isinstance(p, Prediction)]
+    write_predictions(tmp_path / "out", items)
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == len(items) == 3
+
+
+def test_inputs_that_name_nothing_are_errors(tmp_path: Path, pictures: Path) -> None:
+    with pytest.raises(DeliveryError, match="no such file"):
+        find_files([str(tmp_path / "nothing.png")], frozenset([".png"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DeliveryError, match="no files to predict"):
+        find_files([str(tmp_path / "empty")], frozenset([".png"]))
+    assert len(find_files([str(pictures / "*.png"), str(pictures)], frozenset([".png"]))) == 3
+
+
+def test_unknown_and_unfinished_runs_are_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DeliveryError, match="no such run"):
+        open_model(tmp_path / "nothing")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(Exception, match=r"no best\.pt") as caught:
+        open_model(tmp_path / "run")
+    assert getattr(caught.value, "exit_code", None) == 1
+
+
+def test_a_foreign_onnx_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.onnx"
+    torch.onnx.export(torch.nn.ReLU(), (torch.zeros(1, 3),), str(path), dynamo=True, verbose=False)
+    with pytest.raises(DeliveryError, match="not exported by `cli export`"):
+        open_model(path)
+
+
+def test_segmentation_masks_come_back_in_the_picture_s_own_pixels(
+    make_store: Any, pictures: Path, tmp_path: Path
+) -> None:
+    run = trained(make_store(masks=True), tmp_path / "unet", student="unet/small")
+    (item, *_) = predict_files(run, [str(pictures)])
+    assert isinstance(item, Prediction)
+    assert item.mask is not None
+    assert item.mask.size == (60, 40) == item.image.size
+    assert sum(item.record["shares"].values()) == pytest.approx(1)
+    assert set(item.record["shares"]) <= {"background", "red", "green", "blue"}
+
+
+def test_a_mask_is_carried_back_through_a_centre_crop() -> None:
+    card = ModelCard(
+        student="unet/small",
+        task="segmentation",
+        class_names=("a", "b"),
+        image_size=8,
+        resize="center-crop",
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+    classes = np.ones((8, 8), dtype=np.uint8)
+    carried = np.asarray(mask_image(classes, card.view_of((16, 8)), (16, 8)))
+    assert (carried[:, 4:12] == 1).all()
+    assert (carried[:, :4] == 255).all()
+    assert (carried[:, 12:] == 255).all()
+
+
+def test_boxes_are_carried_back_through_a_letterbox() -> None:
+    card = ModelCard(
+        student="yolov8/n",
+        task="detection",
+        class_names=("a",),
+        image_size=64,
+        resize="letterbox",
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+    # A 128 x 64 image fills the middle half of the square's height.
+    found = np.array([[16, 24, 48, 40, 0.9, 0]], dtype=np.float32)
+    np.testing.assert_allclose(to_image(found, card, (128, 64))[0], [32, 16, 96, 48, 0.9, 0], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_quantised_students_are_smaller_and_as_good(make_store: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    store = make_store(train=96, val=48)
+    run = trained(store, tmp_path / "run", epochs=8, student="timm:resnet10t")
+    done = cli("quantize", run, store, "--mode", "qat", "--epochs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    rows = {row["model"]: row for row in summary["models"]}
+    assert set(rows) == {"float32", "int8-ptq", "int8-finetuned-ptq", "int8-qat"}
+    assert json.loads((run / "int8-qat" / "summary.json").read_text())["models"] == summary["models"]
+    for name, row in rows.items():
+        kinds = {node.op_type for node in onnx.load(str(run / "int8-qat" / row["file"])).graph.node}
+        assert ("QuantizeLinear" in kinds) == (name != "float32")
+        assert row["latency_ms"] > 0
+    assert rows["int8-ptq"]["size_ratio"] < 0.3
+    assert rows["int8-qat"]["size_ratio"] < 0.3
+    assert rows["float32"]["top1"] > 0.6
+    assert rows["int8-ptq"]["top1"] >= rows["float32"]["top1"] - 0.1
+    assert rows["int8-qat"]["top1"] >= rows["float32"]["top1"] - 0.1
+
+
+def test_a_store_of_other_classes_is_refused(make_store: Any, run_folder: Path) -> None:
+    from train.delivery.quantize import QuantizeOptions, quantize_student
+
+    other = make_store("masks.zarr", masks=True)
+    with pytest.raises(DeliveryError, match="other classes"):
+        quantize_student(run_folder, str(other), run_folder / "int8", QuantizeOptions())

@@ -1,0 +1,112 @@
+"""Two processes give the curves of one with the same global batch; every validation sample counts once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Several runs in one process (group): starting Python and torch costs more than they do.
+SCRIPT = """
+import json, sys
+from types import SimpleNamespace
+sys.path.insert(0, {root!r})
+import torch
+from torch import nn
+torch.set_num_threads(1)
+import train.students.unet as unet
+from train.config import load_config
+from train.run import run_training
+
+# Batch norm sees a rank's own samples only, so the comparison needs students without it.
+unet.nn = SimpleNamespace(**{{**vars(nn), "BatchNorm2d": lambda width: nn.GroupNorm(1, width)}})
+for options in json.loads(sys.argv[1]):
+    run_training(load_config(options))
+"""
+
+
+def run_all(runs: list[dict[str, Any]], processes: int) -> None:
+    command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT)), json.dumps(runs)]
+    if processes > 1:
+        command = [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from train.engine.launch import launch_ranks\n"
+            "sys.exit(launch_ranks(sys.argv[1:], ['cpu', 'cpu']))",
+            *command[1:],
+        ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def curves(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if v is not None and k != "epoch_time_s"} for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_for_every_loss(tmp_path, make_store):
+    # 27 and 7 samples in batches of 6: ranks get unequal shares of the last ones.
+    images = str(make_store("images.zarr", train=27, val=7, logits=True, unlabelled=(3, 5)))
+    masks = str(make_store("masks.zarr", train=14, val=5, masks=True))
+    plain = {"student": "timm:test_vit", "image_size": 32, "batch_size": 6, "epochs": 2, "workers": 0}
+    plain |= {"device": "cpu", "learning_rate": 1e-3, "store": images, "seed": 1}
+    cases = {
+        "mse": plain | {"feature_loss_type": "mse"},
+        "cosine": plain | {"feature_loss_type": "cosine", "grad_accum_steps": 2},
+        "smooth_l1": plain | {"feature_loss_type": "smooth_l1", "distillation_type": "feature"},
+        "relation": plain | {"feature_loss_type": "relation", "grad_accum_steps": 2},
+        "logit": plain | {"distillation_type": "logit", "control": True},
+        "features": plain | {"task": "features"},
+        "segmentation": plain | {"store": masks, "student": "unet/small", "epochs": 1, "batch_size": 4},
+    }
+    for processes in (1, 2):
+        run_all(
+            [case | {"out": str(tmp_path / f"{name}{processes}")} for name, case in cases.items()], processes
+        )
+    for name in cases:
+        compare(name, curves(tmp_path / f"{name}1"), curves(tmp_path / f"{name}2"))
+    compare("control", curves(tmp_path / "logit1" / "control"), curves(tmp_path / "logit2" / "control"))
+    assert json.loads((tmp_path / "mse2" / "config.json").read_text())["resolved"]["processes"] == 2
+
+
+def compare(name: str, one: list[dict[str, float]], two: list[dict[str, float]]) -> None:
+    assert len(one) == len(two) > 0
+    for left, right in zip(one, two, strict=True):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            assert right[key] == pytest.approx(value, abs=1e-5), f"{name}: {key} in epoch {left['epoch']}"
+
+
+def test_a_failing_rank_ends_the_others(monkeypatch):
+    code = "import os, sys, time\nsys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
+    from train.engine import launch
+
+    monkeypatch.setattr(launch, "FAILURE_GRACE_S", 0.2)
+    assert launch.launch_ranks(["-c", code], ["cpu", "cpu"]) == 7
+
+
+def test_a_signal_reaches_every_rank_and_gives_the_exit_code(tmp_path):
+    script = (
+        "import os, signal, sys, time\nfrom pathlib import Path\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"Path({str(tmp_path)!r}, os.environ['RANK']).touch()\ntime.sleep(60)"
+    )
+    outer = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom train.engine.launch import launch_ranks\n"
+        "sys.exit(launch_ranks(['-c', sys.argv[1]], ['cpu', 'cpu']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", outer, script])
+    while not all((tmp_path / name).exists() for name in "01"):
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=30) == 143

@@ -1,0 +1,90 @@
+"""Clips of different lengths: padding has no influence, frame pairs repeat, a frozen encoder stays fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.students import build_student, frames_from_pairs
+
+
+def clip_student(**options: bool) -> Any:
+    torch.manual_seed(0)
+    return build_student("lstm/small", num_classes=3, image_size=32, **options)
+
+
+@pytest.fixture
+def clips() -> Tensor:
+    return torch.randn(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("attention_pooling", "training"), [(False, True), (True, False)])
+def test_padding_has_no_influence(clips: Tensor, attention_pooling: bool, training: bool) -> None:
+    student = clip_student(attention_pooling=attention_pooling).train(training)
+    lengths = torch.tensor([5, 2])
+    noisy = clips.clone()
+    noisy[1, 2:] = 1e3
+    first, second = student(clips, lengths), student(noisy, lengths)
+    torch.testing.assert_close(first.logits, second.logits)
+    torch.testing.assert_close(first.features, second.features)
+    assert first.features[1, 2:].abs().max() == 0
+    alone = clip_student(attention_pooling=attention_pooling).eval()
+    if not training:
+        torch.testing.assert_close(first.logits[1:], alone(clips[1:, :2]).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention_pooling", [True])
+def test_full_clips_need_no_packing(clips: Tensor, attention_pooling: bool) -> None:
+    student = clip_student(attention_pooling=attention_pooling).eval()
+    packed, plain = student(clips, torch.tensor([5, 5])), student(clips)
+    torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_distilled_layer_depends_on_what_trains(clips: Tensor) -> None:
+    trained, frozen = clip_student(), clip_student(freeze_encoder=True)
+    assert trained(clips).features.shape == (2, 5, 2048)
+    assert frozen(clips).features.shape == (2, 5, 512)
+    assert trained.spec.feature_width == 2048
+    assert frozen.spec.feature_width == 512
+    assert "encoder" in trained.spec.distilled_layer
+    assert "LSTM" in frozen.spec.distilled_layer
+
+
+def test_frozen_encoder_stays_as_it_is(clips: Tensor) -> None:
+    student = clip_student(freeze_encoder=True).train()
+    before = {k: v.clone() for k, v in student.encoder.state_dict().items()}
+    output = student(clips, torch.tensor([5, 3]))
+    (output.logits.sum() + output.features.sum()).backward()
+    assert all(p.grad is None for p in student.encoder.parameters())
+    assert all(torch.equal(before[k], v) for k, v in student.encoder.state_dict().items())
+    assert student.lstm.weight_hh_l0.grad is not None
+
+
+@pytest.mark.slow
+def test_label_free_clips_train_what_is_distilled() -> None:
+    trained = build_student("lstm/small", num_classes=None, image_size=32)
+    frozen = build_student("lstm/small", num_classes=None, image_size=32, freeze_encoder=True)
+    assert {n.split(".")[0] for n, p in trained.named_parameters() if p.requires_grad} == {"encoder"}
+    assert {n.split(".")[0] for n, p in frozen.named_parameters() if p.requires_grad} == {"lstm"}
+
+
+@pytest.mark.parametrize("lengths", [[0, 5], [6, 5]])
+def test_impossible_lengths_are_refused(clips: Tensor, lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"1\.\.5"):
+        clip_student()(clips, torch.tensor(lengths))
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(4, [0, 0, 1, 1]), (5, [0, 0, 1, 1, 2]), (1, [0])])
+def test_pairs_become_frames(frames: int, expected: list[int]) -> None:
+    pairs = torch.arange((frames + 1) // 2).float().unsqueeze(1)
+    assert frames_from_pairs(pairs, frames).squeeze(1).tolist() == expected
+
+
+def test_rows_per_frame_stay_and_other_counts_are_refused() -> None:
+    rows = torch.randn(5, 2)
+    assert torch.equal(frames_from_pairs(rows, 5), rows)
+    with pytest.raises(ValueError, match="6 frames needs 6 teacher rows or 3 pairs, got 5"):
+        frames_from_pairs(rows, 6)

@@ -1,0 +1,171 @@
+"""What trials follow from a sweep's options, and how their outcomes are told."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.errors import ConfigError
+from train.sweep.board import best_of, line, read_records, read_state
+from train.sweep.config import Trial, load_sweep_config, plan_trials
+from train.sweep.run import is_done, trial_folder, write_plan
+from train.sweep.worker import Order, failure_reason, run_trial
+
+STORE = {"store": "features.zarr", "out": Path("sweep")}
+
+
+def plan(fingerprint: str = "f", **options: Any) -> list[Trial]:
+    return plan_trials(load_sweep_config({**STORE, "students": ["resnet18"], **options}), fingerprint)
+
+
+def test_students_seeds_and_values_are_crossed() -> None:
+    trials = plan(
+        students=["resnet18", "vit-tiny"],
+        seeds=[0, 1],
+        set={"learning-rate": ["1e-4", "3e-4"]},
+        control=False,
+    )
+    assert len(trials) == 8
+    assert len({trial.name for trial in trials}) == 8
+    assert {(t.options["student"], t.options["seed"], t.options["learning_rate"]) for t in trials} == {
+        (student, seed, rate)
+        for student in ("resnet18", "vit-tiny")
+        for seed in (0, 1)
+        for rate in ("1e-4", "3e-4")
+    }
+
+
+def test_distillation_options_share_one_control_per_student_and_seed() -> None:
+    trials = plan(seeds=[0, 1], set={"feature_loss_type": ["mse", "cosine"], "temperature": ["2", "4"]})
+    controls = [trial for trial in trials if trial.is_control]
+    assert len(controls) == 2
+    assert len(trials) == 2 + 8
+    for control in controls:
+        assert control.options["distillation_type"] == "none"
+        assert control.options["hard_label_weight"] == 1.0
+        assert "temperature" not in control.options
+    by_seed = {control.options["seed"]: control.name for control in controls}
+    for trial in trials:
+        if not trial.is_control:
+            assert trial.control_name == by_seed[trial.options["seed"]]
+
+
+def test_other_options_have_controls_of_their_own() -> None:
+    trials = plan(set={"learning_rate": ["1e-4", "3e-4"]})
+    controls = {trial.options["learning_rate"] for trial in trials if trial.is_control}
+    assert controls == {"1e-4", "3e-4"}
+
+
+def test_label_free_trials_have_no_control() -> None:
+    assert not any(trial.is_control for trial in plan(set={"task": ["features"]}))
+
+
+def test_another_option_or_another_store_is_another_trial() -> None:
+    names = [
+        {trial.name for trial in trials}
+        for trials in (plan(), plan(set={"epochs": ["3"]}), plan("other store"), plan(seeds=[1]))
+    ]
+    assert len(set.union(*names)) == sum(len(group) for group in names)
+    assert names[0] == {trial.name for trial in plan()}
+
+
+def test_all_problems_are_named_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_sweep_config({**STORE, "students": ["resnet18"], "set": {"learnin_rate": ["1"], "seed": ["1"]}})
+    assert "learnin_rate" in str(caught.value)
+    assert "did you mean learning_rate" in str(caught.value)
+    assert "seed is the sweep's own" in str(caught.value)
+
+
+def test_a_value_that_no_trial_can_take_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match="epochs"):
+        plan(set={"epochs": ["3", "many"]})
+
+
+def test_a_file_gives_options_and_the_command_line_wins() -> None:
+    file = {"students": ["vit-tiny"], "seeds": [5], "epochs": 7, "image_size": 64}
+    config = load_sweep_config({**STORE, "students": ["resnet18"], "set": {"epochs": ["9"]}}, file)
+    assert config.students == ["resnet18"]
+    assert config.seeds == [5]
+    assert config.options == {"image_size": 64}
+    assert config.set == {"epochs": ["9"]}
+
+
+def test_a_new_plan_keeps_earlier_trials_but_not_as_current(tmp_path: Path) -> None:
+    for epochs in ("3", "4"):
+        config = load_sweep_config(
+            {**STORE, "out": tmp_path, "students": ["resnet18"], "set": {"epochs": [epochs]}}
+        )
+        write_plan(config, plan_trials(config, "f"))
+    rows = json.loads((tmp_path / "sweep.json").read_text())["trials"]
+    assert [row["current"] for row in rows] == [False, False, True, True]
+
+
+def order(folder: Path, store: str, **changes: Any) -> Order:
+    values: Any = {
+        "name": folder.name,
+        "store": store,
+        "folder": str(folder),
+        "threads": 1,
+        "timeout_s": None,
+    }
+    return {**values, "options": {"student": "resnet18"}, **changes}  # type: ignore[typeddict-item, return-value]
+
+
+def test_a_trial_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "trial"
+    outcome = run_trial(order(folder, str(tmp_path / "nothing.zarr")), lambda: False)
+    assert outcome["state"] == "failed"
+    assert "nothing.zarr" in outcome["reason"]
+    assert not outcome["reason"].startswith("error:")
+    assert outcome["last_lines"]
+    assert not is_done(folder)
+    trial = Trial("trial", {"student": "resnet18"}, False, None)
+    state = read_state(folder, trial)
+    assert (state.state, state.reason) == ("failed", outcome["reason"])
+    assert state.reason in line(state)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_trial_that_hangs_is_ended_with_its_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
+    monkeypatch.setattr("train.sweep.worker.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr("train.sweep.worker.STOP_GRACE_S", 0.5)
+    outcome = run_trial(order(tmp_path / "trial", "x", timeout_s=1.5), lambda: False)
+    assert outcome["state"] == "timeout"
+    assert "1.5 s" in outcome["reason"]
+    assert outcome["wall_time_s"] < 30
+
+
+def test_a_killed_trial_is_told_apart_from_an_error(tmp_path: Path) -> None:
+    assert "out of memory" in failure_reason(-9, tmp_path)
+    assert "SIGSEGV" in failure_reason(-11, tmp_path)
+    assert "exit code 3" in failure_reason(3, tmp_path)
+
+
+def test_records_of_a_run_that_is_writing_are_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1, "top1": 0.5}\n{"epoch": 2, "top1": 0.75}\n{"epoch": 3, "to')
+    records = read_records(path)
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert best_of(records) == ("top1", 0.75)
+
+
+def test_trial_folders_lie_below_the_sweep(tmp_path: Path) -> None:
+    for student in ("timm:../../x", "resnet18", "/etc/passwd"):
+        config = load_sweep_config({**STORE, "students": [student]})
+        name = plan_names(config, student)
+        folder = trial_folder(tmp_path, Trial(name, {}, False, None)).resolve()
+        assert folder.parent == tmp_path / "trials"
+
+
+def plan_names(config: Any, student: str) -> str:
+    from train.sweep.config import trial_name
+
+    return trial_name({"student": student, "seed": 0}, config, "f", "")

@@ -1,0 +1,143 @@
+"""Checkpoints: plain types and tensors, written atomically, read with weights-only loading.
+
+`best.pt` holds a student: enough to build, run and export it. `last.pt` holds the same and, under `training`,
+all that a run needs to go on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from store.format import Manifest
+from train.errors import TrainError
+from train.students.base import Student
+
+FORMAT = 1
+BEST, LAST, ADAPTERS = "best.pt", "last.pt", "adapters.pt"
+
+# The statistics that timm's published weights were trained with.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+class CheckpointError(TrainError):
+    """A checkpoint cannot be written, or a file is no checkpoint of ours."""
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` (plain types and tensors) to `path`: complete, or not at all.
+
+    Raises CheckpointError when it cannot be written; what was at `path` before is then untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        kept = f"; the previous {path.name} is intact" if path.exists() else ""
+        raise CheckpointError(
+            f"{path}: cannot be saved: {reason}{kept}. Free some space, then pass --resume"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; nothing in it can run code.
+
+    Raises CheckpointError for a missing, damaged or foreign file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such checkpoint: expected {BEST} or {LAST} of a run folder"
+        ) from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(content, dict) or "model_state_dict" not in content or "student" not in content:
+        raise CheckpointError(f"{path}: not a checkpoint of this program (no student in it)")
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: checkpoint format {content.get('format')}, this program reads {FORMAT}"
+        )
+    return content
+
+
+def describe_student(
+    student: Student, manifest: Manifest, config: Mapping[str, Any], task: str
+) -> dict[str, Any]:
+    """Everything about a student but its weights; the same in every checkpoint of a run."""
+    return {
+        "format": FORMAT,
+        "student": student.spec.to_dict(),
+        "task": task,
+        "class_names": list(manifest.class_names),
+        "preprocessing": {
+            "image_size": student.spec.image_size,
+            "resize": manifest.preprocessing.resize,
+            "mean": list(normalization(student)[0]),
+            "std": list(normalization(student)[1]),
+        },
+        "config": dict(config),
+    }
+
+
+def normalization(student: Student) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the student's input, RGB in [0, 1]: those of its published weights."""
+    for holder in ("model", "encoder"):
+        published = getattr(getattr(student, holder, None), "pretrained_cfg", None) or {}
+        if published.get("mean") and published.get("std"):
+            return tuple(published["mean"]), tuple(published["std"])
+    return IMAGE_MEAN, IMAGE_STD
+
+
+def cpu_state(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The module's state dict as tensors on the CPU."""
+    return {name: value.detach().cpu() for name, value in module.state_dict().items()}
+
+
+def load_student_from_run(run: Path, name: str = BEST) -> tuple[Student, dict[str, Any]]:
+    """The trained student of a run folder (or of a checkpoint file), in evaluation mode, and the checkpoint.
+
+    LoRA adapters are applied again as they were trained.
+    Raises CheckpointError for a folder without a finished epoch, or a file that is no checkpoint.
+    """
+    from train.students.build import rebuild_student
+
+    path = run / name if run.is_dir() else run
+    if run.is_dir() and not path.exists():
+        raise CheckpointError(f"{run}: no {name}: not a run folder, or its first epoch has not finished")
+    content = load_checkpoint(path)
+    student = rebuild_student(content["student"])
+    if content["config"].get("lora_rank"):
+        apply_saved_lora(student, content["config"])
+    student.load_state_dict(content["model_state_dict"])
+    return student.eval(), content
+
+
+def apply_saved_lora(student: Student, config: Mapping[str, Any]) -> None:
+    """Put LoRA layers where the run had them, so that its state dict fits."""
+    from train.engine.adapters import apply_lora_options
+
+    apply_lora_options(student, config)

@@ -1,0 +1,124 @@
+"""Clips for training: the frames that the teacher saw, and its rows spread over them.
+
+`B` clips, `T` the longest clip's frames, `S` the student's image size, `D` the teacher's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from imaging.clips import clip_content, read_clip_frames
+from imaging.errors import ImageError
+from store.format import CONTENT, FRAMES, Manifest
+from train.data import Views, ViewSettings, collate_views
+from train.images import DataError, path_of
+from train.plan import Item
+from train.views import base_view, draw_colour, draw_view, render_image, sample_generator
+
+
+class ClipReader:
+    """Reads the frames of a clip as the extraction chose them; picklable.
+
+    `places`: stored rows of each clip, int64 [N]; `frames_per_row`: frames that the teacher saw for each row
+    (2 for Qwen2.5-VL, whose rows stand for frame pairs).
+    """
+
+    def __init__(
+        self, split: Any, data_root: Path | None, places: NDArray[np.int64], frames_per_row: int
+    ) -> None:
+        self.split, self.data_root = split, data_root
+        self.places, self.frames_per_row = places, frames_per_row
+        self.checked: set[int] = set()
+
+    def read(self, row: int) -> list[Image.Image]:
+        """`places[row] · frames_per_row` frames. Raises DataError naming the key."""
+        key = self.key(row)
+        path = path_of(key, self.data_root)
+        try:
+            self.check_content(row, path)
+            return read_clip_frames(path, int(self.places[row]), pairs=self.frames_per_row == 2)
+        except ImageError as error:
+            raise DataError(
+                f"clip {key}: {error.reason} (looked at {path}; --data-root says where clips lie)"
+            ) from None
+
+    def check_content(self, row: int, path: Path) -> None:
+        """Compare with the stored hash, once in each process: a clip's frames may be many files."""
+        if row in self.checked:
+            return
+        expected = self.split.gather(np.array([row]), [CONTENT])[CONTENT][0].tobytes()
+        try:
+            found = blake2b(clip_content(path), digest_size=16).digest() if any(expected) else expected
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror}") from None
+        if found != expected:
+            raise ImageError("changed since the store was made (content hash differs): extract again")
+        self.checked.add(row)
+
+    def key(self, row: int) -> str:
+        return str(self.split.keys[row])
+
+
+class ClipViews(Views):
+    """Items of a plan → clips; all frames of a clip share one view and one change of colours."""
+
+    def __init__(self, reader: ClipReader, settings: ViewSettings) -> None:
+        self.reader, self.settings = reader, settings
+
+    def show(self, item: Item) -> dict[str, Any]:
+        settings = self.settings
+        frames = self.reader.read(item.row)
+        generator = sample_generator(settings.seed, item.epoch, self.reader.key(item.row))
+        view = draw_view(
+            settings.augmentation, generator, base_view(settings.policy, frames[0].size, settings.image_size)
+        )
+        colour = draw_colour(settings.augmentation, generator)
+        pixels = np.stack([render_image(frame, view, settings.image_size, colour) for frame in frames])
+        return {"row": item.row, "weight": item.weight, "image": pixels, "view": view.matrix, "recorded": -1}
+
+
+def collate_clips(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad clips to the longest, uint8 [B, T, S, S, 3], with `lengths` int64 [B]."""
+    lengths = [len(sample["image"]) for sample in samples]
+    longest = max(lengths)
+    padded = [
+        {**sample, "image": np.pad(sample["image"], [(0, longest - length), *[(0, 0)] * 3])}
+        for sample, length in zip(samples, lengths, strict=True)
+    ]
+    return {**collate_views(padded), "lengths": torch.tensor(lengths, dtype=torch.int64)}
+
+
+def gather_frames(split: Any, rows: NDArray[np.int64], lengths: Tensor) -> dict[str, Tensor]:
+    """`frames` float16 [B, T, D], one teacher row per frame (a pair's row repeats), and `frame_mask` [B, T]."""
+    stored = split.ragged(rows, FRAMES)
+    longest = int(lengths.max())
+    frames = np.zeros((len(rows), longest, stored[0].shape[-1]), dtype=stored[0].dtype)
+    for target, values, length in zip(frames, stored, lengths.tolist(), strict=True):
+        target[:length] = np.repeat(values, length // len(values), axis=0)
+    mask = torch.arange(longest)[None] < lengths[:, None]
+    return {"frames": torch.from_numpy(frames), "frame_mask": mask.float()}
+
+
+def clip_places(split: Any, manifest: Manifest) -> tuple[NDArray[np.int64], int]:
+    """Stored rows of each clip int64 [N], and how many frames each row stands for.
+
+    Raises DataError for a store that was not made from clips.
+    """
+    per_row = int(manifest.options.get("frames_per_row", 1))
+    if FRAMES in split.names:
+        offsets = split.read(split.specs[FRAMES].offsets_name)
+        return np.diff(offsets).astype(np.int64), per_row
+    if "frames" not in manifest.options:
+        raise DataError(
+            f"{split.path}: holds single images, a clip student needs clips: extract with --source clips"
+        )
+    return np.full(len(split), int(manifest.options["frames"]), dtype=np.int64), per_row

@@ -1,0 +1,1 @@
+"""From a finished run to something that is used: prediction, export, quantisation."""

@@ -1,0 +1,90 @@
+"""Detections of a YOLOv8 student, from our weights-only checkpoint: no pickled model is ever opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from train.delivery.draw import Box, draw_boxes
+from train.delivery.model import ModelCard, batches, class_name
+from train.delivery.records import BadFile, Prediction, read_image
+from train.students.base import Student
+
+IOU_THRESHOLD = 0.7  # ultralytics' default for predicting
+
+
+@torch.inference_mode()
+def detect(
+    student: Student, card: ModelCard, images: Sequence[Image.Image], confidence: float, device: torch.device
+) -> list[NDArray[np.float32]]:
+    """Detections of each image, float32 [n, 6]: x0, y0, x1, y1 in the image's pixels, confidence, class.
+
+    Images are letterboxed to the student's side, as ultralytics does; boxes end at the image's edge.
+    """
+    from ultralytics.utils.nms import non_max_suppression
+
+    pixels = np.stack([card.render(image) for image in images])
+    batch = torch.from_numpy(pixels).to(device).movedim(-1, 1).float() / 255
+    predictions: Any = student(batch).logits
+    found = non_max_suppression(predictions, confidence, IOU_THRESHOLD, nc=student.spec.num_classes)
+    return [
+        to_image(boxes.cpu().numpy(), card, image.size) for boxes, image in zip(found, images, strict=True)
+    ]
+
+
+def to_image(boxes: NDArray[np.float32], card: ModelCard, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Boxes [n, 6] in pixels of the student's input → pixels of the image of `size` (width, height)."""
+    view, scale = card.view_of(size), np.asarray(size, dtype=np.float64)
+    corners = boxes[:, :4].reshape(-1, 2) / card.image_size
+    inside = np.clip(view.apply(corners) * scale, 0, scale)
+    return np.concatenate([inside.reshape(-1, 4), boxes[:, 4:6]], axis=1).astype(np.float32)
+
+
+def detect_files(
+    student: Student,
+    card: ModelCard,
+    files: Sequence[Path],
+    batch_size: int,
+    confidence: float,
+    device: torch.device,
+) -> Iterator[Prediction | BadFile]:
+    """Detections in each file, in order; unreadable ones come out as `BadFile`."""
+    student = student.to(device).eval()
+    for paths in batches(files, batch_size):
+        images = [read_image(path, None) for path in paths]
+        good = [image for image in images if isinstance(image, Image.Image)]
+        found = iter(detect(student, card, good, confidence, device) if good else ())
+        for path, image in zip(paths, images, strict=True):
+            yield image if isinstance(image, BadFile) else describe(card, path, image, next(found))
+
+
+def describe(card: ModelCard, path: Path, image: Image.Image, found: NDArray[np.float32]) -> Prediction:
+    """`boxes`: corners in pixels, class and confidence of each detection, most confident first."""
+    boxes = [
+        {
+            "xyxy": [round(float(value), 2) for value in row[:4]],
+            "class": class_name(card, int(row[5])),
+            "index": int(row[5]),
+            "confidence": float(row[4]),
+        }
+        for row in found
+    ]
+    return Prediction({"file": str(path), "boxes": boxes}, draw_boxes(image, drawn(card, found)))
+
+
+def drawn(card: ModelCard, found: NDArray[np.float32]) -> list[Box]:
+    """What `draw_boxes` takes, labelled with class and confidence."""
+    return [
+        Box(
+            (float(row[0]), float(row[1]), float(row[2]), float(row[3])),
+            f"{class_name(card, int(row[5]))} {row[4]:.0%}",
+            int(row[5]),
+        )
+        for row in found
+    ]

@@ -1,0 +1,162 @@
+"""Export a student: ONNX with dynamic batch, or torch.export; each checked against PyTorch on real inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from train.delivery.inputs import sample_inputs
+from train.delivery.model import METADATA_KEY, LogitsOnly, ModelCard, OnnxModel, TorchModel, open_student
+from train.errors import DeliveryError
+from train.students.base import Student
+
+Format = Literal["onnx", "torch-export"]
+SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
+
+# The newest operator set that ONNX Runtime 1.20, the oldest that we allow, reads whole.
+OPSET = 20
+CHECK_IMAGES = 16
+# Largest allowed difference of the logits, as a share of their largest absolute value (and at least 1e-4): both
+# runtimes compute in float32, in different order of summation and with fused batch norms.
+RELATIVE_TOLERANCE = 1e-3
+ABSOLUTE_TOLERANCE = 1e-4
+
+
+class Exported(NamedTuple):
+    """What was written, and how far it is from PyTorch on `checked_images` real inputs."""
+
+    path: Path
+    format: str
+    size_bytes: int
+    checked_images: int
+    max_abs_difference: float
+    tolerance: float
+
+
+def export_student(
+    run: Path, format: Format, out: Path | None = None, images: Path | None = None, opset: int = OPSET
+) -> Exported:
+    """Export `best.pt` of a run and compare it with PyTorch on real images.
+
+    Args:
+        out: the file to write; None names it after the student, in the run folder.
+        images: a folder to take the check's images from; None takes the run's store.
+        opset: ONNX operator set.
+    Raises:
+        DeliveryError: unknown run, an operator that cannot be exported, outputs that differ by more than the
+            tolerance. Nothing is left at `out` then.
+    """
+    student, card = open_student(run)
+    path = out or (run if run.is_dir() else run.parent) / f"{file_name(card.student)}{SUFFIXES[format]}"
+    inputs = sample_inputs(run, card, CHECK_IMAGES, images)
+    expected = TorchModel(student, card, torch.device("cpu")).run(inputs)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        got = WRITERS[format](student, card, partial, inputs, opset)
+        difference = float(np.abs(got - expected).max())
+        tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+        if not difference <= tolerance:
+            raise DeliveryError(
+                f"{path.name}: logits differ by {difference:.3g} from PyTorch on {len(inputs)} real images, allowed "
+                f"{tolerance:.3g}: not written; please report the student {card.student}"
+            )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Exported(path, format, path.stat().st_size, len(inputs), difference, tolerance)
+
+
+def file_name(student: str) -> str:
+    """`timm:resnet10t` as a file is called on every system: timm-resnet10t."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", student)
+
+
+def write_onnx(
+    student: Student, card: ModelCard, path: Path, inputs: NDArray[np.float32], opset: int
+) -> NDArray[np.float32]:
+    """Write the ONNX file and return its logits on `inputs` in ONNX Runtime."""
+    with quiet():
+        program = exporting(
+            lambda: torch.onnx.export(
+                traced(student, inputs),
+                dynamo=True,
+                opset_version=opset,
+                input_names=["images"],
+                output_names=["logits"],
+            ),
+            f"{card.student} to ONNX (operator set {opset})",
+        )
+    assert program is not None  # torch returns None only for the old exporter
+    add_card(program.model_proto, card, path)
+    return OnnxModel(path).run(inputs)
+
+
+def add_card(model: Any, card: ModelCard, path: Path) -> None:
+    """Write an ONNX model to `path` with the model card (and the class names, a line each) in its metadata."""
+    import onnx
+
+    for name, value in ((METADATA_KEY, card.to_json()), ("class_names", "\n".join(card.class_names))):
+        entry = model.metadata_props.add()
+        entry.key, entry.value = name, value
+    onnx.save(model, str(path))
+
+
+def write_torch_export(
+    student: Student, card: ModelCard, path: Path, inputs: NDArray[np.float32], opset: int
+) -> NDArray[np.float32]:
+    """Write a `torch.export` program (the model card in its extra files) and return its logits on `inputs`."""
+    program = exporting(lambda: traced(student, inputs), f"{card.student} with torch.export")
+    with path.open("wb") as file:  # a name without .pt2 would draw a warning
+        torch.export.save(program, file, extra_files={f"{METADATA_KEY}.json": card.to_json()})
+    with path.open("rb") as file:
+        loaded = torch.export.load(io.BytesIO(file.read()))
+    with torch.inference_mode():
+        return np.asarray(loaded.module()(torch.from_numpy(inputs)).numpy())
+
+
+WRITERS: dict[str, Callable[..., NDArray[np.float32]]] = {
+    "onnx": write_onnx,
+    "torch-export": write_torch_export,
+}
+
+
+def traced(student: Student, inputs: NDArray[np.float32]) -> torch.export.ExportedProgram:
+    """The student as a graph with dynamic batch.
+
+    Traced with three samples: a batch of one, or of a size that occurs elsewhere in the network, could be taken
+    for a constant.
+    """
+    example = torch.from_numpy(np.resize(inputs, (3, *inputs.shape[1:])))
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    return torch.export.export(LogitsOnly(student), (example,), dynamic_shapes=dynamic)
+
+
+def exporting(work: Callable[[], Any], what: str) -> Any:
+    """Run an exporter; what it cannot do becomes one readable line."""
+    try:
+        return work()
+    except Exception as error:  # exporters raise whatever their passes raise
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise DeliveryError(f"cannot export {what}: {reason[:300]}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch's ONNX exporter prints its steps on stdout, which belongs to results."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,194 @@
+"""One face for a trained student, whether it comes from a checkpoint or from an exported ONNX file.
+
+`B` images, `S` the input's side in pixels, `C` classes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from imaging.geometry import View
+from train.checkpoint import load_student_from_run
+from train.errors import DeliveryError
+from train.students.base import Student
+from train.views import base_view, render_image
+
+METADATA_KEY = "qwen_distill"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """All that using a student takes besides its weights; travels in ONNX metadata as JSON.
+
+    `mean` and `std` are of RGB in [0, 1]; `resize` is the policy that the images are fitted with.
+    """
+
+    student: str
+    task: str
+    class_names: tuple[str, ...]
+    image_size: int
+    resize: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of_checkpoint(cls, content: dict[str, Any]) -> ModelCard:
+        shown = content["preprocessing"]
+        return cls(
+            student=content["student"]["name"],
+            task=content["task"],
+            class_names=tuple(content["class_names"]),
+            image_size=int(shown["image_size"]),
+            resize=str(shown["resize"]),
+            mean=tuple(shown["mean"]),
+            std=tuple(shown["std"]),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelCard:
+        values = json.loads(text)
+        for name in ("class_names", "mean", "std"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    def view_of(self, size: tuple[int, int]) -> View:
+        """Where the student's input lies in an image of `size` (width, height)."""
+        return base_view(self.resize, size, self.image_size)
+
+    def render(self, image: Image.Image) -> NDArray[np.uint8]:
+        """An RGB image as the student sees it, uint8 [S, S, 3]."""
+        return render_image(image, self.view_of(image.size), self.image_size)
+
+    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [..., S, S, 3] → float32 [..., 3, S, S], as the network takes it."""
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(np.moveaxis(scaled, -1, -3), dtype=np.float32)
+
+
+class TrainedModel(Protocol):
+    """A student that can be run on normalised batches."""
+
+    card: ModelCard
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 [B, 3, S, S] (clips [B, T, 3, S, S]) → logits [B, C] (masks [B, C, S, S])."""
+
+
+class TorchModel:
+    """A student from a run folder or a checkpoint of ours."""
+
+    def __init__(self, student: Student, card: ModelCard, device: torch.device) -> None:
+        self.student, self.card, self.device = student.to(device).eval(), card, device
+
+    @torch.inference_mode()
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        output = self.student(torch.from_numpy(batch).to(self.device, non_blocking=True))
+        return np.asarray(output.logits.float().cpu().numpy())
+
+
+class OnnxModel:
+    """An exported student in ONNX Runtime."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own exceptions have no common base class
+            raise DeliveryError(
+                f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}"
+            ) from None
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if METADATA_KEY not in metadata:
+            raise DeliveryError(
+                f"{path}: not exported by `cli export`: no {METADATA_KEY} entry in its metadata"
+            )
+        self.card = ModelCard.from_json(metadata[METADATA_KEY])
+        self.input_name = self.session.get_inputs()[0].name
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(self.session.run(None, {self.input_name: batch})[0], dtype=np.float32)
+
+
+def open_model(path: Path, device: str = "auto") -> TrainedModel:
+    """The model of a run folder, a checkpoint (`best.pt`) or an exported ONNX file.
+
+    Raises DeliveryError or CheckpointError, naming the path and what was expected.
+    """
+    if not path.exists():
+        raise DeliveryError(
+            f"{path}: no such run or file; expected a run folder, its best.pt or an exported .onnx"
+        )
+    if path.suffix == ".onnx":
+        return OnnxModel(path)
+    student, card = open_student(path)
+    return TorchModel(student, card, choose_device(device))
+
+
+def open_student(run: Path) -> tuple[Student, ModelCard]:
+    """The student as it is deployed: evaluation mode, LoRA merged into its weights.
+
+    Raises DeliveryError when it has no head (task `features`): there is nothing to predict.
+    """
+    student, content = load_student_from_run(run)
+    if content["config"].get("lora_rank"):
+        from train.lora import merge_lora
+
+        student = merge_lora(student)
+    if student.spec.num_classes == 0:
+        raise DeliveryError(
+            f"{run}: a label-free student has no classes to predict; train one from it: "
+            f"cli train STORE --student {student.spec.name} --student-path {run / 'best.pt'} --out RUN"
+        )
+    return student.eval(), ModelCard.of_checkpoint(content)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one; a GPU that was asked for and is absent is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise DeliveryError(f"--device {name}: no CUDA GPU is available here; use --device cpu")
+    return torch.device(name)
+
+
+class LogitsOnly(nn.Module):
+    """The exported face of a student: images in, logits out."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.student(images).logits
+        assert logits is not None  # open_student refuses students without a head
+        return logits
+
+
+def class_name(card: ModelCard, index: int) -> str:
+    """The class's name, or its number where the head is wider than the names."""
+    return card.class_names[index] if index < len(card.class_names) else str(index)
+
+
+def batches(items: Any, size: int) -> list[Any]:
+    """A list's or an array's `items` in runs of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,220 @@
+"""`cli quantize`: int8 students, after training or with further training, measured before and after."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from console.log import get_logger
+from store import open_store
+from train.config import TrainConfig
+from train.delivery.export import OPSET, write_onnx
+from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
+from train.delivery.inputs import image_reader, run_options, spread
+from train.delivery.int8 import calibrate, prepare_int8, quantized_training_graph, write_int8
+from train.delivery.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
+from train.errors import DeliveryError
+from train.rundir import write_json
+from train.students.base import Student, StudentOutput
+
+log = get_logger("quantize")
+
+BATCH = 16
+LATENCY_ROUNDS = 30
+FLOAT, PTQ, FINETUNED_PTQ, QAT = "float32", "int8-ptq", "int8-finetuned-ptq", "int8-qat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """`calibration`: training images to learn ranges from; `epochs`, `learning_rate`: of fine-tuning (qat)."""
+
+    mode: Literal["ptq", "qat"] = "ptq"
+    calibration: int = 256
+    epochs: int = 3
+    learning_rate: float = 1e-5
+
+
+def quantize_student(run: Path, store_path: str, out: Path, options: QuantizeOptions) -> dict[str, Any]:
+    """Write int8 ONNX files of a run's best student and compare them with float32 in ONNX Runtime, on this CPU.
+
+    `ptq` writes float32.onnx and int8-ptq.onnx. `qat` goes on from the PTQ ranges: it fine-tunes with fake
+    quantisation and the run's own (distillation) loss, and, for a fair comparison, also the float student equally
+    long, followed by PTQ.
+    Returns (and writes to `out`/summary.json) metrics, size and latency of each.
+    Raises DeliveryError: unknown run, a store of other classes, a student that cannot be quantised.
+    """
+    student, card = open_student(run)
+    check_quantizable(student, card)
+    config = run_options(run).replace(store=Path(store_path))
+    store = open_store(store_path)
+    check_store(store, card, store_path)
+    out.mkdir(parents=True, exist_ok=True)
+    inputs = calibration_inputs(store, config, card, options.calibration)
+    models = {FLOAT: out / f"{FLOAT}.onnx", PTQ: out / f"{PTQ}.onnx"}
+    write_onnx(student, card, models[FLOAT], inputs[:BATCH], OPSET)
+    write_ptq(student, card, inputs, models[PTQ])
+    if options.mode == "qat":
+        models |= {FINETUNED_PTQ: out / f"{FINETUNED_PTQ}.onnx", QAT: out / f"{QAT}.onnx"}
+        with build_finetuning(run, config, store, student, options.epochs, options.learning_rate) as tuning:
+            log.info("fine-tuning in float32 for %d epochs, for comparison", options.epochs)
+            write_ptq(run_finetuning(tuning), card, inputs, models[FINETUNED_PTQ])
+        with build_finetuning(run, config, store, student, options.epochs, options.learning_rate) as tuning:
+            log.info("fine-tuning with fake quantisation for %d epochs", options.epochs)
+            write_qat(tuning, card, inputs, models[QAT])
+    return summarize(models, student, config, store, inputs, out, options)
+
+
+def check_quantizable(student: Student, card: ModelCard) -> None:
+    if card.task not in ("classification", "segmentation"):
+        raise DeliveryError(
+            f"cannot quantise {card.student}: int8 is offered for classification and segmentation students, "
+            f"this one learnt {card.task}"
+        )
+
+
+def check_store(store: Any, card: ModelCard, path: str) -> None:
+    names = tuple(store.manifest.class_names)
+    if names and card.class_names and names != card.class_names:
+        raise DeliveryError(
+            f"{path}: other classes than the student was trained on ({len(names)} and {len(card.class_names)}): "
+            "calibrate with the store of the run"
+        )
+
+
+def calibration_inputs(store: Any, config: TrainConfig, card: ModelCard, count: int) -> NDArray[np.float32]:
+    """Normalised images float32 [B, 3, S, S], evenly spread over the training split."""
+    reader = image_reader(config, store, config.train_split)
+    rows = spread(np.flatnonzero(store[config.train_split].valid), count)
+    return card.normalize(
+        np.stack([card.render(reader.read(int(row), card.image_size).image) for row in rows])
+    )
+
+
+def write_ptq(student: Student, card: ModelCard, inputs: NDArray[np.float32], path: Path) -> None:
+    """Post-training static quantisation: observe the ranges on `inputs`, convert, write."""
+    example = torch.from_numpy(inputs[:3])
+    # A copy: tracing and observing must not touch the student that is used again.
+    prepared = prepare_int8(LogitsOnly(copy.deepcopy(student)), example, training=False)
+    calibrate(prepared, batches(inputs, BATCH))
+    write_int8(prepared, card, example, path)
+
+
+def write_qat(tuning: FineTuning, card: ModelCard, inputs: NDArray[np.float32], path: Path) -> None:
+    """Quantisation-aware training from calibrated ranges, then convert and write."""
+    example = torch.from_numpy(inputs[:3])
+    graph = quantized_training_graph(tuning.student, example)
+    graph.eval()
+    calibrate(graph, batches(inputs, BATCH))
+    trained = run_finetuning(tuning, QuantizedStudent(tuning.student, graph))
+    assert isinstance(trained, QuantizedStudent)
+    trained.graph.eval()
+    write_int8(trained.graph, card, example, path)
+
+
+class QuantizedStudent(Student):
+    """A student whose forward pass is its graph with fake quantisation, so that the loop can train it."""
+
+    def __init__(self, student: Student, graph: nn.Module) -> None:
+        super().__init__()
+        self.spec, self.graph = student.spec, graph
+
+    def forward(self, images: torch.Tensor, lengths: torch.Tensor | None = None) -> StudentOutput:
+        logits, features = self.graph(images)
+        return StudentOutput(logits, features)
+
+
+class OnnxStudent(Student):
+    """An ONNX file as a student, so that the task's own evaluation measures it."""
+
+    def __init__(self, student: Student, model: OnnxModel) -> None:
+        super().__init__()
+        self.spec, self.session = student.spec, model
+        # Where evaluation looks for the normalisation of the input.
+        self.model = copy.copy(getattr(student, "model", None))
+
+    def forward(self, images: torch.Tensor, lengths: torch.Tensor | None = None) -> StudentOutput:
+        logits = torch.from_numpy(self.session.run(images.numpy()))
+        return StudentOutput(logits, logits)
+
+
+def summarize(
+    models: Mapping[str, Path],
+    student: Student,
+    config: TrainConfig,
+    store: Any,
+    inputs: NDArray[np.float32],
+    out: Path,
+    options: QuantizeOptions,
+) -> dict[str, Any]:
+    latencies = measure_latencies(models, inputs[:1])
+    rows: list[dict[str, Any]] = []
+    for name, path in models.items():
+        metrics = measure_metrics(OnnxModel(path), student, config, store)
+        size = path.stat().st_size / 1e6
+        rows.append(
+            {
+                "model": name,
+                "file": path.name,
+                "size_mb": round(size, 3),
+                "latency_ms": latencies[name],
+                **metrics,
+            }
+        )
+    first = rows[0]
+    for row in rows:
+        row["size_ratio"] = round(row["size_mb"] / first["size_mb"], 4)
+        row["speedup"] = round(first["latency_ms"] / row["latency_ms"], 3)
+    summary = {
+        "path": str(out),
+        "mode": options.mode,
+        "student": student.spec.name,
+        "calibration_images": len(inputs),
+        "epochs": options.epochs if options.mode == "qat" else 0,
+        "metric_names": [name for name in first if name in METRICS],
+        "models": rows,
+    }
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+METRICS = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy")
+
+
+def measure_latencies(models: Mapping[str, Path], image: NDArray[np.float32]) -> dict[str, float]:
+    """Median milliseconds of one image on one thread, the models in turn so that a noisy machine treats all alike."""
+    sessions = {name: OnnxModel(path, threads=1) for name, path in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for model in sessions.values():
+        model.run(image)
+    for _ in range(LATENCY_ROUNDS):
+        for name, model in sessions.items():
+            started = time.perf_counter()
+            model.run(image)
+            times[name].append(1000 * (time.perf_counter() - started))
+    return {name: round(statistics.median(values), 4) for name, values in times.items()}
+
+
+def measure_metrics(model: OnnxModel, student: Student, config: TrainConfig, store: Any) -> dict[str, float]:
+    """The task's metrics on the run's validation split."""
+    from train.engine.machine import build_accelerator
+    from train.evaluation import data_to_evaluate, measure
+
+    content = {
+        "task": model.card.task,
+        "class_names": list(model.card.class_names),
+        "student": {"num_classes": student.spec.num_classes},
+    }
+    config = config.replace(device="cpu", image_size=student.spec.image_size, batch_size=BATCH)
+    data = data_to_evaluate(config, store, content)
+    measured = measure(OnnxStudent(student, model), config, store, data, build_accelerator(config))
+    return {name: measured[name] for name in METRICS if name in measured}

@@ -1,0 +1,34 @@
+"""What a prediction is, and how a file that cannot be read is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from imaging.decode import decode
+from imaging.errors import ImageError
+
+
+class BadFile(NamedTuple):
+    """A file that could not be read; it is named and skipped."""
+
+    file: str
+    reason: str
+
+
+class Prediction(NamedTuple):
+    """`record` is plain JSON; `image` is the file's picture with the prediction drawn on it."""
+
+    record: dict[str, Any]
+    image: Image.Image
+    mask: Image.Image | None = None
+
+
+def read_image(path: Path, target_size: int | None) -> Image.Image | BadFile:
+    """The upright RGB image; with `target_size` a JPEG may be decoded at a fraction of its size."""
+    try:
+        return decode(path, target_size=target_size).image
+    except (ImageError, OSError) as error:
+        return BadFile(str(path), str(error))

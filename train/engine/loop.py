@@ -1,0 +1,259 @@
+"""The one training loop: every task and every student but YOLOv8 goes through it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from console.progress import Progress as ProgressDisplay
+from console.stop import Stopped, StopRequest
+from train.config import TrainConfig
+from train.data import Batch, BatchLoader
+from train.engine.distributed import sum_over_ranks, world_size
+from train.engine.ema import WeightAverage
+from train.engine.evaluate import evaluate
+from train.engine.mixing import draw_mixing, mix_images
+from train.engine.model import DistilledStudent
+from train.engine.progress import Progress
+from train.engine.schedule import learning_rate_at, warmup_steps
+from train.engine.snapshot import StepGuard
+from train.errors import TrainError
+from train.objective import Objective, add_counts
+from train.plan import group_sizes
+
+
+class NotFiniteError(TrainError):
+    """A loss became NaN or infinite; the text names epoch, step and term."""
+
+
+@dataclass
+class Parts:
+    """All that the loop is made of, built outside (train.run)."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    module: DistilledStudent
+    wrapped: nn.Module
+    optimizer: Any
+    objective: Objective
+    val_objective: Objective
+    train_loader: BatchLoader
+    val_loader: BatchLoader
+    normalize: Any
+    guard: StepGuard
+    progress: Progress
+    average: WeightAverage | None
+    stop: StopRequest
+
+
+class Loop:
+    """Trains epoch by epoch. The caller saves: `run` yields after every epoch, with the epoch's record.
+
+    Losses stay on a GPU for a few steps, because reading them makes the CPU wait for it; `settle` reads them.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.display: ProgressDisplay | None = None
+        self.save_within_epoch: Callable[[], None] = lambda: None
+        self.device = parts.accelerator.device
+        self.groups = group_sizes(len(parts.train_loader.batches.slices), parts.config.grad_accum_steps)
+        self.total_steps = len(self.groups) * parts.config.epochs
+        self.warmup = warmup_steps(parts.config.warmup_epochs, len(self.groups), self.total_steps)
+        self.stop_seen = False
+        self.unread: list[StepLosses] = []
+        self.read_every = 10 if self.device.type == "cuda" else 1
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Yield one record per epoch; `progress` counts an epoch as finished once the caller has taken it."""
+        progress, patience = self.parts.progress, self.parts.config.early_stopping_patience
+        while progress.epoch < self.parts.config.epochs:
+            if patience is not None and progress.stale_epochs >= patience:
+                return
+            started = time.monotonic()
+            self.train_epoch()
+            metrics = self.validate()
+            yield self.record(metrics, time.monotonic() - started)
+
+    def train_epoch(self) -> None:
+        """The steps of the running epoch that are not done yet."""
+        progress, loader = self.parts.progress, self.parts.train_loader
+        sizes = self.groups[progress.step :]
+        if not sizes:
+            return
+        batches = loader.epoch(progress.epoch, start=sum(self.groups[: progress.step]))
+        self.parts.wrapped.train()
+        for size in sizes:
+            started = time.monotonic()
+            self.step([next(batches) for _ in range(size)], started)
+            self.check_stop()
+            self.save_within_epoch()
+        with self.parts.guard.lock:
+            self.settle()
+
+    def step(self, group: list[Batch], started: float) -> None:
+        """One optimizer step over the micro-batches of `group`."""
+        parts, samples = self.parts, sum(float(batch.weight.sum()) for batch in group)
+        group = [batch.to(self.device) for batch in group]
+        targets = [parts.objective.prepare(batch) for batch in group]
+        counts = add_counts([parts.objective.counts(*pair) for pair in zip(group, targets, strict=True)])
+        totals: dict[str, Tensor] = {}
+        for index, batch in enumerate(group):
+            last = index == len(group) - 1
+            with contextlib.nullcontext() if last else parts.accelerator.no_sync(parts.wrapped):
+                terms = self.forward(batch, targets[index], counts, index)
+                # DDP averages gradients over ranks; the parts of the loss are to be added.
+                parts.accelerator.backward(terms["loss"] * world_size())
+            for name, value in terms.items():
+                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+        losses = self.share(totals, samples)
+        if self.read_every == 1:
+            losses.read()
+        self.update(losses, samples, started)
+
+    def forward(self, batch: Batch, targets: Any, counts: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Losses of one micro-batch. Dropout depends on (seed, epoch, step) only, so any step can be repeated."""
+        parts, config, progress = self.parts, self.parts.config, self.parts.progress
+        torch.manual_seed(
+            derive_seed(config.seed, progress.epoch, progress.step, index, parts.accelerator.process_index)
+        )
+        images, mixing = parts.normalize(batch.images), None
+        if config.mixup_alpha or config.cutmix_alpha:
+            mixing, box = draw_mixing(config.mixup_alpha, config.cutmix_alpha, images)
+            images = mix_images(images, mixing, box)
+        output = parts.wrapped(images, batch.lengths) if batch.lengths is not None else parts.wrapped(images)
+        return parts.objective.losses(output, batch, targets, counts, mixing)
+
+    def share(self, totals: dict[str, Tensor], samples: float) -> StepLosses:
+        """Sum the step's losses and samples over all ranks, in one exchange; a stop of any rank stops all."""
+        progress = self.parts.progress
+        host = torch.tensor([samples, float(self.parts.stop.requested)], dtype=torch.float64)
+        values = torch.cat(
+            [
+                torch.stack([value.double() for value in totals.values()]),
+                host.to(self.device, non_blocking=True),
+            ]
+        )
+        where = (progress.epoch + 1, progress.step + 1)
+        return StepLosses(where, tuple(totals), sum_over_ranks(values))
+
+    def settle(self) -> None:
+        """Count the losses of the last steps in the epoch's means. The caller holds the guard's lock.
+
+        Raises NotFiniteError for the first step whose loss is not finite.
+        """
+        while self.unread:
+            losses, samples, stop = self.unread[0].read()
+            self.parts.progress.add_losses(losses, samples)
+            self.stop_seen = self.stop_seen or stop
+            del self.unread[0]
+
+    def update(self, losses: StepLosses, samples: float, started: float) -> None:
+        """Clip, step, average; weights and progress change together."""
+        parts, config, progress = self.parts, self.parts.config, self.parts.progress
+        if config.max_grad_norm:
+            parts.accelerator.clip_grad_norm_(parts.module.parameters(), config.max_grad_norm)
+        rate = self.learning_rate(progress.global_step)
+        with parts.guard.update():
+            for group in parts.optimizer.param_groups:
+                group["lr"] = rate
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+            if parts.average is not None:
+                parts.average.update(parts.module.student)
+            progress.add_step(time.monotonic() - started)
+            self.unread.append(losses)
+            if len(self.unread) >= self.read_every:
+                self.settle()
+        if self.display is not None:
+            self.display.advance(int(samples) * world_size())
+
+    def learning_rate(self, step: int) -> float:
+        config = self.parts.config
+        return learning_rate_at(
+            step,
+            total=self.total_steps,
+            warmup=self.warmup,
+            kind=config.lr_scheduler,
+            peak=config.learning_rate,
+        )
+
+    def check_stop(self) -> None:
+        """Raise when a stop was asked for; the last finished step is what gets saved."""
+        if self.stop_seen or (world_size() == 1 and self.parts.stop.requested):
+            raise Stopped("stopped", self.parts.stop.exit_code)
+
+    def validate(self) -> dict[str, float]:
+        """Metrics on the validation split, of the averaged weights where there are any."""
+        parts, module = self.parts, self.parts.module
+        if parts.average is not None:
+            averaged: Any = parts.average.student
+            module = DistilledStudent(
+                averaged, module.projector, cells=module.wants_cells, pooled=module.wants_pooled
+            )
+        batches = parts.val_loader.epoch(0)
+        return evaluate(
+            module,
+            batches,
+            parts.val_objective,
+            self.device,
+            parts.normalize,
+            parts.accelerator.autocast,
+            self.check_stop,
+        )
+
+    def record(self, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
+        """The epoch's line of metrics.jsonl."""
+        progress = self.parts.progress
+        means = progress.mean_losses()
+        return {
+            "epoch": progress.epoch + 1,
+            "train_loss": means.pop("loss"),
+            **dict.fromkeys(("hard_loss", "feature_loss", "logit_loss")),
+            **means,
+            "val_loss": metrics.pop("val_loss", None),
+            **metrics,
+            "learning_rate": self.learning_rate(progress.global_step - 1),
+            "epoch_time_s": round(seconds, 3),
+        }
+
+
+class StepLosses(NamedTuple):
+    """The losses of one step on the device: `where` (epoch, step), and float64 values, then samples and stop."""
+
+    where: tuple[int, int]
+    names: tuple[str, ...]
+    values: Tensor
+
+    def read(self) -> tuple[dict[str, float], float, bool]:
+        """Losses by name, samples, and whether a rank was asked to stop. Raises NotFiniteError."""
+        *losses, samples, stop = self.values.tolist()
+        values = dict(zip(self.names, losses, strict=True))
+        check_finite(values, *self.where)
+        return values, samples, stop > 0
+
+
+def check_finite(values: dict[str, float], epoch: int, step: int) -> None:
+    """Raise NotFiniteError that names epoch, step and term."""
+    bad = [name for name, value in values.items() if value - value != 0]
+    if bad:
+        named = [name for name in bad if name != "loss"] or bad
+        raise NotFiniteError(
+            f"{named[0]} became {values[named[0]]} in epoch {epoch}, step {step}: training stopped, the last good "
+            "checkpoint is kept; try a lower --learning-rate, a longer --warmup-epochs or --precision fp32, then "
+            "--resume"
+        )
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed for torch from numbers such as (seed, epoch, step)."""
+    digest = blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,72 @@
+"""Device, precision and determinism of a run."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from train.config import TrainConfig
+from train.errors import TrainError
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of `--device`. Raises TrainError when a GPU is asked for and absent."""
+    kind, _, index = name.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise TrainError(
+                f"device {name}: this machine shows {count} CUDA devices to PyTorch {torch.__version__}: use "
+                "--device cpu, or check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+            )
+    return torch.device(f"{kind}:{index}" if index else kind)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """accelerate's name of the precision: auto is bf16 where the GPU has it, else fp16; fp32 on CPUs."""
+    if name == "auto":
+        if device.type != "cuda":
+            return "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp16" and device.type != "cuda":
+        raise TrainError(f"precision fp16 needs a CUDA GPU, the device is {device.type}: use bf16 or fp32")
+    return "no" if name == "fp32" else name
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """An accelerator for this run alone; ranks come from torchrun's or accelerate's environment."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    device = (
+        choose_device(config.devices[0]) if ranks == 1 else choose_device(config.devices[0].split(":")[0])
+    )
+    # accelerate keeps one global state; a second run in this process may want another precision or device.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if device.type == "cuda" and ranks == 1 and device.index is not None:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    else:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=choose_precision(config.precision, device))
+
+
+def set_determinism(enabled: bool) -> None:
+    """Deterministic kernels only (an operation without one raises), or the fast ones."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(enabled)
+    torch.backends.cudnn.benchmark = not enabled
+
+
+def peak_memory() -> dict[str, Any]:
+    """Peak resident memory of this process and of its GPU, MB; the GPU's is None without one."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = peak / 2**20 if sys.platform == "darwin" else peak / 1024
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    return {"peak_rss_mb": round(resident, 1), "peak_gpu_mb": None if gpu is None else round(gpu, 1)}

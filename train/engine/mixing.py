@@ -1,0 +1,50 @@
+"""MixUp and CutMix: images mixed with a partner of the batch, and the losses with the same weights.
+
+Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018; Yun et al., "CutMix", 2019.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from train.losses import Mixing
+
+Box = tuple[int, int, int, int]
+
+
+def draw_mixing(mixup_alpha: float, cutmix_alpha: float, images: Tensor) -> tuple[Mixing, Box | None]:
+    """Partners and weights for images [B, 3, S, S]; for CutMix also the box (y0, y1, x0, x1) that is replaced.
+
+    Random numbers come from torch's generator, which the loop has seeded for this step.
+    """
+    batch, height, width = len(images), images.shape[-2], images.shape[-1]
+    partner = torch.randperm(batch).to(images.device)
+    alpha = mixup_alpha or cutmix_alpha
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    box = None
+    if cutmix_alpha:
+        box = draw_box(share, height, width)
+        share = 1 - (box[1] - box[0]) * (box[3] - box[2]) / (height * width)
+    return Mixing(partner, torch.full((batch,), share, device=images.device)), box
+
+
+def draw_box(share: float, height: int, width: int) -> Box:
+    """A box of about `1 - share` of the area around a random point, clipped to the image."""
+    side = math.sqrt(1 - share)
+    half_y, half_x = int(height * side / 2), int(width * side / 2)
+    y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))
+    return max(0, y - half_y), min(height, y + half_y), max(0, x - half_x), min(width, x + half_x)
+
+
+def mix_images(images: Tensor, mixing: Mixing, box: Box | None) -> Tensor:
+    """Blend whole images (MixUp), or paste the partner's box (CutMix)."""
+    if box is None:
+        share = mixing.weight.view(-1, 1, 1, 1)
+        return share * images + (1 - share) * images[mixing.partner]
+    y0, y1, x0, x1 = box
+    mixed = images.clone()
+    mixed[..., y0:y1, x0:x1] = images[mixing.partner][..., y0:y1, x0:x1]
+    return mixed

@@ -1,0 +1,63 @@
+"""The module that trains: the student with its alignment head, so that one wrapper (DDP) sees both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from train.projector import channels_last_rows, pooled_rows
+from train.students.base import Student, StudentOutput
+
+
+class DistilledOutput(NamedTuple):
+    """One forward pass: task `logits`, and aligned features where they are asked for.
+
+    `cells` [B, h, w, D] or [B, T, D], `pooled` [B, D], both in the teacher's space.
+    """
+
+    logits: Tensor | None
+    cells: Tensor | None
+    pooled: Tensor | None
+
+
+class DistilledStudent(nn.Module):
+    """Student → alignment head. `projector` None: the task alone (a control, or evaluation)."""
+
+    def __init__(self, student: Student, projector: nn.Module | None, *, cells: bool, pooled: bool) -> None:
+        super().__init__()
+        self.student, self.projector = student, projector
+        self.wants_cells, self.wants_pooled = cells, pooled
+        # In a list, and so out of the module tree: compiling must not change the names in state dicts.
+        self.compiled: list[Callable[..., StudentOutput]] = []
+
+    def compile_student(self) -> None:
+        """From now on run the student through torch.compile."""
+        self.compiled = [torch.compile(self.student)]
+
+    def forward(self, images: Tensor, lengths: Tensor | None = None) -> DistilledOutput:
+        """`images` float [B, 3, S, S], clips [B, T, 3, S, S] with `lengths` int64 [B]."""
+        run = self.compiled[0] if self.compiled else self.student
+        logits, features = run(images) if lengths is None else run(images, lengths)
+        if self.projector is None:
+            return DistilledOutput(logits, None, None)
+        mask = None if lengths is None or features.ndim != 3 else frame_mask(lengths, features)
+        if not self.wants_cells:
+            # Pooling first costs h·w times less, and commutes with a linear head.
+            return DistilledOutput(logits, None, self.projector(pooled_rows(features, mask)))
+        cells = self.projector(channels_last_rows(features))
+        pooled = pool_cells(cells, mask) if self.wants_pooled else None
+        return DistilledOutput(logits, cells, pooled)
+
+
+def pool_cells(cells: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over h and w [B, h, w, D], or over the valid frames [B, T, D]; [B, D]."""
+    return cells.mean((1, 2)) if cells.ndim == 4 else pooled_rows(cells, mask)
+
+
+def frame_mask(lengths: Tensor, features: Tensor) -> Tensor:
+    """Bool [B, T], true where a frame is real."""
+    frames = torch.arange(features.shape[1], device=features.device)
+    return frames.unsqueeze(0) < lengths.to(features.device).unsqueeze(1)

@@ -1,0 +1,265 @@
+"""One training in its folder: resume, epochs, checkpoints, curves, and the snapshot after a signal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from console.log import get_logger
+from console.progress import track_progress
+from console.stop import Stopped
+from store.format import Manifest
+from train.assemble import Built
+from train.checkpoint import (
+    ADAPTERS,
+    BEST,
+    LAST,
+    cpu_state,
+    describe_student,
+    load_checkpoint,
+    save_checkpoint,
+)
+from train.config import TrainConfig, config_to_json
+from train.engine.loop import Loop
+from train.engine.progress import Progress
+from train.engine.snapshot import LOCK_S, StopWatch
+from train.engine.trackers import Tracker, open_trackers
+from train.events import Observers
+from train.rundir import append_metrics, write_metrics
+
+log = get_logger("train")
+
+#: Keys of an epoch's record that are not metrics of the task.
+NOT_METRICS = frozenset(
+    [
+        "epoch",
+        "train_loss",
+        "hard_loss",
+        "feature_loss",
+        "logit_loss",
+        "val_loss",
+        "learning_rate",
+        "epoch_time_s",
+    ]
+)
+
+
+class Session:
+    """Runs a loop to its end and keeps the run folder up to date; ranks other than 0 write nothing."""
+
+    def __init__(
+        self,
+        built: Built,
+        config: TrainConfig,
+        folder: Path,
+        manifest: Manifest,
+        task: str,
+        observers: Observers,
+        watch: StopWatch,
+    ) -> None:
+        self.built, self.parts, self.config = built, built.parts, config
+        self.folder, self.observers, self.watch = folder, observers, watch
+        self.is_main = built.parts.accelerator.is_main_process
+        self.about = describe_student(built.student, manifest, config_to_json(config), task)
+        self.best_metric = built.parts.objective.task.best_metric
+        self.loop = Loop(built.parts)
+        self.trackers: list[Tracker] = []
+        self.started = self.saved = time.monotonic()
+        self.wall_before = 0.0
+
+    def run(self) -> Progress:
+        """Train until the end, early stopping or a stop request; returns where the run stands.
+
+        Raises Stopped after a signal: the last finished step is in last.pt.
+        """
+        self.restore()
+        progress = self.parts.progress
+        total = len(self.parts.train_loader.batches.rows)
+        done = progress.epoch * total + int(progress.samples)
+        self.watch.save = self.snapshot
+        with self.display(total, done) as display:
+            self.loop.display, self.loop.save_within_epoch = display, self.save_within_epoch
+            try:
+                for record in self.loop.run():
+                    self.finish_epoch(record)
+                    display.note(epoch_line(record, self.config.epochs, self.best_metric))
+            except Stopped as stopped:
+                self.watch.acknowledge()
+                self.save_last()
+                raise Stopped(self.stop_text(), stopped.exit_code) from None
+            finally:
+                self.parts.train_loader.close()
+                self.parts.val_loader.close()
+                for tracker in self.trackers:
+                    tracker.close()
+        return progress
+
+    def display(self, total: int, done: int) -> Any:
+        import io
+
+        stream = None if self.is_main else io.StringIO()
+        return track_progress(
+            total * self.config.epochs, f"training {self.folder.name}", "samples", done, stream
+        )
+
+    def restore(self) -> None:
+        """Continue from last.pt where there is one."""
+        path = self.folder / LAST
+        if path.exists():
+            self.load(load_checkpoint(path))
+        progress = self.parts.progress
+        self.wall_before = progress.wall_time_s
+        if self.is_main:
+            write_metrics(self.folder, progress.history)
+            self.trackers = open_trackers(
+                self.config.tracker, self.folder, self.about["config"], progress.epoch
+            )
+
+    def load(self, content: Mapping[str, Any]) -> None:
+        """Put a checkpoint's state into the parts."""
+        parts, training = self.parts, content["training"]
+        parts.module.student.load_state_dict(content["model_state_dict"])
+        if parts.module.projector is not None:
+            parts.module.projector.load_state_dict(content["alignment_head"])
+        parts.optimizer.load_state_dict(training["optimizer"])
+        if parts.average is not None and training["average"] is not None:
+            parts.average.student.load_state_dict(training["average"]["state"])
+            parts.average.updates = training["average"]["updates"]
+        if parts.accelerator.scaler is not None and training["scaler"] is not None:
+            parts.accelerator.scaler.load_state_dict(training["scaler"])
+        parts.progress.__dict__.update(Progress.from_dict(training["progress"]).__dict__)
+        parts.guard.copy_buffers()
+        where = f"epoch {parts.progress.epoch + 1}, step {parts.progress.step}"
+        log.info("%s: resumed after %s", self.folder, where)
+
+    def finish_epoch(self, record: dict[str, Any]) -> None:
+        """Note the epoch, save what it made, tell everybody."""
+        details = {name: record.pop(name) for name in list(record) if name.startswith("per_class")}
+        metrics = {k: v for k, v in record.items() if k not in NOT_METRICS and not k.startswith("val_")}
+        value = metrics.get(self.best_metric)
+        with self.parts.guard.update():
+            progress = self.parts.progress
+            is_best = progress.note_value(
+                -record["val_loss"] if value is None else value, record["epoch"], metrics, details
+            )
+            progress.finish_epoch(record)
+        if not self.is_main:
+            return
+        if is_best:
+            self.save_best(record)
+        self.save_last()
+        append_metrics(self.folder, record)
+        for tracker in self.trackers:
+            tracker.log(record, record["epoch"])
+        self.observers.epoch_end(record)
+        self.save_interval(record)
+
+    def save_best(self, record: Mapping[str, Any]) -> None:
+        """best.pt: the student alone, of averaged weights where there are any."""
+        save_checkpoint(self.folder / BEST, self.student_content(record))
+        if self.config.lora_rank:
+            self.save_adapters()
+        self.observers.checkpoint_saved(self.folder / BEST, record["epoch"], True)
+
+    def save_adapters(self) -> None:
+        """adapters.pt: what LoRA trained, without the base weights."""
+        from train.lora import adapter_state
+
+        trained = self.parts.module.student
+        averaged = self.parts.average.student if self.parts.average is not None else trained
+        state = adapter_state(trained, averaged)
+        save_checkpoint(self.folder / ADAPTERS, {**self.about, "adapter_state_dict": state})
+
+    def save_interval(self, record: Mapping[str, Any]) -> None:
+        """Keep every N-th epoch's student as well, when asked for."""
+        interval, epoch = self.config.checkpoint_interval, record["epoch"]
+        if interval is not None and epoch % interval == 0:
+            path = self.folder / f"checkpoint_epoch_{epoch}.pt"
+            save_checkpoint(path, self.student_content(record))
+            self.observers.checkpoint_saved(path, epoch, False)
+
+    def student_content(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        parts = self.parts
+        student = parts.average.student if parts.average is not None else parts.module.student
+        metrics = {k: v for k, v in record.items() if k not in NOT_METRICS}
+        return {
+            **self.about,
+            "epoch": record["epoch"],
+            "accuracy": record.get(self.best_metric),
+            "metrics": metrics,
+            "model_state_dict": cpu_state(student),
+            "alignment_head": self.head_state(),
+        }
+
+    def head_state(self) -> dict[str, Any] | None:
+        projector = self.parts.module.projector
+        return None if projector is None else cpu_state(projector)
+
+    def save_last(self) -> None:
+        """last.pt: everything that the next step needs."""
+        # Losses that are not finite must not reach a checkpoint.
+        with self.parts.guard.lock:
+            self.loop.settle()
+        self.write_last()
+
+    def write_last(self) -> None:
+        if not self.is_main:
+            return
+        parts = self.parts
+        parts.progress.wall_time_s = self.wall_time()
+        average = parts.average and {
+            "state": cpu_state(parts.average.student),
+            "updates": parts.average.updates,
+        }
+        scaler = parts.accelerator.scaler
+        content = {
+            **self.about,
+            "epoch": parts.progress.epoch,
+            "model_state_dict": cpu_state(parts.module.student),
+            "alignment_head": self.head_state(),
+            "training": {
+                "optimizer": parts.optimizer.state_dict(),
+                "average": average,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "progress": parts.progress.to_dict(),
+            },
+        }
+        save_checkpoint(self.folder / LAST, content)
+        self.saved = time.monotonic()
+        self.observers.checkpoint_saved(self.folder / LAST, parts.progress.epoch, False)
+
+    def save_within_epoch(self) -> None:
+        """A long epoch is saved now and then, so that a kill costs minutes only."""
+        if time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes:
+            self.save_last()
+
+    def wall_time(self) -> float:
+        return round(self.wall_before + time.monotonic() - self.started, 3)
+
+    def stop_text(self) -> str:
+        progress = self.parts.progress
+        return (
+            f"stopped in epoch {progress.epoch + 1} after step {progress.step}, saved to {self.folder / LAST}: "
+            "the same command with --resume continues"
+        )
+
+    def snapshot(self) -> str:
+        """Called by the watching thread when a step takes too long: save what the last finished one left."""
+        guard = self.parts.guard
+        if not guard.lock.acquire(timeout=LOCK_S):
+            return f"{self.folder}: stopped inside an optimizer step, {LAST} is that of the last save"
+        self.loop.settle()
+        guard.restore_buffers()
+        self.write_last()
+        return self.stop_text()
+
+
+def epoch_line(record: Mapping[str, Any], epochs: int, metric: str) -> str:
+    """`epoch 3/20: loss 1.204, val 1.310, top1 0.612, 4.1 s`"""
+    value = record.get(metric)
+    shown = "" if value is None else f", {metric} {value:.4f}"
+    val = "" if record["val_loss"] is None else f", val {record['val_loss']:.4f}"
+    head = f"epoch {record['epoch']}/{epochs}: loss {record['train_loss']:.4f}{val}{shown}"
+    return f"{head}, {record['epoch_time_s']:.1f} s"

@@ -1,0 +1,179 @@
+"""From options and a store to a `TrainingJob`: data, network, devices. Everything that does not fit is an error."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from store.reader import Store
+from train.config import TrainConfig
+from train.engine.adapters import apply_lora_options
+from train.engine.yolo.model import LEVELS, Distillation
+from train.engine.yolo.options import clip_norm, levels_of, mixes_images, ultralytics_arguments
+from train.engine.yolo.records import DetectionSplit, open_split
+from train.engine.yolo.trainer import TrainingJob
+from train.errors import ConfigError
+from train.students.names import parse_student_name
+from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
+
+log = logging.getLogger(__name__)
+
+
+def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any] | None) -> TrainingJob:
+    """The job of a configuration; the caller sets its callbacks. `state`: what is resumed from, or None.
+
+    Raises ConfigError or TrainError for what does not fit.
+    """
+    size = parse_student_name(config.student).size
+    names = class_names(config, store)
+    arguments = ultralytics_arguments(config) | {"model": f"yolov8{size}.yaml"} | device_arguments(config)
+    splits = open_splits(config, store, 2 if mixes_images(arguments) else 1)
+    config = fit_batch(config, len(splits["train"].records))
+    arguments["batch"] = config.batch_size
+    student = build_trained_student(config, store, splits, len(names))
+    trainable = {name for name, value in student.network.named_parameters() if value.requires_grad}
+    return TrainingJob(
+        config=config,
+        run=run,
+        arguments=arguments,
+        class_names=names,
+        splits=splits,
+        student=student,
+        trainable=trainable if config.lora_rank else None,
+        clip_norm=clip_norm(config),
+        workers=worker_count(config, arguments),
+        state=state,
+    )
+
+
+def open_splits(config: TrainConfig, store: Store, sources_per_cell: int) -> dict[str, DetectionSplit]:
+    """The training and validation data, under ultralytics' names for them."""
+    return {
+        mode: open_split(
+            store,
+            name,
+            image_size=config.image_size,
+            data_root=config.data_root,
+            distil=config.distillation_type != "none",
+            sources_per_cell=sources_per_cell,
+        )
+        for mode, name in (("train", config.train_split), ("val", config.val_split))
+    }
+
+
+def fit_batch(config: TrainConfig, rows: int) -> TrainConfig:
+    """A recipe's batch shrinks to a small split; one that was asked for is an error."""
+    if config.batch_size <= rows:
+        return config
+    if config.is_explicit("batch_size"):
+        raise ConfigError(
+            f"batch_size {config.batch_size} is larger than split {config.train_split} ({rows} samples): "
+            f"pass --batch-size {rows} or less"
+        )
+    log.info("batch_size %d instead of %d: the split has no more samples", rows, config.batch_size)
+    return config.replace(batch_size=rows)
+
+
+def build_trained_student(
+    config: TrainConfig, store: Store, splits: dict[str, DetectionSplit], num_classes: int
+) -> YoloStudent:
+    """The student as it trains: local weights, LoRA, and unless it is a control the alignment heads.
+
+    Initial weights are a function of the seed alone; heads are drawn after them and do not change them.
+    """
+    torch.manual_seed(config.seed)
+    size = parse_student_name(config.student).size
+    network = build_network(size, num_classes, "distilled")
+    student = YoloStudent(network, student_spec(network, size, num_classes, config.image_size))
+    if config.student_path is not None:
+        loaded = student.load_local_weights(config.student_path)
+        log.info("weights of %s; drawn anew: %s", loaded.origin, ", ".join(loaded.reinitialised) or "none")
+    report = apply_lora_options(student, config.model_dump(), trained=False)
+    if report is not None:
+        log.info(
+            "LoRA on %d layers: %s of %s parameters learn",
+            len(report.targets),
+            f"{report.trainable_parameters:,}",
+            f"{report.total_parameters:,}",
+        )
+    if config.distillation_type != "none":
+        attach_teacher(config, network, store, splits)
+    return student
+
+
+def attach_teacher(
+    config: TrainConfig, network: Any, store: Store, splits: dict[str, DetectionSplit]
+) -> None:
+    widths = dict(zip(LEVELS, level_widths(network), strict=True))
+    distillation = Distillation(
+        {level: widths[level] for level in levels_of(config)},
+        store.manifest.teacher.width,
+        kind=config.feature_loss_type,
+        hard_weight=config.hard_label_weight,
+        soft_weight=config.soft_label_weight * config.feature_weight,
+        foreground=config.foreground_weight,
+        align=config.align_feature,
+        align_head=config.align_head,
+    )
+    train, val = splits["train"].targets, splits["val"].targets
+    assert train is not None
+    assert val is not None
+    network.attach(distillation, (train, val))
+
+
+def class_names(config: TrainConfig, store: Store) -> tuple[str, ...]:
+    """The store's class names, widened to `num_classes` when that is larger.
+
+    Raises ConfigError when it is smaller.
+    """
+    names = tuple(store.manifest.class_names)
+    wanted = config.num_classes if config.num_classes is not None else len(names)
+    if wanted < len(names):
+        raise ConfigError(
+            f"num_classes {wanted}, but {config.store} has {len(names)} classes: leave the option out, or raise it"
+        )
+    if wanted > len(names):
+        log.warning("num_classes %d: the head gets %d classes that have no data", wanted, wanted - len(names))
+    return names + tuple(f"class_{index}" for index in range(len(names), wanted))
+
+
+def device_arguments(config: TrainConfig) -> dict[str, Any]:
+    """`device` and `amp` in ultralytics' form. Raises ConfigError for what the machine does not have."""
+    devices = config.devices
+    if devices == ["auto"]:
+        devices = ["cuda:0"] if torch.cuda.is_available() else ["cpu"]
+    kinds = {name.partition(":")[0] for name in devices}
+    if len(devices) > 1 and kinds != {"cuda"}:
+        raise ConfigError(
+            f"device {config.device}: ultralytics trains on several GPUs, not on several {'/'.join(sorted(kinds))} "
+            "devices; use one"
+        )
+    if kinds == {"cuda"}:
+        indices = [int(name.partition(":")[2] or 0) for name in devices]
+        if not torch.cuda.is_available() or max(indices) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device {config.device}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
+            )
+        return {"device": ",".join(map(str, indices)), "amp": cuda_precision(config.precision)}
+    if config.precision == "fp16":
+        raise ConfigError(f"precision fp16 on {devices[0]}: YOLO students take it on GPUs only; use fp32")
+    return {"device": devices[0], "amp": "bf16" if config.precision == "bf16" else False}
+
+
+def cuda_precision(precision: str) -> bool | str:
+    """ultralytics' `amp`: bf16 where the device has it, else fp16 with loss scaling."""
+    if precision == "auto":
+        return "bf16" if torch.cuda.is_bf16_supported() else True
+    choices: dict[str, bool | str] = {"fp32": False, "bf16": "bf16", "fp16": True}
+    return choices[precision]
+
+
+def worker_count(config: TrainConfig, arguments: dict[str, Any]) -> int:
+    """Loader processes: as asked; ultralytics' 8 at most on GPUs, and on CPUs, as it does, none."""
+    if config.workers is not None:
+        return config.workers
+    return 0 if arguments["device"] in ("cpu", "mps") else min(8, os.cpu_count() or 1)

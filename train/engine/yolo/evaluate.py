@@ -1,0 +1,114 @@
+"""`cli evaluate` for YOLOv8 students: ultralytics' validator on a split of any store with boxes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from store.reader import open_store
+from train.checkpoint import load_student_from_run
+from train.config import load_config
+from train.engine.yolo.offline import prepare_ultralytics
+from train.errors import TrainError
+
+
+def evaluate_yolo(
+    run: Path,
+    store: Path,
+    *,
+    split: str = "val",
+    batch_size: int = 16,
+    device: str = "auto",
+    data_root: Path | None = None,
+) -> dict[str, Any]:
+    """`student, task, split, samples, metrics, per_class, run, store` of a run's best student on a split.
+
+    Raises TrainError when the store has other classes than the student, or no boxes.
+    """
+    prepare_ultralytics()
+    from train.engine.yolo.assemble import device_arguments
+    from train.engine.yolo.recorder import METRICS
+    from train.engine.yolo.records import open_split
+
+    student, content = load_student_from_run(run)
+    opened = open_store(store)
+    check_same_classes(tuple(opened.manifest.class_names), tuple(content["class_names"]), store, run)
+    size = student.spec.image_size
+    data = open_split(opened, split, image_size=size, data_root=data_root, distil=False)
+    options = {"store": store, "student": student.spec.name, "out": run, "device": device}
+    config = load_config(options)
+    network: Any = student.network
+    names = dict(enumerate(content["class_names"]))
+    with tempfile.TemporaryDirectory() as scratch:
+        validator = build_validator(
+            data, names, Path(scratch), size, batch_size, str(device_arguments(config)["device"])
+        )
+        network.names, network.args = names, vars(validator.args)
+        with torch.inference_mode():
+            stats = validator(model=network.float().eval())
+    box = validator.metrics.box
+    return {
+        "student": student.spec.name,
+        "task": "detection",
+        "split": split,
+        "samples": len(data.records),
+        "metrics": {name: float(stats[key]) for name, key in METRICS.items()},
+        "per_class": {names[int(i)]: float(box.ap[n]) for n, i in enumerate(box.ap_class_index)},
+        "run": str(run),
+        "store": str(store),
+    }
+
+
+def check_same_classes(ours: tuple[str, ...], theirs: tuple[str, ...], store: Path, run: Path) -> None:
+    if theirs[: len(ours)] != ours:
+        raise TrainError(
+            f"{store} has classes {', '.join(ours[:5])}, the student of {run} knows {', '.join(theirs[:5])}: evaluate on "
+            "a store with the same classes in the same order"
+        )
+
+
+def build_validator(
+    data: Any, names: dict[int, str], folder: Path, image_size: int, batch_size: int, device: str
+) -> Any:
+    """ultralytics' DetectionValidator on the records of a split, writing into `folder`."""
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data.build import build_dataloader
+    from ultralytics.models.yolo.detect import DetectionValidator
+    from ultralytics.utils import YAML
+
+    from train.engine.yolo.dataset import StoreDataset
+
+    description = {"path": str(folder), "train": ".", "val": ".", "names": names}
+    YAML.save(folder / "data.yaml", description)
+    arguments = get_cfg(
+        overrides={
+            "task": "detect",
+            "mode": "val",
+            "data": str(folder / "data.yaml"),
+            "imgsz": image_size,
+            "batch": batch_size,
+            "device": device,
+            "workers": 0,
+            "plots": False,
+            "rect": True,
+            "verbose": False,
+        }
+    )
+    dataset = StoreDataset(
+        data.records,
+        data.read_image,
+        follow_sources=False,
+        imgsz=image_size,
+        batch_size=batch_size,
+        augment=False,
+        hyp=arguments,
+        rect=True,
+        stride=32,
+        pad=0.5,
+        data={"names": names, "nc": len(names), "channels": 3},
+    )
+    loader = build_dataloader(dataset, batch_size, 0, shuffle=False, device=torch.device("cpu"))
+    return DetectionValidator(dataloader=loader, save_dir=folder, args=arguments)

@@ -1,0 +1,109 @@
+"""ultralytics' detection model with the distillation term in its loss."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.tasks import DetectionModel
+
+from train.engine.yolo.targets import TeacherTargets, foreground_weights
+from train.losses.feature import feature_loss
+from train.projector import build_projector, channels_last_rows
+
+# Inputs of the Detect head, in its order, and their strides in pixels.
+LEVELS = ("P3", "P4", "P5")
+# ultralytics' own name for a distillation term, so that its plots and tables treat it the same.
+DISTILLATION_ITEM = "dis_loss"
+
+
+class Distillation(nn.Module):
+    """The distance between the student's maps and the teacher's grid: alignment heads and the settings of it."""
+
+    def __init__(
+        self,
+        widths: dict[str, int],
+        teacher_width: int,
+        *,
+        kind: str,
+        hard_weight: float,
+        soft_weight: float,
+        foreground: float,
+        align: bool,
+        align_head: str,
+    ) -> None:
+        """`widths`: level (P3, P4, P5) → channels of the student's map there."""
+        super().__init__()
+        self.kind, self.foreground = kind, foreground
+        self.hard_weight, self.soft_weight = hard_weight, soft_weight
+        self.heads = nn.ModuleDict(
+            {
+                level: build_projector(width, teacher_width, align_feature=align, kind=align_head)
+                for level, width in widths.items()
+            }
+        )
+
+    def forward(self, maps: list[Tensor], batch: dict[str, Any], targets: TeacherTargets) -> Tensor:
+        """The mean over the levels of the weighted mean distance; scalar float32.
+
+        `maps`: the student's P3, P4 and P5, each [B, D, h, w].
+        """
+        terms = []
+        for level, head in self.heads.items():
+            rows = channels_last_rows(maps[LEVELS.index(level)])
+            height, width = rows.shape[1:3]
+            target, weight = targets.at(batch, height, width)
+            weight = weight * foreground_weights(batch, height, width, self.foreground)
+            terms.append(feature_loss(self.kind, head(rows), target, weight))
+        return torch.stack(terms).mean()
+
+
+class DistilledDetectionModel(DetectionModel):  # type: ignore[misc]
+    """A DetectionModel that also learns the teacher's features while it trains.
+
+    ultralytics' trainer, EMA, optimizer, gradient clipping and DDP treat the heads as part of the model;
+    `plain_detector` gives the model without them.
+    """
+
+    # No defaults here: an attribute of the class would hide the sub-module of the same name.
+    distillation: Distillation
+    # Of the training and of the validation split, whose rows are counted apart.
+    targets: tuple[TeacherTargets, TeacherTargets]
+
+    def attach(self, distillation: Distillation, targets: tuple[TeacherTargets, TeacherTargets]) -> None:
+        self.distillation = distillation
+        self.targets = targets
+
+    def loss(self, batch: dict[str, Any], preds: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """ultralytics' loss vector (each part times the batch size) and items, with the distillation appended.
+
+        The items are the terms themselves, before `hard_weight` and `soft_weight`.
+        """
+        if preds is None:
+            preds = self.forward(batch["img"])
+        loss, items = super().loss(batch, preds)
+        if not is_distilled(self):
+            return loss, items
+        raw = preds[1] if isinstance(preds, tuple) else preds
+        term = self.distillation(raw["feats"], batch, self.targets[0 if self.training else 1])
+        items[DISTILLATION_ITEM] = term.detach()
+        scaled = term * self.distillation.soft_weight * batch["img"].shape[0]
+        return torch.cat([loss * self.distillation.hard_weight, scaled.reshape(1).to(loss)]), items
+
+
+def plain_detector(model: DetectionModel) -> DetectionModel:
+    """A copy of `model` that is ultralytics' own class and holds nothing of ours; LoRA is merged."""
+    plain: Any = deepcopy(model)
+    if is_distilled(plain):
+        del plain.distillation, plain.targets
+    plain.__class__ = DetectionModel
+    plain.criterion = None
+    detector: DetectionModel = plain
+    return detector
+
+
+def is_distilled(model: nn.Module) -> bool:
+    """True once `attach` was called."""
+    return "distillation" in model._modules

@@ -1,0 +1,60 @@
+"""ultralytics without the network: no downloads, no telemetry, no experiment trackers, no update checks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from typing import Any
+
+from train.errors import TrainError
+
+PACKAGE = "ultralytics"
+INSTALL = 'pip install "ultralytics>=8.4.190,<8.5"'
+
+
+class UltralyticsMissingError(TrainError):
+    """YOLO students need ultralytics, which is not installed."""
+
+
+def require_ultralytics() -> None:
+    """Raises UltralyticsMissingError, with how to install it, when ultralytics cannot be imported."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise UltralyticsMissingError(
+            f"YOLO students need ultralytics, which is not installed: {INSTALL} (licence AGPL-3.0)"
+        )
+
+
+def prepare_ultralytics() -> None:
+    """Import ultralytics and switch off everything in it that would use the network. Safe to call twice.
+
+    `YOLO_OFFLINE` (set by this package's `__init__`) covers ultralytics when nobody imported it before; the
+    switches below also cover a process that had. Only this process is affected, no settings file.
+    """
+    require_ultralytics()
+    utils: Any = importlib.import_module("ultralytics.utils")
+    checks: Any = importlib.import_module("ultralytics.utils.checks")
+    events: Any = importlib.import_module("ultralytics.utils.events")
+    for module in (utils, checks, events):
+        module.ONLINE = False
+    events.events.enabled = False
+    callbacks: Any = importlib.import_module("ultralytics.utils.callbacks")
+    callbacks.add_integration_callbacks = no_integrations
+    for name in ("ultralytics.utils.checks", "ultralytics.utils.plotting", "ultralytics.data.utils"):
+        importlib.import_module(name).check_font = no_font  # type: ignore[attr-defined]
+    trainer: Any = importlib.import_module("ultralytics.engine.trainer")
+    trainer.check_amp = amp_is_checked_elsewhere
+    utils.LOGGER.setLevel(logging.WARNING)
+
+
+def no_integrations(instance: Any) -> None:
+    """Instead of telemetry, Platform, ClearML, Comet, DVC, MLflow and Ray Tune: nothing. We log ourselves."""
+
+
+def no_font(font: str = "") -> None:
+    """Instead of downloading Arial: plots use Pillow's own font."""
+
+
+def amp_is_checked_elsewhere(model: Any) -> bool:
+    """Instead of downloading a model to compare precisions with: the configured precision is taken."""
+    return True

@@ -1,0 +1,203 @@
+"""Our options as ultralytics' arguments; what its trainer cannot do is an error when it was asked for.
+
+docs/detection.md lists the mapping for users.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.config import TrainConfig
+from train.errors import ConfigError
+
+# ultralytics' values where the general defaults of TrainConfig would change its recipe without being asked to.
+NOMINAL_BATCH = 64
+CLIP_NORM = 10.0
+WARMUP_EPOCHS = 3.0
+NO_EARLY_STOPPING = 0
+
+# Explicit options that have no counterpart, and what to say instead. None: any value but the default.
+UNSUPPORTED: dict[str, str] = {
+    "temperature": "detectors have no class logits of the teacher to learn from; use --distillation-type feature",
+    "logit_weight": "detectors have no class logits of the teacher to learn from; use --distillation-type feature",
+    "teacher_logits": "detectors have no class logits of the teacher to learn from",
+    "ema_decay": "ultralytics' trainer always averages weights, with its own ramp to 0.9999",
+    "label_smoothing": "YOLOv8's loss has soft targets of its own",
+    "gradient_checkpointing": "ultralytics' trainer has none; use a smaller --batch-size",
+    "compile": "ultralytics' trainer does not compile models that are distilled",
+    "mixup_alpha": "use --yolo-settings mixup=PROBABILITY",
+    "cutmix_alpha": "use --yolo-settings cutmix=PROBABILITY",
+    "freeze_encoder": "use --yolo-settings freeze=LAYERS",
+    "attention_pooling": "that belongs to lstm students",
+    "pretrained": "that needs a download; give a local file with --student-path",
+    "checkpoint_minutes": "ultralytics' trainer saves at the end of each epoch",
+    "views": "ultralytics' own augmentations are used, recorded views cannot be replayed",
+}
+
+# Arguments that users may set by `--yolo-settings`: its augmentations, loss gains and schedule.
+SETTINGS = frozenset(
+    [
+        "box",
+        "cls",
+        "dfl",
+        "cls_pw",
+        "lrf",
+        "momentum",
+        "warmup_momentum",
+        "warmup_bias_lr",
+        "nbs",
+        "hsv_h",
+        "hsv_s",
+        "hsv_v",
+        "degrees",
+        "translate",
+        "scale",
+        "shear",
+        "perspective",
+        "flipud",
+        "fliplr",
+        "bgr",
+        "mosaic",
+        "mixup",
+        "cutmix",
+        "close_mosaic",
+        "multi_scale",
+        "rect",
+        "single_cls",
+        "freeze",
+        "fraction",
+        "max_det",
+        "plots",
+        "iou",
+        "conf",
+        "cos_lr",
+        "channels_last",
+    ]
+)
+
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "full": {},
+    "mild": {"mosaic": 0.0, "scale": 0.2},
+    "photometric": {"mosaic": 0.0, "scale": 0.0, "translate": 0.0, "fliplr": 0.0},
+    "none": {
+        **{"mosaic": 0.0, "scale": 0.0, "translate": 0.0, "fliplr": 0.0},
+        **{"hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.0},
+    },
+}
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raises ConfigError listing every explicit option that a YOLO student cannot follow."""
+    problems = [
+        f"{name} has no effect on YOLO students: {reason}"
+        for name, reason in UNSUPPORTED.items()
+        if config.is_explicit(name) and getattr(config, name) != TrainConfig.model_fields[name].default
+    ]
+    if config.task not in ("auto", "detection"):
+        problems.append(f"task {config.task}: YOLO students do detection")
+    if config.distillation_type == "logit":
+        problems.append("distillation_type logit: YOLO students learn features; use feature")
+    if config.feature_loss_type == "relation":
+        problems.append("feature_loss_type relation: YOLO students take mse, cosine or smooth_l1")
+    if config.feature_target not in ("auto", "grid"):
+        problems.append(f"feature_target {config.feature_target}: YOLO students learn the stored grid")
+    if config.image_size % 32:
+        nearest = max(32, round(config.image_size / 32) * 32)
+        problems.append(
+            f"image_size {config.image_size} is not a multiple of 32 (YOLO's stride): use {nearest}"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def ultralytics_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The overrides of ultralytics' default arguments for this training.
+
+    Raises ConfigError for settings that it does not know or that are not the user's to choose.
+    """
+    arguments: dict[str, Any] = {
+        "task": "detect",
+        "mode": "train",
+        "epochs": config.epochs,
+        "batch": config.batch_size,
+        "imgsz": config.image_size,
+        "lr0": config.learning_rate,
+        "optimizer": {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[config.optimizer],
+        "weight_decay": config.weight_decay,
+        "warmup_epochs": config.warmup_epochs if config.is_explicit("warmup_epochs") else WARMUP_EPOCHS,
+        "patience": config.early_stopping_patience or NO_EARLY_STOPPING,
+        "seed": config.seed,
+        "deterministic": True,
+        "pretrained": False,
+        "exist_ok": True,
+        "verbose": False,
+        **schedule(config),
+        **accumulation(config),
+        **AUGMENTATIONS[config.augment],
+        **parse_settings(config.yolo_settings),
+    }
+    if config.optimizer in ("adam", "adamw"):
+        arguments.setdefault("momentum", 0.9)  # Adam's beta1; ultralytics' 0.937 is meant for SGD
+    return arguments
+
+
+def schedule(config: TrainConfig) -> dict[str, Any]:
+    """ultralytics ends cosine and linear schedules at `lrf` · learning rate; constant is `lrf` 1."""
+    constant = {"lrf": 1.0} if config.lr_scheduler == "constant" else {}
+    return {"cos_lr": config.lr_scheduler == "cosine", **constant}
+
+
+def accumulation(config: TrainConfig) -> dict[str, Any]:
+    """ultralytics accumulates to a nominal batch (64 images) unless steps were asked for."""
+    if config.is_explicit("grad_accum_steps"):
+        return {"nbs": config.batch_size * config.grad_accum_steps}
+    return {"nbs": NOMINAL_BATCH}
+
+
+def clip_norm(config: TrainConfig) -> float:
+    """The gradient norm to clip at: ultralytics' 10 unless asked for; infinity switches clipping off."""
+    if not config.is_explicit("max_grad_norm"):
+        return CLIP_NORM
+    return config.max_grad_norm or float("inf")
+
+
+def mixes_images(arguments: dict[str, Any]) -> bool:
+    """True when MixUp may blend two images into one pixel."""
+    return bool(arguments.get("mixup"))
+
+
+def levels_of(config: TrainConfig) -> tuple[str, ...]:
+    """The distilled levels, from `--distill-layers` such as "P3,P5"; P5 by default.
+
+    Raises ConfigError for other names.
+    """
+    chosen = tuple(
+        part.strip().upper() for part in (config.distill_layers or "P5").split(",") if part.strip()
+    )
+    unknown = [name for name in chosen if name not in ("P3", "P4", "P5")]
+    if unknown or not chosen:
+        raise ConfigError(f"distill_layers {config.distill_layers}: expected a list of P3, P4, P5")
+    return tuple(dict.fromkeys(chosen))
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """`mosaic=0.5,degrees=10` → a dictionary with values of ultralytics' types.
+
+    Raises ConfigError for an unknown name or a value that is not one.
+    """
+    import yaml
+
+    settings: dict[str, Any] = {}
+    problems = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or name not in SETTINGS:
+            problems.append(
+                f"yolo_settings {part}: expected NAME=VALUE with a name of {', '.join(sorted(SETTINGS))}"
+            )
+            continue
+        settings[name] = yaml.safe_load(value)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return settings

@@ -1,0 +1,168 @@
+"""What a YOLO run writes in our own formats, epoch by epoch: checkpoints, metrics.jsonl, TensorBoard, events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from train.checkpoint import BEST, FORMAT, LAST, save_checkpoint
+from train.config import TrainConfig, config_to_json
+from train.engine.trackers import Tracker, open_trackers
+from train.engine.yolo.model import DISTILLATION_ITEM
+from train.engine.yolo.state import training_state
+from train.events import Observer
+from train.rundir import METRICS as METRICS_LINES
+from train.rundir import append_metrics, write_metrics
+
+HARD_ITEMS = ("box_loss", "cls_loss", "dfl_loss")
+METRICS = {
+    "map50": "metrics/mAP50(B)",
+    "map50_95": "metrics/mAP50-95(B)",
+    "precision": "metrics/precision(B)",
+    "recall": "metrics/recall(B)",
+}
+
+
+def describe_run(job: Any) -> dict[str, Any]:
+    """What every checkpoint says about the student besides its weights (see `train.checkpoint`).
+
+    LoRA is merged into the weights of checkpoints, so the configuration in them has none.
+    """
+    return {
+        "format": FORMAT,
+        "student": job.student.spec.to_dict(),
+        "task": "detection",
+        "class_names": list(job.class_names),
+        "preprocessing": {
+            "image_size": job.config.image_size,
+            "resize": "letterbox",
+            "mean": [0.0, 0.0, 0.0],
+            "std": [1.0, 1.0, 1.0],
+        },
+        "config": {**config_to_json(job.config), "lora_rank": 0},
+        "merged_lora_rank": job.config.lora_rank,
+    }
+
+
+class Recorder:
+    """Writes an epoch's files in the order in which a crash between any two of them can be resumed from.
+
+    `described` is what every checkpoint of the run says about the student besides its weights; `summarised` the
+    keys of the record that summary.json repeats. The record of metrics.jsonl comes first, `last.pt` last: a run
+    continues after the epoch that `last.pt` holds, and drops later lines of metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        described: Mapping[str, Any],
+        observer: Observer,
+        first_epoch: int,
+    ) -> None:
+        self.run, self.config, self.described, self.observer = run, config, described, observer
+        self.records = finished_records(run / METRICS_LINES, first_epoch)
+        write_metrics(run, self.records)
+        self.trackers: list[Tracker] = open_trackers(config.tracker, run, config_to_json(config), first_epoch)
+        self.started = time.perf_counter()
+
+    def epoch_finished(self, trainer: Any) -> None:
+        """Called with the trainer right after an epoch's validation and ultralytics' own files."""
+        record = self.describe_epoch(trainer)
+        self.records.append(record)
+        append_metrics(self.run, record)
+        for tracker in self.trackers:
+            tracker.log(record, record["epoch"])
+        self.save_checkpoints(trainer, record)
+        self.observer.epoch_end(record)
+        self.announce_checkpoints(trainer, record["epoch"])
+
+    def describe_epoch(self, trainer: Any) -> dict[str, Any]:
+        """One line of metrics.jsonl; losses are the terms before their weights, `train_loss` is weighted."""
+        now = time.perf_counter()
+        train = {name: float(value) for name, value in (trainer.tloss or {}).items()}
+        values = {name: float(value) for name, value in trainer.metrics.items()}
+        validation = {n.removeprefix("val/"): v for n, v in values.items() if n.startswith("val/")}
+        record = {
+            "epoch": trainer.epoch + 1,
+            "train_loss": self.weighted(train),
+            "hard_loss": hard_sum(train),
+            "feature_loss": train.get(DISTILLATION_ITEM),
+            "logit_loss": None,
+            "val_loss": self.weighted(validation),
+            "val_hard_loss": hard_sum(validation),
+            "val_feature_loss": validation.get(DISTILLATION_ITEM),
+            "learning_rate": float(trainer.optimizer.param_groups[0]["lr"]),
+            **{name: values.get(key) for name, key in METRICS.items()},
+            **{name: train.get(name) for name in HARD_ITEMS},
+            "epoch_time_s": round(now - self.started, 3),
+            "train_time_s": round(trainer.train_seconds, 3),
+        }
+        self.started = now
+        return record
+
+    def weighted(self, items: Mapping[str, float]) -> float:
+        """The loss that is minimised, per image."""
+        if self.config.distillation_type == "none":
+            return hard_sum(items)
+        soft = self.config.soft_label_weight * self.config.feature_weight * items.get(DISTILLATION_ITEM, 0.0)
+        return self.config.hard_label_weight * hard_sum(items) + soft
+
+    def save_checkpoints(self, trainer: Any, record: Mapping[str, Any]) -> None:
+        content = {
+            **self.described,
+            "epoch": record["epoch"],
+            "accuracy": record.get("map50"),
+            "metrics": {name: record[name] for name in METRICS},
+            "model_state_dict": student_state(trainer.job.detector(trainer.ema.ema)),
+        }
+        if trainer.is_best:
+            save_checkpoint(self.run / BEST, content)
+        if self.is_kept(record["epoch"]):
+            save_checkpoint(self.run / f"checkpoint_epoch_{record['epoch']}.pt", content)
+        state = training_state(trainer)
+        save_checkpoint(self.run / LAST, {**content, "training": state})
+
+    def is_kept(self, epoch: int) -> bool:
+        interval = self.config.checkpoint_interval
+        return interval is not None and epoch % interval == 0
+
+    def announce_checkpoints(self, trainer: Any, epoch: int) -> None:
+        if trainer.is_best:
+            self.observer.checkpoint_saved(self.run / BEST, epoch, True)
+        if self.is_kept(epoch):
+            self.observer.checkpoint_saved(self.run / f"checkpoint_epoch_{epoch}.pt", epoch, trainer.is_best)
+        self.observer.checkpoint_saved(self.run / LAST, epoch, trainer.is_best)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def student_state(network: Any) -> dict[str, Tensor]:
+    """The network's tensors on the CPU under the names of `train.students.yolo.YoloStudent`."""
+    return {f"network.{name}": value.detach().cpu() for name, value in network.state_dict().items()}
+
+
+def hard_sum(items: Mapping[str, float]) -> float:
+    return sum(items.get(name, 0.0) for name in HARD_ITEMS)
+
+
+def finished_records(file: Path, epochs: int) -> list[dict[str, Any]]:
+    """The records of the first `epochs` epochs; a line that was cut off by a crash is not among them."""
+    if not file.exists() or not epochs:
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["epoch"] <= epochs:
+            records.append(record)
+    return records

@@ -1,0 +1,159 @@
+"""A split of the store as detection records and targets; bad boxes are cleaned as ultralytics cleans label files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imaging.geometry import resize_view
+from store.format import BOX_CLASSES, BOXES, GRID, SIZES
+from store.reader import Split, Store
+from train.engine.yolo.dataset import DetectionRecord
+from train.engine.yolo.targets import TeacherTargets
+from train.errors import TrainError
+from train.images import ImageReader
+from train.projector import TargetStandardizer
+
+log = logging.getLogger(__name__)
+MIN_SIDE = 1e-6  # of a normalised box; ultralytics drops boxes without area as well
+
+
+@dataclass(frozen=True)
+class DetectionSplit:
+    """What the trainer needs of one split: `records`, and `read_image(row)` → uint8 [H, W, 3] RGB."""
+
+    records: list[DetectionRecord]
+    read_image: Callable[[int], NDArray[np.uint8]]
+    targets: TeacherTargets | None = None
+
+
+class SourceImages:
+    """Reads the pixels of rows; picklable, for loader workers that are spawned."""
+
+    def __init__(self, reader: ImageReader, image_size: int) -> None:
+        self.reader, self.image_size = reader, image_size
+
+    def __call__(self, row: int) -> NDArray[np.uint8]:
+        return np.asarray(self.reader.read(row, self.image_size).image.convert("RGB"))
+
+
+def open_split(
+    store: Store,
+    name: str,
+    *,
+    image_size: int,
+    data_root: Path | None,
+    distil: bool,
+    sources_per_cell: int = 1,
+) -> DetectionSplit:
+    """Records, images and, with `distil`, targets of a split.
+
+    Raises TrainError when the split, its boxes, its images or (with `distil`) its grid are missing.
+    """
+    if name not in store:
+        raise TrainError(f"{store.path}: no split {name!r}, it has {', '.join(store.splits)}")
+    split = store[name]
+    if BOXES not in split.names:
+        raise TrainError(
+            f"{store.path}: the store has no boxes: YOLO students need a detection data set (cli extract --source "
+            "yolo, coco or voc)"
+        )
+    reader = ImageReader(split, data_root or root_of(store))
+    records = detection_records(store, split, raw=reader.kind == "raw")
+    if not records:
+        raise TrainError(f"{store.path}: split {name!r} has no valid images")
+    targets = teacher_targets(store, split, reader.kind == "raw", sources_per_cell) if distil else None
+    return DetectionSplit(records, SourceImages(reader, image_size), targets)
+
+
+def root_of(store: Store) -> Path | None:
+    return Path(store.manifest.data_root) if store.manifest.data_root else None
+
+
+def detection_records(store: Store, split: Split, *, raw: bool) -> list[DetectionRecord]:
+    """The valid rows of a split, in row order.
+
+    With `raw` the images are what the teacher saw, so boxes and sizes are those of its view. Boxes are clipped to
+    the image, those without area dropped (the log says how many), images without boxes kept as background.
+
+    Raises TrainError for a class without a name.
+    """
+    rows = np.flatnonzero(split.valid)
+    sizes = split.read(SIZES)
+    boxes, classes = split.ragged(rows, BOXES), split.ragged(rows, BOX_CLASSES)
+    side = store.manifest.preprocessing.image_size
+    records, dropped = [], 0
+    for row, box, label in zip(rows.tolist(), boxes, classes, strict=True):
+        key = str(split.keys[row])
+        check_classes(label, store.manifest.class_names, key)
+        width, height = int(sizes[row][0]), int(sizes[row][1])
+        normalised = box.astype(np.float64).reshape(-1, 4) / (width, height, width, height)
+        if raw:
+            view = resize_view(store.manifest.preprocessing.resize, (width, height), side)
+            normalised = view.boxes_to_view(normalised)
+            width = height = side
+        centred, kept = clean_boxes(normalised)
+        dropped += int(len(kept) - kept.sum())
+        records.append(DetectionRecord(row, key, width, height, centred, label[kept].astype(np.int64)))
+    if dropped:
+        log.warning("%s: %d boxes without area inside their image are ignored", split.where, dropped)
+    return records
+
+
+def check_classes(label: NDArray[np.int32], names: tuple[str, ...], key: str) -> None:
+    bad = label[(label < 0) | (label >= len(names))]
+    if len(bad):
+        raise TrainError(
+            f"boxes of {key}: class {int(bad[0])}, but the store names {len(names)} classes (0 to {len(names) - 1}): "
+            "correct the labels or the list of names, then extract again"
+        )
+
+
+def clean_boxes(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Normalised xyxy [M, 4] → clipped centre, size float32 [m, 4], and which of the M have area and are finite."""
+    clipped = np.clip(np.nan_to_num(boxes, nan=0.0), 0.0, 1.0)
+    size = clipped[:, 2:] - clipped[:, :2]
+    kept: NDArray[np.bool_] = np.all(size > MIN_SIDE, axis=1)
+    centred = np.concatenate([clipped[:, :2] + size / 2, size], axis=1)
+    return centred[kept].astype(np.float32), kept
+
+
+def teacher_targets(store: Store, split: Split, raw: bool, sources_per_cell: int) -> TeacherTargets:
+    """Targets from the stored grid. Raises TrainError when there is none, or no statistics of it."""
+    if GRID not in split.names:
+        raise TrainError(
+            f"{store.path}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
+            "with --distillation-type none)"
+        )
+    statistics = split.statistics.get(GRID)
+    if statistics is None:
+        raise TrainError(f"{store.path}: no statistics of {GRID}: run the extraction to its end")
+    preprocessing = store.manifest.preprocessing
+    side = preprocessing.image_size
+    standardizer = TargetStandardizer(statistics.mean, statistics.std, split.scale.get(GRID))
+    # Raw images are the teacher's view already: its whole grid lies over the whole image.
+    sizes = np.full((len(split), 2), side) if raw else split.read(SIZES)
+    return TeacherTargets(
+        GridReader(split),
+        sizes,
+        standardizer,
+        resize="squash" if raw else preprocessing.resize,
+        teacher_size=(side, side),
+        sources_per_cell=sources_per_cell,
+    )
+
+
+class GridReader:
+    """Gathers stored grids by row; each call into an array of its own, since a thread reads ahead."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __call__(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        return self.split.gather_features(rows, [GRID])[GRID]

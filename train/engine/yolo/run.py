@@ -1,0 +1,194 @@
+"""`cli train` for YOLOv8 students: store → ultralytics' trainer → run folder.
+
+The run folder holds what other students' run folders hold (config.json, metrics.jsonl, TensorBoard, best.pt,
+last.pt, summary.json) and `ultralytics/` with what ultralytics writes (best.pt, results.csv, plots).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from console.progress import Progress, track_progress
+from console.stop import Stopped, StopRequest
+from store.reader import Store, open_store
+from train.checkpoint import LAST, load_checkpoint
+from train.config import TrainConfig
+from train.engine.snapshot import StopWatch
+from train.engine.yolo.offline import prepare_ultralytics
+from train.engine.yolo.options import check_options
+from train.errors import TrainError
+from train.events import Observer, Observers
+from train.rundir import SUMMARY, prepare_run_folder, read_summary, write_config, write_json
+
+log = logging.getLogger(__name__)
+
+MEMORY_ADVICE = (
+    "out of memory: in this order, try half the --batch-size with twice the --grad-accum-steps (--auto-batch does "
+    "that by itself), a smaller --image-size, a smaller student"
+)
+
+
+def run_yolo(
+    config: TrainConfig, observers: Sequence[Observer] = (), stop: StopRequest | None = None
+) -> dict[str, Any]:
+    """Train one YOLO student into `config.out`, and its control when asked for; returns summary.json's content.
+
+    Raises ConfigError for options that it cannot follow, TrainError for data that does not fit, Stopped after a
+    signal: the last finished epoch is saved.
+    """
+    prepare_ultralytics()
+    check_options(config)
+    store = open_store(config.store)
+    group = Observers(observers)
+    folder = prepare_run_folder(config)
+    done = read_summary(folder)
+    if done is not None and config.resume and is_complete(done, config):
+        log.info("%s is complete: nothing left to do", folder)
+        return done
+    with nullcontext(stop) if stop is not None else StopRequest() as request:
+        summary = train_yolo(config, store, folder, request, group)
+        if config.control:
+            summary["control"] = run_control(config, store, folder, request, summary["metrics"])
+    write_json(folder / SUMMARY, summary)
+    group.finished(summary)
+    return summary
+
+
+def is_complete(summary: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether an earlier summary answers this command: as many epochs, and a control when one is wanted."""
+    enough = summary.get("complete", False) and summary.get("epochs", 0) >= config.epochs
+    return bool(enough) and (not config.control or "control" in summary)
+
+
+def run_control(
+    config: TrainConfig, store: Store, folder: Path, stop: StopRequest, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """The same student, seed, images and schedule on the task loss alone, at weight 1, in RUN/control."""
+    control = config.replace(distillation_type="none", out=folder / "control", control=False)
+    control.out.mkdir(exist_ok=True)
+    found = train_yolo(control, store, control.out, stop, Observers())
+    return {
+        "metrics": found["metrics"],
+        "best_epoch": found["best_epoch"],
+        "difference": {name: metrics[name] - value for name, value in found["metrics"].items()},
+    }
+
+
+def train_yolo(
+    config: TrainConfig, store: Store, folder: Path, stop: StopRequest, observer: Observer
+) -> dict[str, Any]:
+    """One training in `folder`, from the start or after the epoch that its last.pt holds; returns its summary."""
+    from train.engine.yolo.assemble import build_job
+    from train.engine.yolo.ddp import records_of
+    from train.engine.yolo.recorder import Recorder, describe_run
+    from train.engine.yolo.summary import summarise
+    from train.engine.yolo.trainer import StoreTrainer, close_loaders
+
+    state = resume_state(folder)
+    first_epoch = 0 if state is None else state["epoch"] + 1
+    job = build_job(config, folder, store, state)
+    trainer = StoreTrainer(job)
+    write_config(
+        folder, config, {"task": "detection", "ultralytics": trainer_arguments(trainer)}, reference(store)
+    )
+    recorder = Recorder(folder, job.config, describe_run(job), observer, first_epoch)
+    batches = -(-len(job.splits["train"].records) // job.config.batch_size)
+    try:
+        with (
+            StopWatch(stop, lambda: stopped_message(folder)) as watching,
+            track_progress(
+                config.epochs * batches, f"training {folder.name}", "batches", first_epoch * batches
+            ) as progress,
+        ):
+            job.batch_finished = count_batches(stop, progress, folder, watching)
+            job.epoch_finished = announce_epochs(recorder.epoch_finished, progress)
+            trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise TrainError(f"{MEMORY_ADVICE} (batch_size {job.config.batch_size})") from error
+    except TrainError as error:
+        raise type(error)(last_line(str(error))) from error
+    except RuntimeError as error:
+        if stop.requested:  # a signal to the whole group ended loader workers first
+            raise Stopped(stopped_message(folder), stop.exit_code) from error
+        raise
+    finally:
+        recorder.close()
+        close_loaders(trainer)
+    if trainer.ddp:
+        return summarise(config, store, folder, trainer, records_of(folder))
+    return summarise(config, store, folder, trainer, recorder.records)
+
+
+def last_line(text: str) -> str:
+    """An error's own text; torch puts the traceback of a loader worker before it."""
+    if "Original Traceback" not in text:
+        return text
+    return text.strip().splitlines()[-1].partition(": ")[2]
+
+
+def resume_state(folder: Path) -> dict[str, Any] | None:
+    """What `last.pt` holds for going on, or None for a new run. Raises TrainError when it holds none."""
+    if not (folder / LAST).exists():
+        return None
+    state = load_checkpoint(folder / LAST).get("training")
+    if not isinstance(state, dict) or "ema" not in state:
+        raise TrainError(f"{folder / LAST} holds no state of a YOLO training: start again with --overwrite")
+    log.info("%s: resumed after epoch %d", folder, state["epoch"] + 1)
+    return state
+
+
+def trainer_arguments(trainer: Any) -> dict[str, Any]:
+    """ultralytics' arguments as plain JSON types."""
+    return {
+        n: v if isinstance(v, (int, float, bool, list)) or v is None else str(v)
+        for n, v in vars(trainer.args).items()
+    }
+
+
+def reference(store: Store) -> dict[str, Any]:
+    teacher = store.manifest.teacher
+    return {
+        "path": store.location,
+        "fingerprint": store.fingerprint,
+        "teacher": teacher.name,
+        "random_teacher": teacher.random_weights,
+    }
+
+
+def count_batches(
+    stop: StopRequest, progress: Progress, folder: Path, watching: StopWatch
+) -> Callable[[Any], None]:
+    """After every batch: count it, and end when a stop was asked for."""
+
+    def batch_finished(trainer: Any) -> None:
+        progress.advance()
+        if stop.requested:
+            watching.acknowledge()
+            raise Stopped(stopped_message(folder), stop.exit_code)
+
+    return batch_finished
+
+
+def stopped_message(folder: Path) -> str:
+    if (folder / LAST).exists():
+        return f"stopped; the last finished epoch is in {folder / LAST}: --resume continues after it"
+    return f"stopped in the first epoch, of which nothing is saved in {folder}"
+
+
+def announce_epochs(epoch_finished: Callable[[Any], None], progress: Progress) -> Callable[[Any], None]:
+    def finished(trainer: Any) -> None:
+        epoch_finished(trainer)
+        losses = ", ".join(f"{name} {float(value):.3f}" for name, value in trainer.tloss.items())
+        values = trainer.metrics
+        progress.note(
+            f"epoch {trainer.epoch + 1}/{trainer.epochs}: {losses}; mAP50 {values.get('metrics/mAP50(B)', 0):.4f}, "
+            f"mAP50-95 {values.get('metrics/mAP50-95(B)', 0):.4f}"
+        )
+
+    return finished

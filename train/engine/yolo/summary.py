@@ -1,0 +1,60 @@
+"""summary.json of a YOLO run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import BEST, load_student_from_run
+from train.config import TrainConfig
+from train.engine.machine import peak_memory
+from train.engine.yolo.recorder import METRICS
+from train.measure import measure_latency
+from train.students.catalog import count_macs
+
+
+def summarise(
+    config: TrainConfig, store: Any, run: Path, trainer: Any, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of summary.json, without `control`. `records` are the lines of metrics.jsonl."""
+    student, content = load_student_from_run(run, BEST)
+    best = next(record for record in records if record["epoch"] == content["epoch"])
+    train_time = sum(record["train_time_s"] for record in records)
+    images = len(trainer.job.splits["train"].records) * len(records)
+    manifest = store.manifest
+    return {
+        "student": student.spec.name,
+        "task": "detection",
+        "num_classes": student.spec.num_classes,
+        "epochs": config.epochs,
+        "epochs_done": len(records),
+        "best_epoch": best["epoch"],
+        "metrics": {name: best[name] for name in METRICS},
+        "per_class": per_class(trainer),
+        "exported": {name: trainer.export_metrics.get(key) for name, key in METRICS.items()},
+        "parameters": student.parameter_count(),
+        "trainable_parameters": trainer.trainable_parameters,
+        "macs": count_macs(student),
+        "latency_ms": measure_latency(student),
+        "wall_time_s": round(sum(record["epoch_time_s"] for record in records), 3),
+        "images_per_second": round(images / train_time, 2) if train_time else None,
+        **peak_memory(),
+        "store": {
+            "path": store.location,
+            "fingerprint": store.fingerprint,
+            "teacher": manifest.teacher.name,
+            "random_teacher": manifest.teacher.random_weights,
+        },
+        "seed": config.seed,
+        "batch_size": trainer.batch_size,
+        "grad_accum_steps": getattr(trainer, "accumulate", None),
+        "complete": True,
+    }
+
+
+def per_class(trainer: Any) -> dict[str, float]:
+    """mAP50-95 of each class that the validation split has, of ultralytics/best.pt."""
+    box: Any = getattr(getattr(trainer.validator, "metrics", None), "box", None)
+    found = getattr(box, "ap_class_index", [])
+    names = trainer.job.class_names
+    return {names[int(index)]: float(box.ap[place]) for place, index in enumerate(found)}

@@ -1,0 +1,220 @@
+"""The teacher's features under every cell of an augmented batch.
+
+A cell of a student's map lies at a point of some source image (`geometry`), and that point at a place in the
+source's stored grid. The features there (bilinear) are the cell's target. Shapes: `B` images, `K` sources of one
+training image, `h w` student cells, `g g` teacher cells, `D` teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from imaging.geometry import View, cell_centres, resize_view
+from train.engine.yolo.dataset import SOURCE_PLACEMENTS, SOURCE_ROWS
+from train.projector import TargetStandardizer
+
+PENDING = "teacher_grids"
+
+
+@dataclass(frozen=True)
+class GatheredGrids:
+    """Grids of the distinct sources of a batch: `grids` [U, g, g, D] as stored, `index` int64 [B, K] into them.
+
+    `views` float32 [U, 2, 3] take normalised source coordinates to normalised grid coordinates; `content` float32
+    [U, 4] bounds the cells that show the source and not padding, as first x, first y, last x, last y.
+    """
+
+    grids: Tensor
+    index: Tensor
+    views: Tensor
+    content: Tensor
+
+
+class TeacherTargets:
+    """Looks up targets for batches of one split.
+
+    `gather(rows)` returns the stored grids of rows int64 [U] as a new array [U, g, g, D]; `sizes` int [N, 2] are the originals'
+    (width, height); `resize` and `teacher_size` (width, height) the teacher's view of them. `sources_per_cell`
+    is 2 where MixUp may blend two images into one cell.
+    """
+
+    def __init__(
+        self,
+        gather: Callable[[NDArray[np.int64]], NDArray[Any]],
+        sizes: NDArray[np.integer[Any]],
+        standardizer: TargetStandardizer,
+        *,
+        resize: str,
+        teacher_size: tuple[int, int],
+        sources_per_cell: int = 1,
+    ) -> None:
+        self.gather = gather
+        self.sizes = sizes
+        self.standardizer = standardizer
+        self.resize = resize
+        self.teacher_size = teacher_size
+        self.sources_per_cell = sources_per_cell
+        # One thread, so that reading overlaps the student's forward pass and batches stay in order.
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-grids")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TeacherTargets:
+        """The EMA copy of a model shares the targets: they hold no weights, but a memory map and a thread."""
+        return self
+
+    def to(self, device: torch.device) -> TeacherTargets:
+        self.standardizer.to(device)
+        return self
+
+    def prefetch(self, batch: dict[str, Any]) -> None:
+        """Start reading the batch's grids; `at` waits for them. `batch` is still on the CPU."""
+        batch[PENDING] = self.reader.submit(self.read, batch[SOURCE_ROWS].numpy())
+
+    def read(self, rows: NDArray[np.int64]) -> GatheredGrids:
+        """The grids of the batch's sources `rows` int64 [B, K], −1 where there is none."""
+        distinct = np.unique(rows[rows >= 0])
+        inverse = np.searchsorted(distinct, np.where(rows >= 0, rows, distinct[0]))
+        grids = torch.from_numpy(self.gather(distinct))
+        views, content = self.teacher_views(distinct, grids.shape[1], grids.shape[2])
+        return GatheredGrids(grids, torch.from_numpy(inverse.reshape(rows.shape)), views, content)
+
+    def teacher_views(self, rows: NDArray[np.int64], height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Maps float32 [U, 2, 3] source → grid, and the content's cell bounds float32 [U, 4]."""
+        views = np.empty((len(rows), 2, 3), dtype=np.float32)
+        content = np.empty((len(rows), 4), dtype=np.float32)
+        for n, row in enumerate(rows):
+            source_size = (int(self.sizes[row][0]), int(self.sizes[row][1]))
+            view = resize_view(self.resize, source_size, self.teacher_size)
+            views[n] = view.inverse().matrix
+            content[n] = content_cells(view, height, width)
+        return torch.from_numpy(views), torch.from_numpy(content)
+
+    @torch.no_grad()
+    def at(self, batch: Mapping[str, Any], height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Targets float32 [B, height, width, D], standardised, and weights float32 [B, height, width].
+
+        A weight is 0 where no source lies under the cell's centre, else the share of the pixels that it makes up.
+        """
+        pending = batch.get(PENDING)
+        rows = batch[SOURCE_ROWS]
+        read = pending.result() if isinstance(pending, Future) else self.read(rows.cpu().numpy())
+        values = batch[SOURCE_PLACEMENTS].float()
+        device = values.device
+        index = read.index.to(device)
+        # As many points a side as teacher cells fall into a student's cell, so that none is skipped.
+        finer = max(1, -(-max(read.grids.shape[1:3]) // max(height, width)))
+        points, share = source_points(values, height * finer, width * finer)
+        share = share * (rows.to(device) >= 0)[..., None]
+        views, content = read.views.to(device)[index], read.content.to(device)[index]
+        points = points @ views[..., :2].transpose(-1, -2) + views[..., None, :, 2]
+        share = share * inside(points, 0.0, 1.0)
+        cells, weights = self.neighbours(read.grids, index, points, content, share)
+        layout = (height, finer, width, finer)
+        return self.mixed(read.grids.to(device), by_cell(cells, layout), by_cell(weights, layout), finer)
+
+    def neighbours(
+        self, grids: Tensor, index: Tensor, points: Tensor, content: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The stored cells around each point and their weights, both [B, L, P, 4], L sources a point at most."""
+        grid_height, grid_width = grids.shape[1:3]
+        kept, which = share.topk(min(self.sources_per_cell, share.shape[1]), dim=1)
+        cells, weights = bilinear_neighbours(points, content, grid_height, grid_width)
+        cells = cells + (index * grid_height * grid_width)[..., None, None]
+        chosen = which[..., None].expand(-1, -1, -1, 4)
+        return cells.gather(1, chosen), kept[..., None] * weights.gather(1, chosen)
+
+    def mixed(self, grids: Tensor, cells: Tensor, weights: Tensor, finer: int) -> tuple[Tensor, Tensor]:
+        """The weighted mean of stored cells: `cells`, `weights` [B, h, w, M] → targets [B, h, w, D], weights."""
+        total = weights.sum(-1)
+        normalised = weights / total.clamp_min(1e-6)[..., None]
+        table = grids.reshape(-1, grids.shape[-1]).float()
+        stored = functional.embedding_bag(
+            cells.flatten(0, 2), table, per_sample_weights=normalised.flatten(0, 2), mode="sum"
+        )
+        return self.standardizer(stored).view(*total.shape, -1), total / finer**2
+
+
+def by_cell(values: Tensor, layout: tuple[int, int, int, int]) -> Tensor:
+    """[B, L, points, 4] with points in the order of `layout` (h, s, w, s) → [B, h, w, L·s·s·4]."""
+    return values.unflatten(2, layout).permute(0, 2, 4, 1, 3, 5, 6).flatten(3)
+
+
+def content_cells(view: View, height: int, width: int) -> tuple[float, float, float, float]:
+    """First and last cell (x, y) of a grid whose centre shows the source through the teacher's `view`."""
+    low, high = view.inverse().apply(np.array([[0.0, 0.0], [1.0, 1.0]])).clip(0.0, 1.0)
+    count = np.array([width, height])
+    first = np.ceil(low * count - 0.5)
+    last = np.floor(high * count - 0.5)
+    # Content thinner than a cell: the cell it lies in.
+    thin = first > last
+    middle = np.minimum(np.floor((low + high) / 2 * count), count - 1)
+    first, last = np.where(thin, middle, first), np.where(thin, middle, last)
+    return float(first[0]), float(first[1]), float(last[0]), float(last[1])
+
+
+def source_points(values: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where the centres of `height` × `width` cells lie in each source.
+
+    `values` [B, K, PACKED_WIDTH] → normalised source coordinates [B, K, height·width, 2] and the source's share
+    of the cell [B, K, height·width], 0 where it is not visible.
+    """
+    centres = torch.from_numpy(cell_centres(height, width)).to(values).view(-1, 2)
+    homogeneous = functional.pad(centres, (0, 1), value=1.0)
+    projected = homogeneous @ values[..., :9].unflatten(-1, (3, 3)).transpose(-1, -2)
+    divisor = projected[..., 2:]
+    points = projected[..., :2] / torch.where(divisor.abs() < 1e-9, torch.full_like(divisor, 1e-9), divisor)
+    visible = values[..., 9:13].unsqueeze(-2)
+    shown = inside(points, visible[..., :2], visible[..., 2:])
+    region = values[..., 13:17].unsqueeze(-2)
+    in_region = inside(centres, region[..., :2], region[..., 2:])
+    shown = shown & (in_region == (values[..., 17:18] > 0))
+    return points, shown * values[..., 18:19]
+
+
+def inside(points: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Bool [...]: which points [..., 2] lie in the half-open rectangle."""
+    return ((points >= low) & (points < high)).all(-1)
+
+
+def bilinear_neighbours(points: Tensor, content: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The four cells around each point [B, K, P, 2]: flat indices int64 and weights, both [B, K, P, 4].
+
+    Points are clamped to the cells in `content` [B, K, 4], so that padding never mixes in.
+    """
+    count = torch.tensor([width, height], device=points.device, dtype=points.dtype)
+    place = torch.nan_to_num(points, nan=0.0, posinf=1.0, neginf=0.0) * count - 0.5
+    place = torch.minimum(torch.maximum(place, content[..., None, :2]), content[..., None, 2:])
+    base = place.floor()
+    fraction = place - base
+    following = torch.minimum(base + 1, content[..., None, 2:])
+    x0, y0, x1, y1 = base[..., 0], base[..., 1], following[..., 0], following[..., 1]
+    fx, fy = fraction[..., 0], fraction[..., 1]
+    cells = torch.stack([y0 * width + x0, y0 * width + x1, y1 * width + x0, y1 * width + x1], -1).long()
+    weights = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], -1)
+    return cells, weights
+
+
+def foreground_weights(batch: Mapping[str, Any], height: int, width: int, factor: float) -> Tensor:
+    """float32 [B, height, width]: `factor` where a cell touches a box of its image, 1 elsewhere."""
+    boxes, image = batch["bboxes"], batch["batch_idx"].long()
+    touched = torch.zeros(len(batch["img"]), height, width, device=boxes.device)
+    if factor != 1.0 and len(boxes):
+        low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+        across = overlaps(low[:, 0], high[:, 0], width)
+        down = overlaps(low[:, 1], high[:, 1], height)
+        touched.index_put_((image,), (down[:, :, None] & across[:, None, :]).float(), accumulate=True)
+    return torch.where(touched > 0, factor, 1.0)
+
+
+def overlaps(low: Tensor, high: Tensor, count: int) -> Tensor:
+    """Bool [M, count]: which of `count` cells over [0, 1] the intervals [low, high] of [M] touch."""
+    edge = torch.arange(count, device=low.device) / count
+    return (low[:, None] < edge + 1 / count) & (high[:, None] > edge)

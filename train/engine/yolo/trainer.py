@@ -1,0 +1,314 @@
+"""ultralytics' DetectionTrainer on a store, with our checkpoints, our resume and the distillation term.
+
+What is replaced: where data comes from, when the optimizer steps (so that an epoch ends with no gradients pending
+and can be resumed from), and what is written. The recipe itself (loss, augmentations, warm-up, schedule, EMA,
+validator, plots, results.csv) is ultralytics' own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import RANK, YAML
+from ultralytics.utils.torch_utils import unwrap_model
+
+from train.config import TrainConfig
+from train.data import start_worker
+from train.engine.yolo.dataset import SOURCE_ROWS, StoreDataset
+from train.engine.yolo.model import plain_detector
+from train.engine.yolo.records import DetectionSplit
+from train.engine.yolo.state import epoch_seed, only_validation_left, restore_state, seed_everything
+from train.errors import TrainError
+from train.students.yolo import YoloStudent
+
+ULTRALYTICS_FOLDER = "ultralytics"
+
+
+def ignore(trainer: Any) -> None:
+    """The callback of a job that nobody watches."""
+
+
+@dataclass
+class TrainingJob:
+    """One training, as the trainer sees it.
+
+    `student.network` is what trains; `splits` are by name (train, val). `trainable`: names of the network's
+    parameters that learn, None for all. `state` is what `training_state` gave, when resuming.
+    `epoch_finished(trainer)` is called when an epoch is validated and its ultralytics files are written,
+    `batch_finished(trainer)` after each batch.
+    """
+
+    config: TrainConfig
+    run: Path
+    arguments: dict[str, Any]
+    class_names: tuple[str, ...]
+    splits: dict[str, DetectionSplit]
+    student: YoloStudent
+    clip_norm: float
+    workers: int
+    trainable: set[str] | None = None
+    state: dict[str, Any] | None = None
+    epoch_finished: Callable[[Any], None] = ignore
+    batch_finished: Callable[[Any], None] = ignore
+
+    def detector(self, network: Any) -> Any:
+        """A copy of `network` (live or EMA) as ultralytics' plain model: no heads, LoRA merged."""
+        if not self.config.lora_rank:
+            return plain_detector(network)
+        from train.lora import merge_lora
+
+        merged: Any = merge_lora(YoloStudent(network, self.student.spec))
+        return plain_detector(merged.network)
+
+    def freeze(self, network: Any) -> None:
+        """Freeze again what does not learn; the trainer's set-up makes every parameter trainable."""
+        for name, parameter in network.named_parameters():
+            if self.trainable is not None and name not in self.trainable:
+                parameter.requires_grad_(False)
+
+
+class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
+    """See the module's text. Build it with the job to do; `train()` runs it."""
+
+    # ultralytics fills these during its set-up, and annotates them as what they are before it.
+    model: Any
+    optimizer: Any
+    scaler: Any
+    ema: Any
+    loss: Any
+    fitness: Any
+    metrics: Any
+
+    def __init__(
+        self,
+        job: TrainingJob | None = None,
+        *,
+        cfg: Any = None,
+        overrides: dict[str, Any] | None = None,
+        _callbacks: Any = None,
+    ) -> None:
+        """`cfg`, `overrides`, `_callbacks`: how ultralytics' DDP launcher builds the trainer in each process it starts;
+        the job is then read back from the run folder's config.json.
+        """
+        if job is None:
+            from train.engine.yolo.ddp import job_of_rank
+
+            job = job_of_rank(Path((overrides or {})["project"]))
+        self.job = job
+        folder = job.run / ULTRALYTICS_FOLDER
+        finished_rows = read_finished_rows(folder / "results.csv", job.state)
+        overrides = {**job.arguments, "project": str(job.run.resolve()), "name": ULTRALYTICS_FOLDER}
+        super().__init__(overrides=overrides)
+        self.args.workers = job.workers  # on CPUs ultralytics sets 0
+        if self.wdir.is_dir() and not any(self.wdir.iterdir()):
+            self.wdir.rmdir()
+        self.wdir = self.save_dir
+        self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+        if finished_rows:
+            self.csv.write_text(finished_rows, encoding="utf-8")
+        self.batches_done = self.batches_pending = 0
+        self.train_seconds = 0.0
+        self.trainable_parameters = 0
+        self.evaluating_export = False
+        self.export_metrics: dict[str, float] = {}
+
+    # Data ------------------------------------------------------------------------------------------------------
+
+    def get_dataset(self) -> dict[str, Any]:
+        """ultralytics' description of the data; it reads the final validation's names from the file."""
+        names = dict(enumerate(self.job.class_names))
+        described = {"path": str(self.save_dir), "train": ".", "val": ".", "names": names}
+        file = self.save_dir / "data.yaml"
+        YAML.save(file, described)
+        self.args.data = str(file)
+        return {"train": "train", "val": "val", "names": names, "nc": len(names), "channels": 3}
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> StoreDataset:
+        split = self.job.splits[mode]
+        return StoreDataset(
+            split.records,
+            split.read_image,
+            follow_sources=split.targets is not None,
+            imgsz=self.args.imgsz,
+            batch_size=batch,
+            augment=mode == "train",
+            hyp=self.args,
+            rect=self.args.rect or mode == "val",
+            single_cls=self.args.single_cls or False,
+            stride=max(int(torch.as_tensor(unwrap_model(self.model).stride).max()), 32),
+            pad=0.0 if mode == "train" else 0.5,
+            data=self.data,
+        )
+
+    def get_dataloader(
+        self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train"
+    ) -> Any:
+        loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
+        loader.worker_init_fn = start_seeded_worker
+        return loader
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Start reading the teacher's grids, then ultralytics' own preprocessing."""
+        targets = self.job.splits["train"].targets
+        if targets is not None and SOURCE_ROWS in batch:
+            targets.prefetch(batch)
+        processed: dict[str, Any] = super().preprocess_batch(batch)
+        return processed
+
+    # Model -----------------------------------------------------------------------------------------------------
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        return self.set_model_names_for_load(self.job.student.network)
+
+    def _build_train_pipeline(self) -> None:
+        """Called right after the trainer has made every frozen parameter trainable."""
+        model = unwrap_model(self.model)
+        self.job.freeze(model)
+        for split in self.job.splits.values():
+            if split.targets is not None:
+                split.targets.to(self.device)
+        self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        super()._build_train_pipeline()
+
+    def resume_training(self, ckpt: Any) -> None:
+        """From our own full-precision state; ultralytics' resume would start from a half-precision EMA."""
+        if self.job.state is not None:
+            restore_state(self, self.job.state)
+
+    # Loop ------------------------------------------------------------------------------------------------------
+
+    def _do_train(self) -> None:
+        if self.job.state is None or not only_validation_left(self.job.state, self.epochs):
+            super()._do_train()
+            return
+        self._setup_train()  # interrupted after the last epoch: only the final validation is left
+        self.epoch = self.start_epoch - 1
+        self.train_time_start = 0.0
+        self.final_eval()
+
+    def _model_train(self) -> None:
+        """An epoch begins: everything random in it depends on seed and epoch alone."""
+        super()._model_train()
+        seed = epoch_seed(self.job.config.seed, self.epoch, max(RANK, 0))
+        seed_everything(seed)
+        self.train_loader.dataset.start_epoch(seed)
+        self.train_loader.generator.manual_seed(seed)
+        self.train_loader.reset()
+        self.batches_done = self.batches_pending = 0
+        self.epoch_began = time.perf_counter()
+
+    def on_train_epoch_end(self) -> None:
+        self.train_seconds = time.perf_counter() - self.epoch_began
+
+    def optimizer_step(self) -> None:
+        """The loop asks for a step here; `on_train_batch_end` decides, so that no step spans two epochs."""
+
+    def on_train_batch_start(self) -> None:
+        # The loop halves the batch by itself after running out of memory, unless it has tried often enough.
+        self._oom_retries = 0 if self.job.config.auto_batch else 3
+
+    def on_train_batch_end(self) -> None:
+        self.batches_done += 1
+        self.batches_pending += 1
+        if self.batches_pending >= self.accumulate or self.batches_done == len(self.train_loader):
+            self.take_step()
+        self.job.batch_finished(self)
+
+    def take_step(self) -> None:
+        """ultralytics' `optimizer_step` with our clipping norm."""
+        self.batches_pending = 0
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=self.job.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+
+    def run_callbacks(self, event: str) -> None:
+        """ultralytics' callbacks, and our method of that name when there is one."""
+        super().run_callbacks(event)
+        handler = getattr(self, event, None)
+        if handler is not None:
+            handler()
+
+    def on_fit_epoch_end(self) -> None:
+        if not self.evaluating_export and RANK in (-1, 0):
+            self.job.epoch_finished(self)
+
+    # Files -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_best(self) -> bool:
+        return bool(self.best_fitness == self.fitness)
+
+    def save_model(self) -> bool:
+        """ultralytics' checkpoints of its own plain model, each replaced at once when it is complete."""
+        live, last, best = self.ema.ema, self.last, self.best
+        self.ema.ema = self.job.detector(live)
+        self.last, self.best = last.with_suffix(".partial"), best.with_suffix(".partial-best")
+        try:
+            super().save_model()
+            for partial, file in ((self.last, last), (self.best, best)):
+                if partial.exists():
+                    os.replace(partial, file)
+        finally:
+            self.ema.ema, self.last, self.best = live, last, best
+        return True
+
+    def final_eval(self) -> None:
+        """ultralytics' validation of its finished best.pt."""
+        self.evaluating_export = True
+        try:
+            super().final_eval()
+        finally:
+            self.evaluating_export = False
+        self.export_metrics = {name: float(value) for name, value in (self.metrics or {}).items()}
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """ultralytics would go on from its half-precision EMA, silently; the epoch's seed would bring it here again."""
+        if self.loss is not None and not bool(torch.isfinite(self.loss).all()):
+            raise not_finite("loss", epoch)
+        if self.fitness is not None and not math.isfinite(self.fitness):
+            raise not_finite("fitness", epoch)
+        return False
+
+
+def close_loaders(trainer: Any) -> None:
+    """End loader workers here, not at the interpreter's exit, where torch would complain about them."""
+    for name in ("train_loader", "test_loader"):
+        loader = getattr(trainer, name, None)
+        if loader is not None:
+            loader.close()
+
+
+def not_finite(what: str, epoch: int) -> TrainError:
+    return TrainError(
+        f"the {what} is not finite in epoch {epoch + 1}: lower --learning-rate or try --precision fp32, then "
+        "--resume continues from the last good epoch"
+    )
+
+
+def start_seeded_worker(worker: int) -> None:
+    """Loader workers: ultralytics' seeds, and signals left to the training process."""
+    from ultralytics.data.build import seed_worker
+
+    seed_worker(worker)
+    start_worker(worker)
+
+
+def read_finished_rows(file: Path, state: dict[str, Any] | None) -> str:
+    """The rows of results.csv up to the epoch that is resumed from, with the header; empty for a new run."""
+    if state is None or not file.exists():
+        return ""
+    header, *rows = file.read_text(encoding="utf-8").splitlines()
+    kept = [row for row in rows if int(row.split(",", 1)[0]) <= state["epoch"] + 1]
+    return "\n".join([header, *kept]) + "\n"

@@ -1,0 +1,122 @@
+"""`cli evaluate`: a trained student measured on a split of any store with the right targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from train.assemble import build_loader, build_normalizer
+from train.checkpoint import load_student_from_run
+from train.config import TrainConfig, load_config
+from train.data import labels_of
+from train.engine.evaluate import evaluate
+from train.engine.machine import build_accelerator
+from train.engine.model import DistilledStudent
+from train.errors import TrainError
+from train.objective import Objective
+from train.resolve import TrainingData, check_targets, open_split, valid_rows
+from train.tasks import build_task
+from train.views import AUGMENTATIONS
+
+
+def evaluate_run(
+    run: Path,
+    store: str | Path,
+    *,
+    split: str = "val",
+    batch_size: int = 32,
+    device: str = "auto",
+    workers: int | None = None,
+    data_root: Path | None = None,
+) -> dict[str, Any]:
+    """`student, task, split, samples, metrics, per_class, run, store` of a run's best student on a split.
+
+    Raises TrainError when the store has other classes than the student, or no targets for its task.
+    """
+    from store import open_store
+
+    student, content = load_student_from_run(run)
+    opened: Any = open_store(store)
+    if student.spec.type == "yolov8":
+        from train.engine.yolo.evaluate import evaluate_yolo
+
+        return evaluate_yolo(
+            run, Path(store), split=split, batch_size=batch_size, device=device, data_root=data_root
+        )
+    config = load_config(
+        {
+            "store": store,
+            "student": student.spec.name,
+            "out": run,
+            "image_size": student.spec.image_size,
+            "batch_size": batch_size,
+            "device": device,
+            "workers": workers,
+            "data_root": data_root,
+            "val_split": split,
+            "train_split": f"not {split}",
+        }
+    )
+    data = data_to_evaluate(config, opened, content)
+    accelerator = build_accelerator(config)
+    metrics = measure(student.to(accelerator.device), config, opened, data, accelerator)
+    details = {k: v for k, v in metrics.items() if k.startswith("per_class")}
+    return {
+        "student": student.spec.name,
+        "task": data.task,
+        "split": split,
+        "samples": len(data.val_rows),
+        "metrics": {k: v for k, v in metrics.items() if k not in details},
+        "per_class": name_details(details, content["class_names"]),
+        "run": str(run),
+        "store": str(store),
+    }
+
+
+def data_to_evaluate(config: TrainConfig, store: Any, content: dict[str, Any]) -> TrainingData:
+    """Rows and labels of the split, checked against the student's task and classes."""
+    ours, theirs = content["class_names"], list(store.manifest.class_names)
+    if ours and theirs and ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs)) or ["their order"]
+        raise TrainError(
+            f"{store.path}: other classes than the student was trained on (differing: {', '.join(odd[:5])})"
+        )
+    if content["task"] == "features":
+        raise TrainError(f"{config.out}: a label-free student has no task to evaluate; see its summary.json")
+    split = open_split(store, config.val_split, "--split")
+    check_targets(content["task"], split, config.val_split, config.store)
+    rows = valid_rows(split, config.val_split, [])
+    return TrainingData(
+        task=content["task"],
+        num_classes=int(content["student"]["num_classes"]),
+        train_rows=np.empty(0, np.int64),
+        val_rows=rows,
+        train_labels=None,
+        val_labels=labels_of(split),
+    )
+
+
+def measure(
+    student: Any, config: TrainConfig, store: Any, data: TrainingData, accelerator: Accelerator
+) -> dict[str, float]:
+    """Losses and metrics of the student on the split, without the teacher's targets."""
+    objective = Objective(
+        build_task(data.task, num_classes=data.num_classes, label_smoothing=0.0), None, 1.0, 0.0
+    )
+    loader = build_loader(config, store, data, objective, accelerator, AUGMENTATIONS["none"], training=False)
+    module = DistilledStudent(student, None, cells=False, pooled=False)
+    normalize = build_normalizer(student, accelerator.device)
+    with torch.no_grad():
+        return evaluate(
+            module, loader.epoch(0), objective, accelerator.device, normalize, accelerator.autocast
+        )
+
+
+def name_details(details: dict[str, float], names: list[str]) -> dict[str, float]:
+    from train.run import name_classes
+
+    return name_classes(details, names)

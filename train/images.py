@@ -1,0 +1,118 @@
+"""The images of a split, by row: from the store itself, or from the data set's root by key."""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from imaging.decode import MOST_PIXELS, decode
+from imaging.errors import ImageError
+from imaging.geometry import View
+from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES
+from train.errors import TrainError
+
+
+class DataError(TrainError):
+    """An image or target of a sample is missing or not what the store was made from."""
+
+
+class Shown(NamedTuple):
+    """A decoded image, and where it lies in the source: `to_source` maps its coordinates (None: it is the source).
+
+    `size` is (width, height) of the original.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    to_source: View | None = None
+
+
+def path_of(key: str, data_root: Path | str | None) -> Path:
+    """Where a sample's file lies. Raises DataError for a key that leads out of the data set's root."""
+    if Path(key).is_absolute() or ".." in Path(key).parts:
+        raise DataError(
+            f"key {key!r} leads out of the data set's root: the store is damaged or was made by others"
+        )
+    path = Path(data_root or ".") / key
+    if not key.isascii() and not path.exists():
+        # Keys are in Unicode NFC; files that came from macOS may have kept their decomposed names.
+        decomposed = Path(data_root or ".") / unicodedata.normalize("NFD", key)
+        return decomposed if decomposed.exists() else path
+    return path
+
+
+class ImageReader:
+    """Reads images and masks of one split; picklable, and safe to use in forked workers.
+
+    `split` is a reader of the store; `data_root` is used when the store holds no images. Files are compared with
+    the stored content hash, so that features never meet another image.
+    """
+
+    def __init__(self, split: Any, data_root: Path | None, teacher_views: Any = None) -> None:
+        self.split, self.data_root, self.teacher_views = split, data_root, teacher_views
+        names = set(split.names)
+        self.kind = "jpeg" if IMAGES_ENCODED in names else "raw" if IMAGES_RAW in names else "files"
+
+    def read(self, row: int, target_size: int) -> Shown:
+        """The image of a row, decoded at no less than `target_size` pixels a side where the format allows it.
+
+        Raises DataError naming the key.
+        """
+        if self.kind == "raw":
+            return self.read_raw(row)
+        data = self.stored_bytes(row) if self.kind == "jpeg" else self.file_bytes(row)
+        try:
+            # The extraction has chosen the cap (--max-pixels); what it took is taken here, too.
+            decoded = decode(data, target_size=target_size, max_pixels=MOST_PIXELS)
+        except ImageError as error:
+            raise DataError(f"image {self.key(row)}: {error.reason}") from None
+        return Shown(decoded.image, decoded.size)
+
+    def read_raw(self, row: int) -> Shown:
+        """`images/raw` shows what the teacher saw: its resize policy has been applied already."""
+        pixels = self.split.gather(np.array([row]), [IMAGES_RAW])[IMAGES_RAW][0]
+        width, height = self.split.gather(np.array([row]), [SIZES])[SIZES][0]
+        view = View(self.teacher_views[row]) if self.teacher_views is not None else None
+        return Shown(Image.fromarray(pixels), (int(width), int(height)), view)
+
+    def stored_bytes(self, row: int) -> bytes:
+        data = bytes(self.split.ragged(np.array([row]), IMAGES_ENCODED)[0])
+        if not data:
+            raise DataError(f"image {self.key(row)}: the store holds no bytes for it")
+        return data
+
+    def file_bytes(self, row: int) -> bytes:
+        """The file's bytes, checked against the stored hash."""
+        key = self.key(row)
+        path = path_of(key, self.data_root)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"image {key}: cannot be read at {path} ({error.strerror or error}): pass --data-root, or extract "
+                "with --images jpeg so that the store is enough"
+            ) from None
+        expected = self.split.gather(np.array([row]), [CONTENT])[CONTENT][0].tobytes()
+        if any(expected) and blake2b(data, digest_size=16).digest() != expected:
+            raise DataError(
+                f"image {key}: {path} changed since the store was made (content hash differs): re-extract"
+            )
+        return data
+
+    def read_mask(self, row: int) -> Image.Image:
+        """The class mask of a row, one grey value per class (255: ignored)."""
+        data = bytes(self.split.ragged(np.array([row]), MASK)[0])
+        if not data:
+            raise DataError(f"mask of {self.key(row)}: the store holds none for this sample")
+        image = Image.open(io.BytesIO(data))
+        # A palette's indices are the classes; converting to grey would replace them by luminances.
+        return Image.fromarray(np.asarray(image)) if image.mode == "P" else image.convert("L")
+
+    def key(self, row: int) -> str:
+        return str(self.split.keys[row])

@@ -1,0 +1,95 @@
+"""What is measured of a trained student besides its task's metrics: size, cost, latency, feature quality."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from train.assemble import Built, build_loader
+from train.checkpoint import load_checkpoint
+from train.config import TrainConfig
+from train.data import BatchLoader
+from train.objective import Objective
+from train.projector import pooled_rows
+from train.resolve import TrainingData
+from train.students.base import Student
+from train.students.catalog import count_macs, input_shape
+from train.views import AUGMENTATIONS
+
+LATENCY_RUNS = 5
+
+
+def measure_student(
+    built: Built, config: TrainConfig, store: Any, data: TrainingData, best: Path
+) -> dict[str, Any]:
+    """`parameters`, `trainable_parameters`, `macs`, `latency_ms` (one image), and `quality` of label-free runs."""
+    student = built.student
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    quality = {}
+    if data.task == "features" and data.train_labels is not None and data.val_labels is not None:
+        student.load_state_dict(load_checkpoint(best)["model_state_dict"])
+        quality = feature_quality(built, config, store, data)
+    return {
+        "parameters": student.parameter_count(),
+        "trainable_parameters": trained,
+        "macs": count_macs(student),
+        "latency_ms": measure_latency(student),
+        "quality": quality,
+    }
+
+
+@torch.no_grad()
+def measure_latency(student: Student) -> float:
+    """Median time of a forward pass of one image (or clip), milliseconds, on the student's device."""
+    device = next(student.parameters()).device
+    image = torch.zeros(*input_shape(student), device=device)
+    student.eval()
+    times = []
+    for _ in range(LATENCY_RUNS + 1):
+        started = time.perf_counter()
+        student(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return round(1000 * statistics.median(times[1:]), 3)
+
+
+def feature_quality(built: Built, config: TrainConfig, store: Any, data: TrainingData) -> dict[str, float]:
+    """k-NN and linear-probe accuracy of the student's own pooled features, both trained on the training split."""
+    from store.quality import knn_accuracy, probe_accuracy
+
+    arguments = []
+    for training, labels in ((True, data.train_labels), (False, data.val_labels)):
+        assert labels is not None
+        plain = Objective(built.parts.objective.task, None, 1.0, 0.0)
+        loader = build_loader(
+            config, store, data, plain, built.parts.accelerator, AUGMENTATIONS["none"], training=training
+        )
+        rows, features = student_features(built, loader)
+        arguments += [features, labels[rows]]
+    if any((labels < 0).all() for labels in arguments[1::2]):
+        return {}
+    return {"knn_top1": knn_accuracy(*arguments), "probe_top1": probe_accuracy(*arguments)}
+
+
+@torch.no_grad()
+def student_features(built: Built, loader: BatchLoader) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Rows int64 [N] and pooled features float32 [N, D] of everything a loader shows, this process alone."""
+    loader.batches.rank, loader.batches.world = 0, 1
+    student, device = built.student.eval(), built.parts.accelerator.device
+    rows, features = [], []
+    for batch in loader.epoch(0):
+        images = built.parts.normalize(batch.images.to(device))
+        lengths = batch.lengths
+        output = student(images) if lengths is None else student(images, lengths)
+        mask = None if lengths is None else torch.arange(images.shape[1])[None] < lengths[:, None]
+        pooled = pooled_rows(output.features, None if mask is None else mask.to(device))
+        rows.append(batch.rows)
+        features.append(pooled.float().cpu().numpy())
+    return np.concatenate(rows), np.concatenate(features)

@@ -1,0 +1,103 @@
+"""Alignment: a trainable map from the student's features into the teacher's space, and fixed target statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.errors import TrainError
+
+
+class AlignmentError(TrainError):
+    """Student and teacher features cannot be compared as asked."""
+
+
+class Projector(nn.Module):
+    """Student features → rows in the teacher's space; trained with the student, never exported.
+
+    The map is always on the *student's* side: a trainable map of the targets could collapse to a constant.
+    A linear layer over the channel axis is the 1×1 convolution of a map, so one module serves maps [B, D, h, w],
+    sequences [B, T, D] and vectors [B, D].
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, kind: str = "linear") -> None:
+        super().__init__()
+        if kind not in ("linear", "mlp"):
+            raise AlignmentError(f"projector {kind!r}: expected linear or mlp")
+        self.kind = kind
+        self.layers: nn.Module = nn.Linear(student_width, teacher_width)
+        if kind == "mlp":
+            self.layers = nn.Sequential(
+                nn.Linear(student_width, teacher_width), nn.GELU(), nn.Linear(teacher_width, teacher_width)
+            )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Channel-last [..., D_student] → [..., D_teacher] (see `channels_last_rows`)."""
+        aligned: Tensor = self.layers(rows)
+        return aligned
+
+
+def channels_last_rows(features: Tensor) -> Tensor:
+    """A map [B, D, h, w] becomes [B, h, w, D] as the store's grids are; sequences and vectors stay."""
+    return features.permute(0, 2, 3, 1) if features.ndim == 4 else features
+
+
+def pooled_rows(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Features of any kind → one row a sample [B, D]: the mean over cells, or over valid frames (`mask` [B, T])."""
+    if features.ndim == 4:
+        return features.mean((2, 3))
+    if features.ndim == 3 and mask is not None:
+        weight = mask.unsqueeze(-1).to(features.dtype)
+        return (features * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return features.mean(1) if features.ndim == 3 else features
+
+
+def build_projector(
+    student_width: int, teacher_width: int, *, align_feature: bool, kind: str = "linear"
+) -> nn.Module:
+    """The alignment head, or the identity when alignment is off.
+
+    Raises AlignmentError when it is off and the widths differ.
+    """
+    if align_feature:
+        return Projector(student_width, teacher_width, kind)
+    if student_width != teacher_width:
+        raise AlignmentError(
+            f"teacher features are {teacher_width} wide, the student's {student_width}: "
+            "pass --align-feature to train a map between them"
+        )
+    return nn.Identity()
+
+
+class TargetStandardizer(nn.Module):
+    """Stored teacher features → zero mean, unit variance per channel, float32, without gradient.
+
+    Qwen's features have a few huge channels that would otherwise be the whole loss. `mean` and `std` [D] are in
+    true units; `scale` [D] is the store's power-of-two factor (true value = stored × scale), folded in so
+    that float16 rows need one multiply and one subtract. Channels that never vary become 0.
+    """
+
+    gain: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: Any, std: Any, scale: Any = None, *, epsilon: float = 1e-6) -> None:
+        super().__init__()
+        center = torch.as_tensor(mean, dtype=torch.float32)
+        spread = torch.as_tensor(std, dtype=torch.float32)
+        factor = torch.ones_like(center) if scale is None else torch.as_tensor(scale, dtype=torch.float32)
+        varies = spread > epsilon * spread.max().clamp_min(epsilon)
+        inverse = torch.where(varies, 1.0 / spread.clamp_min(1e-30), torch.zeros_like(spread))
+        self.register_buffer("gain", factor * inverse)
+        self.register_buffer("shift", center * inverse)
+
+    @torch.no_grad()
+    def forward(self, stored: Tensor) -> Tensor:
+        """`stored` [..., D], any float type → float32 [..., D]."""
+        if stored.shape[-1] != self.gain.shape[0]:
+            raise AlignmentError(
+                f"teacher features are {stored.shape[-1]} wide, their statistics {self.gain.shape[0]}: "
+                "the store's statistics do not belong to this array"
+            )
+        return stored.float() * self.gain - self.shift

@@ -1,0 +1,194 @@
+"""Put a report together: collect, compare, draw, write the page and the tables beside it."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from console.log import get_logger
+from store import Store, open_store
+from store.errors import StoreError
+from store.format import MEASURED_FILE
+from train.report import figures
+from train.report.collect import Collection, Run, collect
+from train.report.compare import SUMMARY_FIELDS, Cost, cost_of, differences, table_rows
+from train.report.page import Section, render_page
+from train.report.samples import Gallery, gallery_of
+from train.sweep.worker import read_json
+
+logger = get_logger("report")
+
+# Columns of the command line's table; results.csv has all of them.
+SHORT_COLUMNS = ("run", "parameters", "epochs_done")
+
+
+class Report(NamedTuple):
+    """What was written: the page, and the rows of the result table (best first)."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    columns: list[str]
+
+
+def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Report:
+    """Write one self-contained HTML file, results.csv and results.parquet beside it.
+
+    Args:
+        folders: runs and sweeps.
+        out: the HTML file; None puts report.html into the first folder.
+        samples: how many of the best run's worst samples to show; 0 leaves them out.
+    Raises:
+        ReportError: a folder is neither run nor sweep, or nothing in them has finished.
+    """
+    collection = collect(folders)
+    path = out or folders[0] / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = table_rows(collection)
+    stores = open_stores(collection)
+    best = best_run(collection)
+    gallery = gallery_of(best, stores.get(store_path(best)), samples) if samples else None
+    sections = page_sections(collection, stores, gallery)
+    subtitle = f"{len(collection.runs)} runs, made {datetime.datetime.now():%Y-%m-%d %H:%M}"
+    page = render_page(
+        "Distillation report", subtitle, sections, rows, collection.headline, collection.unfinished
+    )
+    write_text(path, page)
+    write_tables(path.parent, rows)
+    return Report(path, rows, [*SHORT_COLUMNS, collection.headline, "gain_over_control"])
+
+
+def best_run(collection: Collection) -> Run:
+    """The distilled run with the best headline metric (any run where all are controls)."""
+    runs = [run for run in collection.runs if not run.is_control] or collection.runs
+    return max(runs, key=lambda run: run.metrics.get(collection.headline, float("-inf")))
+
+
+def store_path(run: Run) -> str:
+    store = run.summary.get("store") or {}
+    return str(store.get("path", "")) if isinstance(store, dict) else str(store)
+
+
+def open_stores(collection: Collection) -> dict[str, Store]:
+    """The runs' stores, by path; one that has moved costs its part of the report, said in the log."""
+    stores: dict[str, Store] = {}
+    for path in sorted({store_path(run) for run in collection.runs} - {""}):
+        try:
+            stores[path] = open_store(path)
+        except StoreError as error:
+            logger.warning("the report leaves out what it would read from the store: %s", error)
+    return stores
+
+
+def page_sections(collection: Collection, stores: dict[str, Store], gallery: Gallery | None) -> list[Section]:
+    metric = collection.headline
+    ceilings = teacher_ceilings(stores)
+    sections = [
+        Section(
+            "What distillation gained",
+            gain_text(collection),
+            [figures.gain_bars(differences(collection), metric)],
+        ),
+        Section(
+            f"{metric} against size, speed and training cost",
+            ceiling_text(ceilings),
+            [figures.scatter(collection, cost, ceilings) for cost in figures.COSTS],
+        ),
+        Section(
+            "Learning curves",
+            "Solid: distilled; dotted: control.",
+            [figures.curves(collection, name) for name in dict.fromkeys((metric, "val_loss", "train_loss"))],
+        ),
+    ]
+    cost = cost_of(collection.runs, extraction_seconds(stores))
+    if cost is not None:
+        sections.append(Section("Cost of the teacher", cost_text(cost), []))
+    if gallery is not None:
+        sections.append(
+            Section(f"Where {gallery.run_name} fails", gallery.text, gallery.figures, gallery.pictures)
+        )
+    return [section for section in sections if section.text or any(section.figures) or section.pictures]
+
+
+def gain_text(collection: Collection) -> str:
+    if not any(run.is_control or run.summary.get("control") for run in collection.runs):
+        return "No control was trained, so nothing is claimed (train with --control, sweep without --no-control)."
+    return (
+        "Distilled less control: the same student, initial weights, data order and schedule on the task loss alone. "
+        "Whiskers: 95 % confidence interval of the mean over seeds (Student's t); none with a single seed."
+    )
+
+
+def teacher_ceilings(stores: dict[str, Store]) -> dict[str, float]:
+    """Accuracy of the teacher's own features, as `cli probe` recorded it."""
+    ceilings: dict[str, float] = {}
+    for path in stores:
+        quality = read_json(Path(path) / MEASURED_FILE) or {}
+        where = "" if len(stores) == 1 else f" ({Path(path).name})"
+        for name, words in (("probe_top1", "teacher, linear probe"), ("knn_top1", "teacher, k-NN")):
+            if quality.get(name) is not None:
+                ceilings[words + where] = float(quality[name])
+    return ceilings
+
+
+def ceiling_text(ceilings: dict[str, float]) -> str:
+    if not ceilings:
+        return "Open markers: controls. `cli probe STORE` adds the accuracy of the teacher's own features."
+    values = ", ".join(f"{name} {value:.1%}" for name, value in ceilings.items())
+    return f"Open markers: controls. Dashed: the teacher's own features ({values})."
+
+
+def extraction_seconds(stores: dict[str, Store]) -> float | None:
+    """Time of one teacher pass over the stores; None where one of them does not say.
+
+    An interrupted extraction counts only the runs that ended, so the measured time an image is what is used.
+    """
+    total = 0.0
+    for path, store in stores.items():
+        measured = read_json(Path(path) / MEASURED_FILE) or {}
+        if not measured.get("encoded"):
+            return None
+        total += measured["extraction_s"] / measured["encoded"] * sum(store.manifest.splits.values())
+    return total or None
+
+
+def cost_text(cost: Cost) -> str:
+    return (
+        f"Cached: {cost.students_s:,.0f} s for all students (measured) and {cost.extraction_s:,.0f} s for the "
+        f"teacher's one pass (measured), {cost.cached_total_s:,.0f} s in all. With the teacher in the loop: "
+        f"{cost.online_teacher_s:,.0f} s more teacher time (computed, not measured: one pass x epochs x distilled "
+        f"trials), {cost.online_total_s:,.0f} s in all, {cost.online_total_s / cost.cached_total_s:.1f} times as long."
+    )
+
+
+def write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """results.csv and results.parquet: the same rows, all columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lead = [name for name in ("sweep", "run", "student", "control", *SUMMARY_FIELDS) if name in names]
+    names = [*lead, *(name for name in names if name not in lead)]
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    columns = {name: column([row.get(name) for row in rows]) for name in names}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "results.parquet")
+
+
+def column(values: list[Any]) -> list[Any]:
+    """A column of one type: text where a sweep varied an option over numbers and words."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or len(kinds) <= 1:
+        return [float(value) if kinds == {int, float} and value is not None else value for value in values]
+    return [None if value is None else str(value) for value in values]
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

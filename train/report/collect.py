@@ -1,0 +1,149 @@
+"""Find the runs below the folders of a report and read what they say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.errors import ReportError
+from train.sweep.board import HEADLINE_METRICS, read_records
+from train.sweep.config import DISTILLATION_OPTIONS
+from train.sweep.run import PLAN_FILE
+from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER, read_json
+
+MEASURED_OF_THE_RUN = frozenset(
+    ["control", "metrics", "best_epoch", "wall_time_s", "images_per_second", "peak_rss_mb", "peak_gpu_mb"]
+)
+
+
+class Run(NamedTuple):
+    """A finished training: its summary, its configuration and its curve."""
+
+    group: str  # the sweep's or the run's folder, as the report names it
+    name: str
+    folder: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    records: list[dict[str, Any]]
+    is_control: bool
+    varied: dict[str, Any]  # the options that the sweep varied
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the best epoch on the validation split."""
+        values = self.summary.get("metrics") or {}
+        return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+
+    @property
+    def pairing(self) -> tuple[Any, ...]:
+        """What a run and its control have in common: everything but the distillation."""
+        shared = sorted((name, str(v)) for name, v in self.varied.items() if name not in DISTILLATION_OPTIONS)
+        return (self.group, self.summary.get("student"), self.summary.get("seed"), *shared)
+
+
+class Unfinished(NamedTuple):
+    """A trial without a summary, and why."""
+
+    group: str
+    name: str
+    state: str
+    reason: str
+    last_lines: list[str]
+
+
+class Collection(NamedTuple):
+    runs: list[Run]
+    unfinished: list[Unfinished]
+
+    @property
+    def headline(self) -> str:
+        """The metric that the report ranks by: the first headline metric that any run has."""
+        for name in HEADLINE_METRICS:
+            if any(name in run.metrics for run in self.runs):
+                return name
+        raise ReportError(
+            "the runs have no metric to compare: expected one of " + ", ".join(HEADLINE_METRICS)
+        )
+
+
+def collect(folders: Sequence[Path]) -> Collection:
+    """All runs of `folders`, each a run (summary.json) or a sweep (sweep.json).
+
+    Raises:
+        ReportError: a folder is neither, or none of them has a finished run.
+    """
+    runs: list[Run] = []
+    unfinished: list[Unfinished] = []
+    for folder, group in zip(folders, group_names(folders), strict=True):
+        if (folder / PLAN_FILE).exists():
+            found = list(trials_of(folder, group))
+            runs += [item for item in found if isinstance(item, Run)]
+            unfinished += [item for item in found if isinstance(item, Unfinished)]
+        elif (folder / "summary.json").exists():
+            runs += list(run_with_control(folder, group))
+        else:
+            raise ReportError(explain_missing(folder))
+    if not runs:
+        raise ReportError(no_finished_run(folders, unfinished))
+    return Collection(runs, unfinished)
+
+
+def group_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, longer where that is not unique."""
+    names = [folder.resolve().name for folder in folders]
+    return [
+        name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def explain_missing(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder}: no such folder; expected a run (cli train) or a sweep (cli sweep)"
+    if (folder / "metrics.jsonl").exists() or (folder / "last.pt").exists():
+        return f"{folder}: this run has not finished (no summary.json): go on with `cli train … --resume`"
+    return f"{folder}: neither a run (summary.json) nor a sweep (sweep.json)"
+
+
+def no_finished_run(folders: Sequence[Path], unfinished: Sequence[Unfinished]) -> str:
+    names = ", ".join(str(folder) for folder in folders)
+    reasons = "; ".join(f"{item.name}: {item.state} {item.reason}".strip() for item in unfinished[:3])
+    return f"no finished run in {names}" + (f" ({reasons})" if reasons else "")
+
+
+def trials_of(folder: Path, group: str) -> Iterator[Run | Unfinished]:
+    plan = read_json(folder / PLAN_FILE) or {}
+    varied = [name for name, values in plan.get("config", {}).get("set", {}).items() if len(values) > 1]
+    for trial in plan.get("trials", []):
+        if not trial.get("current", True):
+            continue
+        place = folder / "trials" / trial["name"]
+        outcome = read_json(place / OUTCOME_FILE) or {}
+        summary = outcome.get("summary") or read_json(place / RUN_FOLDER / "summary.json")
+        if summary is None:
+            state = str(outcome.get("state", "not started"))
+            lines = list(outcome.get("last_lines", []))
+            yield Unfinished(group, trial["name"], state, str(outcome.get("reason", "")), lines)
+            continue
+        options = {name: trial["options"][name] for name in varied if name in trial["options"]}
+        yield read_run(place / RUN_FOLDER, group, trial["name"], summary, trial["is_control"], options)
+
+
+def run_with_control(folder: Path, group: str) -> Iterator[Run]:
+    """A single run, and the control that `--control` trained beside it."""
+    summary = read_json(folder / "summary.json") or {}
+    yield read_run(folder, group, group, summary, is_control=False, varied={})
+    control = summary.get("control")
+    if control:
+        # Size and speed are the student's; time and memory were measured of the distilled run alone.
+        shared = {name: value for name, value in summary.items() if name not in MEASURED_OF_THE_RUN}
+        told = {**shared, "metrics": control["metrics"], "best_epoch": control.get("best_epoch")}
+        yield read_run(folder / "control", group, f"{group}-control", told, is_control=True, varied={})
+
+
+def read_run(
+    folder: Path, group: str, name: str, summary: dict[str, Any], is_control: bool, varied: dict[str, Any]
+) -> Run:
+    config = read_json(folder / "config.json") or {}
+    records = read_records(folder / "metrics.jsonl")
+    return Run(group, name, folder, summary, config, records, is_control, varied)

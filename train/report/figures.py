@@ -1,0 +1,176 @@
+"""The figures of a report, as plotly figures."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from train.report.collect import Collection, Run
+from train.report.compare import Difference, label_of, pareto_front
+
+# Okabe and Ito's palette: told apart by colour-blind readers, on white and on black.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#7A7A7A")
+COSTS = {
+    "parameters": "parameters",
+    "macs": "multiply-accumulates per image",
+    "latency_ms": "latency, ms per image",
+    "wall_time_s": "training time, s",
+}
+PERCENT = ",.1%"
+
+
+def scatter(collection: Collection, cost: str, ceilings: dict[str, float]) -> go.Figure | None:
+    """Quality against one cost, Pareto front marked; None when no run states that cost."""
+    metric = collection.headline
+    runs = [run for run in collection.runs if run.summary.get(cost) and metric in run.metrics]
+    if not runs:
+        return None
+    figure = go.Figure()
+    groups: dict[tuple[str, bool], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[(run.group, run.is_control)].append(run)
+    for index, ((group, is_control), members) in enumerate(groups.items()):
+        figure.add_scatter(
+            x=[float(run.summary[cost]) for run in members],
+            y=[run.metrics[metric] for run in members],
+            mode="markers",
+            name=f"{group}, control" if is_control else f"{group}, distilled",
+            text=[run.name for run in members],
+            hovertemplate="%{text}<br>%{x:,.4g}<br>%{y:.1%}<extra></extra>",
+            marker={
+                "size": 11,
+                "symbol": "circle-open" if is_control else "circle",
+                "color": COLOURS[index % len(COLOURS)],
+            },
+        )
+    points = [(float(run.summary[cost]), run.metrics[metric]) for run in runs]
+    front = [points[index] for index in pareto_front(points)]
+    figure.add_scatter(
+        x=[x for x, _ in front],
+        y=[y for _, y in front],
+        mode="lines",
+        name="Pareto front",
+        line={"dash": "dot", "width": 2, "color": "#7A7A7A", "shape": "hv"},
+        hoverinfo="skip",
+    )
+    for name, value in ceilings.items():
+        figure.add_hline(y=value, line={"dash": "dash", "width": 1, "color": "#7A7A7A"}, annotation_text=name)
+    return finish(figure, COSTS[cost], metric, log_x=True)
+
+
+def curves(collection: Collection, name: str) -> go.Figure | None:
+    """One value of metrics.jsonl over the epochs, a line a run; repetitions share a colour."""
+    figure = go.Figure()
+    labels = list(dict.fromkeys(label_of(run) for run in collection.runs))
+    seen: set[str] = set()
+    for run in collection.runs:
+        points = [(record["epoch"], record[name]) for record in run.records if record.get(name) is not None]
+        if not points:
+            continue
+        label = label_of(run)
+        figure.add_scatter(
+            x=[x for x, _ in points],
+            y=[y for _, y in points],
+            mode="lines",
+            name=label,
+            legendgroup=label,
+            showlegend=label not in seen,
+            text=[run.name] * len(points),
+            hovertemplate="%{text}<br>epoch %{x}: %{y:.4g}<extra></extra>",
+            line={
+                "color": COLOURS[labels.index(label) % len(COLOURS)],
+                "dash": "dot" if run.is_control else "solid",
+            },
+        )
+        seen.add(label)
+    if not seen:
+        return None
+    return finish(figure, "epoch", name, percent=name == collection.headline)
+
+
+def gain_bars(differences: Sequence[Difference], metric: str) -> go.Figure | None:
+    """Mean gain over the control with its 95 % interval."""
+    if not differences:
+        return None
+    ordered = sorted(differences, key=lambda item: item.mean)
+    figure = go.Figure()
+    figure.add_bar(
+        x=[item.mean for item in ordered],
+        y=[item.label for item in ordered],
+        orientation="h",
+        marker={"color": [COLOURS[2] if item.mean >= 0 else COLOURS[3] for item in ordered]},
+        error_x={
+            "type": "data",
+            "symmetric": True,
+            "array": [0.0 if item.high is None else item.high - item.mean for item in ordered],
+        },
+        text=[f"{item.pairs} pair{'s' if item.pairs > 1 else ''}" for item in ordered],
+        hovertemplate="%{y}<br>%{x:+.1%}<br>%{text}<extra></extra>",
+    )
+    figure.add_vline(x=0, line={"width": 1, "color": "#7A7A7A"})
+    figure = finish(figure, f"{metric}: distilled less control", None)
+    figure.update_xaxes(tickformat="+,.1%")
+    figure.update_layout(height=160 + 44 * len(ordered), showlegend=False)
+    figure.update_yaxes(automargin=True)
+    return figure
+
+
+def confusion(matrix: Sequence[Sequence[float]], class_names: Sequence[str], title: str) -> go.Figure:
+    """Rows are true classes, columns predicted ones, each row as shares of one."""
+    shares = [[value / max(sum(row), 1) for value in row] for row in matrix]
+    figure = go.Figure(
+        go.Heatmap(
+            z=shares,
+            x=list(class_names),
+            y=list(class_names),
+            colorscale="Blues",
+            zmin=0,
+            zmax=1,
+            hovertemplate="true %{y}<br>predicted %{x}<br>%{z:.1%}<extra></extra>",
+            colorbar={"tickformat": ".0%"},
+        )
+    )
+    figure = finish(figure, "predicted", None)
+    figure.update_layout(title=title, height=min(900, 260 + 22 * len(class_names)))
+    figure.update_yaxes(title="true", autorange="reversed", type="category", automargin=True)
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def class_bars(class_names: Sequence[str], values: Sequence[float], what: str) -> go.Figure:
+    """One bar a class, worst first."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    figure = go.Figure(
+        go.Bar(
+            x=[class_names[index] for index in order],
+            y=[values[index] for index in order],
+            marker={"color": COLOURS[0]},
+            hovertemplate="%{x}<br>%{y:.1%}<extra></extra>",
+        )
+    )
+    figure = finish(figure, "class", what)
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def finish(
+    figure: go.Figure, x_title: str, metric: str | None, log_x: bool = False, percent: bool = True
+) -> go.Figure:
+    """What all figures share: titles, transparent ground (the page has the colour), room for the legend."""
+    figure.update_layout(
+        xaxis_title=x_title,
+        yaxis_title=metric,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 60, "r": 16, "t": 40, "b": 50},
+        height=420,
+        legend={"orientation": "h", "y": -0.25},
+        hoverlabel={"namelength": -1},
+    )
+    grid: dict[str, Any] = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)"}
+    figure.update_xaxes(**grid, type="log" if log_x else None)
+    figure.update_yaxes(**grid, tickformat=PERCENT if metric and percent else None)
+    return figure

@@ -1,0 +1,107 @@
+"""The page itself: a jinja2 template with plotly's library and every picture inside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import plotly.graph_objects as go
+import plotly.io
+import plotly.offline
+
+from train.report.collect import Unfinished
+
+TABLE_LIMIT = 2000
+
+
+class Picture(NamedTuple):
+    """A picture of the gallery: PNG or JPEG bytes, and what stands below it."""
+
+    data: bytes
+    caption: str
+
+    @property
+    def url(self) -> str:
+        kind = "png" if self.data.startswith(b"\x89PNG") else "jpeg"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+class Section(NamedTuple):
+    title: str
+    text: str
+    figures: Sequence[go.Figure | None]
+    pictures: Sequence[Picture] = ()
+
+
+def render_page(
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    rows: Sequence[dict[str, Any]],
+    headline: str,
+    unfinished: Sequence[Unfinished],
+) -> str:
+    """The whole HTML text; it loads nothing from anywhere."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    columns = shown_columns(rows, headline)
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        subtitle=subtitle,
+        sections=[
+            (section, [figure_html(f) for f in section.figures if f is not None]) for section in sections
+        ],
+        columns=columns,
+        rows=[[cell(name, row.get(name), headline) for name in columns] for row in rows[:TABLE_LIMIT]],
+        hidden_rows=max(0, len(rows) - TABLE_LIMIT),
+        unfinished=unfinished,
+        plotly_library=plotly.offline.get_plotlyjs(),
+    )
+
+
+def shown_columns(rows: Sequence[dict[str, Any]], headline: str) -> list[str]:
+    """Columns that say something: at least one value, the headline metric early."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    filled = [name for name in names if any(row.get(name) is not None for row in rows)]
+    lead = [name for name in ("sweep", "run", headline, "gain_over_control") if name in filled]
+    return [*lead, *(name for name in filled if name not in lead)]
+
+
+def cell(name: str, value: Any, headline: str) -> dict[str, Any]:
+    """What is shown and what is sorted by."""
+    if value is None:
+        return {"text": "", "sort": ""}
+    if isinstance(value, bool):
+        return {"text": "yes" if value else "", "sort": int(value)}
+    if isinstance(value, float):
+        text = (
+            f"{value:+.2%}"
+            if name == "gain_over_control"
+            else f"{value:.2%}"
+            if name == headline
+            else f"{value:,.4g}"
+        )
+        return {"text": text, "sort": value}
+    if isinstance(value, int):
+        return {"text": f"{value:,}", "sort": value}
+    return {"text": str(value), "sort": str(value)}
+
+
+def figure_html(figure: go.Figure) -> str:
+    return str(
+        plotly.io.to_html(
+            figure,
+            include_plotlyjs=False,
+            full_html=False,
+            config={"responsive": True, "displayModeBar": False},
+            default_width="100%",
+        )
+    )

@@ -1,0 +1,105 @@
+"""What every student is: a module that returns logits and the features that are distilled.
+
+Shape letters: `B` batch, `T` frames, `D` width, `H W` image, `h w` feature grid, `C` classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from train.errors import TrainError
+
+FeatureKind = Literal["map", "sequence", "vector"]
+
+
+class StudentError(TrainError):
+    """A student cannot be built, named or loaded as asked."""
+
+
+class StudentOutput(NamedTuple):
+    """One forward pass.
+
+    `logits`: [B, C] for classification and clips, [B, C, H, W] for segmentation, None without a head.
+    `features`: what is distilled: map [B, D, h, w], sequence [B, T, D] or vector [B, D].
+    """
+
+    logits: Tensor | None
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """Enough to build the same student again; plain types, stored in every checkpoint.
+
+    `feature_stride` is in image pixels per feature cell (None unless `feature_kind` is "map");
+    `num_classes` 0 means no head (label-free training); `distilled_layer` says in words what
+    `StudentOutput.features` is.
+    """
+
+    name: str
+    type: str
+    size: str
+    task: str
+    num_classes: int
+    image_size: int
+    feature_width: int
+    feature_kind: FeatureKind
+    feature_stride: int | None
+    distilled_layer: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for a checkpoint or JSON; `rebuild_student` reads them back."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Where a student's first weights came from.
+
+    `origin` is "random", "pretrained:NAME" or the path; `reinitialised` names the parameters that were
+    drawn anew although weights were given (a head of another size).
+    """
+
+    origin: str = "random"
+    reinitialised: tuple[str, ...] = ()
+
+    @property
+    def is_random(self) -> bool:
+        """True when nothing was loaded: LoRA on such a student teaches nothing."""
+        return self.origin == "random"
+
+
+class Student(nn.Module):
+    """Base of all students. Sub-classes set `spec` and implement `forward`."""
+
+    spec: StudentSpec
+    initial_weights: InitialWeights = InitialWeights()
+    #: Prefixes of the parameters of the task head, which may differ in size between tasks.
+    head_prefixes: tuple[str, ...] = ()
+
+    def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
+        """`images` float [B, 3, H, W] (clips [B, T, 3, H, W] with `lengths` int64 [B])."""
+        raise NotImplementedError
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass to save memory."""
+        raise NotImplementedError
+
+    def load_local_weights(self, path: Path) -> InitialWeights:
+        """Fill the student from local weights; see `train.students.weights.load_initial_weights`."""
+        from train.students.weights import load_initial_weights
+
+        return load_initial_weights(self, path)
+
+    def lora_root(self) -> nn.Module:
+        """The module whose layers LoRA may adapt."""
+        return self
+
+    def parameter_count(self) -> int:
+        """All parameters, trained or frozen; buffers are not counted, as in published tables."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,93 @@
+"""Every student with what is measured of it: parameters, multiply-accumulates, distilled layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from train.errors import TrainError
+from train.recipes import STUDENT_TASKS, recipe_of
+from train.students.base import Student
+from train.students.build import DEFAULT_IMAGE_SIZE, build_student
+from train.students.names import all_student_names, parse_student_name
+
+#: Classes of the usual public data set of each task: the parameters below are counted with such a head.
+USUAL_CLASSES = {"classification": 1000, "detection": 80, "segmentation": 21, "sequence": 400}
+CLIP_FRAMES = 16
+
+
+def list_students(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """One row a student (all fixed ones, or `names`, which may hold `timm:NAME`), measured on the meta device.
+
+    Keys: `name, type, size, task, parameters, macs, input_shape, num_classes, feature_width, feature_kind,
+    feature_stride, distilled_layer, recipe`, and `note` (None, or why a student could not be measured: then its
+    measured values are None).
+    """
+    chosen = [str(name) for name in all_student_names()] if names is None else list(names)
+    return [describe_student(name) for name in chosen]
+
+
+def describe_student(name: str) -> dict[str, Any]:
+    """The row of one student; see `list_students`."""
+    parsed = parse_student_name(name)
+    recipe = recipe_of(str(parsed))
+    task = STUDENT_TASKS[parsed.type]
+    size = int(recipe.get("image_size", DEFAULT_IMAGE_SIZE))
+    row: dict[str, Any] = {"name": str(parsed), "type": parsed.type, "size": parsed.size, "task": task}
+    row |= {"num_classes": USUAL_CLASSES[task], "recipe": recipe, "note": None}
+    try:
+        return row | measure_student(str(parsed), USUAL_CLASSES[task], size)
+    except (TrainError, ImportError) as error:
+        return row | dict.fromkeys(MEASURED) | {"note": str(error)}
+
+
+MEASURED = (
+    "parameters",
+    "macs",
+    "input_shape",
+    "feature_width",
+    "feature_kind",
+    "feature_stride",
+    "distilled_layer",
+)
+
+
+def measure_student(name: str, num_classes: int, image_size: int) -> dict[str, Any]:
+    """Build a student without memory and count: the values of MEASURED."""
+    with torch.device("meta"):
+        student = build_student(name, num_classes=num_classes, image_size=image_size)
+    shape = input_shape(student)
+    spec = student.spec
+    return {
+        "parameters": student.parameter_count(),
+        "macs": count_macs(student, shape),
+        "input_shape": list(shape),
+        "feature_width": spec.feature_width,
+        "feature_kind": spec.feature_kind,
+        "feature_stride": spec.feature_stride,
+        "distilled_layer": spec.distilled_layer,
+    }
+
+
+def input_shape(student: Student) -> tuple[int, ...]:
+    """One input: [1, 3, S, S], or a clip [1, 16, 3, S, S]."""
+    image = (3, student.spec.image_size, student.spec.image_size)
+    return (1, CLIP_FRAMES, *image) if student.spec.type == "lstm" else (1, *image)
+
+
+def count_macs(student: Student, shape: Sequence[int] | None = None) -> int:
+    """Multiply-accumulates of one forward pass, counted by torch's FLOP counter (two FLOPs each).
+
+    `shape` as `input_shape` (the default). Convolutions, matrix products and attention are counted; norms and
+    activations are not, as usual. The student may lie on any device, "meta" costs nothing.
+    """
+    device = next(student.parameters()).device
+    was_training = student.training
+    student.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student(torch.zeros(*(shape or input_shape(student)), device=device))
+    student.train(was_training)
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,169 @@
+"""Clips: a ResNet-50 per frame, then a two-layer bidirectional LSTM over time."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
+from train.students.names import StudentName
+from train.students.timm_student import create_timm_model
+
+HIDDEN_SIZES = {"small": 256, "medium": 512, "large": 1024}
+ENCODER = "resnet50"
+ENCODER_WIDTH = 2048
+
+
+class ClipLSTM(Student):
+    """Frame encoder → LSTM → pooling over the valid frames → classes.
+
+    What is distilled depends on what can learn: with the encoder trained its per-frame output [B, T, 2048],
+    with it frozen the LSTM's outputs [B, T, 2·hidden]. Padding frames never reach encoder or LSTM, so batch
+    statistics and results do not depend on how clips were padded; their features are zero.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        hidden_size: int,
+        spec: StudentSpec,
+        *,
+        freeze_encoder: bool,
+        attention_pooling: bool,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.head_prefixes = ("head.",)
+        self.freeze_encoder = freeze_encoder
+        self.encoder: Any = encoder
+        self.lstm = nn.LSTM(ENCODER_WIDTH, hidden_size, num_layers=2, bidirectional=True, batch_first=True)
+        self.attention = nn.Linear(2 * hidden_size, 1) if attention_pooling else None
+        self.head = nn.Linear(2 * hidden_size, spec.num_classes) if spec.num_classes else nn.Identity()
+        self.encoder.requires_grad_(not freeze_encoder)
+        if not spec.num_classes:
+            # Label-free: nothing reads the pooled clip, and with the encoder trained nothing reads the LSTM.
+            if self.attention is not None:
+                self.attention.requires_grad_(False)
+            self.lstm.requires_grad_(freeze_encoder)
+
+    def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
+        """`images` float [B, T, 3, H, W], `lengths` int64 [B] (None: all T) → logits [B, C], features [B, T, D].
+
+        Without `lengths` nothing is packed, which is what tracing and export need; the results are the same.
+        """
+        mask = None if lengths is None else frame_mask(lengths, images.shape[1]).to(images.device)
+        encoded = self._encode(images, mask)
+        if not self.spec.num_classes and not self.freeze_encoder:
+            return StudentOutput(None, encoded)
+        states = self._recur(encoded, lengths)
+        logits = self.head(self._pool(states, mask)) if self.spec.num_classes else None
+        return StudentOutput(logits, states if self.freeze_encoder else encoded)
+
+    def _encode(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Encode the valid frames only; [B, T, 2048], zeros at padding."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            rows: Tensor = self.encoder(images.flatten(0, 1) if mask is None else images[mask])
+        if mask is None:
+            return rows.unflatten(0, images.shape[:2])  # type: ignore[no-untyped-call, no-any-return]
+        empty = rows.new_zeros(*mask.shape, rows.shape[-1])
+        return empty.masked_scatter(mask.unsqueeze(-1), rows)
+
+    def _recur(self, encoded: Tensor, lengths: Tensor | None) -> Tensor:
+        """LSTM outputs [B, T, 2·hidden], over packed clips when there are `lengths`; zeros at padding."""
+        states: Tensor
+        if lengths is None:
+            states, _ = self.lstm(encoded)
+            return states
+        packed = pack_padded_sequence(encoded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        out, _ = self.lstm(packed)
+        states, _ = pad_packed_sequence(out, batch_first=True, total_length=encoded.shape[1])
+        return states
+
+    def _pool(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean over valid frames, or attention weights that sum to 1 over them; [B, 2·hidden]."""
+        if self.attention is None:
+            return states.mean(1) if mask is None else states.sum(1) / mask.sum(1, keepdim=True)
+        scores: Tensor = self.attention(states).squeeze(-1).float()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return (scores.softmax(1).to(states.dtype).unsqueeze(-1) * states).sum(1)
+
+    def train(self, mode: bool = True) -> ClipLSTM:
+        """A frozen encoder stays in evaluation mode: its batch-norm statistics must not drift."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the encoder's blocks in the backward pass (pointless, and skipped, when it is frozen)."""
+        self.encoder.set_grad_checkpointing(enable and not self.freeze_encoder)
+
+    def lora_root(self) -> nn.Module:
+        """The encoder: peft refuses recurrent layers."""
+        return cast(nn.Module, self.encoder)
+
+
+def frame_mask(lengths: Tensor, frames: int) -> Tensor:
+    """`lengths` int64 [B] → bool [B, T], true where a frame is real; ValueError outside 1..T."""
+    if int(lengths.min()) < 1 or int(lengths.max()) > frames:
+        raise ValueError(f"clip lengths must lie in 1..{frames}, got {lengths.tolist()}")
+    return torch.arange(frames, device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
+
+
+def frames_from_pairs(rows: Tensor, frames: int) -> Tensor:
+    """Teacher rows [P, D] of one clip → one row per frame [T, D].
+
+    Qwen2.5-VL encodes frames in pairs (temporal patch 2): frames 2i and 2i+1 share row i, and an odd last
+    frame was paired with itself. Rows that are already one per frame come back unchanged; any other count
+    raises ValueError, because a shifted pairing would teach the wrong frame.
+    """
+    if rows.shape[0] == frames:
+        return rows
+    pairs = (frames + 1) // 2
+    if rows.shape[0] != pairs:
+        raise ValueError(
+            f"clip of {frames} frames needs {frames} teacher rows or {pairs} pairs, got {rows.shape[0]}"
+        )
+    return rows[torch.arange(frames, device=rows.device) // 2]
+
+
+def build_lstm(
+    name: StudentName,
+    *,
+    num_classes: int,
+    image_size: int,
+    pretrained: bool = False,
+    freeze_encoder: bool = False,
+    attention_pooling: bool = False,
+    **options: Any,
+) -> ClipLSTM:
+    """Build `lstm/small|medium|large`; `pretrained` fetches the frame encoder's weights from timm's hub."""
+    if options:
+        raise StudentError(
+            f"{name} has no option {', '.join(map(repr, options))}: freeze_encoder, attention_pooling"
+        )
+    hidden = HIDDEN_SIZES[name.size]
+    spec = StudentSpec(
+        name=str(name),
+        type=name.type,
+        size=name.size,
+        task="sequence" if num_classes else "features",
+        num_classes=num_classes,
+        image_size=image_size,
+        feature_width=2 * hidden if freeze_encoder else ENCODER_WIDTH,
+        feature_kind="sequence",
+        feature_stride=None,
+        distilled_layer="LSTM output per frame" if freeze_encoder else "frame encoder's output per frame",
+        options={"freeze_encoder": freeze_encoder, "attention_pooling": attention_pooling},
+    )
+    encoder = create_timm_model(ENCODER, pretrained, num_classes=0)
+    student = ClipLSTM(
+        encoder, hidden, spec, freeze_encoder=freeze_encoder, attention_pooling=attention_pooling
+    )
+    if pretrained:
+        student.initial_weights = InitialWeights(origin=f"pretrained:{ENCODER}")
+    return student

@@ -1,0 +1,204 @@
+"""ResNet, ViT and any other timm model as a student."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
+from train.students.names import StudentName
+
+ARCHITECTURES = {
+    "vit-tiny": "vit_tiny_patch16_224",
+    "vit-base": "vit_base_patch16_224",
+    "vit-large": "vit_large_patch16_224",
+}
+DISTILLED = {
+    "map": "last stage's map before pooling (token models: the last block's patch tokens as a grid)",
+    "sequence": "tokens of the last block",
+    "vector": "pooled features before the classifier",
+}
+
+
+class TimmStudent(Student):
+    """A timm model whose `forward_features` output is distilled.
+
+    The wrapper adds nothing to the names in `state_dict()`: they are timm's own, so a checkpoint loads into
+    a plain `timm.create_model(...)` with `strict=True`.
+    """
+
+    def __init__(self, model: nn.Module, spec: StudentSpec) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.spec = spec
+        self.head_prefixes = classifier_prefixes(model)
+        self.register_load_state_dict_pre_hook(_add_model_prefix)  # type: ignore[no-untyped-call]
+
+    def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
+        """`images` float [B, 3, H, W] → logits [B, C] or None, features [B, D, h, w] (or [B, D])."""
+        raw = self.model.forward_features(images)
+        logits = self.model.forward_head(raw) if self.spec.num_classes else None
+        # Distilled heads (levit) return a pair while training.
+        if isinstance(logits, tuple):
+            logits = torch.stack(logits).mean(0)
+        return StudentOutput(logits, features_of(self.model, raw))
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass; StudentError where timm has no support."""
+        try:
+            self.model.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError) as error:
+            raise StudentError(f"{self.spec.name}: timm offers no gradient checkpointing for it") from error
+
+    def lora_root(self) -> nn.Module:
+        """timm's own model, so that adapter names are timm's."""
+        return cast(nn.Module, self.model)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's own parameter names, without a wrapper's prefix."""
+        return self.model.state_dict(*args, **kwargs)
+
+
+def _add_model_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put the wrapper's attribute name back before torch looks the keys up."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}model.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+def classifier_prefixes(model: Any) -> tuple[str, ...]:
+    """Names of the classifier modules as timm's configuration states them, each with a trailing dot."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return tuple(f"{name}." for name in names)
+
+
+def features_of(model: Any, raw: Tensor) -> Tensor:
+    """timm's `forward_features` output → map [B, D, h, w]; vector [B, D] when no grid can be told.
+
+    Raster order: rows from the top, columns from the left, as timm flattens its patches.
+    """
+    if raw.ndim == 4:
+        return raw.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else raw
+    if raw.ndim == 3:
+        tokens = raw[:, getattr(model, "num_prefix_tokens", 0) :]
+        grid = _grid_size(model, tokens.shape[1])
+        if grid is None:
+            return tokens.mean(1)
+        return tokens.transpose(1, 2).unflatten(2, grid)
+    return raw
+
+
+def _grid_size(model: Any, tokens: int) -> tuple[int, int] | None:
+    """Height and width of the token grid: the patch embedding's own, else a square."""
+    known = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if known is not None and known[0] * known[1] == tokens:
+        return int(known[0]), int(known[1])
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else None
+
+
+def build_timm_student(
+    name: StudentName,
+    *,
+    num_classes: int,
+    image_size: int,
+    pretrained: bool = False,
+    **options: Any,
+) -> TimmStudent:
+    """Build `resnet`, `vit` or `timm:NAME`; `options` go to `timm.create_model` (e.g. `drop_path_rate`).
+
+    Raises StudentError for an unknown timm name, an image size that the patches do not divide, and
+    pretrained weights that cannot be had.
+    """
+    architecture = ARCHITECTURES.get(name.size, name.size)
+    check_known(architecture)
+    settings = {**_image_size_settings(architecture, image_size), **options}
+    model = create_timm_model(architecture, pretrained, num_classes=num_classes, **settings)
+    width, kind, stride, unreached = _probe_features(architecture, settings, image_size)
+    if not num_classes:
+        # Layers behind the features rest in label-free training; DDP waits for every gradient that is asked for.
+        for parameter in unreached:
+            model.get_parameter(parameter).requires_grad_(False)
+    spec = StudentSpec(
+        name=str(name),
+        type=name.type,
+        size=name.size,
+        task="classification" if num_classes else "features",
+        num_classes=num_classes,
+        image_size=image_size,
+        feature_width=width,
+        feature_kind=kind,  # type: ignore[arg-type]
+        feature_stride=stride,
+        distilled_layer=DISTILLED[kind],
+        options=dict(options),
+    )
+    student = TimmStudent(model, spec)
+    if pretrained:
+        student.initial_weights = InitialWeights(origin=f"pretrained:{architecture}")
+    return student
+
+
+def check_known(architecture: str) -> None:
+    """StudentError with timm's nearest names when timm has no such model."""
+    base = architecture.split(".")[0]
+    if timm.is_model(base):
+        return
+    near = get_close_matches(base, timm.list_models(), n=5, cutoff=0.4)
+    raise StudentError(f"timm has no model {architecture!r}: nearest {', '.join(near) or 'none'}")
+
+
+def create_timm_model(architecture: str, pretrained: bool, **settings: Any) -> nn.Module:
+    """`timm.create_model`, with an error that says what to do when weights cannot be fetched."""
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, **settings)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if pretrained:
+            raise StudentError(
+                f"pretrained weights of {architecture} could not be fetched ({type(error).__name__}: {reason}): "
+                "without a network, download them elsewhere and pass --student-path FILE, or leave --pretrained out"
+            ) from error
+        given = ", ".join(f"{key}={value}" for key, value in settings.items())
+        raise StudentError(f"timm cannot build {architecture} with {given}: {reason}") from error
+
+
+def _image_size_settings(architecture: str, image_size: int) -> dict[str, Any]:
+    """What timm must be told so that a model of fixed input size takes `image_size`; refuses cropped patches."""
+    with torch.device("meta"):
+        probe: Any = timm.create_model(architecture, pretrained=False)
+    patch = getattr(getattr(probe, "patch_embed", None), "patch_size", None)
+    if patch is not None:
+        side = int(patch[0] if isinstance(patch, tuple) else patch)
+        if image_size % side:
+            lower = max(image_size // side, 1) * side
+            raise StudentError(
+                f"image_size {image_size} is not a multiple of {architecture}'s patch {side}, which would crop "
+                f"the image silently: use {lower} or {lower + side}"
+            )
+    return {"img_size": image_size} if (probe.pretrained_cfg or {}).get("fixed_input_size") else {}
+
+
+def _probe_features(
+    architecture: str, settings: dict[str, Any], image_size: int
+) -> tuple[int, str, int | None, list[str]]:
+    """Width, kind and stride of the features, and the parameters they do not depend on.
+
+    Measured on the meta device: no arithmetic, no memory.
+    """
+    with torch.device("meta"):
+        model: Any = create_timm_model(architecture, False, num_classes=0, **settings).eval()
+        try:
+            features = features_of(model, model.forward_features(torch.zeros(1, 3, image_size, image_size)))
+            features.sum().backward()
+        except RuntimeError as error:
+            raise StudentError(f"{architecture} does not run at image_size {image_size}: {error}") from error
+    unreached = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    shape = features.shape
+    if len(shape) == 4:
+        return int(shape[1]), "map", max(round(image_size / int(shape[2])), 1), unreached
+    return int(shape[-1]), "vector", None, unreached

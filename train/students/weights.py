@@ -1,0 +1,216 @@
+"""`--student-path`: local weights for a student, from any of the forms that users have them in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.students.base import InitialWeights, Student, StudentError
+from train.students.foreign import to_timm_names
+
+log = logging.getLogger(__name__)
+
+#: Where training programs keep the weights inside a checkpoint dictionary, in order of preference.
+CONTAINERS = (
+    "student_state_dict",
+    "model_state_dict",
+    "state_dict_ema",
+    "state_dict",
+    "model_ema",
+    "model",
+    "student",
+)
+#: Prefixes that wrappers (DDP, torch.compile, encoders of training programs) put before every name.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+LISTED = 6
+
+
+def load_initial_weights(student: Student, path: Path) -> InitialWeights:
+    """Fill `student` from `path`; returns (and sets on it) where the weights came from.
+
+    `path` is a `.pt`, `.pth`, `.bin` or `.safetensors` file with a state dict of timm, torchvision or our own
+    `best.pt`, or a Hugging Face folder (timm's or transformers' ResNet and ViT names). Pickles are read with
+    `weights_only=True`. A head of another size, or none, is drawn anew and named in the log. For an LSTM a plain
+    ResNet-50 fills the frame encoder.
+
+    Raises StudentError when the file is missing or unreadable, or when anything but the head does not fit; the
+    text lists the keys.
+    """
+    found = to_timm_names(strip_wrappers(read_state_dict(path), student))
+    found = resample_positions(found, student)
+    expected = student.state_dict()
+    found = as_frame_encoder(found, expected)
+    head = head_names(expected, student.head_prefixes)
+    fitting = {k: v for k, v in found.items() if k not in head or v.shape == expected[k].shape}
+    refuse_misfits(path, student, fitting, expected, head)
+    student.load_state_dict({**expected, **{k: v for k, v in fitting.items() if k in expected}})
+    drawn_anew = tuple(sorted(set(expected) - set(fitting) - ignorable(expected)))
+    student.initial_weights = InitialWeights(str(path), drawn_anew)
+    log.info("%s: %d tensors from %s", student.spec.name, len(set(fitting) & set(expected)), path)
+    if drawn_anew:
+        log.warning("%s: drawn anew, not in the weights or of another size: %s", path, ", ".join(drawn_anew))
+    return student.initial_weights
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file or folder, by name; StudentError when there are none."""
+    if path.is_dir():
+        return read_folder(path)
+    if not path.is_file():
+        raise StudentError(f"student_path {path} does not exist")
+    content = read_safetensors(path) if path.suffix == ".safetensors" else unpickle(path)
+    state = find_tensors(content)
+    if any(".lora_A." in key for key in state):
+        return merged_run_weights(path, content)
+    if not state:
+        raise StudentError(f"student_path {path} holds no weights: expected a dictionary of tensors")
+    return state
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """A Hugging Face folder: one weights file, or an index with its shards; or a run folder of ours."""
+    for name in (*FOLDER_FILES, "best.pt"):
+        if (folder / name).is_file():
+            return read_state_dict(folder / name)
+    for name in FOLDER_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return {k: v for shard in shards for k, v in read_state_dict(folder / Path(shard).name).items()}
+    raise StudentError(f"student_path {folder} is a folder without {', '.join(FOLDER_FILES)} or best.pt")
+
+
+def merged_run_weights(path: Path, content: Any) -> dict[str, Tensor]:
+    """The weights of a run of ours that trained with LoRA, its adapters folded in."""
+    from train.checkpoint import load_student_from_run
+    from train.lora import merge_lora
+
+    if not isinstance(content, Mapping) or "student" not in content:
+        raise StudentError(
+            f"student_path {path} holds LoRA adapters that are not merged: merge them before saving"
+        )
+    return dict(merge_lora(load_student_from_run(path)[0]).state_dict())
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; StudentError for a damaged one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise StudentError(f"student_path {path} is not a readable safetensors file: {error}") from error
+
+
+def unpickle(path: Path) -> Any:
+    """A torch file without executing anything in it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StudentError(
+            f"student_path {path} holds more than weights, which would run code when loaded: save its state dict "
+            f"alone, e.g. torch.save(model.state_dict(), FILE) ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise StudentError(f"student_path {path} is not a readable torch file: {error}") from error
+
+
+def find_tensors(content: Any) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint: the content itself, or one of CONTAINERS."""
+    if not isinstance(content, Mapping):
+        return {}
+    # Containers first: a checkpoint may hold other tensors beside its weights (random state, counters).
+    inside = (find_tensors(content[key]) for key in CONTAINERS if isinstance(content.get(key), Mapping))
+    own = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return next((found for found in inside if found), own)
+
+
+def strip_wrappers(state: dict[str, Tensor], student: Student) -> dict[str, Tensor]:
+    """Remove a prefix that all names share and the student's own names lack (`module.`, `backbone.` …)."""
+    own = student.state_dict().keys()
+    for _ in range(3):
+        shared = next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None)
+        if shared is None or any(key.startswith(shared) for key in own):
+            break
+        state = {key.removeprefix(shared): value for key, value in state.items()}
+    return state
+
+
+def as_frame_encoder(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A plain ResNet-50's names become those of an LSTM's frame encoder (its classifier is dropped)."""
+    if "encoder.conv1.weight" not in expected or "conv1.weight" not in found:
+        return found
+    return {f"encoder.{key}": value for key, value in found.items() if not key.startswith("fc.")}
+
+
+def resample_positions(state: dict[str, Tensor], student: Student) -> dict[str, Tensor]:
+    """Position embeddings of a ViT trained at another image size, resampled as timm does it."""
+    model: Any = getattr(student, "model", None)
+    own, given = getattr(model, "pos_embed", None), state.get("pos_embed")
+    if own is None or given is None or given.shape == own.shape or given.shape[-1] != own.shape[-1]:
+        return state
+    from timm.layers import resample_abs_pos_embed
+
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    side = tuple(model.patch_embed.grid_size)
+    log.info("position embeddings resampled from %d to %d tokens", given.shape[1], own.shape[1])
+    return state | {"pos_embed": resample_abs_pos_embed(given, new_size=list(side), num_prefix_tokens=prefix)}
+
+
+def head_names(expected: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> set[str]:
+    """The student's parameters that belong to its task head."""
+    return {key for key in expected if any(key.startswith(prefix) for prefix in prefixes)}
+
+
+def ignorable(expected: Mapping[str, Tensor]) -> set[str]:
+    """Counters that old checkpoints lack and that do not change results."""
+    return {key for key in expected if key.endswith("num_batches_tracked")}
+
+
+def refuse_misfits(
+    path: Path,
+    student: Student,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    head: set[str],
+) -> None:
+    """StudentError naming the keys that are missing, unknown or of another shape."""
+    spare = head | ignorable(expected) | may_be_missing(student, found, expected)
+    missing = sorted(set(expected) - set(found) - spare)
+    prefixes = student.head_prefixes
+    unknown = sorted(
+        key for key in set(found) - set(expected) if not any(key.startswith(p) for p in prefixes)
+    )
+    shapes = [
+        f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(set(found) & set(expected))
+        if found[key].shape != expected[key].shape
+    ]
+    problems = [
+        f"{kind}: {', '.join(keys[:LISTED])}{f' and {len(keys) - LISTED} more' if len(keys) > LISTED else ''}"
+        for kind, keys in (
+            ("missing", missing),
+            ("not in the student", unknown),
+            ("of another shape", shapes),
+        )
+        if keys
+    ]
+    if problems:
+        raise StudentError(f"student_path {path} does not fit {student.spec.name}: {'; '.join(problems)}")
+
+
+def may_be_missing(student: Student, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
+    """What an encoder alone cannot bring along: an LSTM's recurrent part."""
+    if student.spec.type != "lstm" or any(key.startswith("lstm.") for key in found):
+        return set()
+    return {key for key in expected if not key.startswith("encoder.")}

@@ -1,0 +1,220 @@
+"""YOLOv8 students: ultralytics' detection model, built from its architecture file, so that no download is needed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.engine.yolo.offline import prepare_ultralytics
+from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
+from train.students.names import StudentName
+
+P5_STRIDE = 32
+P5 = 2  # index among the Detect head's inputs P3, P4, P5
+# What a pickled ultralytics model may consist of; anything else in the file could run code when it is loaded.
+TRUSTED_CLASSES = (
+    "ultralytics.nn.",
+    "ultralytics.utils.IterableSimpleNamespace",
+    "torch.nn.modules.",
+    "pathlib.",
+)
+# Numbers among a checkpoint's metrics (torch's documentation lists these as safe).
+TRUSTED_FUNCTIONS = (
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.dtypes.",
+)
+# Where classes of older releases live today.
+MOVED = {"ultralytics.yolo.utils.": "ultralytics.utils."}
+
+
+class YoloStudent(Student):
+    """A YOLOv8 detector. It trains in ultralytics' own trainer (`train.engine.yolo`), not in the common loop."""
+
+    def __init__(self, network: nn.Module, spec: StudentSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        layers: Any = network.model
+        head = f"model.{len(layers) - 1}."
+        # Names of this student's parameters, and of layers below `lora_root`.
+        self.head_prefixes = (f"network.{head}", head)
+
+    def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
+        """`images` float [B, 3, H, W] in [0, 1], sides multiples of 32.
+
+        `features` are the P5 map [B, D, H/32, W/32]. `logits` in eval mode are ultralytics' decoded predictions
+        [B, 4 + C, A] (boxes as centre and size in pixels, then class scores; A anchors); in training mode None.
+        """
+        out: Any = self.network(images)
+        if self.training:
+            return StudentOutput(None, out["feats"][P5])
+        return StudentOutput(out[0], out[1]["feats"][P5])
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        if enable:
+            raise StudentError("gradient checkpointing: YOLO students have none; use a smaller batch_size")
+
+    def lora_root(self) -> nn.Module:
+        """ultralytics' own model, so that adapter names are its names."""
+        return self.network
+
+    def load_local_weights(self, path: Path) -> InitialWeights:
+        """Fill the network from an ultralytics `.pt`, a state dict, or our own `best.pt`; see `read_yolo_weights`."""
+        self.initial_weights = load_yolo_weights(self.network, path)
+        return self.initial_weights
+
+
+def build_yolo(
+    name: StudentName, *, num_classes: int, image_size: int, pretrained: bool = False, **options: Any
+) -> YoloStudent:
+    """A YOLOv8 student with random weights. Raises StudentError for what it cannot do."""
+    if pretrained:
+        raise StudentError("pretrained: ultralytics would download; give a local .pt with --student-path")
+    if not num_classes:
+        raise StudentError("YOLO students need classes: label-free training is for the other students")
+    if options:
+        raise StudentError(f"YOLO students take no options {', '.join(options)}")
+    network = build_network(name.size, num_classes)
+    return YoloStudent(network, student_spec(network, name.size, num_classes, image_size))
+
+
+def student_spec(network: Any, size: str, num_classes: int, image_size: int) -> StudentSpec:
+    """The spec of a YOLOv8 student around `network`."""
+    return StudentSpec(
+        name=str(StudentName("yolov8", size)),
+        type="yolov8",
+        size=size,
+        task="detection",
+        num_classes=num_classes,
+        image_size=image_size,
+        feature_width=level_widths(network)[P5],
+        feature_kind="map",
+        feature_stride=P5_STRIDE,
+        distilled_layer="P5, the last input of the Detect head",
+    )
+
+
+def build_network(size: str, num_classes: int, network_class: str = "plain") -> Any:
+    """ultralytics' DetectionModel of yolov8`size`; "distilled" gives our sub-class of it."""
+    prepare_ultralytics()
+    from ultralytics.nn.tasks import DetectionModel
+
+    from train.engine.yolo.model import DistilledDetectionModel
+
+    kind = DetectionModel if network_class == "plain" else DistilledDetectionModel
+    # ultralytics measures strides while it builds, which the meta device cannot.
+    target = torch.get_default_device()
+    with torch.device("cpu"):
+        network: Any = kind(f"yolov8{size}.yaml", ch=3, nc=num_classes, verbose=False)
+    if target.type != "cpu":
+        strides = network.model[-1].stride
+        network.to(target)
+        network.model[-1].stride = strides  # read as numbers when boxes are decoded
+    return network
+
+
+def level_widths(network: Any) -> list[int]:
+    """Channels of the Detect head's inputs P3, P4, P5."""
+    return [branch[0].conv.in_channels for branch in network.model[-1].cv2]
+
+
+def load_yolo_weights(network: Any, path: Path) -> InitialWeights:
+    """Fill a DetectionModel from a file; a class head of another size is drawn anew and named.
+
+    Raises StudentError when the file cannot be read or holds another architecture.
+    """
+    found = read_yolo_weights(path)
+    expected = network.state_dict()
+    head = f"model.{len(network.model) - 1}.cv3."
+    misfits = [
+        key
+        for key, value in expected.items()
+        if not key.startswith(head) and (key not in found or found[key].shape != value.shape)
+    ]
+    if misfits:
+        raise StudentError(
+            f"student_path {path} does not fit: {len(misfits)} tensors are missing or of another size, e.g. "
+            f"{', '.join(misfits[:4])}; is it a YOLOv8 model of the same size?"
+        )
+    fitting = {k: v for k, v in found.items() if k in expected and v.shape == expected[k].shape}
+    network.load_state_dict(fitting, strict=False)
+    return InitialWeights(
+        str(path), tuple(f"network.{name}" for name in sorted(set(expected) - set(fitting)))
+    )
+
+
+def read_yolo_weights(path: Path) -> dict[str, Tensor]:
+    """The float32 tensors of a YOLO checkpoint by ultralytics' names: `.pt` of ultralytics, state dict, our `best.pt`.
+
+    ultralytics pickles whole models. They are read without running anything but the classes of torch and
+    ultralytics that they are made of.
+
+    Raises StudentError for a missing or damaged file, or one with anything else in it.
+    """
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise StudentError(f"student_path {path} does not exist")
+    try:
+        with trusted_classes(path):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except StudentError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StudentError(f"student_path {path} is not a readable YOLO checkpoint: {reason}") from error
+    tensors = tensors_in(content)
+    if not tensors:
+        raise StudentError(f"student_path {path} holds no weights")
+    return {key.removeprefix("network."): value.float() for key, value in tensors.items()}
+
+
+@contextmanager
+def trusted_classes(path: Path) -> Iterator[None]:
+    """Allow exactly the classes of torch and ultralytics that the file names. StudentError names any other."""
+    prepare_ultralytics()
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    found: list[Any] = [(resolve_class(name), name) for name in names]
+    foreign = [name for value, name in found if value is None]
+    if foreign:
+        raise StudentError(
+            f"student_path {path} would run code when loaded: it names {', '.join(foreign[:4])}"
+        )
+    numbers = [type(np.dtype(kind)) for kind in ("float32", "float64", "int64")]
+    with torch.serialization.safe_globals([*found, *numbers]):
+        yield
+
+
+def resolve_class(name: str) -> Any:
+    """The class of a trusted name, None for any other name."""
+    old = next((prefix for prefix in MOVED if name.startswith(prefix)), None)
+    current = name if old is None else MOVED[old] + name.removeprefix(old)
+    if not current.startswith((*TRUSTED_CLASSES, *TRUSTED_FUNCTIONS)):
+        return None
+    module, _, attribute = current.rpartition(".")
+    try:
+        value = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        return None
+    return value if isinstance(value, type) or current.startswith(TRUSTED_FUNCTIONS) else None
+
+
+def tensors_in(content: Any) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint's content: of a pickled model (its EMA first), or as tensors."""
+    if isinstance(content, nn.Module):
+        return dict(content.state_dict())
+    if not isinstance(content, dict):
+        return {}
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if tensors:
+        return tensors
+    inner = ("ema", "model", "model_state_dict", "student_state_dict", "state_dict")
+    return next((found for key in inner if (found := tensors_in(content.get(key)))), {})

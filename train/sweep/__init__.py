@@ -1,0 +1,1 @@
+"""Many students from one store: trials as subprocesses, scheduled by dask.distributed."""

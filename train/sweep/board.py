@@ -1,0 +1,146 @@
+"""The trials as the user sees them: a live table in a terminal, a line for each change elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from console.progress import clock
+from train.sweep.config import Trial
+from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER, read_json
+
+# The number that stands for a task's quality, first match wins.
+HEADLINE_METRICS = ("top1", "map50_95", "map50", "miou", "probe_top1", "knn_top1", "feature_cosine")
+
+
+class TrialState(NamedTuple):
+    """What is known of a trial from the files in its folder."""
+
+    name: str
+    state: str  # waiting | running | done | failed | timeout | stopped
+    epoch: int
+    epochs: int | None
+    metric: str | None
+    best: float | None
+    left_s: float | None
+    reason: str
+    is_control: bool
+
+
+def read_state(folder: Path, trial: Trial) -> TrialState:
+    """The state of `trial` from outcome.json, metrics.jsonl and config.json below `folder`."""
+    run = folder / RUN_FOLDER
+    outcome = read_json(folder / OUTCOME_FILE)
+    records = read_records(run / "metrics.jsonl")
+    epochs = (read_json(run / "config.json") or {}).get("epochs") or trial.options.get("epochs")
+    metric, best = best_of(records)
+    epoch = int(records[-1]["epoch"]) if records else 0
+    state = str(outcome["state"]) if outcome else ("running" if folder.exists() else "waiting")
+    left = None
+    if state == "running" and records and epochs:
+        left = (int(epochs) - epoch) * float(records[-1].get("epoch_time_s") or 0.0)
+    reason = str(outcome.get("reason") or "") if outcome else ""
+    return TrialState(trial.name, state, epoch, epochs, metric, best, left, reason, trial.is_control)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that is still being written is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def best_of(records: Sequence[dict[str, Any]]) -> tuple[str | None, float | None]:
+    """(name, best value) of the first headline metric that the records have."""
+    for name in HEADLINE_METRICS:
+        values = [float(record[name]) for record in records if record.get(name) is not None]
+        if values:
+            return name, max(values)
+    return None, None
+
+
+class Board:
+    """Shows the trials while they run; reads their folders, so it needs no word from the workers."""
+
+    def __init__(self, out: Path, trials: Sequence[Trial]) -> None:
+        self.out, self.trials = out, trials
+        self.live: Any = None
+        self.shown: dict[str, tuple[str, int]] = {}
+        self.updated = 0.0
+
+    def states(self) -> list[TrialState]:
+        return [read_state(self.out / "trials" / trial.name, trial) for trial in self.trials]
+
+    def update(self) -> None:
+        states = self.states()
+        if self.live is not None:
+            self.live.update(table(states), refresh=True)
+            return
+        for state in states:
+            key = (state.state, state.epoch)
+            if state.state != "waiting" and self.shown.get(state.name) != key:
+                self.shown[state.name] = key
+                print(line(state), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self.live = Live(table(self.states()), console=Console(stderr=True), auto_refresh=False)
+            self.live.start()
+        else:
+            # What an earlier sweep finished needs no line again.
+            self.shown = {s.name: (s.state, s.epoch) for s in self.states() if s.state == "done"}
+        self.updated = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+
+def line(state: TrialState) -> str:
+    """`resnet18-seed0-1a2b3c4d: running, epoch 3/20, top1 0.6125, 0:41 left`"""
+    parts = [state.state]
+    if state.epoch:
+        parts.append(f"epoch {state.epoch}/{state.epochs}" if state.epochs else f"epoch {state.epoch}")
+    if state.best is not None:
+        parts.append(f"{state.metric} {state.best:.4f}")
+    if state.left_s is not None:
+        parts.append(f"{clock(state.left_s)} left")
+    if state.reason:
+        parts.append(state.reason)
+    return f"{state.name}: {', '.join(parts)}"
+
+
+def table(states: Sequence[TrialState]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"running": "cyan", "done": "green", "failed": "red", "timeout": "red", "stopped": "yellow"}
+    drawn = Table()
+    for heading in ("trial", "state", "epoch", "best", "left"):
+        drawn.add_column(heading, overflow="fold" if heading == "trial" else "ellipsis")
+    for state in states:
+        drawn.add_row(
+            state.name,
+            Text(state.state, style=colours.get(state.state, "")),
+            f"{state.epoch}/{state.epochs or '?'}",
+            "" if state.best is None else f"{state.metric} {state.best:.4f}",
+            "" if state.left_s is None else clock(state.left_s),
+        )
+    return drawn

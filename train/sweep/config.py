@@ -1,0 +1,187 @@
+"""What a sweep is asked to do, and the trials that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from train.config import TrainConfig, describe_problem, nearest_names
+from train.errors import ConfigError
+
+# Options that only a distilled training has: two trials that differ in nothing else share one control.
+DISTILLATION_OPTIONS = frozenset(
+    {
+        "distillation_type",
+        "hard_label_weight",
+        "soft_label_weight",
+        "feature_weight",
+        "logit_weight",
+        "feature_loss_type",
+        "feature_target",
+        "distill_loss_type",
+        "temperature",
+        "teacher_logits",
+        "align_feature",
+        "align_head",
+        "distill_layers",
+        "foreground_weight",
+    }
+)
+# Options that the sweep itself sets for each trial.
+OWN_OPTIONS = frozenset({"store", "student", "out", "seed", "control", "resume", "overwrite", "sources"})
+
+
+class SweepConfig(BaseModel):
+    """Options of `cli sweep`. `set` maps a training option to the values to try; `options` holds fixed ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: str  # a folder or a URL
+    out: Path
+    students: list[str] = Field(min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    set: dict[str, list[Any]] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+    control: bool = True
+    jobs: int | None = Field(None, ge=1)
+    scheduler: str | None = None
+    trial_timeout_s: float | None = Field(None, gt=0)
+
+    @field_validator("set")
+    @classmethod
+    def check_values(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if empty := [name for name, values in value.items() if not values]:
+            raise ValueError(f"no values for {', '.join(empty)}")
+        return value
+
+    @model_validator(mode="after")
+    def check_names(self) -> Self:
+        problems = []
+        for name in (*self.set, *self.options):
+            if name in OWN_OPTIONS:
+                problems.append(f"{name} is the sweep's own: use its option of that name")
+            elif name not in TrainConfig.model_fields:
+                problems.append(
+                    f"unknown training option {name}: {nearest_names(name, TrainConfig.model_fields)}"
+                )
+        if both := set(self.set) & set(self.options):
+            problems.append(f"both fixed and varied: {', '.join(sorted(both))}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def load_sweep_config(values: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> SweepConfig:
+    """The sweep of command-line `values` (`None` is absent) over those of a file.
+
+    In the file, names that are no sweep option are training options; `set` and `options` of both are merged.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    chosen = {name: value for name, value in values.items() if value is not None}
+    own, training = split_names(file or {})
+    merged = {**own, **chosen}
+    merged["set"] = {**plain_names(own.get("set")), **plain_names(chosen.get("set"))}
+    merged["options"] = {**training, **plain_names(own.get("options")), **plain_names(chosen.get("options"))}
+    merged["options"] = {
+        name: value for name, value in merged["options"].items() if name not in merged["set"]
+    }
+    try:
+        return SweepConfig(**merged)
+    except ValidationError as error:
+        raise ConfigError("; ".join(describe_problem(item) for item in error.errors())) from None
+
+
+def split_names(file: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    own = {name: value for name, value in file.items() if name in SweepConfig.model_fields}
+    return own, {name: value for name, value in file.items() if name not in own}
+
+
+def plain_names(values: Any) -> dict[str, Any]:
+    """Names with underscores, as the configuration has them."""
+    return {str(name).replace("-", "_"): value for name, value in (values or {}).items()}
+
+
+class Trial(NamedTuple):
+    """One training: its name (also its folder's), its options, and whether it is a control."""
+
+    name: str
+    options: dict[str, Any]  # of `cli train`, without store and out
+    is_control: bool
+    control_name: str | None  # of the control that it is compared with
+
+
+def plan_trials(config: SweepConfig, store_fingerprint: str) -> list[Trial]:
+    """All trials of a sweep, the controls first: each control stands beside several distilled trials.
+
+    A trial's name ends in a digest of its options and the store: a changed option is another trial.
+    Raises `ConfigError` when an option's value is not valid for a student.
+    """
+    controls: dict[str, Trial] = {}
+    distilled: dict[str, Trial] = {}
+    for options in combinations(config):
+        control = control_of(options, config, store_fingerprint) if config.control else None
+        if control is not None:
+            controls[control.name] = control
+        name = trial_name(options, config, store_fingerprint, suffix="")
+        distilled[name] = Trial(name, options, False, control.name if control else None)
+    trials = [*controls.values(), *distilled.values()]
+    check_options(config, trials)
+    return trials
+
+
+def combinations(config: SweepConfig) -> Iterator[dict[str, Any]]:
+    names = list(config.set)
+    for student, seed in itertools.product(dict.fromkeys(config.students), dict.fromkeys(config.seeds)):
+        for values in itertools.product(*config.set.values()):
+            yield {
+                **config.options,
+                **dict(zip(names, values, strict=True)),
+                "student": student,
+                "seed": seed,
+            }
+
+
+def control_of(options: Mapping[str, Any], config: SweepConfig, store_fingerprint: str) -> Trial | None:
+    """The same training on the task loss alone; none where there is no task loss (task `features`)."""
+    if options.get("task") == "features":
+        return None
+    kept = {name: value for name, value in options.items() if name not in DISTILLATION_OPTIONS}
+    kept |= {"distillation_type": "none", "hard_label_weight": 1.0}
+    return Trial(trial_name(kept, config, store_fingerprint, "-control"), kept, True, None)
+
+
+def trial_name(options: Mapping[str, Any], config: SweepConfig, store_fingerprint: str, suffix: str) -> str:
+    varied = [
+        f"{name}={options[name]}"
+        for name, values in config.set.items()
+        if len(values) > 1 and name in options
+    ]
+    if suffix:
+        varied = [part for part in varied if part.split("=")[0] not in DISTILLATION_OPTIONS]
+    words = [str(options["student"]), f"seed{options['seed']}", *varied]
+    slug = re.sub(r"[^A-Za-z0-9=._-]+", "_", "-".join(words))[:100]
+    text = json.dumps([store_fingerprint, dict(options)], sort_keys=True, default=str)
+    return f"{slug}{suffix}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def check_options(config: SweepConfig, trials: list[Trial]) -> None:
+    """Say now what every trial would stumble over, not after hours."""
+    problems: dict[str, None] = {}
+    for trial in trials:
+        try:
+            TrainConfig(store=config.store, out=config.out, **trial.options)
+        except ValidationError as error:
+            problems |= dict.fromkeys(describe_problem(item) for item in error.errors())
+        except ConfigError as error:
+            problems[str(error)] = None
+    if problems:
+        raise ConfigError("; ".join(problems))

@@ -1,0 +1,183 @@
+"""One trial, on a worker: `cli train` as a subprocess in its own folder, watched until it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+POLL_S = 0.25
+STOP_GRACE_S = 15.0  # a training saves and leaves within 4 seconds of SIGTERM
+LAST_LINES = 15
+LAST_BYTES = 16_384
+OPTIONS_FILE, LOG_FILE, OUTCOME_FILE = "trial.json", "log.txt", "outcome.json"
+RUN_FOLDER = "run"  # below the trial's folder: `cli train --overwrite` empties what it is given
+
+
+class Outcome(TypedDict):
+    """How a trial ended. `summary` is the content of its summary.json when it is done."""
+
+    state: str  # done | failed | timeout | stopped
+    reason: str
+    last_lines: list[str]
+    wall_time_s: float
+    summary: dict[str, Any] | None
+
+
+class Order(TypedDict):
+    """What a worker is sent: plain values only."""
+
+    name: str
+    store: str
+    folder: str
+    options: dict[str, Any]
+    threads: int | None
+    timeout_s: float | None
+
+
+def run_trial(order: Order, stop_requested: Callable[[], bool]) -> Outcome:
+    """Run (or continue) the trial; its output goes to log.txt, its end to outcome.json in its folder."""
+    folder = Path(order["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OUTCOME_FILE).unlink(missing_ok=True)  # of an attempt that failed before
+    write_json(folder / OPTIONS_FILE, order["options"])
+    started = time.monotonic()
+    going_on = is_interrupted(folder / RUN_FOLDER)
+    with (folder / LOG_FILE).open("ab" if going_on else "wb") as log:
+        process = subprocess.Popen(
+            command(order, folder, going_on),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment(order["threads"]),
+            start_new_session=True,  # Ctrl-C in the terminal reaches the sweep, which then stops its trials
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        )
+        state, reason = watch(process, order["timeout_s"], stop_requested)
+    outcome = Outcome(
+        state=state,
+        reason=reason or failure_reason(process.returncode, folder),
+        last_lines=[] if state == "done" else last_lines(folder / LOG_FILE),
+        wall_time_s=time.monotonic() - started,
+        summary=read_json(folder / RUN_FOLDER / "summary.json") if state == "done" else None,
+    )
+    write_json(folder / OUTCOME_FILE, outcome)
+    return outcome
+
+
+def is_interrupted(run: Path) -> bool:
+    """An interrupted trial goes on from its last checkpoint, any other starts anew."""
+    return (run / "last.pt").exists() and not (run / "summary.json").exists()
+
+
+def command(order: Order, folder: Path, going_on: bool) -> list[str]:
+    return [
+        *(
+            sys.executable,
+            "-m",
+            "cli",
+            "train",
+            order["store"],
+            "--student",
+            str(order["options"]["student"]),
+        ),
+        *("--out", str(folder / RUN_FOLDER), "--config", str(folder / OPTIONS_FILE)),
+        "--resume" if going_on else "--overwrite",
+    ]
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """The child's: this checkout or installation on its path, its share of the cores."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    values = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    if threads is not None:
+        values |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return values
+
+
+def end_with_parent() -> None:
+    """Linux: let the kernel send SIGTERM to this process when its worker dies.
+
+    A lost worker's trial is run elsewhere; two processes must not write one folder.
+    """
+    parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
+def watch(
+    process: subprocess.Popen[bytes], timeout_s: float | None, stop_requested: Callable[[], bool]
+) -> tuple[str, str]:
+    """Wait for the process; (state, reason), the reason empty where the exit code must explain."""
+    started = time.monotonic()
+    while process.poll() is None:
+        if timeout_s is not None and time.monotonic() - started > timeout_s:
+            end(process)
+            return "timeout", f"did not end within {timeout_s:g} s (--trial-timeout)"
+        if stop_requested():
+            end(process)
+            return "stopped", "the sweep was stopped; run the same command again to go on"
+        time.sleep(POLL_S)
+    return ("done" if process.returncode == 0 else "failed"), ""
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, so that it saves; SIGKILL when it does not leave. The whole session, loader workers too."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            if signal_number == signal.SIGTERM:
+                process.terminate()
+            else:
+                os.killpg(process.pid, signal_number)
+            process.wait(STOP_GRACE_S)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
+
+
+def failure_reason(returncode: int, folder: Path) -> str:
+    """One line that says why the process ended: its own error line where it printed one."""
+    if returncode == 0:
+        return ""
+    lines = last_lines(folder / LOG_FILE)
+    errors = [line for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1].removeprefix("error: ")
+    if returncode == -signal.SIGKILL:
+        return "killed (signal 9): the machine has most likely run out of memory; use fewer --jobs or a smaller batch"
+    if returncode < 0:
+        return f"ended by signal {-returncode} ({signal.Signals(-returncode).name})"
+    return f"exit code {returncode}: {lines[-1] if lines else 'nothing was printed'}"
+
+
+def last_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LAST_BYTES))
+        text = file.read().decode("utf-8", errors="replace")
+    return text.splitlines()[-LAST_LINES:]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file or it is not complete."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,52 @@
+"""What a task is: its loss on labels, and its metrics. Distillation is the same for all (train.distillation).
+
+`B` samples, `C` classes, `H W` the student's input.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.data import Batch
+from train.engine.distributed import sum_over_ranks
+from train.engine.model import DistilledOutput
+from train.losses import Mixing
+
+
+class Meter:
+    """Sums over a validation split, kept on the device in one vector of float64 (float32 where there is none)."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(size, dtype=kind, device=device)
+
+    def reduce(self) -> None:
+        """Add up all ranks; call once, at the end."""
+        self.sums = sum_over_ranks(self.sums)
+
+
+class Task(Protocol):
+    """One way to learn from labels. `best_metric` (higher is better) decides which checkpoint is best."""
+
+    name: str
+    best_metric: str
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What the loss's sums are divided by, known before the forward pass: scalars by name."""
+
+    def loss(
+        self, output: DistilledOutput, batch: Batch, counts: dict[str, Tensor], mixing: Mixing | None
+    ) -> Tensor | None:
+        """This process's part of the mean task loss over all ranks and micro-batches; None: nothing to learn."""
+
+    def new_meter(self, device: torch.device) -> Meter:
+        """An empty meter for one validation."""
+
+    def update(self, meter: Meter, output: DistilledOutput, batch: Batch) -> None:
+        """Count a batch; samples of weight 0 do not count."""
+
+    def metrics(self, meter: Meter) -> dict[str, float]:
+        """Metrics of a reduced meter: fractions of 1 by name, and detail under names that start with `per_class_`."""

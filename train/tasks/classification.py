@@ -1,0 +1,84 @@
+"""One class per image, or per clip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from train.data import Batch
+from train.engine.model import DistilledOutput
+from train.losses import Mixing, classification_losses, weighted_mean
+from train.tasks.base import Meter
+
+
+class Classification:
+    """Cross-entropy; top-1, top-5, and means over the classes that occur in labels or predictions.
+
+    `macro_precision`, `macro_recall` and `macro_f1` are those means; a class without predictions or without
+    labels counts as 0.
+    """
+
+    name = "classification"
+    best_metric = "top1"
+
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"hard": sample_weight(batch).sum()}
+
+    def loss(
+        self, output: DistilledOutput, batch: Batch, counts: dict[str, Tensor], mixing: Mixing | None
+    ) -> Tensor | None:
+        """Samples without a label (-1) are learnt from the teacher alone."""
+        if output.logits is None or batch.labels is None:
+            return None
+        labels = batch.labels.clamp_min(0)
+        losses = classification_losses(
+            output.logits, labels, label_smoothing=self.label_smoothing, mixing=mixing
+        )
+        return weighted_mean(losses, sample_weight(batch), counts["hard"])
+
+    def new_meter(self, device: torch.device) -> Meter:
+        # samples, top-1 hits, top-5 hits, then true positives, predictions and labels of each class
+        return Meter(3 + 3 * self.num_classes, device)
+
+    def update(self, meter: Meter, output: DistilledOutput, batch: Batch) -> None:
+        if output.logits is None or batch.labels is None:
+            return
+        known = sample_weight(batch) > 0
+        labels, scores = batch.labels[known], output.logits[known].float()
+        best = scores.topk(min(5, self.num_classes), dim=1).indices
+        hits = best == labels.unsqueeze(1)
+        predicted = best[:, 0]
+        head = torch.stack([known.sum(), hits[:, 0].sum(), hits.any(1).sum()])
+        parts = (labels[hits[:, 0]], predicted, labels)
+        counts = [torch.bincount(part, minlength=self.num_classes) for part in parts]
+        meter.sums += torch.cat([head, *counts])
+
+    def metrics(self, meter: Meter) -> dict[str, float]:
+        samples, top1, top5 = (float(value) for value in meter.sums[:3])
+        if not samples:
+            return {}
+        right, predicted, actual = meter.sums[3:].view(3, -1)
+        occurs = (predicted + actual) > 0
+        per_class = {
+            "macro_precision": right / predicted.clamp_min(1),
+            "macro_recall": right / actual.clamp_min(1),
+            "macro_f1": 2 * right / (predicted + actual).clamp_min(1),
+        }
+        means = {name: float(values[occurs].mean()) for name, values in per_class.items()}
+        return {"top1": top1 / samples, "top5": top5 / samples, **means}
+
+
+class SequenceClassification(Classification):
+    """The same for clips: one class per sequence of frames."""
+
+    name = "sequence"
+
+
+def sample_weight(batch: Batch) -> Tensor:
+    """1 for labelled samples, 0 for padding and unlabelled ones; float32 [B]."""
+    if batch.labels is None:
+        return torch.zeros_like(batch.weight)
+    return batch.weight * (batch.labels >= 0)

@@ -1,0 +1,84 @@
+"""One class per pixel; 255 is ignored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from train.data import Batch
+from train.engine.distributed import differentiable_sum, world_size
+from train.engine.model import DistilledOutput
+from train.losses import IGNORE_INDEX, Mixing
+from train.losses.precision import full_precision
+from train.losses.segmentation import dice_from_sums, dice_sums
+from train.tasks.base import Meter
+
+
+class Segmentation:
+    """Pixel cross-entropy + Dice over the whole batch of all ranks; mean IoU, pixel accuracy, IoU per class."""
+
+    name = "segmentation"
+    best_metric = "miou"
+
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"hard": (counted_mask(batch) != IGNORE_INDEX).sum(), "images": batch.weight.sum()}
+
+    def loss(
+        self, output: DistilledOutput, batch: Batch, counts: dict[str, Tensor], mixing: Mixing | None
+    ) -> Tensor | None:
+        if output.logits is None:
+            return None
+        mask = counted_mask(batch)
+        with full_precision(output.logits):
+            entropy = functional.cross_entropy(
+                output.logits.float(),
+                mask,
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+        # Dice is a ratio of sums: they are added up over ranks first, and every rank carries an equal part.
+        dice = dice_from_sums(*(differentiable_sum(value) for value in dice_sums(output.logits, mask)))
+        images = differentiable_sum(batch.weight.sum())
+        share = images / (counts["images"].clamp_min(1) * world_size())
+        return entropy / counts["hard"].clamp_min(1) + dice * share
+
+    def new_meter(self, device: torch.device) -> Meter:
+        # intersection, predicted pixels and labelled pixels of each class
+        return Meter(3 * self.num_classes, device)
+
+    def update(self, meter: Meter, output: DistilledOutput, batch: Batch) -> None:
+        if output.logits is None:
+            return
+        mask = counted_mask(batch)
+        known = mask != IGNORE_INDEX
+        labels, predicted = mask[known], output.logits.argmax(1)[known]
+        parts = (labels[predicted == labels], predicted, labels)
+        meter.sums += torch.cat([torch.bincount(part, minlength=self.num_classes) for part in parts])
+
+    def metrics(self, meter: Meter) -> dict[str, float]:
+        """Classes that occur neither in labels nor in predictions are left out of the mean."""
+        both, predicted, actual = meter.sums.view(3, -1)
+        union = predicted + actual - both
+        if not actual.sum():
+            return {}
+        overlap = both / union.clamp_min(1)
+        result = {
+            "miou": float(overlap[union > 0].mean()),
+            "pixel_accuracy": float(both.sum() / actual.sum()),
+            "macro_precision": float((both / predicted.clamp_min(1))[union > 0].mean()),
+            "macro_recall": float((both / actual.clamp_min(1))[union > 0].mean()),
+        }
+        for index in torch.nonzero(union > 0).flatten().tolist():
+            result[f"per_class_iou/{index}"] = float(overlap[index])
+        return result
+
+
+def counted_mask(batch: Batch) -> Tensor:
+    """The class mask int64 [B, H, W] in which padding samples are ignored everywhere."""
+    assert batch.masks is not None
+    return batch.masks.masked_fill((batch.weight == 0).view(-1, 1, 1), IGNORE_INDEX)
