@@ -5,7 +5,9 @@ separate parts of each photo. The teacher is EfficientNet-Lite2 with its ImageNe
 once. For every seed the distilled student and its control train with the same initial weights, images and order;
 printed are the means and a 95 % interval of the paired differences (Student's t).
 
-    python benchmarks/detection.py [--quick] [--json] [--seeds 0,1,2] [--work DIR]
+    python benchmarks/detection.py [--quick] [--json] [--seeds 0,1,2,3,4] [--work DIR]
+
+What is finished in --work is not repeated, also after an interruption.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import sys
 import tempfile
 import time
@@ -28,13 +29,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from commands.assets import PRETRAINED_TEACHER, asset, pretrained_teacher_weights
+from train.report.compare import mean_with_interval
 
 TILE = 128  # pixels of the photo
 TEACHER_SIZE = 256
 VALIDATION_SHARE = 0.3
 VISIBLE_SHARE = 0.4  # of a box's area, or the tile does not count it
-# 95 % quantiles of Student's t by degrees of freedom.
-T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 class Photo(NamedTuple):
@@ -56,15 +56,12 @@ def annotated_photos(folder: Path) -> list[Photo]:
         path = folder / f"{file.stem}.png"
         if path.exists() and boxes:
             photos[path] = np.array(boxes)
-    for row in csv.DictReader((folder / "example.csv").open()):
-        path = folder / row["image_path"]
-        if path not in photos:
-            rows = [
-                r for r in csv.DictReader((folder / "example.csv").open()) if r["image_path"] == path.name
-            ]
-            photos[path] = np.array(
-                [[float(r[side]) for side in ("xmin", "ymin", "xmax", "ymax")] for r in rows]
-            )
+    listed: dict[Path, list[list[float]]] = {}
+    with (folder / "example.csv").open() as file:
+        for row in csv.DictReader(file):
+            corners = [float(row[side]) for side in ("xmin", "ymin", "xmax", "ymax")]
+            listed.setdefault(folder / row["image_path"], []).append(corners)
+    photos = {path: np.array(boxes) for path, boxes in listed.items()} | photos
     return [Photo(path, boxes) for path, boxes in photos.items()]
 
 
@@ -172,16 +169,6 @@ def train(
     return run_training(TrainConfig(**options))
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval; the half width is infinite for a single value."""
-    mean = sum(differences) / len(differences)
-    freedom = len(differences) - 1
-    if freedom < 1:
-        return mean, math.inf
-    spread = math.sqrt(sum((value - mean) ** 2 for value in differences) / freedom)
-    return mean, T_QUANTILE.get(freedom, 2.0) * spread / math.sqrt(len(differences))
-
-
 def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Each side takes the learning rate that gives it the best mean over the seeds; seeds are paired."""
     rates = sorted({row["learning_rate"] for row in rows})
@@ -196,12 +183,12 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
             best = max(rates, key=lambda rate: float(np.mean(list(by_rate[rate].values()))))
             sides[side] = (best, by_rate[best])
         seeds = sorted(sides["distilled"][1])
-        mean, half = interval([sides["distilled"][1][s] - sides["control"][1][s] for s in seeds])
+        gain = mean_with_interval(metric, [sides["distilled"][1][s] - sides["control"][1][s] for s in seeds])
         result[metric] = {
             "distilled": float(np.mean([sides["distilled"][1][s] for s in seeds])),
             "control": float(np.mean([sides["control"][1][s] for s in seeds])),
-            "difference": mean,
-            "interval_95": half if math.isfinite(half) else None,
+            "difference": gain.mean,
+            "interval_95": None if gain.high is None else gain.high - gain.mean,
             "learning_rates": {side: rate for side, (rate, _) in sides.items()},
             "seeds": len(seeds),
         }
@@ -214,7 +201,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="one seed, one learning rate, few epochs")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated")
     parser.add_argument("--learning-rates", default="0.002", help="the grid that each side chooses from")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--image-size", type=int, default=96, help="pixels, a multiple of 32")
@@ -249,14 +236,12 @@ def benchmark(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     data, store = work / f"tiles-{arguments.step}", work / f"tiles-{arguments.step}.zarr"
     started = time.perf_counter()
     counts = write_data_set(data, photos, arguments.step)
-    if not store.exists():
-        extract(data, store)
+    extract(data, store)
     extraction = time.perf_counter() - started
     rows = []
     for seed in map(int, arguments.seeds.split(",")):
         for rate in map(float, arguments.learning_rates.split(",")):
-            name = f"step{arguments.step}-epochs{arguments.epochs}-seed{seed}-lr{rate}"
-            summary = train(store, work / name, seed, rate, arguments)
+            summary = train(store, work / run_name(arguments, seed, rate), seed, rate, arguments)
             rows.append(
                 {
                     "seed": seed,
@@ -277,6 +262,14 @@ def benchmark(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "runs": rows,
         "comparison": compare(rows),
     }
+
+
+def run_name(arguments: argparse.Namespace, seed: int, learning_rate: float) -> str:
+    """The folder of one training in --work: all that it depends on, so that other settings never find it."""
+    return (
+        f"step{arguments.step}-size{arguments.image_size}-epochs{arguments.epochs}-{arguments.levels}"
+        f"-soft{arguments.soft:g}-foreground{arguments.foreground:g}-seed{seed}-lr{learning_rate:g}"
+    )
 
 
 def print_report(result: dict[str, Any]) -> None:
