@@ -39,8 +39,10 @@ class PipeSender:
 
 
 def read_calls(descriptor: int) -> Iterator[Call]:
-    """The calls that come through a pipe until its other end is closed."""
+    """The calls that come through a pipe until its other end is closed; one cut off by a kill is no call."""
     with os.fdopen(descriptor, "rb") as stream:
         for line in stream:
+            if not line.endswith(b"\n"):
+                return
             fields: dict[str, Any] = json.loads(line)
             yield Call(**fields)

@@ -22,7 +22,7 @@ def main() -> None:
     sender = PipeSender(int(pipe)) if pipe else None
     calls = TaskCalls(os.environ.pop(TASK_VARIABLE))
     text = sys.stdin.read()
-    with StopRequest() as stop:
+    with StopRequest(patient=True) as stop:
         leave(train(text, sender, calls, stop))
 
 

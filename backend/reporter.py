@@ -21,6 +21,11 @@ from console.log import get_logger
 
 log = get_logger("report")
 
+# Seconds that the thread may take to notice that its deadline has passed.
+LATE_S = 0.2
+# Seconds of the closing time that a call already under way may take, at most.
+ANSWER_S = 0.5
+
 
 class Client(Protocol):
     """What delivers one call (`HttpClient`)."""
@@ -62,6 +67,7 @@ class Reporter:
         self.failures = 0
         self.pause_until = 0.0
         self.started_closing = self.deadline = float("inf")
+        self.current: Waiting | None = None
         self.ended = False
         self.thread = threading.Thread(target=self.run, name="platform-reporter", daemon=True)
         self.thread.start()
@@ -77,19 +83,38 @@ class Reporter:
             self.changed.notify()
 
     def close(self, timeout_s: float) -> bool:
-        """Deliver what is waiting within `timeout_s` seconds, then stop; True when nothing was lost.
+        """Deliver what is waiting within `timeout_s` seconds, then stop; True when nothing was lost."""
+        self.start_closing(timeout_s)
+        self.wait(timeout_s + LATE_S)
+        return self.finish()
 
-        Later calls are ignored. A call that a stalled server holds longer than that is cut off.
+    def start_closing(self, timeout_s: float) -> None:
+        """From now on all that counts is to deliver what is waiting within `timeout_s` seconds.
+
+        Called again, it changes the time that is left. A call that a stalled server holds longer is cut off.
         """
         with self.changed:
             now = time.monotonic()
             self.started_closing, self.deadline, self.pause_until = now, now + timeout_s, 0.0
             for item in self.queue:
                 item.not_before = 0.0
-            self.changed.notify()
-        if timeout_s < self.patience.call_s:
+            self.changed.notify_all()
+            if timeout_s < self.patience.call_s:
+                self.cut_off_stalled_call(min(ANSWER_S, timeout_s / 4))
+
+    def cut_off_stalled_call(self, patience_s: float) -> None:
+        """End the call under way, but not one that a good server is answering: it would be sent twice."""
+        current = self.current
+        if not self.changed.wait_for(lambda: current is None or self.current is not current, patience_s):
             self.client.abort()
-        self.thread.join(timeout_s + 0.2)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` seconds; True when there is nothing left to wait for."""
+        self.thread.join(max(0.0, min(timeout_s, self.deadline + LATE_S - time.monotonic())))
+        return not self.thread.is_alive() or time.monotonic() >= self.deadline + LATE_S
+
+    def finish(self) -> bool:
+        """Give up what is still waiting; True when nothing was lost. Later calls are ignored."""
         with self.changed:
             self.ended = True
             self.give_up_all()
@@ -106,8 +131,11 @@ class Reporter:
                         return
                     self.changed.wait(self.time_to_wait())
                     item = self.next_item()
+                self.current = item
             outcome = self.client.deliver(item.call, self.time_for_call())
             with self.changed:
+                self.current = None
+                self.changed.notify_all()
                 if self.ended:
                     return
                 self.settle(item, outcome)

@@ -34,9 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PARENT_VARIABLE = "QWEN_DISTILL_PARENT"
 UNDELIVERED = "undelivered.jsonl"
 POLL_S = 0.05
-# After SIGTERM: the work may end by itself, then it is ended; the rest of four seconds is for the report.
-WORK_STOP_S = 3.2
-REPORT_STOP_S = 0.5
+# Seconds since SIGTERM: until then the work may end by itself, until then the report may take; four are promised.
+WORK_STOP_S = 2.8
+STOP_S = 3.4
+# What the shortest report gets, also when all of that is gone; and how long a process that was killed is waited for
+# (one inside a slow disk's fsync stays until that returns).
+REPORT_LEAST_S = 0.3
+KILLED_S = 0.2
 DEFAULT_CLOSE_S = 30.0
 CLOSE_VARIABLE = "QWEN_DISTILL_REPORT_SECONDS"
 
@@ -46,14 +50,18 @@ class Outlet(Protocol):
 
     def send(self, call: Call) -> None: ...
 
-    def close(self, timeout_s: float) -> bool: ...
+    def start_closing(self, timeout_s: float) -> None: ...
+
+    def wait(self, timeout_s: float) -> bool: ...
+
+    def finish(self) -> bool: ...
 
 
 def supervise(request: TaskRequest, words: Sequence[str]) -> int:
     """Run a task to its end and report it; the exit code for the platform."""
     close_s = closing_time()
     outlet = open_reporter(request)
-    with StopRequest() as stop:
+    with StopRequest(patient=True) as stop:
         return Supervisor(request, words, outlet, stop, close_s).run()
 
 
@@ -92,18 +100,17 @@ class Supervisor:
 
     def run(self) -> int:
         process, relay = self.start()
-        killed = self.wait(process)
+        returncode = self.wait(process)
         end_group(process.pid)
-        relay.join(timeout=0.5)
-        code = exit_code(process.returncode, self.stop, killed)
-        if not self.ended and code != 0:
-            self.outlet.send(self.calls.error(self.sudden_end(process.returncode, killed)))
-        delivered = self.outlet.close(REPORT_STOP_S if self.stop.requested else self.close_s)
+        relay.join(timeout=KILLED_S)
+        if not self.ended and returncode != 0:
+            self.outlet.send(self.calls.error(self.sudden_end(returncode)))
+        delivered = self.close_outlet()
         if not delivered:
             log.warning(
                 "platform: not everything was delivered, see %s", self.request.output_dir / UNDELIVERED
             )
-        return code
+        return exit_code(returncode, delivered, self.stop)
 
     def start(self) -> tuple[subprocess.Popen[bytes], threading.Thread]:
         """The working process, in a session of its own: signals reach it once, from here."""
@@ -133,27 +140,42 @@ class Supervisor:
                 self.outlet.send(call)
             self.ended = self.ended or call.closes
 
-    def wait(self, process: subprocess.Popen[bytes]) -> bool:
-        """Wait for the end; after a signal only for so long. True when it had to be killed."""
-        asked: float | None = None
+    def wait(self, process: subprocess.Popen[bytes]) -> int | None:
+        """Wait for the end, after a signal only for so long; the return code, None when it had to be killed."""
+        passed_on = False
         while process.poll() is None:
-            if self.stop.requested and asked is None:
-                asked = time.monotonic()
+            if self.stop.requested and not passed_on:
+                passed_on = True
                 log.info("stopping: saving a checkpoint")
                 process.send_signal(self.stop.signal_number)
-            if asked is not None and time.monotonic() - asked > WORK_STOP_S:
+            if since(self.stop) > WORK_STOP_S:
                 process.kill()
-                process.wait()
-                return True
-            if asked is None:
-                self.stop.wait(POLL_S)
-            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(KILLED_S)
+                return None
+            if passed_on:
                 time.sleep(POLL_S)
-        return False
+            else:
+                self.stop.wait(POLL_S)
+        return process.returncode
 
-    def sudden_end(self, returncode: int, killed: bool) -> str:
+    def close_outlet(self) -> bool:
+        """Deliver what is waiting; a signal shortens that, too. True when nothing was lost."""
+        hurried = self.stop.requested
+        self.outlet.start_closing(self.time_to_report())
+        while not self.outlet.wait(POLL_S):
+            if self.stop.requested and not hurried:
+                hurried = True
+                self.outlet.start_closing(self.time_to_report())
+        return self.outlet.finish()
+
+    def time_to_report(self) -> float:
+        """Seconds for the calls that are waiting: what a stop has left of its time, else what the operator allows."""
+        return max(REPORT_LEAST_S, STOP_S - since(self.stop)) if self.stop.requested else self.close_s
+
+    def sudden_end(self, returncode: int | None) -> str:
         """What to tell the platform when the working process could not."""
-        if killed or self.stop.requested:
+        if returncode is None or self.stop.requested:
             return "stopped; starting the task again goes on from the last checkpoint"
         if returncode == -9:
             return "the training process was killed (SIGKILL), as the system does when memory runs out: see the log"
@@ -162,14 +184,22 @@ class Supervisor:
         return f"the training process ended with exit code {returncode}: see the log"
 
 
+def since(stop: StopRequest) -> float:
+    """Seconds since the stop was requested, 0 when it was not."""
+    return 0.0 if stop.requested_at is None else time.monotonic() - stop.requested_at
+
+
 def end_group(leader: int) -> None:
     """End what the work may have left behind: decoding processes, data loaders, ranks."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
 
 
-def exit_code(returncode: int, stop: StopRequest, killed: bool) -> int:
-    """The platform's exit code: 128 + signal for a stop, as shells count; the work's own otherwise."""
-    if stop.requested and (killed or returncode != 0):
+def exit_code(returncode: int | None, delivered: bool, stop: StopRequest) -> int:
+    """The platform's exit code: 128 + signal for a stop, as shells count; the work's own otherwise.
+
+    A stop while a finished task waits for a bad server is a stop: the same command again reports once more.
+    """
+    if returncode is None or (stop.requested and not (returncode == 0 and delivered)):
         return stop.exit_code
     return 128 - returncode if returncode < 0 else returncode

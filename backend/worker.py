@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 
 from backend.calls import TaskCalls
@@ -21,6 +23,8 @@ from console.stop import Stopped, StopRequest
 log = get_logger("platform")
 
 PR_SET_PDEATHSIG = 1
+# Seconds after a stop until the end comes in any case; a supervisor that lives is quicker.
+ORPHAN_STOP_S = 6.0
 # What libraries would otherwise draw, download or send.
 QUIET = {
     "NO_COLOR": "1",
@@ -40,7 +44,9 @@ def main() -> None:
     # matplotlib, once for every Chinese character of every plot.
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
     sender = PipeSender(int(os.environ.pop(PIPE_VARIABLE)))
-    with StopRequest() as stop:
+    # The supervisor ends what takes too long; a second SIGTERM must not break off the saving.
+    with StopRequest(patient=True) as stop:
+        threading.Thread(target=end_in_any_case, args=(stop,), name="platform-end", daemon=True).start()
         follow_parent(int(os.environ.pop(PARENT_VARIABLE)), stop)
         code = work(read_request(sys.argv[1:]), sender, stop)
     leave(code)
@@ -52,6 +58,15 @@ def follow_parent(parent: int, stop: StopRequest) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         stop.set()
+
+
+def end_in_any_case(stop: StopRequest) -> None:
+    """The thread that ends this process and all it started when no supervisor is left to do it."""
+    stop.event.wait()
+    time.sleep(ORPHAN_STOP_S)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(stop.exit_code)
 
 
 def work(request: TaskRequest, sender: Sender, stop: StopRequest) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -23,11 +24,14 @@ class StopRequest:
     """While entered, SIGINT and SIGTERM set `requested` instead of ending the process.
 
     Loops look at `requested` between steps; code that waits can use `wait(timeout_s)`. A second signal ends
-    the process at once. Outside the main thread no handler can be installed: then only `set` requests a stop.
+    the process at once, unless it is `patient` because somebody else sees to it that it ends in time. Outside
+    the main thread no handler can be installed: then only `set` requests a stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self.patient = patient
         self.event = threading.Event()
+        self.requested_at: float | None = None  # time.monotonic() of the first request
         self.signal_number: int = signal.SIGTERM
         self.previous: dict[int, Any] = {}
 
@@ -42,6 +46,7 @@ class StopRequest:
 
     def set(self, signal_number: int = signal.SIGTERM) -> None:
         self.signal_number = signal_number
+        self.requested_at = self.requested_at or time.monotonic()
         self.event.set()
 
     def wait(self, timeout_s: float) -> bool:
@@ -49,7 +54,7 @@ class StopRequest:
         return self.event.wait(timeout_s)
 
     def handle(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.event.is_set():
+        if self.event.is_set() and not self.patient:
             os._exit(128 + signal_number)
         self.set(signal_number)
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.test_backend.platform_process import JAVA, SCRIPT, plain_environment, run_platform
-from tests.test_backend.platform_server import PlatformServer
+from tests.test_backend.platform_server import PlatformServer, Received
 from tests.test_backend.platform_site import Site
 
 # The platform's own way where there is a JDK, else the same from Python.
@@ -112,25 +110,38 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "epoch_time_s"} for record in records]
 
 
+def reported_epochs(calls: list[Received]) -> list[int]:
+    return [call.body["epoch"] for call in calls if call.kind == "history"]
+
+
+# Epochs of less than a tenth of a second, and so many that no delay lets a run end before it is stopped: each test
+# of a stop says what must hold wherever between two epochs, or within one, the stop arrived.
+QUICK_STUDENT: dict[str, object] = {"student_model": "timm:test_resnet"}
+LONG = 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parent", PARENTS)
 def test_a_stop_in_training_is_resumed_as_if_it_had_not_been(
     parent: str, words: Callable[..., list[str]], platform: PlatformServer, tmp_path: Path
 ) -> None:
-    options: dict[str, object] = {"epochs": 4, "lr_scheduler": "cosine", "workers": 1}
-    undisturbed = run_platform(words(platform, **options, output_dir=tmp_path / "undisturbed"))
-    assert undisturbed.code == 0, undisturbed.text
-    stopped = run_platform(words(platform, **options), stop_at="epoch 2/4", delay_s=0.1, parent=parent)
+    options: dict[str, object] = {**QUICK_STUDENT, "epochs": LONG, "lr_scheduler": "cosine", "workers": 1}
+    stopped = run_platform(words(platform, **options), stop_at=f"epoch 2/{LONG}", parent=parent)
     assert stopped.code == 143, stopped.text
     assert stopped.stop_s < 4
     assert not stopped.forced
     assert "stopped" in platform.of("error")[-1].query["errorMessage"]
     assert (tmp_path / "out" / "last.pt").exists()
-    before = len(platform.calls)
+    before = list(platform.calls)
     resumed = run_platform(words(platform, **options), parent=parent)
     assert resumed.code == 0, resumed.text
-    epochs = [call.body["epoch"] for call in platform.calls[before:] if call.kind == "history"]
-    assert epochs == [3, 4]
+    assert "going on with it" in resumed.text
+    first, second = reported_epochs(before), reported_epochs(platform.calls[len(before) :])
+    assert len(first) >= 2
+    assert second
+    assert first + second == list(range(1, LONG + 1))
+    undisturbed = run_platform(words(platform, **options, output_dir=tmp_path / "undisturbed"))
+    assert undisturbed.code == 0, undisturbed.text
     assert history(tmp_path / "out") == history(tmp_path / "undisturbed")
     ours, theirs = weights(tmp_path / "out"), weights(tmp_path / "undisturbed")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
@@ -141,13 +152,15 @@ def test_a_stop_in_training_is_resumed_as_if_it_had_not_been(
 def test_a_stop_in_extraction_is_resumed_as_if_it_had_not_been(
     parent: str, words: Callable[..., list[str]], platform: PlatformServer, tmp_path: Path
 ) -> None:
-    options: dict[str, object] = {"dataset_id": "big", "epochs": 1, "batch_size": 64, "image_size": 84}
+    """Extraction takes several seconds here, so that a stop after the teacher's line always falls into it."""
+    options: dict[str, object] = {**QUICK_STUDENT, "dataset_id": "big", "epochs": 1, "image_size": 112}
     cache = tmp_path / "cache"
     stopped = run_platform(
         words(platform, **options, cache_dir=cache), stop_at="^teacher", delay_s=0.5, parent=parent
     )
     assert stopped.code == 143, stopped.text
     assert stopped.stop_s < 4
+    assert not stopped.forced
     assert "stopped" in platform.of("error")[-1].query["errorMessage"]
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     resumed = run_platform(words(platform, **options, cache_dir=cache))
@@ -175,54 +188,89 @@ def same_features(one: Path, two: Path) -> bool:
     )
 
 
+def start(line: list[str]) -> subprocess.Popen[str]:
+    """The entry script, with its merged output to be read here."""
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *line],
+        env=plain_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def read_to(process: subprocess.Popen[str], part: str) -> str:
+    """The output up to the line that holds `part`."""
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if part in line:
+            return seen
+    raise AssertionError(f"no line with {part!r}: {seen}")
+
+
+def started_by(process: subprocess.Popen[str], module: str = "") -> list[psutil.Process]:
+    """The processes below one of ours, those that run `module` alone when one is named."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            words = child.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if not module or module in words:
+            found.append(child)
+    return found
+
+
 @pytest.mark.slow
 def test_two_tasks_at_once_extract_once(
     words: Callable[..., list[str]], platform: PlatformServer, tmp_path: Path
 ) -> None:
-    options: dict[str, object] = {"epochs": 1, "cache_dir": tmp_path / "cache", "dataset_id": "big"}
-    command = [sys.executable, str(SCRIPT)]
-    processes = [
-        subprocess.Popen(
-            [*command, *words(platform, **options, output_dir=tmp_path / name)],
-            env=plain_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name in ("one", "two")
-    ]
-    outputs = [process.communicate(timeout=250)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sum("extracting into the cache" in text for text in outputs) == 1
-    assert sum("taken from the cache" in text for text in outputs) == 1
-    (waiter,) = (text for text in outputs if "taken from the cache" in text)
-    assert "waiting for the features that another task extracts (task 7, process" in waiter
+    """The first is held where it extracts until the second waits for it: no luck is needed for them to meet."""
+    options: dict[str, object] = {**QUICK_STUDENT, "epochs": 1, "cache_dir": tmp_path / "cache"}
+    one = start(words(platform, **options, output_dir=tmp_path / "one"))
+    read_to(one, "extracting into the cache")
+    (worker,) = started_by(one, "backend.worker")
+    worker.suspend()
+    two = start(words(platform, **options, output_dir=tmp_path / "two"))
+    read_to(two, f"waiting for the features that another task extracts (task 7, process {worker.pid}")
+    worker.resume()
+    outputs = [process.communicate(timeout=250)[0] for process in (one, two)]
+    assert [one.returncode, two.returncode] == [0, 0], outputs
+    assert "features: taken from the cache" in outputs[1]
+    assert "extracting into the cache" not in outputs[1]
+    assert history(tmp_path / "one") == history(tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_when_the_platform_kills_the_process_nothing_goes_on(
     words: Callable[..., list[str]], platform: PlatformServer
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *words(platform, epochs=1000)],
-        env=plain_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "epoch 1/1000" in line:
-            break
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-    )
-    (worker,) = (int(word) for word in children.stdout.split())
-    os.kill(process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{worker}").exists()
+    process = start(words(platform, **QUICK_STUDENT, epochs=100_000, gpu_devices="cpu,cpu"))
+    read_to(process, "epoch 1/100000")
+    below = started_by(process)
+    assert {"backend.worker", "backend.rank"} <= {word for child in below for word in child.cmdline()}
+    process.kill()
+    _, alive = psutil.wait_procs(below, timeout=60)
+    # Nobody may be there to collect the dead.
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_breaks_nothing_off(
+    words: Callable[..., list[str]], platform: PlatformServer, tmp_path: Path
+) -> None:
+    process = start(words(platform, epochs=100_000))
+    read_to(process, "epoch 1/100000")
+    process.terminate()
+    read_to(process, "stopping")
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped" in platform.of("error")[-1].query["errorMessage"]
+    assert (tmp_path / "out" / "last.pt").exists()
 
 
 @pytest.mark.slow
@@ -241,16 +289,35 @@ def test_a_stalling_server_changes_nothing_but_the_report(
 
 
 @pytest.mark.slow
+def test_a_stop_while_a_stalling_server_holds_the_end_up(
+    words: Callable[..., list[str]], platform: PlatformServer, tmp_path: Path
+) -> None:
+    """All the work is done, a minute is given to the report, and the stop cuts that short: nothing is lost."""
+    platform.behaviour = "stall"
+    ended = run_platform(
+        words(platform, **QUICK_STUDENT),
+        stop_at="task 7: complete",
+        environment=plain_environment(QWEN_DISTILL_REPORT_SECONDS="60"),
+    )
+    assert ended.code == 143, ended.text
+    assert ended.stop_s < 4
+    lines = (tmp_path / "out" / "undelivered.jsonl").read_text().splitlines()
+    assert "complete" in {json.loads(line)["kind"] for line in lines}
+
+
+@pytest.mark.slow
 def test_several_devices_are_ranks_and_stop_together(
     words: Callable[..., list[str]], platform: PlatformServer, tmp_path: Path
 ) -> None:
-    options: dict[str, object] = {"gpu_devices": "cpu,cpu", "epochs": 4}
-    stopped = run_platform(words(platform, **options), stop_at="epoch 1/4", delay_s=0.1)
+    options: dict[str, object] = {**QUICK_STUDENT, "gpu_devices": "cpu,cpu", "epochs": LONG}
+    stopped = run_platform(words(platform, **options), stop_at=f"epoch 1/{LONG}")
     assert stopped.code == 143, stopped.text
     assert stopped.stop_s < 4
+    assert not stopped.forced
     resumed = run_platform(words(platform, **options))
     assert resumed.code == 0, resumed.text
-    assert [record["epoch"] for record in history(tmp_path / "out")] == [1, 2, 3, 4]
+    assert [record["epoch"] for record in history(tmp_path / "out")] == list(range(1, LONG + 1))
+    assert reported_epochs(platform.calls) == list(range(1, LONG + 1))
     assert platform.kinds()[-1] == "complete"
 
 
@@ -258,31 +325,11 @@ def test_several_devices_are_ranks_and_stop_together(
 def test_a_rank_that_dies_ends_the_training(
     words: Callable[..., list[str]], platform: PlatformServer
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *words(platform, gpu_devices="cpu,cpu", epochs=1000)],
-        env=plain_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if "epoch 1/1000" in line:
-            break
-    assert process.poll() is None, "".join(seen)
-    found = subprocess.run(["pgrep", "-f", "backend.rank"], capture_output=True, text=True, check=True)
-    ranks = [int(word) for word in found.stdout.split() if is_below(int(word), process.pid)]
+    process = start(words(platform, **QUICK_STUDENT, gpu_devices="cpu,cpu", epochs=100_000))
+    read_to(process, "epoch 1/100000")
+    ranks = started_by(process, "backend.rank")
     assert len(ranks) == 2
-    os.kill(ranks[-1], signal.SIGKILL)
-    assert "training failed, exit codes of the ranks" in process.communicate(timeout=60)[0]
+    ranks[-1].kill()
+    assert "training failed, exit codes of the ranks" in process.communicate(timeout=120)[0]
     assert process.returncode == 1
     assert "training failed" in platform.of("error")[-1].query["errorMessage"]
-
-
-def is_below(pid: int, ancestor: int) -> bool:
-    """True when `ancestor` started the process, directly or not."""
-    while pid > 1 and pid != ancestor:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return pid == ancestor
