@@ -54,7 +54,8 @@ def train(
     if gpu_devices and options.get("device") is None:
         options["device"] = devices_from_numbers(gpu_devices)
     settings = load_config({"store": store, **options}, config)
-    if len(settings.devices) > 1 and "RANK" not in os.environ:
+    # ultralytics starts the processes of YOLO students.
+    if len(settings.devices) > 1 and "RANK" not in os.environ and settings.student_type != "yolov8":
         from train.engine.launch import launch_ranks
 
         raise typer.Exit(launch_ranks(sys.argv, settings.devices))

@@ -45,7 +45,7 @@ def evaluate_run(
         from train.engine.yolo.evaluate import evaluate_yolo
 
         return evaluate_yolo(
-            run, Path(store), split=split, batch_size=batch_size, device=device, data_root=data_root
+            run, store, split=split, batch_size=batch_size, device=device, data_root=data_root
         )
     config = load_config(
         {

@@ -18,25 +18,31 @@ from train.assemble import Built, build_training
 from train.checkpoint import BEST, LAST
 from train.config import TrainConfig
 from train.engine.distributed import barrier
-from train.engine.machine import build_accelerator, peak_memory, set_determinism
+from train.engine.machine import (
+    MEMORY_ADVICE,
+    OutOfMemoryError,
+    build_accelerator,
+    is_out_of_memory,
+    peak_memory,
+    set_determinism,
+)
 from train.engine.progress import Progress
 from train.engine.session import Session
 from train.engine.snapshot import StopWatch
-from train.errors import ConfigError, TrainError
+from train.errors import ConfigError
 from train.events import Observer, Observers
 from train.resolve import TrainingData, resolve_data, resolve_task
-from train.rundir import SUMMARY, prepare_run_folder, read_summary, write_config, write_json
-
-log = get_logger("train")
-
-MEMORY_ADVICE = (
-    "out of memory: in this order, try half the --batch-size with twice the --grad-accum-steps (--auto-batch does "
-    "that by itself), a smaller --image-size, a smaller student"
+from train.rundir import (
+    SUMMARY,
+    is_complete,
+    prepare_run_folder,
+    read_summary,
+    store_reference,
+    write_config,
+    write_json,
 )
 
-
-class OutOfMemoryError(TrainError):
-    """The device has too little memory for this configuration."""
+log = get_logger("train")
 
 
 @dataclass
@@ -103,12 +109,6 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> d
     return summary
 
 
-def is_complete(summary: Mapping[str, Any], config: TrainConfig) -> bool:
-    """Whether an earlier summary answers this command: as many epochs, and a control when one is wanted."""
-    enough = summary.get("complete", False) and summary.get("epochs", 0) >= config.epochs
-    return bool(enough) and (not config.control or "control" in summary)
-
-
 def train_student(
     config: TrainConfig,
     store: Any,
@@ -129,12 +129,6 @@ def train_student(
             if not config.auto_batch or config.batch_size < 2:
                 raise OutOfMemoryError(f"{MEMORY_ADVICE} (batch_size {config.batch_size})") from error
         config = halve_batch(config, folder)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    known = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
-    return known or "out of memory" in text or "can't allocate memory" in text
 
 
 def halve_batch(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -200,15 +194,6 @@ def resolved(built: Built, data: TrainingData, control: bool) -> dict[str, Any]:
         "precision": built.parts.accelerator.mixed_precision,
         "initial_weights": built.student.initial_weights.origin,
         "notes": built.notes,
-    }
-
-
-def store_reference(store: Any) -> dict[str, Any]:
-    return {
-        "path": str(store.path),
-        "fingerprint": store.fingerprint,
-        "teacher": store.manifest.teacher.name,
-        "random_teacher": store.manifest.teacher.random_weights,
     }
 
 

@@ -129,6 +129,22 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
+def is_complete(summary: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether an earlier summary answers this command: as many epochs, and a control when one is wanted."""
+    enough = summary.get("complete", False) and summary.get("epochs", 0) >= config.epochs
+    return bool(enough) and (not config.control or "control" in summary)
+
+
+def store_reference(store: Any) -> dict[str, Any]:
+    """What config.json and summary.json say about the store."""
+    return {
+        "path": store.location,
+        "fingerprint": store.fingerprint,
+        "teacher": store.manifest.teacher.name,
+        "random_teacher": store.manifest.teacher.random_weights,
+    }
+
+
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:

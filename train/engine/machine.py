@@ -14,6 +14,15 @@ from accelerate.state import AcceleratorState
 from train.config import TrainConfig
 from train.errors import TrainError
 
+MEMORY_ADVICE = (
+    "out of memory: in this order, try half the --batch-size with twice the --grad-accum-steps (--auto-batch does "
+    "that by itself), a smaller --image-size, a smaller student"
+)
+
+
+class OutOfMemoryError(TrainError):
+    """The device has too little memory for this configuration."""
+
 
 def choose_device(name: str) -> torch.device:
     """The torch device of `--device`. Raises TrainError when a GPU is asked for and absent."""
@@ -70,3 +79,9 @@ def peak_memory() -> dict[str, Any]:
     resident = peak / 2**20 if sys.platform == "darwin" else peak / 1024
     gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
     return {"peak_rss_mb": round(resident, 1), "peak_gpu_mb": None if gpu is None else round(gpu, 1)}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    known = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+    return known or "out of memory" in text or "can't allocate memory" in text

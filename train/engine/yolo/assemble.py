@@ -13,7 +13,13 @@ from store.reader import Store
 from train.config import TrainConfig
 from train.engine.adapters import apply_lora_options
 from train.engine.yolo.model import LEVELS, Distillation
-from train.engine.yolo.options import clip_norm, levels_of, mixes_images, ultralytics_arguments
+from train.engine.yolo.options import (
+    clip_norm,
+    levels_of,
+    mixes_images,
+    parse_settings,
+    ultralytics_arguments,
+)
 from train.engine.yolo.records import DetectionSplit, open_split
 from train.engine.yolo.trainer import TrainingJob
 from train.errors import ConfigError
@@ -30,11 +36,12 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     """
     size = parse_student_name(config.student).size
     names = class_names(config, store)
-    arguments = ultralytics_arguments(config) | {"model": f"yolov8{size}.yaml"} | device_arguments(config)
-    splits = open_splits(config, store, 2 if mixes_images(arguments) else 1)
+    devices = device_arguments(config)
+    splits = open_splits(config, store, 2 if mixes_images(parse_settings(config.yolo_settings)) else 1)
     config = fit_batch(config, len(splits["train"].records))
-    arguments["batch"] = config.batch_size
+    arguments = ultralytics_arguments(config) | {"model": f"yolov8{size}.yaml"} | devices
     student = build_trained_student(config, store, splits, len(names))
+    check_frozen(arguments.get("freeze"), student.network)
     trainable = {name for name, value in student.network.named_parameters() if value.requires_grad}
     return TrainingJob(
         config=config,
@@ -103,6 +110,20 @@ def build_trained_student(
     if config.distillation_type != "none":
         attach_teacher(config, network, store, splits)
     return student
+
+
+def check_frozen(freeze: Any, network: Any) -> None:
+    """ultralytics' `freeze` must name layers, and leave some to learn. Raises ConfigError when it does not."""
+    if freeze is None:
+        return
+    count = len(network.model)
+    layers = range(freeze) if isinstance(freeze, int) else freeze
+    known = isinstance(layers, (range, list)) and all(layer in range(count) for layer in layers)
+    if not known or (isinstance(freeze, int) and freeze < 0) or len(set(layers)) == count:
+        raise ConfigError(
+            f"yolo_settings freeze={freeze}: expected how many of the first layers to freeze, 0 to {count - 1}, or a "
+            f"list of some of the layers 0 to {count - 1}, such as freeze=[0,1,2]"
+        )
 
 
 def attach_teacher(

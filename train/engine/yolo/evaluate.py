@@ -17,7 +17,7 @@ from train.errors import TrainError
 
 def evaluate_yolo(
     run: Path,
-    store: Path,
+    store: str | Path,
     *,
     split: str = "val",
     batch_size: int = 16,
@@ -62,7 +62,7 @@ def evaluate_yolo(
     }
 
 
-def check_same_classes(ours: tuple[str, ...], theirs: tuple[str, ...], store: Path, run: Path) -> None:
+def check_same_classes(ours: tuple[str, ...], theirs: tuple[str, ...], store: str | Path, run: Path) -> None:
     if theirs[: len(ours)] != ours:
         raise TrainError(
             f"{store} has classes {', '.join(ours[:5])}, the student of {run} knows {', '.join(theirs[:5])}: evaluate on "

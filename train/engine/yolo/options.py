@@ -5,6 +5,7 @@ docs/detection.md lists the mapping for users.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from train.config import TrainConfig
@@ -27,6 +28,7 @@ UNSUPPORTED: dict[str, str] = {
     "compile": "ultralytics' trainer does not compile models that are distilled",
     "mixup_alpha": "use --yolo-settings mixup=PROBABILITY",
     "cutmix_alpha": "use --yolo-settings cutmix=PROBABILITY",
+    "dropout": "YOLOv8 has none",
     "freeze_encoder": "use --yolo-settings freeze=LAYERS",
     "attention_pooling": "that belongs to lstm students",
     "pretrained": "that needs a download; give a local file with --student-path",
@@ -63,9 +65,7 @@ SETTINGS = frozenset(
         "close_mosaic",
         "multi_scale",
         "rect",
-        "single_cls",
         "freeze",
-        "fraction",
         "max_det",
         "plots",
         "iou",
@@ -74,6 +74,8 @@ SETTINGS = frozenset(
         "channels_last",
     ]
 )
+
+COMMA = re.compile(r",(?![^\[(]*[\])])")  # not inside brackets
 
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -162,9 +164,9 @@ def clip_norm(config: TrainConfig) -> float:
     return config.max_grad_norm or float("inf")
 
 
-def mixes_images(arguments: dict[str, Any]) -> bool:
+def mixes_images(settings: dict[str, Any]) -> bool:
     """True when MixUp may blend two images into one pixel."""
-    return bool(arguments.get("mixup"))
+    return bool(settings.get("mixup"))
 
 
 def levels_of(config: TrainConfig) -> tuple[str, ...]:
@@ -182,22 +184,26 @@ def levels_of(config: TrainConfig) -> tuple[str, ...]:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """`mosaic=0.5,degrees=10` → a dictionary with values of ultralytics' types.
+    """`mosaic=0.5,freeze=[0,1]` → a dictionary, its values read and checked by ultralytics.
 
-    Raises ConfigError for an unknown name or a value that is not one.
+    Raises ConfigError for an unknown name or a value that ultralytics refuses.
     """
-    import yaml
+    from ultralytics.cfg import check_cfg, smart_value
 
     settings: dict[str, Any] = {}
     problems = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in filter(None, (part.strip() for part in COMMA.split(text))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or name not in SETTINGS:
             problems.append(
                 f"yolo_settings {part}: expected NAME=VALUE with a name of {', '.join(sorted(SETTINGS))}"
             )
             continue
-        settings[name] = yaml.safe_load(value)
+        settings[name] = smart_value(value)
     if problems:
         raise ConfigError("; ".join(problems))
+    try:
+        check_cfg(settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"yolo_settings {text}: {error}") from None
     return settings

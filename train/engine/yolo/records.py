@@ -57,17 +57,17 @@ def open_split(
     Raises TrainError when the split, its boxes, its images or (with `distil`) its grid are missing.
     """
     if name not in store:
-        raise TrainError(f"{store.path}: no split {name!r}, it has {', '.join(store.splits)}")
+        raise TrainError(f"{store.location}: no split {name!r}, it has {', '.join(store.splits)}")
     split = store[name]
     if BOXES not in split.names:
         raise TrainError(
-            f"{store.path}: the store has no boxes: YOLO students need a detection data set (cli extract --source "
+            f"{store.location}: the store has no boxes: YOLO students need a detection data set (cli extract --source "
             "yolo, coco or voc)"
         )
     reader = ImageReader(split, data_root or root_of(store))
     records = detection_records(store, split, raw=reader.kind == "raw")
     if not records:
-        raise TrainError(f"{store.path}: split {name!r} has no valid images")
+        raise TrainError(f"{store.location}: split {name!r} has no valid images")
     targets = teacher_targets(store, split, reader.kind == "raw", sources_per_cell) if distil else None
     return DetectionSplit(records, SourceImages(reader, image_size), targets)
 
@@ -128,12 +128,12 @@ def teacher_targets(store: Store, split: Split, raw: bool, sources_per_cell: int
     """Targets from the stored grid. Raises TrainError when there is none, or no statistics of it."""
     if GRID not in split.names:
         raise TrainError(
-            f"{store.path}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
+            f"{store.location}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
             "with --distillation-type none)"
         )
     statistics = split.statistics.get(GRID)
     if statistics is None:
-        raise TrainError(f"{store.path}: no statistics of {GRID}: run the extraction to its end")
+        raise TrainError(f"{store.location}: no statistics of {GRID}: run the extraction to its end")
     preprocessing = store.manifest.preprocessing
     side = preprocessing.image_size
     standardizer = TargetStandardizer(statistics.mean, statistics.std, split.scale.get(GRID))

@@ -7,31 +7,34 @@ last.pt, summary.json) and `ultralytics/` with what ultralytics writes (best.pt,
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from console.progress import Progress, track_progress
 from console.stop import Stopped, StopRequest
 from store.reader import Store, open_store
 from train.checkpoint import LAST, load_checkpoint
 from train.config import TrainConfig
+from train.engine.machine import MEMORY_ADVICE, OutOfMemoryError, is_out_of_memory
 from train.engine.snapshot import StopWatch
 from train.engine.yolo.offline import prepare_ultralytics
 from train.engine.yolo.options import check_options
-from train.errors import TrainError
+from train.errors import ConfigError, TrainError
 from train.events import Observer, Observers
-from train.rundir import SUMMARY, prepare_run_folder, read_summary, write_config, write_json
+from train.rundir import (
+    SUMMARY,
+    is_complete,
+    prepare_run_folder,
+    read_summary,
+    store_reference,
+    write_config,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
-
-MEMORY_ADVICE = (
-    "out of memory: in this order, try half the --batch-size with twice the --grad-accum-steps (--auto-batch does "
-    "that by itself), a smaller --image-size, a smaller student"
-)
 
 
 def run_yolo(
@@ -44,6 +47,9 @@ def run_yolo(
     """
     prepare_ultralytics()
     check_options(config)
+    check_own_process()
+    if config.distillation_type == "hybrid":
+        log.info("distillation_type hybrid: YOLO students learn features; there is no logit term")
     store = open_store(config.store)
     group = Observers(observers)
     folder = prepare_run_folder(config)
@@ -54,23 +60,34 @@ def run_yolo(
     with nullcontext(stop) if stop is not None else StopRequest() as request:
         summary = train_yolo(config, store, folder, request, group)
         if config.control:
-            summary["control"] = run_control(config, store, folder, request, summary["metrics"])
+            summary["control"] = run_control(config, store, folder, request, summary)
     write_json(folder / SUMMARY, summary)
     group.finished(summary)
     return summary
 
 
-def is_complete(summary: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether an earlier summary answers this command: as many epochs, and a control when one is wanted."""
-    enough = summary.get("complete", False) and summary.get("epochs", 0) >= config.epochs
-    return bool(enough) and (not config.control or "control" in summary)
+def check_own_process() -> None:
+    """Raises ConfigError inside torchrun: ultralytics starts the processes of several GPUs by itself."""
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigError(
+            "YOLO students start their own process for each GPU: run cli train without torchrun or accelerate launch, "
+            "with --device cuda:0,cuda:1"
+        )
 
 
 def run_control(
-    config: TrainConfig, store: Store, folder: Path, stop: StopRequest, metrics: dict[str, float]
+    config: TrainConfig, store: Store, folder: Path, stop: StopRequest, main: dict[str, Any]
 ) -> dict[str, Any]:
     """The same student, seed, images and schedule on the task loss alone, at weight 1, in RUN/control."""
-    control = config.replace(distillation_type="none", out=folder / "control", control=False)
+    # Batches as the main run ended up with, in case it ran out of memory.
+    batch, metrics = main["batch_size"], main["metrics"]
+    control = config.replace(
+        distillation_type="none",
+        out=folder / "control",
+        control=False,
+        batch_size=batch,
+        grad_accum_steps=config.grad_accum_steps * max(config.batch_size // batch, 1),
+    )
     control.out.mkdir(exist_ok=True)
     found = train_yolo(control, store, control.out, stop, Observers())
     return {
@@ -95,7 +112,10 @@ def train_yolo(
     job = build_job(config, folder, store, state)
     trainer = StoreTrainer(job)
     write_config(
-        folder, config, {"task": "detection", "ultralytics": trainer_arguments(trainer)}, reference(store)
+        folder,
+        config,
+        {"task": "detection", "ultralytics": trainer_arguments(trainer)},
+        store_reference(store),
     )
     recorder = Recorder(folder, job.config, describe_run(job), observer, first_epoch)
     batches = -(-len(job.splits["train"].records) // job.config.batch_size)
@@ -109,11 +129,11 @@ def train_yolo(
             job.batch_finished = count_batches(stop, progress, folder, watching)
             job.epoch_finished = announce_epochs(recorder.epoch_finished, progress)
             trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise TrainError(f"{MEMORY_ADVICE} (batch_size {job.config.batch_size})") from error
     except TrainError as error:
         raise type(error)(last_line(str(error))) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"{MEMORY_ADVICE} (batch_size {trainer.batch_size})") from error
         if stop.requested:  # a signal to the whole group ended loader workers first
             raise Stopped(stopped_message(folder), stop.exit_code) from error
         raise
@@ -148,16 +168,6 @@ def trainer_arguments(trainer: Any) -> dict[str, Any]:
     return {
         n: v if isinstance(v, (int, float, bool, list)) or v is None else str(v)
         for n, v in vars(trainer.args).items()
-    }
-
-
-def reference(store: Store) -> dict[str, Any]:
-    teacher = store.manifest.teacher
-    return {
-        "path": store.location,
-        "fingerprint": store.fingerprint,
-        "teacher": teacher.name,
-        "random_teacher": teacher.random_weights,
     }
 
 

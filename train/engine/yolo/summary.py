@@ -10,6 +10,7 @@ from train.config import TrainConfig
 from train.engine.machine import peak_memory
 from train.engine.yolo.recorder import METRICS
 from train.measure import measure_latency
+from train.rundir import store_reference
 from train.students.catalog import count_macs
 
 
@@ -21,7 +22,6 @@ def summarise(
     best = next(record for record in records if record["epoch"] == content["epoch"])
     train_time = sum(record["train_time_s"] for record in records)
     images = len(trainer.job.splits["train"].records) * len(records)
-    manifest = store.manifest
     return {
         "student": student.spec.name,
         "task": "detection",
@@ -33,18 +33,13 @@ def summarise(
         "per_class": per_class(trainer),
         "exported": {name: trainer.export_metrics.get(key) for name, key in METRICS.items()},
         "parameters": student.parameter_count(),
-        "trainable_parameters": trainer.trainable_parameters,
+        "trainable_parameters": trainer.job.trainable_parameters,
         "macs": count_macs(student),
         "latency_ms": measure_latency(student),
         "wall_time_s": round(sum(record["epoch_time_s"] for record in records), 3),
         "images_per_second": round(images / train_time, 2) if train_time else None,
         **peak_memory(),
-        "store": {
-            "path": store.location,
-            "fingerprint": store.fingerprint,
-            "teacher": manifest.teacher.name,
-            "random_teacher": manifest.teacher.random_weights,
-        },
+        "store": store_reference(store),
         "seed": config.seed,
         "batch_size": trainer.batch_size,
         "grad_accum_steps": getattr(trainer, "accumulate", None),

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from train.errors import TrainError
 from train.students.yolo import YoloStudent
 
 ULTRALYTICS_FOLDER = "ultralytics"
+OOM_RETRIES = 3  # how often ultralytics' loop halves the batch
 
 
 def ignore(trainer: Any) -> None:
@@ -61,18 +64,27 @@ class TrainingJob:
 
     def detector(self, network: Any) -> Any:
         """A copy of `network` (live or EMA) as ultralytics' plain model: no heads, LoRA merged."""
+        return plain_detector(self.merged(network))
+
+    def merged(self, network: Any) -> Any:
+        """`network` itself, or with LoRA a copy whose adapters are merged into the weights; heads stay."""
         if not self.config.lora_rank:
-            return plain_detector(network)
+            return network
         from train.lora import merge_lora
 
         merged: Any = merge_lora(YoloStudent(network, self.student.spec))
-        return plain_detector(merged.network)
+        return merged.network
 
     def freeze(self, network: Any) -> None:
         """Freeze again what does not learn; the trainer's set-up makes every parameter trainable."""
         for name, parameter in network.named_parameters():
             if self.trainable is not None and name not in self.trainable:
                 parameter.requires_grad_(False)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers learn, alignment heads included; counted once the trainer is set up."""
+        return sum(p.numel() for p in self.student.network.parameters() if p.requires_grad)
 
 
 class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
@@ -103,8 +115,8 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
 
             job = job_of_rank(Path((overrides or {})["project"]))
         self.job = job
-        folder = job.run / ULTRALYTICS_FOLDER
-        finished_rows = read_finished_rows(folder / "results.csv", job.state)
+        if job.state is not None and RANK == -1:
+            drop_later_rows(job.run / ULTRALYTICS_FOLDER / "results.csv", job.state["epoch"] + 1)
         overrides = {**job.arguments, "project": str(job.run.resolve()), "name": ULTRALYTICS_FOLDER}
         super().__init__(overrides=overrides)
         self.args.workers = job.workers  # on CPUs ultralytics sets 0
@@ -112,11 +124,8 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
             self.wdir.rmdir()
         self.wdir = self.save_dir
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
-        if finished_rows:
-            self.csv.write_text(finished_rows, encoding="utf-8")
         self.batches_done = self.batches_pending = 0
         self.train_seconds = 0.0
-        self.trainable_parameters = 0
         self.evaluating_export = False
         self.export_metrics: dict[str, float] = {}
 
@@ -166,17 +175,28 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
     # Model -----------------------------------------------------------------------------------------------------
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        return self.set_model_names_for_load(self.job.student.network)
+        network = self.job.student.network
+        if self.job.trainable is not None:
+            # The trainer would do it, with a warning for every layer; `_build_train_pipeline` freezes again.
+            network.requires_grad_(True)
+        return self.set_model_names_for_load(network)
 
     def _build_train_pipeline(self) -> None:
         """Called right after the trainer has made every frozen parameter trainable."""
-        model = unwrap_model(self.model)
-        self.job.freeze(model)
+        self.job.freeze(unwrap_model(self.model))
         for split in self.job.splits.values():
             if split.targets is not None:
                 split.targets.to(self.device)
-        self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        super()._build_train_pipeline()
+        try:
+            super()._build_train_pipeline()
+        except ValueError as error:
+            raise TrainError(
+                f"batch_size {self.batch_size}, image_size {self.args.imgsz}: {error}"
+            ) from error
+
+    def check_resume(self, overrides: Any) -> None:
+        """There is no ultralytics checkpoint to go on from; `resume` makes it keep its folder and results.csv."""
+        self.resume = self.args.resume = self.job.state is not None
 
     def resume_training(self, ckpt: Any) -> None:
         """From our own full-precision state; ultralytics' resume would start from a half-precision EMA."""
@@ -213,7 +233,8 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
 
     def on_train_batch_start(self) -> None:
         # The loop halves the batch by itself after running out of memory, unless it has tried often enough.
-        self._oom_retries = 0 if self.job.config.auto_batch else 3
+        if not self.job.config.auto_batch:
+            self._oom_retries = OOM_RETRIES
 
     def on_train_batch_end(self) -> None:
         self.batches_done += 1
@@ -244,6 +265,11 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         if not self.evaluating_export and RANK in (-1, 0):
             self.job.epoch_finished(self)
 
+    def validate(self) -> Any:
+        """ultralytics' validation of the EMA, LoRA merged: what is measured is what is saved."""
+        with self.ema_replaced_by(self.job.merged):
+            return super().validate()
+
     # Files -----------------------------------------------------------------------------------------------------
 
     @property
@@ -251,27 +277,54 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         return bool(self.best_fitness == self.fitness)
 
     def save_model(self) -> bool:
-        """ultralytics' checkpoints of its own plain model, each replaced at once when it is complete."""
-        live, last, best = self.ema.ema, self.last, self.best
-        self.ema.ema = self.job.detector(live)
-        self.last, self.best = last.with_suffix(".partial"), best.with_suffix(".partial-best")
-        try:
+        """ultralytics' checkpoints of its own plain model."""
+        with self.ema_replaced_by(self.job.detector), self.replacing_checkpoints():
             super().save_model()
-            for partial, file in ((self.last, last), (self.best, best)):
-                if partial.exists():
-                    os.replace(partial, file)
-        finally:
-            self.ema.ema, self.last, self.best = live, last, best
         return True
 
     def final_eval(self) -> None:
-        """ultralytics' validation of its finished best.pt."""
+        """ultralytics strips best.pt and last.pt of what only training needs, and validates best.pt."""
         self.evaluating_export = True
         try:
-            super().final_eval()
+            if RANK == -1:
+                with self.replacing_checkpoints(copy=True):
+                    super().final_eval()
+            else:
+                super().final_eval()
         finally:
             self.evaluating_export = False
         self.export_metrics = {name: float(value) for name, value in (self.metrics or {}).items()}
+
+    @contextmanager
+    def ema_replaced_by(self, change: Callable[[Any], Any]) -> Iterator[None]:
+        """Inside, the averaged model is what `change` makes of it."""
+        live = self.ema.ema
+        self.ema.ema = change(live)
+        try:
+            yield
+        finally:
+            self.ema.ema = live
+
+    @contextmanager
+    def replacing_checkpoints(self, copy: bool = False) -> Iterator[None]:
+        """Inside, ultralytics writes partial files (`copy`: of the present ones); then they take their places at once.
+
+        ultralytics writes in place; killed in the middle of it, a run could not be finished any more.
+        """
+        last, best = self.last, self.best
+        partial = {file: file.with_name(f"partial-{file.name}") for file in (last, best)}
+        for file, written in partial.items():
+            written.unlink(missing_ok=True)
+            if copy and file.exists():
+                shutil.copyfile(file, written)
+        self.last, self.best = partial[last], partial[best]
+        try:
+            yield
+            for file, written in partial.items():
+                if written.exists():
+                    os.replace(written, file)
+        finally:
+            self.last, self.best = last, best
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
         """ultralytics would go on from its half-precision EMA, silently; the epoch's seed would bring it here again."""
@@ -305,10 +358,10 @@ def start_seeded_worker(worker: int) -> None:
     start_worker(worker)
 
 
-def read_finished_rows(file: Path, state: dict[str, Any] | None) -> str:
-    """The rows of results.csv up to the epoch that is resumed from, with the header; empty for a new run."""
-    if state is None or not file.exists():
-        return ""
+def drop_later_rows(file: Path, epochs: int) -> None:
+    """Keep results.csv's header and its rows of the first `epochs` epochs: a resumed run writes the others again."""
+    if not file.exists():
+        return
     header, *rows = file.read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if int(row.split(",", 1)[0]) <= state["epoch"] + 1]
-    return "\n".join([header, *kept]) + "\n"
+    kept = [row for row in rows if int(row.split(",", 1)[0]) <= epochs]
+    file.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
