@@ -239,3 +239,26 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
         return load_config({**defaults, **options})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def yolo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detection store of ten training and four validation images."""
+    from tests.test_train.yolo_data import make_store as make_detection_store
+    from tests.test_train.yolo_data import scenes
+
+    path = tmp_path_factory.mktemp("yolo") / "store.zarr"
+    return make_detection_store(path, {"train": scenes(10, 0), "val": scenes(4, 1)})
+
+
+@pytest.fixture(scope="session")
+def yolo_run(yolo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A finished training that distils at two levels, with its control, and what an observer heard of it."""
+    pytest.importorskip("ultralytics")
+    from tests.test_train.yolo_runs import RUN_OPTIONS, Listener, make_config
+    from train.engine.yolo.run import run_yolo
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    listener = Listener()
+    run_yolo(make_config(yolo_store, out, control=True, **RUN_OPTIONS), [listener])
+    return out, listener

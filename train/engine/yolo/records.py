@@ -101,6 +101,8 @@ def detection_records(store: Store, split: Split, *, raw: bool) -> list[Detectio
         centred, kept = clean_boxes(normalised)
         dropped += int(len(kept) - kept.sum())
         records.append(DetectionRecord(row, key, width, height, centred, label[kept].astype(np.int64)))
+    if not any(len(record.boxes) for record in records):
+        log.warning("%s: no image has a box: nothing to learn or to measure", split.where)
     if dropped:
         log.warning("%s: %d boxes without area inside their image are ignored", split.where, dropped)
     return records

@@ -1,0 +1,144 @@
+"""A YOLO run that was interrupted, at any moment, ends as an uninterrupted one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from console.stop import Stopped, StopRequest
+from tests.test_train.yolo_runs import (
+    OPTIONS,
+    ROOT,
+    RUN_OPTIONS,
+    Crash,
+    Listener,
+    assert_equal,
+    crash_in,
+    learnt,
+    make_config,
+    metrics_of,
+)
+from train.checkpoint import load_checkpoint
+from train.engine.yolo.run import run_yolo
+from train.errors import ConfigError
+from train.events import SilentObserver
+
+pytest.importorskip("ultralytics")
+
+
+def test_resume_equals_an_uninterrupted_run(
+    yolo_run: tuple[Path, Listener], yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = yolo_run
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        crash_in(patched, 5)  # three batches an epoch: in the middle of the second
+        with pytest.raises(Crash):
+            run_yolo(make_config(yolo_store, out, **RUN_OPTIONS))
+    assert [record["epoch"] for record in metrics_of(out)] == [1]
+    summary = run_yolo(make_config(yolo_store, out, resume=True, **RUN_OPTIONS))
+    assert_equal(learnt(out), learnt(whole))
+    assert summary["metrics"] == json.loads((whole / "summary.json").read_text())["metrics"]
+    timing = {"epoch_time_s", "train_time_s"}
+    for one, other in zip(metrics_of(out), metrics_of(whole), strict=True):
+        assert {k: v for k, v in one.items() if k not in timing} == {
+            k: v for k, v in other.items() if k not in timing
+        }
+    files = [(folder / "ultralytics" / "results.csv").read_text().splitlines() for folder in (out, whole)]
+    resumed, uninterrupted = ([line.split(",")[2:] for line in file] for file in files)
+    assert resumed == uninterrupted
+
+
+def test_a_complete_run_is_not_repeated_and_a_taken_folder_is_refused(
+    yolo_run: tuple[Path, Listener], yolo_store: Path
+) -> None:
+    folder, listener = yolo_run
+    before = (folder / "last.pt").stat().st_mtime_ns
+    options = {"control": True, **RUN_OPTIONS}
+    assert run_yolo(make_config(yolo_store, folder, resume=True, **options)) == listener.summary
+    assert (folder / "last.pt").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="--resume to continue it, or --overwrite"):
+        run_yolo(make_config(yolo_store, folder, **options))
+    with pytest.raises(ConfigError, match="image_size 64 → 96"):
+        run_yolo(make_config(yolo_store, folder, resume=True, **{**options, "image_size": 96}))
+
+
+@pytest.mark.slow
+def test_interrupted_in_the_middle_of_finishing_the_checkpoints(
+    yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ultralytics rewrites best.pt and last.pt in place after the last epoch: here only half of it gets done."""
+    from ultralytics.engine import trainer
+
+    out = tmp_path / "out"
+
+    def write_half(file: Path, **_: Any) -> None:
+        file.write_bytes(file.read_bytes()[:1000])
+        raise Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "strip_optimizer", write_half)
+        with pytest.raises(Crash):
+            run_yolo(make_config(yolo_store, out, epochs=1))
+    before = learnt(out)
+    summary = run_yolo(make_config(yolo_store, out, epochs=1, resume=True))
+    assert summary["epochs_done"] == 1
+    assert_equal(learnt(out), before)
+    assert summary["exported"]["map50"] is not None
+
+
+def test_a_stop_request_ends_after_the_batch(yolo_store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop = StopRequest()
+
+    class StopAfterFirst(SilentObserver):
+        def epoch_end(self, record: dict[str, Any]) -> None:
+            stop.set(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="--resume continues after it") as stopped:
+        run_yolo(make_config(yolo_store, out), [StopAfterFirst()], stop)
+    assert stopped.value.exit_code == 143
+    assert len(metrics_of(out)) == 1
+    assert not (out / "summary.json").exists()
+    assert load_checkpoint(out / "last.pt")["epoch"] == 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from train.config import TrainConfig
+from train.engine.yolo import run as yolo_run
+kill_at, options = int(sys.argv[1]), eval(sys.argv[2])
+counted = yolo_run.count_batches
+def count(*arguments):
+    after_batch, seen = counted(*arguments), iter(range(1, 1000))
+    def finished(trainer):
+        after_batch(trainer)
+        if next(seen) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return finished
+yolo_run.count_batches = count
+yolo_run.run_yolo(TrainConfig(**options))
+"""
+
+
+@pytest.mark.slow
+def test_resume_after_kill_9_with_loader_workers(yolo_store: Path, tmp_path: Path) -> None:
+    def train(out: Path, kill_at: int, **changes: Any) -> int:
+        settings = "plots=false,close_mosaic=2,nbs=8"  # the resumed epoch is not the first without mosaic
+        options = {**OPTIONS, "store": str(yolo_store), "out": str(out), "workers": 2, **changes}
+        options["yolo_settings"] = settings
+        command = [sys.executable, "-c", KILLED, str(kill_at), repr(options)]
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+
+    assert train(tmp_path / "whole", 0) == 0
+    assert train(tmp_path / "killed", 8) == -signal.SIGKILL
+    assert train(tmp_path / "killed", 0, resume=True) == 0
+    assert_equal(learnt(tmp_path / "killed"), learnt(tmp_path / "whole"))
