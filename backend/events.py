@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +16,9 @@ from backend.pipe import Sender
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
-BEST_MODEL = "best_model.pt"
+BEST, BEST_MODEL, METRICS = "best.pt", "best_model.pt", "metrics.jsonl"
 EXTRACTION_EVERY_S = 2.0
+FOLLOW_EVERY_S = 2.0
 MEGABYTE = 1_000_000
 # The number that stands for a student's quality, by task: the first that a record has.
 ACCURACIES = ("top1", "map50", "miou", "probe_top1", "knn_top1")
@@ -49,17 +53,38 @@ def training_observers(config: TrainConfig, calls: TaskCalls, sender: Sender | N
     """The observer of a training, in the process that reports."""
     if sender is None:
         return []
-    return [TrainingEvents(calls, sender, config.epochs, config.out / BEST_MODEL)]
+    return [TrainingEvents(calls, sender, config.epochs, config.out)]
 
 
 class TrainingEvents:
-    """Hears the training (`train.events.Observer`) and reports each epoch and each better model."""
+    """Hears the training (`train.events.Observer`) and reports each epoch and each better model, each once.
 
-    def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int, best_model: Path) -> None:
-        self.calls, self.sender, self.total_epochs, self.best_model = calls, sender, total_epochs, best_model
+    An epoch is in last.pt before it is reported. Where a run ended just between the two, the one that goes on
+    finds an epoch in metrics.jsonl that was not there before, and reports it.
+    """
+
+    def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int, folder: Path) -> None:
+        self.calls, self.sender, self.total_epochs, self.folder = calls, sender, total_epochs, folder
+        self.reported = {int(record["epoch"]) for record in read_records(folder / METRICS)}
+        self.caught_up = False
 
     def epoch_end(self, record: dict[str, Any]) -> None:
-        epoch, accuracy = int(record["epoch"]), accuracy_of(record)
+        epoch = int(record["epoch"])
+        if not self.caught_up:
+            self.catch_up(epoch)
+        self.report(epoch, record)
+
+    def catch_up(self, before: int | None = None) -> None:
+        """Report what metrics.jsonl holds and nobody has reported: all of it, or the epochs `before` one."""
+        self.caught_up = True
+        for record in read_records(self.folder / METRICS):
+            epoch = int(record["epoch"])
+            if epoch not in self.reported and (before is None or epoch < before):
+                self.report(epoch, record)
+
+    def report(self, epoch: int, record: Mapping[str, Any]) -> None:
+        accuracy = accuracy_of(record)
+        self.reported.add(epoch)
         self.sender.send(
             self.calls.progress(
                 epoch=epoch,
@@ -72,17 +97,55 @@ class TrainingEvents:
         self.sender.send(self.calls.history(epoch=epoch, values=history_values(record, accuracy)))
 
     def checkpoint_saved(self, path: Path, epoch: int, is_best: bool) -> None:
-        if is_best:
-            from backend.checkpoints import publish
+        if is_best and path.name == BEST:
+            self.publish_best()
 
-            publish(path, self.best_model)
-            self.sender.send(self.calls.model_path(self.best_model.absolute()))
+    def publish_best(self) -> None:
+        """Make best.pt the platform's best_model.pt and say so, when it is not that already."""
+        from backend.checkpoints import publish, same_file
+
+        best, published = self.folder / BEST, self.folder / BEST_MODEL
+        if best.exists() and not same_file(best, published):
+            publish(best, published)
+            self.sender.send(self.calls.model_path(published.absolute()))
 
     def finished(self, summary: dict[str, Any]) -> None:
-        pass
+        self.catch_up()
 
     def failed(self, error: BaseException) -> None:
         pass
+
+
+@contextmanager
+def follow(events: TrainingEvents) -> Iterator[None]:
+    """While entered, report what other processes write to the run folder.
+
+    ultralytics starts the processes of several GPUs by itself, and no observer reaches them.
+    """
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(FOLLOW_EVERY_S):
+            events.catch_up()
+            events.publish_best()
+
+    thread = threading.Thread(target=look, name="platform-follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        events.catch_up()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The finished lines of a metrics.jsonl; none where there is no file."""
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def history_values(record: Mapping[str, Any], accuracy: float | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping as MappingType
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from backend.cache import FeatureCache, cache_key, teacher_digest
 from backend.calls import TaskCalls
 from backend.digests import digest_folder
 from backend.errors import PlatformError
-from backend.events import BEST_MODEL, ExtractionEvents, training_observers
+from backend.events import ExtractionEvents, TrainingEvents, follow, training_observers
 from backend.mapping import Mapping, data_splits
 from backend.pipe import PipeSender, Sender
 from backend.request import TaskRequest
@@ -144,18 +145,16 @@ class Task:
             return train_on_ranks(config, self.request.task_id, pipe, self.stop)
         from train.run import run_training
 
-        return dict(run_training(config, training_observers(config, self.calls, self.sender), self.stop))
+        observers = training_observers(config, self.calls, self.sender)
+        with follow(observers[0]) if len(config.devices) > 1 else nullcontext():
+            return dict(run_training(config, observers, self.stop))
 
     # -- the end ----------------------------------------------------------------------------------------
 
     def report(self, summary: dict[str, Any], store: Path) -> None:
         """Publish the best model, note the platform's part in summary.json, send the evaluation."""
-        from backend.checkpoints import publish, same_file
-
         folder = self.request.output_dir
-        if (folder / "best.pt").exists() and not same_file(folder / "best.pt", folder / BEST_MODEL):
-            publish(folder / "best.pt", folder / BEST_MODEL)
-            self.sender.send(self.calls.model_path((folder / BEST_MODEL).absolute()))
+        TrainingEvents(self.calls, self.sender, self.epochs, folder).publish_best()
         summary["platform"] = {"task_id": self.request.task_id, "notes": self.mapping.notes}
         write_summary(folder / SUMMARY, summary)
         metrics = summary.get("metrics") or {}

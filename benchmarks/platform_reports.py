@@ -111,7 +111,7 @@ def measure_blocking(epochs: int = 2000) -> dict[str, object]:
         reporter = Reporter(HttpClient(server.url), Path(folder) / "undelivered.jsonl")
         relay = threading.Thread(target=pass_on, args=(reading, reporter))
         relay.start()
-        events = TrainingEvents(TaskCalls("7"), PipeSender(writing), epochs, Path(folder) / "best_model.pt")
+        events = TrainingEvents(TaskCalls("7"), PipeSender(writing), epochs, Path(folder))
         times = []
         for epoch in range(1, epochs + 1):
             record = {"epoch": epoch, "train_loss": 0.5, "val_loss": 0.5, "top1": 0.5, "epoch_time_s": 1.0}

@@ -1,0 +1,109 @@
+"""What the training tells → calls: every epoch once, also over a resume or from another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from backend import events
+from backend.calls import Call, TaskCalls
+from backend.events import TrainingEvents, follow
+
+
+class Told:
+    """A sender that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.changed = threading.Condition()
+
+    def send(self, call: Call) -> None:
+        with self.changed:
+            self.calls.append(call)
+            self.changed.notify_all()
+
+    def epochs(self) -> list[int]:
+        return [call.body["epoch"] for call in self.calls if call.body and call.kind == "history"]
+
+    def paths(self) -> list[str]:
+        return [call.query["modelPath"] for call in self.calls if call.kind == "model-path"]
+
+    def wait_for(self, holds: Callable[[], bool]) -> bool:
+        with self.changed:
+            return self.changed.wait_for(holds, 30)
+
+
+def record(epoch: int) -> dict[str, Any]:
+    return {"epoch": epoch, "train_loss": 0.5, "val_loss": 0.4, "top1": 0.75, "epoch_time_s": 1.0}
+
+
+def write_metrics(folder: Path, *epochs: int, cut: str = "") -> None:
+    lines = "".join(json.dumps(record(epoch)) + "\n" for epoch in epochs)
+    (folder / "metrics.jsonl").write_text(lines + cut, "utf-8")
+
+
+def hear(folder: Path) -> tuple[TrainingEvents, Told]:
+    told = Told()
+    return TrainingEvents(TaskCalls("7"), told, 9, folder), told
+
+
+def test_an_epoch_is_one_progress_and_one_history(tmp_path: Path) -> None:
+    heard, told = hear(tmp_path)
+    heard.epoch_end(record(1))
+    progress, history = told.calls
+    assert progress.query == {"currentEpoch": 1, "accuracy": 75.0, "loss": 0.5}
+    assert history.body is not None
+    assert (history.body["valAccuracy"], history.body["trainAccuracy"]) == (75.0, None)
+
+
+def test_what_was_saved_but_not_reported_is_reported_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 1, 2, cut='{"epoch": 3, "tra')
+    heard, told = hear(tmp_path)
+    write_metrics(tmp_path, 1, 2, 3)  # as the checkpoint has them, when the run is restored
+    heard.epoch_end(record(4))
+    heard.epoch_end(record(5))
+    assert told.epochs() == [3, 4, 5]
+
+
+def test_also_when_it_was_the_last_epoch(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 1, 2)
+    heard, told = hear(tmp_path)
+    write_metrics(tmp_path, 1, 2, 3)
+    heard.finished({})
+    assert told.epochs() == [3]
+
+
+def test_an_epoch_that_is_repeated_after_a_kill_is_reported(tmp_path: Path) -> None:
+    """Its line was written, its checkpoint was not: the platform gets the epoch that counts."""
+    write_metrics(tmp_path, 1, 2, 3)
+    heard, told = hear(tmp_path)
+    write_metrics(tmp_path, 1, 2)
+    heard.epoch_end(record(3))
+    assert told.epochs() == [3]
+
+
+def test_only_best_pt_becomes_the_platforms_file_and_is_told_once(tmp_path: Path) -> None:
+    heard, told = hear(tmp_path)
+    for name in ("best.pt", "last.pt", "checkpoint_epoch_1.pt"):
+        (tmp_path / name).write_text(name)
+        heard.checkpoint_saved(tmp_path / name, 1, True)
+    heard.publish_best()
+    assert (tmp_path / "best_model.pt").read_text() == "best.pt"
+    assert told.paths() == [str(tmp_path / "best_model.pt")]
+
+
+def test_what_ranks_that_no_observer_reaches_write_is_followed(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(events, "FOLLOW_EVERY_S", 0.01)
+    heard, told = hear(tmp_path)
+    with follow(heard):
+        write_metrics(tmp_path, 1)
+        (tmp_path / "new.pt").write_text("weights")
+        os.replace(tmp_path / "new.pt", tmp_path / "best.pt")
+        assert told.wait_for(lambda: told.epochs() == [1] and len(told.paths()) == 1)
+        write_metrics(tmp_path, 1, 2)
+    assert told.epochs() == [1, 2]
+    assert len(told.paths()) == 1
