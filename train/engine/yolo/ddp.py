@@ -1,23 +1,34 @@
-"""Several GPUs through ultralytics' own DDP launcher. UNTESTED: written where no GPU was at hand.
+"""Several GPUs through ultralytics' own DDP launcher. Tested with two CPU processes; UNTESTED on GPUs: none was at hand.
 
 The launcher starts one process a GPU, each of which builds a `StoreTrainer` anew. What a rank needs is in the run
-folder: config.json, and last.pt when it is resumed. Rank 0 writes what a single process would write.
+folder: config.json, and last.pt when it is resumed. Rank 0 writes what a single process would write, and tells the
+launching process what happens through a file of events.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from console.progress import Progress, track_progress
+from console.stop import Stopped, StopRequest
 from store.reader import open_store
 from train.config import TrainConfig
-from train.engine.yolo.trainer import TrainingJob, ignore
-from train.events import SilentObserver
+from train.engine.snapshot import StopWatch
+from train.engine.yolo.trainer import TrainingJob
+from train.errors import TrainError
+from train.events import Observer, SilentObserver
 from train.rundir import CONFIG, METRICS
 
 log = logging.getLogger(__name__)
+EVENTS = ".events-of-ranks.jsonl"
+POLL_S = 0.5
 
 
 def job_of_rank(run: Path) -> TrainingJob:
@@ -27,22 +38,143 @@ def job_of_rank(run: Path) -> TrainingJob:
     from train.engine.yolo.assemble import build_job
     from train.engine.yolo.offline import prepare_ultralytics
     from train.engine.yolo.recorder import Recorder, describe_run
-    from train.engine.yolo.run import resume_state
+    from train.engine.yolo.state import resume_state
 
     prepare_ultralytics()
     options = json.loads((run / CONFIG).read_text(encoding="utf-8"))["options"]
     config = TrainConfig(**options)
     state = resume_state(run)
     job = build_job(config, run, open_store(config.store), state)
-    first_epoch = 0 if state is None else state["epoch"] + 1
-    job.epoch_finished = ignore
     if RANK in (-1, 0):
-        job.epoch_finished = Recorder(
-            run, config, describe_run(job), SilentObserver(), first_epoch
-        ).epoch_finished
+        first_epoch = 0 if state is None else state["epoch"] + 1
+        events = EventWriter(run / EVENTS)
+        recorder = Recorder(run, config, describe_run(job), events, first_epoch)
+        job.epoch_finished = recorder.epoch_finished
+
+        def training_finished(trainer: Any) -> None:
+            recorder.close()
+            events.training_finished(trainer)
+
+        job.training_finished = training_finished
     return job
 
 
-def records_of(run: Path) -> list[dict[str, Any]]:
-    """What rank 0 wrote to metrics.jsonl."""
-    return [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+class EventWriter(SilentObserver):
+    """Rank 0's observer: one line of JSON an event, for `EventReader` in the launching process."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def epoch_end(self, record: dict[str, Any]) -> None:
+        self.write(event="epoch_end", record=record)
+
+    def checkpoint_saved(self, path: Path, epoch: int, is_best: bool) -> None:
+        self.write(event="checkpoint_saved", path=str(path), epoch=epoch, is_best=is_best)
+
+    def training_finished(self, trainer: Any) -> None:
+        from train.engine.yolo.summary import ending_of
+
+        self.write(event="training_finished", ending=ending_of(trainer))
+
+    def write(self, **event: Any) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+class EventReader:
+    """Passes the events of rank 0 on to `observer` and `progress`; `ending` is what the last one said."""
+
+    def __init__(self, file: Path, observer: Observer, progress: Progress, batches: int) -> None:
+        """`batches`: of one epoch."""
+        self.file, self.observer, self.progress, self.batches = file, observer, progress, batches
+        self.position = 0
+        self.ending: dict[str, Any] | None = None
+
+    def poll(self) -> None:
+        """Pass on the lines that are complete by now."""
+        if not self.file.exists():
+            return
+        with self.file.open("rb") as file:
+            file.seek(self.position)
+            *lines, _ = file.read().split(b"\n")
+        for line in lines:
+            self.position += len(line) + 1
+            self.pass_on(json.loads(line))
+
+    def pass_on(self, event: dict[str, Any]) -> None:
+        if event["event"] == "epoch_end":
+            record = event["record"]
+            self.progress.advance(self.batches)
+            self.progress.note(f"epoch {record['epoch']}: mAP50 {record['map50'] or 0:.4f}")
+            self.observer.epoch_end(record)
+        elif event["event"] == "checkpoint_saved":
+            self.observer.checkpoint_saved(Path(event["path"]), event["epoch"], event["is_best"])
+        else:
+            self.ending = event["ending"]
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Inside, a thread polls; at the end everything has been passed on."""
+        done = threading.Event()
+
+        def follow() -> None:
+            while not done.wait(POLL_S):
+                self.poll()
+
+        thread = threading.Thread(target=follow, name="events-of-ranks", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.poll()
+
+
+def train_on_ranks(
+    trainer: Any, stop: StopRequest, observer: Observer, first_epoch: int, stopped_message: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Let ultralytics start the ranks and wait for them; returns the records of all epochs and `ending_of` rank 0.
+
+    Raises TrainError when a rank failed, Stopped after a signal, which ends the ranks as well.
+    """
+    job = trainer.job
+    events = job.run / EVENTS
+    events.unlink(missing_ok=True)
+    batches = -(-len(job.splits["train"].records) // job.config.batch_size)
+    total, done = job.config.epochs * batches, first_epoch * batches
+
+    def end_ranks() -> str:
+        end_children()
+        return str(stopped_message())
+
+    with (
+        StopWatch(stop, end_ranks),
+        track_progress(total, f"training {job.run.name}", "batches", done) as progress,
+    ):
+        reader = EventReader(events, observer, progress, batches)
+        try:
+            with reader.following():
+                trainer.train()
+        except subprocess.CalledProcessError as error:
+            if stop.requested:
+                raise Stopped(stopped_message(), stop.exit_code) from error
+            raise TrainError(
+                f"a process of ultralytics' DDP launcher failed (exit code {error.returncode}): its own error stands "
+                "above; --resume continues after the last finished epoch"
+            ) from error
+    events.unlink(missing_ok=True)
+    if reader.ending is None:
+        raise TrainError(
+            f"{job.run}: ultralytics' DDP launcher ended, but rank 0 did not finish the training"
+        )
+    lines = (job.run / METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], reader.ending
+
+
+def end_children() -> None:
+    """Ask the launcher to end; it ends its ranks."""
+    import psutil
+
+    for child in psutil.Process().children():
+        child.terminate()

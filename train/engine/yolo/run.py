@@ -16,7 +16,7 @@ from typing import Any
 from console.progress import Progress, track_progress
 from console.stop import Stopped, StopRequest
 from store.reader import Store, open_store
-from train.checkpoint import LAST, load_checkpoint
+from train.checkpoint import LAST
 from train.config import TrainConfig
 from train.engine.machine import MEMORY_ADVICE, OutOfMemoryError, is_out_of_memory
 from train.engine.snapshot import StopWatch
@@ -102,10 +102,10 @@ def train_yolo(
 ) -> dict[str, Any]:
     """One training in `folder`, from the start or after the epoch that its last.pt holds; returns its summary."""
     from train.engine.yolo.assemble import build_job
-    from train.engine.yolo.ddp import records_of
-    from train.engine.yolo.recorder import Recorder, describe_run
+    from train.engine.yolo.ddp import train_on_ranks
+    from train.engine.yolo.state import resume_state
     from train.engine.yolo.summary import summarise
-    from train.engine.yolo.trainer import StoreTrainer, close_loaders
+    from train.engine.yolo.trainer import StoreTrainer
 
     state = resume_state(folder)
     first_epoch = 0 if state is None else state["epoch"] + 1
@@ -117,16 +117,33 @@ def train_yolo(
         {"task": "detection", "ultralytics": trainer_arguments(trainer)},
         store_reference(store),
     )
-    recorder = Recorder(folder, job.config, describe_run(job), observer, first_epoch)
+    if trainer.ddp:
+        records, ending = train_on_ranks(
+            trainer, stop, observer, first_epoch, lambda: stopped_message(folder)
+        )
+    else:
+        records, ending = train_here(trainer, stop, observer, first_epoch)
+    return summarise(config, store, folder, job, records, ending)
+
+
+def train_here(
+    trainer: Any, stop: StopRequest, observer: Observer, first_epoch: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train in this process; returns the records of all epochs and `ending_of` the trainer."""
+    from train.engine.yolo.recorder import Recorder, describe_run
+    from train.engine.yolo.summary import ending_of
+    from train.engine.yolo.trainer import close_loaders
+
+    job = trainer.job
+    recorder = Recorder(job.run, job.config, describe_run(job), observer, first_epoch)
     batches = -(-len(job.splits["train"].records) // job.config.batch_size)
+    total, done = job.config.epochs * batches, first_epoch * batches
     try:
         with (
-            StopWatch(stop, lambda: stopped_message(folder)) as watching,
-            track_progress(
-                config.epochs * batches, f"training {folder.name}", "batches", first_epoch * batches
-            ) as progress,
+            StopWatch(stop, lambda: stopped_message(job.run)) as watching,
+            track_progress(total, f"training {job.run.name}", "batches", done) as progress,
         ):
-            job.batch_finished = count_batches(stop, progress, folder, watching)
+            job.batch_finished = count_batches(stop, progress, job.run, watching)
             job.epoch_finished = announce_epochs(recorder.epoch_finished, progress)
             trainer.train()
     except TrainError as error:
@@ -135,14 +152,12 @@ def train_yolo(
         if is_out_of_memory(error):
             raise OutOfMemoryError(f"{MEMORY_ADVICE} (batch_size {trainer.batch_size})") from error
         if stop.requested:  # a signal to the whole group ended loader workers first
-            raise Stopped(stopped_message(folder), stop.exit_code) from error
+            raise Stopped(stopped_message(job.run), stop.exit_code) from error
         raise
     finally:
         recorder.close()
         close_loaders(trainer)
-    if trainer.ddp:
-        return summarise(config, store, folder, trainer, records_of(folder))
-    return summarise(config, store, folder, trainer, recorder.records)
+    return recorder.records, ending_of(trainer)
 
 
 def last_line(text: str) -> str:
@@ -150,17 +165,6 @@ def last_line(text: str) -> str:
     if "Original Traceback" not in text:
         return text
     return text.strip().splitlines()[-1].partition(": ")[2]
-
-
-def resume_state(folder: Path) -> dict[str, Any] | None:
-    """What `last.pt` holds for going on, or None for a new run. Raises TrainError when it holds none."""
-    if not (folder / LAST).exists():
-        return None
-    state = load_checkpoint(folder / LAST).get("training")
-    if not isinstance(state, dict) or "ema" not in state:
-        raise TrainError(f"{folder / LAST} holds no state of a YOLO training: start again with --overwrite")
-    log.info("%s: resumed after epoch %d", folder, state["epoch"] + 1)
-    return state
 
 
 def trainer_arguments(trainer: Any) -> dict[str, Any]:

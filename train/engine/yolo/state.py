@@ -6,14 +6,18 @@ a function of seed and epoch (`epoch_seed`), so the epoch number is enough.
 
 from __future__ import annotations
 
+import logging
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from train.checkpoint import LAST, load_checkpoint
 from train.errors import TrainError
 
+log = logging.getLogger(__name__)
 STATE_VERSION = 1
 
 
@@ -27,6 +31,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def resume_state(folder: Path) -> dict[str, Any] | None:
+    """What `last.pt` holds for going on, or None for a new run. Raises TrainError when it holds none."""
+    if not (folder / LAST).exists():
+        return None
+    state = load_checkpoint(folder / LAST).get("training")
+    if not isinstance(state, dict) or "ema" not in state:
+        raise TrainError(f"{folder / LAST} holds no state of a YOLO training: start again with --overwrite")
+    log.info("%s: resumed after epoch %d", folder, state["epoch"] + 1)
+    return state
 
 
 def training_state(trainer: Any) -> dict[str, Any]:

@@ -9,19 +9,28 @@ from train.checkpoint import BEST, load_student_from_run
 from train.config import TrainConfig
 from train.engine.machine import peak_memory
 from train.engine.yolo.recorder import METRICS
+from train.engine.yolo.trainer import TrainingJob
 from train.measure import measure_latency
 from train.rundir import store_reference
 from train.students.catalog import count_macs
 
 
 def summarise(
-    config: TrainConfig, store: Any, run: Path, trainer: Any, records: list[dict[str, Any]]
+    config: TrainConfig,
+    store: Any,
+    run: Path,
+    job: TrainingJob,
+    records: list[dict[str, Any]],
+    ending: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of summary.json, without `control`. `records` are the lines of metrics.jsonl."""
+    """The content of summary.json, without `control`. `records` are the lines of metrics.jsonl.
+
+    `ending` is what `ending_of` said in the process that trained.
+    """
     student, content = load_student_from_run(run, BEST)
     best = next(record for record in records if record["epoch"] == content["epoch"])
     train_time = sum(record["train_time_s"] for record in records)
-    images = len(trainer.job.splits["train"].records) * len(records)
+    images = len(job.splits["train"].records) * len(records)
     return {
         "student": student.spec.name,
         "task": "detection",
@@ -30,20 +39,27 @@ def summarise(
         "epochs_done": len(records),
         "best_epoch": best["epoch"],
         "metrics": {name: best[name] for name in METRICS},
-        "per_class": per_class(trainer),
-        "exported": {name: trainer.export_metrics.get(key) for name, key in METRICS.items()},
         "parameters": student.parameter_count(),
-        "trainable_parameters": trainer.job.trainable_parameters,
+        "trainable_parameters": job.trainable_parameters,
         "macs": count_macs(student),
         "latency_ms": measure_latency(student),
         "wall_time_s": round(sum(record["epoch_time_s"] for record in records), 3),
         "images_per_second": round(images / train_time, 2) if train_time else None,
-        **peak_memory(),
         "store": store_reference(store),
         "seed": config.seed,
-        "batch_size": trainer.batch_size,
-        "grad_accum_steps": getattr(trainer, "accumulate", None),
+        **ending,
         "complete": True,
+    }
+
+
+def ending_of(trainer: Any) -> dict[str, Any]:
+    """What summary.json says that only the trainer knows, when it has ended: plain JSON types."""
+    return {
+        "per_class": per_class(trainer),
+        "exported": {name: trainer.export_metrics.get(key) for name, key in METRICS.items()},
+        "batch_size": trainer.batch_size,
+        "grad_accum_steps": trainer.accumulate,
+        **peak_memory(),
     }
 
 

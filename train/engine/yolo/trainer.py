@@ -46,7 +46,7 @@ class TrainingJob:
     `student.network` is what trains; `splits` are by name (train, val). `trainable`: names of the network's
     parameters that learn, None for all. `state` is what `training_state` gave, when resuming.
     `epoch_finished(trainer)` is called when an epoch is validated and its ultralytics files are written,
-    `batch_finished(trainer)` after each batch.
+    `batch_finished(trainer)` after each batch, `training_finished(trainer)` at the very end.
     """
 
     config: TrainConfig
@@ -61,6 +61,7 @@ class TrainingJob:
     state: dict[str, Any] | None = None
     epoch_finished: Callable[[Any], None] = ignore
     batch_finished: Callable[[Any], None] = ignore
+    training_finished: Callable[[Any], None] = ignore
 
     def detector(self, network: Any) -> Any:
         """A copy of `network` (live or EMA) as ultralytics' plain model: no heads, LoRA merged."""
@@ -294,6 +295,8 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         finally:
             self.evaluating_export = False
         self.export_metrics = {name: float(value) for name, value in (self.metrics or {}).items()}
+        if RANK in (-1, 0):
+            self.job.training_finished(self)
 
     @contextmanager
     def ema_replaced_by(self, change: Callable[[Any], Any]) -> Iterator[None]:
