@@ -24,9 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# The repository instead of this folder, whose files are named like packages and standard modules.
+# The repository before this folder, whose files are named like packages.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.remove(str(Path(__file__).resolve().parent))
 
 import numpy as np
 import psutil

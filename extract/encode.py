@@ -6,7 +6,9 @@ Shapes: `B` samples, `P` planes a sample (base image and K views, or T frames), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ from store.errors import DistillError
 log = get_logger("extract")
 
 FloatArray = npt.NDArray[np.float32]
+Part = TypeVar("Part")
 
 
 class OutOfMemory(DistillError):
@@ -60,13 +63,48 @@ class Pending:
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
 
 
+class AdaptiveBatch:
+    """Does work on a batch in parts of at most `limit` images, half as many whenever memory runs out.
+
+    halved: the limits that memory forced, in order.
+    """
+
+    def __init__(self, limit: int, device: torch.device, image_size: int) -> None:
+        self.limit, self.device, self.image_size = limit, device, image_size
+        self.halved: list[int] = []
+
+    def run(self, count: int, work: Callable[[slice], Part]) -> list[Part]:
+        """What `work` gives for each part of a batch of `count` images.
+
+        Raises:
+            OutOfMemory: when one image alone does not fit.
+        """
+        while True:
+            try:
+                return [work(slice(start, start + self.limit)) for start in range(0, count, self.limit)]
+            except torch.OutOfMemoryError:
+                self.halve(count)
+
+    def halve(self, count: int) -> None:
+        size = min(self.limit, count)
+        if size <= 1:
+            raise OutOfMemory(
+                f"out of memory on {self.device} with one image of {self.image_size} pixels: "
+                "use a smaller --image-size, --dtype bfloat16 or a device with more memory"
+            ) from None
+        self.limit = size // 2
+        self.halved.append(self.limit)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("out of memory on %s: going on with batches of %d", self.device, self.limit)
+
+
 class Encoder:
-    """Runs the teacher over decoded batches. `halved` counts how often out-of-memory halved the batch."""
+    """Runs the teacher over decoded batches."""
 
     def __init__(self, teacher: Teacher, job: DecodeJob, encoding: Encoding, batch_size: int) -> None:
         self.teacher, self.job, self.encoding = teacher, job, encoding
-        self.limit = batch_size
-        self.halved: list[int] = []
+        self.parts = AdaptiveBatch(batch_size, teacher.device, job.image_size)
         self.cuda = teacher.device.type == "cuda"
         self.depth = 1 if self.cuda else 0  # batches launched before the first result is asked for
 
@@ -134,39 +172,15 @@ class Encoder:
 
     def forward(self, images: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor]:
         """pooled float32 [B, D] and grid float32 [B, g, g, D] of uint8 [B, (frames,) 3, S, S]."""
-        while True:
-            try:
-                return self.forward_parts(images, inside)
-            except torch.OutOfMemoryError:
-                self.halve(images)
 
-    def forward_parts(self, images: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor]:
-        parts = []
-        for start in range(0, len(images), self.limit):
-            some = slice(start, start + self.limit)
+        def encode(some: slice) -> tuple[Tensor, Tensor]:
             out = self.teacher.encode(images[some], inside=None if inside is None else inside[some])
-            parts.append((out.pooled.float(), resample_grid(out.grid.float(), self.encoding.grid)))
+            return out.pooled.float(), resample_grid(out.grid.float(), self.encoding.grid)
+
+        parts = self.parts.run(len(images), encode)
         if len(parts) == 1:
             return parts[0]
         return torch.cat([pooled for pooled, _ in parts]), torch.cat([grid for _, grid in parts])
-
-    def halve(self, images: Tensor) -> None:
-        """Go on with half the batch, and say so.
-
-        Raises:
-            OutOfMemory: when the batch was one image already.
-        """
-        size = min(self.limit, len(images))
-        if size <= 1:
-            raise OutOfMemory(
-                f"out of memory on {self.teacher.device} with one image of {self.job.image_size} pixels: "
-                "use a smaller --image-size, --dtype bfloat16 or a device with more memory"
-            ) from None
-        self.limit = size // 2
-        self.halved.append(self.limit)
-        if self.cuda:
-            torch.cuda.empty_cache()
-        log.warning("out of memory on %s: going on with batches of %d", self.teacher.device, self.limit)
 
 
 def resample_grid(grid: Tensor, side: int) -> Tensor:

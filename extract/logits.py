@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from console.log import get_logger
-from console.stop import Stopped, StopRequest
+from console.stop import StopRequest
 from extract.config import ExtractConfig
 from extract.outcome import ExtractObserver, resume_command
+from extract.watchdog import Watchdog
 from store import format as names
 from store.errors import DistillError
 from store.extend import add_arrays
@@ -63,13 +64,14 @@ def add_logits(
     array = f"{names.LOGITS}/{config.logits}"
     if all(array in open_store(config.out)[split].names for split in open_store(config.out).splits):
         return None
-    if config.logits.startswith(ZERO_SHOT):
-        from extract.score import add_zero_shot
+    with Watchdog(stop, lambda: stopped_text(config)) as watchdog:
+        if config.logits.startswith(ZERO_SHOT):
+            from extract.score import add_zero_shot
 
-        add_zero_shot(config, observers, stop)
-        return None
-    log.info("fitting the linear probe, %d folds", FOLDS)
-    return vars(add_probe(config.out, seed=config.seed))
+            add_zero_shot(config, observers, stop, watchdog)
+            return None
+        log.info("fitting the linear probe, %d folds", FOLDS)
+        return vars(add_probe(config.out, seed=config.seed))
 
 
 # -- the probe ------------------------------------------------------------------------------------------
@@ -240,10 +242,9 @@ def write_logits(
     finalize_store(path, job=job)
 
 
-def raise_if_stopped(config: ExtractConfig, stop: StopRequest) -> None:
-    if stop.requested:
-        raise Stopped(
-            f"stopped while writing logits/{config.logits}; the features are complete. "
-            f"Go on with: {resume_command(config)}",
-            stop.exit_code,
-        )
+def stopped_text(config: ExtractConfig) -> str:
+    """What to say when a signal came while logits were written."""
+    return (
+        f"stopped while writing logits/{config.logits}; the features are complete. "
+        f"Go on with: {resume_command(config)}"
+    )

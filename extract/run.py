@@ -31,9 +31,8 @@ from store.writer import StoreWriter
 
 log = get_logger("extract")
 
-LISTING_S = 5.0
-
 LISTING_LOG_S = 5.0
+STOPPED_DRY_RUN = "stopped: a dry run writes nothing"
 
 
 def run_extraction(
@@ -47,9 +46,7 @@ def run_extraction(
     """
     with own_or(stop) as stop:
         if config.dry_run:
-            from extract.estimate import estimate
-
-            return estimate(config)
+            return dry_run(config, stop)
         if config.scheduler is not None or len(config.devices) > 1:
             from extract.cluster import run_on_cluster
 
@@ -61,6 +58,17 @@ def run_extraction(
 
             result.probe = add_logits(config, observers, stop)
         return result
+
+
+def dry_run(config: ExtractConfig, stop: StopRequest) -> ExtractResult:
+    """Sizes and times alone; nothing is written. Raises Stopped."""
+    from extract.estimate import estimate
+
+    with Watchdog(stop, lambda: STOPPED_DRY_RUN):
+        result = estimate(config)
+    if stop.requested:
+        raise Stopped(STOPPED_DRY_RUN, stop.exit_code)
+    return result
 
 
 @contextmanager
@@ -126,18 +134,6 @@ def open_data(config: ExtractConfig) -> Source:
     return source
 
 
-class ListingProgress:
-    """Says how many files were found so far, when listing takes long."""
-
-    def __init__(self) -> None:
-        self.said = time.monotonic()
-
-    def __call__(self, found: int) -> None:
-        if time.monotonic() - self.said >= LISTING_S:
-            self.said = time.monotonic()
-            log.info("listing: %s files found so far", f"{found:,}")
-
-
 def load(config: ExtractConfig) -> Teacher:
     """The teacher on the first device."""
     teacher = load_teacher(
@@ -180,12 +176,12 @@ class Run:
         self.total = sum(end - first for _, first, end in list_units(job))
         self.tell()
         with Session(self.task, self.teacher, job.batch_rows, decode_workers(self.config)) as session:
-            self.session = self.watchdog.session = session
+            self.session, self.watchdog.give_up = session, session.give_up
             started = time.monotonic()
             try:
                 self.encode_units(job)
             finally:
-                self.watchdog.session = None
+                self.watchdog.give_up = None
                 append_ledger(self.task.path, session.report.bad)
                 record_halving(self.task.path, session.report.halved)
         result.add(session.report.rows, time.monotonic() - started, session.report.halved)

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from console.stop import StopRequest
+from console.stop import Stopped, StopRequest
 from extract.config import ConfigError, ExtractConfig
+from extract.encode import AdaptiveBatch
 from extract.existing import adopt_rows
-from extract.logits import ZERO_SHOT, Floats, raise_if_stopped
+from extract.logits import ZERO_SHOT, Floats, stopped_text
 from extract.outcome import ExtractObserver
 from extract.planning import ExtractTask, make_task
 from extract.run import decode_workers, load, open_data
 from extract.teachers.zero_shot import ZeroShotScorer
+from extract.watchdog import Watchdog
 from extract.workers import DecodePool
 from store.extend import add_arrays
 from store.finalize import finalize_store
@@ -25,10 +29,13 @@ from store.format import logits_array
 from store.writer import StoreWriter
 
 
-def add_zero_shot(config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest) -> None:
+def add_zero_shot(
+    config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest, watchdog: Watchdog
+) -> None:
     """Write `logits/zero-shot` (or `zero-shot-calibrated`) [N, C]; an interrupted run goes on where it was.
 
     Raises:
+        Stopped: when a signal came, with the scores so far committed.
         ConfigError: for a teacher without a language model, or a data set without class names.
     """
     from extract.teachers.qwen2_5_vl import Qwen25VLTeacher, load_zero_shot
@@ -45,27 +52,35 @@ def add_zero_shot(config: ExtractConfig, observers: Sequence[ExtractObserver], s
     for split in task.splits:
         with StoreWriter(config.out, split, job=job) as writer:
             done += writer.next_row
-            for logits in score_split(config, task, writer, scorer):
+            for logits in score_split(config, task, writer, scorer, watchdog):
                 writer.append({array.name: logits}, valid=np.asarray(np.isfinite(logits).all(axis=1)))
                 done += len(logits)
                 for observer in observers:
                     observer.progress(done, total, "scoring")
                 if stop.requested:
                     writer.commit()
-                    raise_if_stopped(config, stop)
+                    raise Stopped(stopped_text(config), stop.exit_code)
     finalize_store(config.out, job=job)
 
 
 def score_split(
-    config: ExtractConfig, task: ExtractTask, writer: StoreWriter, scorer: ZeroShotScorer
+    config: ExtractConfig, task: ExtractTask, writer: StoreWriter, scorer: ZeroShotScorer, watchdog: Watchdog
 ) -> Iterator[Floats]:
     """Logits float32 [B, C] of the rows that are not written yet; NaN for bad images."""
     samples = task.splits[writer.split]
     cuts = ((first, samples.between(first, end)) for first, end in writer.batches())
     with DecodePool(task.job, writer.job.batch_rows, decode_workers(config)) as pool:
+        watchdog.give_up = lambda timeout_s: pool.abandon()
+        parts = AdaptiveBatch(writer.job.batch_rows, scorer.teacher.device, config.image_size)
         for batch in pool.batches(cuts):
-            logits = scorer.score_images(torch.from_numpy(batch.pixels[:, 0].copy()))
+            images = torch.from_numpy(batch.pixels[:, 0].copy())
             pool.release(batch)
-            values = logits.float().cpu().numpy()
+            logits = parts.run(len(images), partial(score_part, scorer, images))
+            values = torch.cat(logits).numpy()
             values[[result.reason is not None for result in batch.results]] = np.nan
             yield values
+
+
+def score_part(scorer: ZeroShotScorer, images: Tensor, some: slice) -> Tensor:
+    """Logits float32 [b, C] on the host of some of the images, uint8 [B, 3, S, S]."""
+    return scorer.score_images(images[some]).float().cpu()

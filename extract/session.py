@@ -51,7 +51,7 @@ class Session:
         self.task = task
         self.encoder = Encoder(teacher, task.job, task.encoding, batch_size)
         self.pool = DecodePool(task.job, batch_size, workers)
-        self.report = Report(halved=self.encoder.halved)
+        self.report = Report(halved=self.encoder.parts.halved)
         self.background: BackgroundWriter | None = None
 
     def encode(

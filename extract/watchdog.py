@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Protocol, Self
+from typing import Self
 
 from console.stop import StopRequest
 
@@ -15,22 +15,18 @@ COMMIT_S = 1.0
 POLL_S = 0.1
 
 
-class Interruptible(Protocol):
-    """What the watchdog needs of a session: a way to commit what the teacher has encoded."""
-
-    def give_up(self, timeout_s: float) -> None: ...
-
-
 class Watchdog:
     """While entered: once a stop is requested, the process ends within 4 seconds.
 
     Loading a teacher, a forward pass of a large one on a CPU, or a hanging network disk cannot be interrupted from
     Python. Their rows are not committed yet, so nothing is lost by leaving them: the next run encodes them again.
+    `give_up` is what is still to be done before the process ends, in at most so many seconds: commit what the teacher
+    has encoded, end the decoders.
     """
 
     def __init__(self, stop: StopRequest, message: Callable[[], str]) -> None:
         self.stop, self.message = stop, message
-        self.session: Interruptible | None = None
+        self.give_up: Callable[[float], None] | None = None
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="stop-watchdog", daemon=True)
 
@@ -40,8 +36,8 @@ class Watchdog:
                 return
         if self.over.wait(ORDERLY_S):
             return
-        if self.session is not None:
-            self.session.give_up(COMMIT_S)
+        if self.give_up is not None:
+            self.give_up(COMMIT_S)
         if self.over.is_set():
             return
         print(f"error: {self.message()}", file=sys.stderr, flush=True)

@@ -121,13 +121,11 @@ class DecodePool:
         self, chunk: Chunk, batch: DecodedBatch, waiting: Iterable[DecodedBatch]
     ) -> list[DecodedSample]:
         try:
-            if chunk.future is not None:
-                return chunk.future.result()
+            return self.result_of(chunk)
         except BrokenProcessPool:
             pass
         log.warning("a decoding process ended unexpectedly: starting it again")
-        self.executor.shutdown(wait=False, cancel_futures=True)
-        self.executor = self.start()
+        self.restart()
         results = self.isolate(chunk, batch.slab)
         for other in (batch, *waiting):
             for left in other.chunks:
@@ -142,14 +140,36 @@ class DecodePool:
             single = Chunk([sample], chunk.start + offset)
             self.submit_chunk(single, slab)
             try:
-                if single.future is None:
-                    raise DecodingFailed("decoding processes do not start: try --workers 0")
-                results += single.future.result()
+                results += self.result_of(single)
             except BrokenProcessPool:
                 slab.pixels[single.start] = 0
                 results.append(DecodedSample(reason="its decoding ended the process"))
-                self.executor = self.start()
+                self.restart()
         return results
+
+    def result_of(self, chunk: Chunk) -> list[DecodedSample]:
+        """Raises BrokenProcessPool when the chunk's decoding ended its process."""
+        if chunk.future is None:
+            raise BrokenProcessPool
+        return chunk.future.result()
+
+    def restart(self) -> None:
+        """New decoding processes in the place of broken ones.
+
+        Raises:
+            DecodingFailed: when they end before any image: then no image is to blame.
+        """
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.executor = self.start()
+        try:
+            with blocked_signals():
+                started = self.executor.submit(os.getpid)
+            started.result()
+        except BrokenProcessPool:
+            raise DecodingFailed(
+                "decoding processes end before they decode anything: use --workers 0 to decode in a thread; "
+                "a script that calls run_extraction needs `if __name__ == '__main__':`"
+            ) from None
 
     def close(self) -> None:
         """End the decoders at once (they hold nothing that is worth keeping) and give the buffers back."""

@@ -42,9 +42,17 @@ def time_order(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The frames of a clip that is a folder, in the order of time."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(files, key=lambda path: time_order(path.name))
+    """The frames of a clip that is a folder, in the order of time; hidden files are none.
+
+    Raises ImageError when the folder cannot be listed.
+    """
+    try:
+        files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from None
+    return sorted(
+        (path for path in files if not path.name.startswith(".")), key=lambda path: time_order(path.name)
+    )
 
 
 def clip_content(path: Path) -> bytes:

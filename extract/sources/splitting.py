@@ -62,26 +62,35 @@ def _content(samples: Samples, row: int) -> bytes | None:
 def join_splits(sources: Mapping[str, tuple[Source, str]], root: str) -> Source:
     """One source whose splits are data sets opened on their own, with a prefix for the keys of each.
 
-    Class folders that not every split has are united. Raises SourceError when the layouts or the class names
-    differ otherwise, or a data set has splits of its own.
+    Of a data set that has splits of its own, the one of that name is taken. Class folders that not every split has
+    are united. Raises SourceError when the layouts or the class names differ otherwise, or no split has the name.
     """
     first = next(source for source, _ in sources.values())
     for name, (source, _) in sources.items():
         if source.kind != first.kind:
             raise SourceError(f"split {name!r} is a {source.kind} data set, the first is {first.kind}")
-        if len(source.parts) > 1:
-            raise SourceError(
-                f"split {name!r} at {source.root} has splits of its own: {', '.join(source.parts)}"
-            )
     names = unite_names({name: source for name, (source, _) in sources.items()})
     parts = {}
     for name, (source, prefix) in sources.items():
-        (samples,) = source.parts.values()
+        samples = samples_of_split(name, source)
         classes = np.array([names.index(own) for own in source.class_names], np.int32)
         changed = None if source.class_names == names else classes
         parts[SPLIT_NAMES.get(name, name)] = Selection(samples, np.arange(len(samples)), prefix, changed)
     notes = tuple(dict.fromkeys(note for source, _ in sources.values() for note in source.notes))
     return replace(first, root=root, class_names=names, parts=parts, notes=notes)
+
+
+def samples_of_split(name: str, source: Source) -> Samples:
+    """What a data set gives for the split `name`: all it has, or its own split of that name. Raises SourceError."""
+    if len(source.parts) == 1:
+        (samples,) = source.parts.values()
+        return samples
+    own = source.parts.get(SPLIT_NAMES.get(name, name))
+    if own is None:
+        raise SourceError(
+            f"split {name!r} at {source.root}: it has other splits of its own: {', '.join(source.parts)}"
+        )
+    return own
 
 
 def unite_names(sources: Mapping[str, Source]) -> tuple[str, ...]:

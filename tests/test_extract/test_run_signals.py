@@ -20,20 +20,20 @@ from store.reader import open_store
 
 ROOT = Path(__file__).parents[2]
 
-# A teacher that encodes three batches at once, and then holds on to the fourth.
+# A teacher that answers so many calls at once (in an extraction the first takes the scales), and then hangs.
 HANGING = """
 import sys, time
 from extract.teachers.timm_encoder import TimmTeacher
-calls, encode, flag = [], TimmTeacher.encode, sys.argv[1]
+calls, encode, flag, answers = [], TimmTeacher.encode, sys.argv[1], int(sys.argv[2])
 def slow(self, images, **options):
     calls.append(0)
-    if len(calls) > 4:  # the first call takes the scales
+    if len(calls) > answers:
         open(flag + ".hanging", "w").close()
         time.sleep(60)
     return encode(self, images, **options)
 TimmTeacher.encode = slow
 import cli
-sys.argv = ["cli", *sys.argv[2:]]
+sys.argv = ["cli", *sys.argv[3:]]
 cli.main()
 """
 
@@ -124,7 +124,7 @@ def test_a_signal_stops_within_four_seconds_and_the_printed_command_goes_on(
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(extract_options: dict[str, Any], tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    process = start(["-c", HANGING, str(flag), *arguments(extract_options)], cwd=ROOT)
+    process = start(["-c", HANGING, str(flag), "4", *arguments(extract_options)], cwd=ROOT)
     while not flag.with_name("flag.hanging").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -143,7 +143,7 @@ def test_a_teacher_that_hangs_cannot_hold_up_the_stop(
 ) -> None:
     """What it had encoded is committed nevertheless."""
     flag = tmp_path / "flag"
-    process = start(["-c", HANGING, str(flag), *arguments({**extract_options, "workers": 1})], cwd=ROOT)
+    process = start(["-c", HANGING, str(flag), "4", *arguments({**extract_options, "workers": 1})], cwd=ROOT)
     while not flag.with_name("flag.hanging").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -154,6 +154,22 @@ def test_a_teacher_that_hangs_cannot_hold_up_the_stop(
     assert process.returncode == 143
     assert "stopped: 24 of 60 images are committed" in errors
     assert "leaked" not in errors
+
+
+@pytest.mark.slow
+def test_a_dry_run_can_be_stopped_too(extract_options: dict[str, Any], tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    command = ["-c", HANGING, str(flag), "1", *arguments(extract_options), "--dry-run"]
+    process = start(command, cwd=ROOT)
+    while not flag.with_name("flag.hanging").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - sent < patience(4)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "error: stopped: a dry run writes nothing"
 
 
 @pytest.mark.slow

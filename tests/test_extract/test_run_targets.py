@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from extract import workers
 from extract.config import ConfigError, load_config
 from extract.run import ExtractResult, run_extraction
 from extract.teachers import load_teacher
@@ -191,3 +192,14 @@ def test_decoders_that_die_are_started_again(extract_options: dict[str, Any]) ->
     assert (result.complete, result.bad) == (True, 0)
     got = true_features(open_store(extract_options["out"])["train"], "features/pooled")
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.slow
+def test_decoders_that_do_not_start_are_no_fault_of_the_images(
+    extract_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without telling the two apart every image would be called bad."""
+    monkeypatch.setattr(workers, "begin_worker", os._exit)  # what a worker runs first: here it ends it
+    with pytest.raises(workers.DecodingFailed, match="end before they decode anything"):
+        run_extraction(load_config(None, {**extract_options, "workers": 2}))
+    assert not (extract_options["out"] / "bad_images.jsonl").exists()

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from extract.sources import AnnotationError, SourceError, open_source, sample_frame_indices
-from extract.sources.clips import looks_like_frames, time_order
+from extract.sources.clips import looks_like_frames
+from imaging.clips import time_order
 from imaging.decode import decode_image
 from imaging.errors import ImageError
 from imaging.masks import decode_mask
