@@ -145,6 +145,35 @@ def test_nan_names_epoch_step_and_term_and_keeps_the_checkpoint(make_store, make
     assert all(torch.isfinite(value).all() for value in last["model_state_dict"].values())
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "gradient norm became nan in epoch 2, step 3"),
+        ({"max_grad_norm": 0}, "val_[a-z_]+ became nan in the validation of epoch 2"),
+    ],
+)
+def test_gradients_that_are_not_finite_reach_no_checkpoint(
+    make_store, make_config, monkeypatch, options, text
+):
+    """The loss of the epoch's last step is finite, its gradient is not: sqrt(0 · weight)."""
+    plain = loop.Loop.forward
+
+    def forward(self: Any, *arguments: Any) -> Any:
+        losses = plain(self, *arguments)
+        if self.parts.progress.global_step == 5:
+            weight = next(self.parts.module.student.parameters())
+            losses["loss"] = losses["loss"] + (weight.sum() * 0).sqrt()
+        return losses
+
+    monkeypatch.setattr(loop.Loop, "forward", forward)
+    config = make_config(make_store(), **options)
+    with pytest.raises(loop.NotFiniteError, match=text):
+        run_training(config)
+    last = load_checkpoint(config.out / "last.pt")
+    assert last["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in last["model_state_dict"].values())
+
+
 def exhaust_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = loop.Loop.forward
 

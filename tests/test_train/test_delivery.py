@@ -22,7 +22,9 @@ from train.delivery.draw import mask_image
 from train.delivery.export import export_student
 from train.delivery.inputs import sample_inputs
 from train.delivery.model import METADATA_KEY, ModelCard, OnnxModel, open_model, open_student
-from train.delivery.predict import find_files, predict_files, write_predictions
+from train.delivery.files import find_images
+from train.delivery.int8 import plain_upsampling
+from train.delivery.predict import PredictionWriter, predict_files
 from train.delivery.records import BadFile, Prediction
 from train.errors import DeliveryError
 from train.run import run_training
@@ -152,17 +154,24 @@ def test_pictures_of_equal_names_stay_apart(run_folder: Path, pictures: Path, tm
     other.mkdir()
     (pictures / "0.png").rename(other / "1.png")
     items = [p for p in predict_files(run_folder, [str(pictures), str(other)]) if isinstance(p, Prediction)]
-    write_predictions(tmp_path / "out", items)
-    assert len(list((tmp_path / "out").glob("*.jpg"))) == len(items) == 3
+    for _ in range(2):  # a second call replaces what the first wrote
+        with PredictionWriter(tmp_path / "out") as writer:
+            for item in items:
+                writer.write(item)
+        records = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
+        assert len(records) == len(items) == 3
+        assert {record["picture"] for record in records} == {p.name for p in (tmp_path / "out").glob("*.jpg")}
 
 
 def test_inputs_that_name_nothing_are_errors(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(DeliveryError, match="no such file"):
-        find_files([str(tmp_path / "nothing.png")], frozenset([".png"]))
+        find_images([str(tmp_path / "nothing.png")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DeliveryError, match="no files to predict"):
-        find_files([str(tmp_path / "empty")], frozenset([".png"]))
-    assert len(find_files([str(pictures / "*.png"), str(pictures)], frozenset([".png"]))) == 3
+    with pytest.raises(DeliveryError, match="no image files in it: nothing to predict"):
+        find_images([str(tmp_path / "empty")])
+    with pytest.raises(DeliveryError, match="no such file, folder or match"):
+        find_images([str(tmp_path / "*.jpg")])
+    assert len(find_images([str(pictures / "*.png"), str(pictures)])) == 3
 
 
 def test_unknown_and_unfinished_runs_are_one_clear_error(tmp_path: Path) -> None:
@@ -172,6 +181,95 @@ def test_unknown_and_unfinished_runs_are_one_clear_error(tmp_path: Path) -> None
     with pytest.raises(Exception, match=r"no best\.pt") as caught:
         open_model(tmp_path / "run")
     assert getattr(caught.value, "exit_code", None) == 1
+
+
+def test_an_unfinished_run_is_refused_and_its_best_epoch_can_be_named(run_folder: Path) -> None:
+    (run_folder / "summary.json").unlink()
+    with pytest.raises(DeliveryError, match=r"has not finished.*--resume.*best\.pt"):
+        open_student(run_folder)
+    assert open_student(run_folder / "best.pt")[1].class_names == ("red", "green", "blue")
+
+
+@pytest.mark.parametrize("opset", [5, 99])
+def test_an_operator_set_that_cannot_be_made_is_an_error(run_folder: Path, opset: int) -> None:
+    """torch's exporter would write another one and only log it."""
+    with pytest.raises(DeliveryError, match=f"operator set {opset}: .*--opset 18"):
+        export_student(run_folder, "onnx", opset=opset)
+    assert not list(run_folder.glob("*.onnx"))
+
+
+def test_the_operator_set_is_the_one_asked_for(run_folder: Path) -> None:
+    model = onnx.load(str(export_student(run_folder, "onnx", opset=18).path))
+    assert [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [18]
+
+
+@pytest.mark.slow
+def test_clips_are_exported_and_predicted_as_they_were_trained(clip_store: Path, tmp_path: Path) -> None:
+    run = trained(clip_store, tmp_path / "lstm", student="lstm/small", batch_size=3)
+    exported = export_student(run, "onnx")
+    assert exported.max_abs_difference <= exported.tolerance
+    clips = clip_store.parent / "clips/val"
+    results = [list(predict_files(model, [str(clips / "clip*")])) for model in (run, exported.path)]
+    for ours, theirs in zip(*results, strict=True):
+        assert isinstance(ours, Prediction)
+        assert isinstance(theirs, Prediction)
+        assert ours.record["frames"] == 6  # three pairs, as in the store
+        assert [c["class"] for c in ours.record["top"]] == [c["class"] for c in theirs.record["top"]]
+    assert len(results[0]) == 6
+    (clips / "clip0/1.png").write_bytes(b"")
+    (bad, *_) = predict_files(run, [str(clips)])
+    assert isinstance(bad, BadFile)
+    assert "1.png" in bad.reason
+
+
+@pytest.mark.slow
+def test_detectors_go_through_ultralytics_and_predict_the_same(tmp_path: Path, pictures: Path) -> None:
+    import yolo_data
+
+    store = tmp_path / "boxes.zarr"
+    splits = {"train": yolo_data.scenes(16, 0), "val": yolo_data.scenes(4, 1)}
+    yolo_data.make_store(store, splits, resize="letterbox")
+    run = trained(store, tmp_path / "yolo", student="yolov8n", image_size=64)
+    exported = export_student(run, "onnx")
+    assert exported.max_abs_difference <= exported.tolerance
+    metadata = {item.key: item.value for item in onnx.load(str(exported.path)).metadata_props}
+    assert metadata["names"] == "{0: 'red', 1: 'green'}"  # ultralytics' own entry
+    assert ModelCard.from_json(metadata[METADATA_KEY]).task == "detection"
+    results = [
+        [
+            item.record
+            for item in predict_files(model, [str(pictures)], confidence=1e-4)
+            if isinstance(item, Prediction)
+        ]
+        for model in (run, run / "best.pt", exported.path)
+    ]
+    assert [len(records) for records in results] == [3, 3, 3]
+    assert any(record["boxes"] for record in results[0])
+    for others in results[1:]:
+        for ours, theirs in zip(results[0], others, strict=True):
+            assert [box["class"] for box in ours["boxes"]] == [box["class"] for box in theirs["boxes"]]
+            for one, other in zip(ours["boxes"], theirs["boxes"], strict=True):
+                np.testing.assert_allclose(one["xyxy"], other["xyxy"], atol=0.05)
+    program = export_student(run, "torch-export")
+    assert torch.export.load(str(program.path)).module()(torch.zeros(5, 3, 64, 64)).shape[:2] == (5, 6)
+    with pytest.raises(DeliveryError, match="operator set 30: ultralytics makes 11 to 20"):
+        export_student(run, "onnx", opset=30)
+
+
+def test_upsampling_is_rewritten_without_changing_what_it_computes() -> None:
+    torch.manual_seed(0)
+    tiling, overlapping = (
+        torch.nn.ConvTranspose2d(6, 4, 2, stride=2),
+        torch.nn.ConvTranspose2d(4, 3, 3, stride=2),
+    )
+    network = torch.nn.Sequential(tiling, torch.nn.Sequential(overlapping))
+    images = torch.randn(2, 6, 5, 7)
+    expected = network(images)
+    plain_upsampling(network)
+    kinds = [type(layer) for layer in network.modules()]
+    assert torch.nn.PixelShuffle in kinds
+    assert kinds.count(torch.nn.ConvTranspose2d) == 1  # whose windows overlap
+    torch.testing.assert_close(network(images), expected)
 
 
 def test_a_foreign_onnx_file_is_refused(tmp_path: Path) -> None:
@@ -247,9 +345,24 @@ def test_quantised_students_are_smaller_and_as_good(make_store: Any, tmp_path: P
     assert rows["int8-qat"]["top1"] >= rows["float32"]["top1"] - 0.1
 
 
-def test_a_store_of_other_classes_is_refused(make_store: Any, run_folder: Path) -> None:
+def test_a_store_of_other_classes_or_another_teacher_is_refused(make_store: Any, run_folder: Path) -> None:
     from train.delivery.quantize import QuantizeOptions, quantize_student
 
-    other = make_store("masks.zarr", masks=True)
-    with pytest.raises(DeliveryError, match="other classes"):
-        quantize_student(run_folder, str(other), run_folder / "int8", QuantizeOptions())
+    def quantize(store: Path) -> None:
+        quantize_student(run_folder, str(store), run_folder / "int8", QuantizeOptions())
+
+    with pytest.raises(DeliveryError, match="other classes than .* differing: background"):
+        quantize(make_store("masks.zarr", masks=True))
+    config = run_folder / "config.json"
+    config.write_text(config.read_text().replace('"teacher_fingerprint": "0"', '"teacher_fingerprint": "f"'))
+    with pytest.raises(DeliveryError, match=r"teacher synthetic \(0\), .* learnt from synthetic \(f\)"):
+        quantize(make_store("same.zarr"))
+
+
+@pytest.mark.slow
+def test_other_data_is_fine_and_named(make_store: Any, run_folder: Path) -> None:
+    pytest.importorskip("torchao")
+    done = cli("quantize", run_folder, make_store("other.zarr", seed=1))
+    assert done.returncode == 0, done.stderr
+    assert "other data than the run was trained on" in done.stderr
+    assert "other.zarr" in done.stderr

@@ -70,7 +70,7 @@ def make_store(
         class_names=names,
         task="detection",
         source="yolo",
-        grid=GRID if grid else None,
+        grid=probe.shape[0] if grid else None,
         images="jpeg",
     )
     plan = Plan({name: [f"{name}/{i:03}.png" for i in range(len(rows))] for name, rows in splits.items()})
