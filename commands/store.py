@@ -220,8 +220,8 @@ def print_costs(costs: list[dict[str, Any]]) -> None:
     rows = [
         {
             "array": cost["array"],
-            "cosine (mean)": f"{cost['cosine_mean']:.5f}",
-            "cosine (1st percentile)": f"{cost['cosine_p1']:.5f}",
+            "cosine (mean)": cosine_text(cost["cosine_mean"]),
+            "cosine (1st percentile)": cosine_text(cost["cosine_p1"]),
             "MB before": round(cost["bytes_before"] / 1e6, 2),
             "MB after": round(cost["bytes_after"] / 1e6, 2),
             "saved": f"{cost['saved']:.1%}",
@@ -229,3 +229,7 @@ def print_costs(costs: list[dict[str, Any]]) -> None:
         for cost in costs
     ]
     print_table(rows, list(rows[0]), "cosine of standardised features, before and after")
+
+
+def cosine_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5f}"

@@ -16,7 +16,8 @@ from store.job import Job
 from store.scale import to_stored
 
 Values = np.ndarray | Sequence[Any]
-FLOAT16_EXPONENT = np.uint16(0x7C00)  # all ones in infinities and NaN
+FLOAT16_INFINITY = 0x7C00  # the bits of +inf; those of NaN are larger; the sign is the bit above
+FLOAT16_MINUS_INFINITY = 0xFC00
 CACHED = 64 * 1024  # values that stay in the processor's cache between two passes
 NO_BYTES = np.empty(0, np.uint8)
 
@@ -137,12 +138,15 @@ def mark_overflow(
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Like `np.isfinite(array).all()`, ten times as fast for float16, whose isfinite numpy does one by one."""
+    """Like `np.isfinite(array).all()`, many times as fast for float16, whose isfinite numpy does one by one."""
     if array.dtype != np.float16:
         return bool(np.isfinite(array).all())
-    bits = array.view(np.uint16).reshape(-1)
-    pieces = (bits[start : start + CACHED] for start in range(0, len(bits), CACHED))
-    return all((piece & FLOAT16_EXPONENT).max() < FLOAT16_EXPONENT for piece in pieces)
+    signed, bits = (np.ascontiguousarray(array).reshape(-1).view(kind) for kind in (np.int16, np.uint16))
+    return all(
+        signed[start : start + CACHED].max() < FLOAT16_INFINITY
+        and bits[start : start + CACHED].max() < FLOAT16_MINUS_INFINITY
+        for start in range(0, len(bits), CACHED)
+    )
 
 
 def blank_invalid(
@@ -170,6 +174,6 @@ def blank_invalid(
 def check_lengths(job: Job, ragged: Mapping[str, list[np.ndarray]]) -> None:
     """Ragged arrays that share offsets have equal lengths, row by row."""
     for specs in job.ragged_groups.values():
-        lengths = [[len(entry) for entry in ragged[spec.name]] for spec in specs]
-        if any(other != lengths[0] for other in lengths):
+        lengths = [list(map(len, ragged[spec.name])) for spec in specs]
+        if any(other != lengths[0] for other in lengths[1:]):
             raise StoreError(f"append: {[spec.name for spec in specs]} differ in entries of a row")

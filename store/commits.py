@@ -44,8 +44,8 @@ def encode_commit(
     prefix: dict[str, tuple[int, int]],
     finished: dict[str, tuple[int, int]] | None,
     parts: dict[str, bytes],
-) -> bytes:
-    """The record's bytes. `finished` is None while the shard is open."""
+) -> list[bytes]:
+    """The record, in pieces to be written one after the other. `finished` is None while the shard is open."""
     header = {
         "rows": [start, stop],
         "prefix": prefix,
@@ -53,9 +53,12 @@ def encode_commit(
         "parts": [[name, len(data)] for name, data in parts.items()],
     }
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    payload = b"".join(parts.values())
-    body = MAGIC + HEAD.pack(len(encoded), len(payload)) + encoded + payload
-    return body + struct.pack("<I", crc32c(body))
+    head = MAGIC + HEAD.pack(len(encoded), sum(map(len, parts.values()))) + encoded
+    pieces = [head, *parts.values()]  # a payload of 128 MB is not copied again
+    crc = 0
+    for piece in pieces:
+        crc = crc32c(piece, crc)
+    return [*pieces, struct.pack("<I", crc)]
 
 
 def read_commits(path: Path, *, check_all: bool = False) -> list[Commit]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
@@ -28,7 +29,7 @@ from store.format import (
 from store.job import Job, JobSplit, job_folder, own_specs
 from store.keys import KeyTable
 from store.layout import Layout, choose_shard_rows
-from store.locks import process_start
+from store.locks import pid_namespace, process_start
 from store.metadata import write_array_metadata, write_group, write_manifest
 from store.plan import Plan
 from store.shards import ArrayWriter
@@ -81,27 +82,37 @@ def create_store(
             "software": {"numpy": np.__version__, "zarr": version("zarr"), **manifest.software},
         }
     )
-    building = building_folder(target)
+    with new_folder(target) as building:
+        lay_out(building, manifest, job, plan.tables)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its name at the end, and is deleted after an error.
+
+    Its name says whose it is, so that a later process can clear away what a killed one left.
+    """
+    begun = f".{target.name}.creating.{socket.gethostname()}.{pid_namespace()}."
+    building = target.with_name(f"{begun}{os.getpid()}")
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target)
+        remove_abandoned(target.parent, begun)
         building.mkdir()
-        lay_out(building, manifest, job, plan.tables)
-        os.rename(building, target)
+        try:
+            yield building
+            os.rename(building, target)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         sync_folder(target.parent)
 
 
-def building_folder(target: Path) -> Path:
-    """Where a new store grows until it is whole; the name says whose it is."""
-    return target.with_name(f".{target.name}.creating.{socket.gethostname()}.{os.getpid()}")
-
-
-def remove_abandoned(target: Path) -> None:
-    """Delete what processes of this host that are gone had begun."""
-    for folder in target.parent.glob(f".{target.name}.creating.{socket.gethostname()}.*"):
-        pid = int(folder.name.rpartition(".")[2])
-        if pid == os.getpid() or process_start(pid) is None:
-            shutil.rmtree(folder)
+def remove_abandoned(folder: Path, begun: str) -> None:
+    """Delete what processes that are gone had begun. The name's end is the process id."""
+    for path in list(folder.iterdir()):
+        name, pid = path.name[: len(begun)], path.name[len(begun) :]
+        if name == begun and pid.isdigit() and (int(pid) == os.getpid() or process_start(int(pid)) is None):
+            shutil.rmtree(path)
 
 
 def check_free(target: Path) -> None:

@@ -180,4 +180,4 @@ def reopen_last_shard(split: Split, job: Job, name: str, store: Path) -> None:
             parts[spec.name] = split.gather(held, [spec.name])[spec.name].tobytes()
     log = log_path(store, job, name, shard)
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_bytes(encode_commit(first, rows, prefix, None, parts))
+    log.write_bytes(b"".join(encode_commit(first, rows, prefix, None, parts)))

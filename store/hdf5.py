@@ -20,7 +20,7 @@ from store.files import PARTIAL, disk_errors, sync_folder
 from store.format import FORMAT_VERSION, ArraySpec, Manifest
 from store.keys import KeyTable
 from store.location import RowArray
-from store.reader import Split, open_store
+from store.reader import Split, Store, open_store
 from store.transfer import BLOCK_BYTES, Block, copy_store
 
 
@@ -29,8 +29,6 @@ def store_to_hdf5(path: str | os.PathLike[str], file: str | os.PathLike[str]) ->
 
     Raises StoreError when the file exists or the store cannot be read.
     """
-    import h5py
-
     target = Path(file)
     if target.exists():
         raise StoreError(f"{target}: exists; choose another name or delete it")
@@ -39,16 +37,27 @@ def store_to_hdf5(path: str | os.PathLike[str], file: str | os.PathLike[str]) ->
     partial = target.with_name(target.name + PARTIAL)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(partial, "w") as out:
-            out.attrs["manifest"] = store.manifest.model_dump_json()
-            out.attrs["fingerprint"] = store.fingerprint
-            for name, split in store.items():
-                for array in [*split.names, *KEY_SPECS]:
-                    copy_array(split.array(array), out, f"{name}/{array}", attributes_of(split, array))
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, target)
+        try:
+            write_hdf5(store, partial)
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         sync_folder(target.parent)
+
+
+def write_hdf5(store: Store, path: Path) -> None:
+    """The file's content, synced."""
+    import h5py
+
+    with h5py.File(path, "w") as out:
+        out.attrs["manifest"] = store.manifest.model_dump_json()
+        out.attrs["fingerprint"] = store.fingerprint
+        for name, split in store.items():
+            for array in [*split.names, *KEY_SPECS]:
+                copy_array(split.array(array), out, f"{name}/{array}", attributes_of(split, array))
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def attributes_of(split: Split, name: str) -> dict[str, np.ndarray]:
@@ -133,6 +142,9 @@ class Hdf5Rows:
 
     def keys(self, split: str) -> KeyTable:
         return KeyTable(*(self.array(split, name)[:] for name in KEY_SPECS))
+
+    def slice(self, split: str, name: str, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self.array(split, name)[start:stop])
 
     def block(self, split: str, start: int, stop: int) -> Block:
         return {

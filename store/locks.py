@@ -2,7 +2,7 @@
 
 A writer first publishes its own lock, then looks for others that overlap; so of two that start together
 at least one sees the other. A lock is stale when its process is gone (same host), or when its heartbeat,
-the file's modification time, stopped for two minutes (other host).
+the file's modification time, stopped for two minutes (another host or container, or before a reboot).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Owner:
 
     host: str
     boot: str
+    namespace: str
     pid: int
     process_start: str
     since: str
@@ -52,14 +53,31 @@ class Owner:
 
 def this_process(split: str | None, start: int, stop: int) -> Owner:
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    pid = os.getpid()
-    return Owner(socket.gethostname(), boot_id(), pid, process_start(pid) or "", since, split, start, stop)
+    return Owner(
+        host=socket.gethostname(),
+        boot=boot_id(),
+        namespace=pid_namespace(),
+        pid=os.getpid(),
+        process_start=process_start(os.getpid()) or "",
+        since=since,
+        split=split,
+        start=start,
+        stop=stop,
+    )
 
 
 def boot_id() -> str:
     """Tells one run of a machine from the next, so that a reused process id fools nobody."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def pid_namespace() -> str:
+    """Containers may share a host's name, but each counts its processes from 1."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
@@ -140,14 +158,19 @@ class RowLock:
         while not self._stopped.wait(HEARTBEAT_S):
             try:
                 os.utime(self.path)
-            except OSError:
-                return
+            except FileNotFoundError:
+                return  # Broken by somebody; `check` tells the writer.
+            except OSError as error:  # A network disk may be away for a while: the next beat may get through.
+                log.warning("heartbeat of %s: %s", self.path, error)
 
 
 def is_abandoned(path: Path, owner: Owner) -> bool:
-    """Whether a lock's process is gone: looked up on this host, told by a stopped heartbeat on another."""
-    if owner.host == socket.gethostname():
-        return owner.boot != boot_id() or process_start(owner.pid) != owner.process_start
+    """Whether a lock's process is gone: looked up if it ran here, else told by a stopped heartbeat.
+
+    An equal host name alone proves nothing: machines and containers may share one, and a disk.
+    """
+    if (owner.host, owner.boot, owner.namespace) == (socket.gethostname(), boot_id(), pid_namespace()):
+        return process_start(owner.pid) != owner.process_start
     # Both times come from the file system's clock, not from two hosts' clocks.
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent) as now:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,8 +36,8 @@ class Cost:
     """What an encoding costs and saves for one array."""
 
     array: str
-    cosine_mean: float
-    cosine_p1: float  # 1st percentile
+    cosine_mean: float | None  # None without any vector to measure it on
+    cosine_p1: float | None  # 1st percentile
     bytes_before: int
     bytes_after: int
 
@@ -114,6 +114,9 @@ class StoreRows:
     def keys(self, split: str) -> KeyTable:
         return self.store[split].keys
 
+    def slice(self, split: str, name: str, start: int, stop: int) -> np.ndarray:
+        return self.store[split].array(name).slice(start, stop)
+
     def block(self, split: str, start: int, stop: int) -> Block:
         source, rows = self.store[split], np.arange(start, stop)
         return {
@@ -124,25 +127,23 @@ class StoreRows:
         }
 
 
-class Coder:
+class Coder(Protocol):
     """Turns stored float16 values [..., D] into another encoding of the same features."""
 
     scale: np.ndarray
     center: np.ndarray
-    components: np.ndarray | None = None
+    components: np.ndarray | None
 
-    def specs(self, spec: ArraySpec) -> list[ArraySpec]:
-        raise NotImplementedError
-
-    def encode(self, name: str, stored: np.ndarray) -> Block:
-        raise NotImplementedError
+    def specs(self, spec: ArraySpec) -> list[ArraySpec]: ...
+    def encode(self, name: str, stored: np.ndarray) -> Block: ...
 
 
-class Int8Coder(Coder):
+class Int8Coder:
     """true = int8 × token scale × channel scale + center; scale and center are the channel's std and mean."""
 
     def __init__(self, stored_scale: np.ndarray, statistics: Statistics) -> None:
         self.stored_scale = stored_scale
+        self.components: np.ndarray | None = None
         self.scale = np.where(statistics.std > 0, statistics.std, np.float32(1))
         self.center = statistics.mean
 
@@ -160,15 +161,15 @@ class Int8Coder(Coder):
         return {name: values.astype(np.int8), name + TOKEN_SCALE: token.astype(np.float32)}
 
 
-class PcaCoder(Coder):
+class PcaCoder:
     """true = coefficients × scale @ components + center, with the components [k, D] in the store."""
 
     def __init__(self, split: Split, name: str, count: int) -> None:
         statistics, self.stored_scale = split.statistics[name], split.scale[name]
         self.std = np.where(statistics.std > 0, statistics.std, np.float32(1))
         self.center = statistics.mean
-        basis = principal_components(split, name, self.std, count)  # [k, D], orthonormal
-        self.basis, self.components = basis, (basis * self.std).astype(np.float32)
+        self.basis = principal_components(split, name, self.std, count)  # [k, D], orthonormal
+        self.components: np.ndarray | None = (self.basis * self.std).astype(np.float32)
         sample = np.linspace(0, len(split) - 1, min(len(split), SAMPLE_ROWS)).astype(np.int64)
         self.scale = channel_scale(self.project(split.gather(sample, [name])[name]))
 
@@ -276,13 +277,20 @@ def measure(original: Store, packed: Store) -> list[Cost]:
         width = spec.row_shape[-1]
         before = ((split.true_values(rows, name) - statistics.mean) / std).reshape(-1, width)
         after = ((twin.true_values(rows, name) - statistics.mean) / std).reshape(-1, width)
-        norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
-        cosine = (before * after).sum(axis=1)[norms > 0] / norms[norms > 0]
-        if not len(cosine):
-            cosine = np.ones(1)
+        cosine = cosines(before, after)
         sizes = [array_bytes(store, name) for store in (original, packed)]
-        costs.append(Cost(name, float(cosine.mean()), float(np.percentile(cosine, 1)), *sizes))
+        mean, p1 = (float(cosine.mean()), float(np.percentile(cosine, 1))) if len(cosine) else (None, None)
+        costs.append(Cost(name, mean, p1, *sizes))
     return costs
+
+
+def cosines(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """[n] of the vectors that have a direction before; 0 for one that lost it."""
+    norms, norms_after = (np.linalg.norm(vectors, axis=1) for vectors in (before, after))
+    has = norms > 0
+    product = (before * after).sum(axis=1)[has]
+    cosine: np.ndarray = product / np.maximum(norms * norms_after, np.finfo(np.float32).tiny)[has]
+    return cosine
 
 
 def array_bytes(store: Store, name: str) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from store.create import check_free, create_store
-from store.files import disk_errors, sync_folder
+from store.create import check_free, create_store, new_folder
+from store.errors import StoreError
 from store.finalize import finalize_store
 from store.format import OWN_ARRAYS, REASONS, VALID, ArraySpec, Manifest
 from store.keys import KeyTable
@@ -19,7 +17,7 @@ from store.metadata import parse_manifest, read_root, write_manifest
 from store.plan import Plan
 from store.writer import StoreWriter
 
-BLOCK_BYTES = 32 * 1024 * 1024
+BLOCK_BYTES, BLOCK_ROWS = 32 * 1024 * 1024, 1024
 
 Block = dict[str, Any]  # array → stored values [b, ...], or a list of b entries for a ragged array
 
@@ -33,14 +31,24 @@ class RowSource(Protocol):
     def scales(self) -> Mapping[str, np.ndarray]: ...
     def keys(self, split: str) -> KeyTable: ...
     def block(self, split: str, start: int, stop: int) -> Block: ...
+    def slice(self, split: str, name: str, start: int, stop: int) -> np.ndarray: ...
 
 
-def blocks(specs: Sequence[ArraySpec], rows: int, shard_rows: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about 32 MB, for copying with bounded memory."""
-    row_bytes = sum(spec.row_bytes * (64 if spec.ragged else 1) for spec in specs)
-    step = min(shard_rows, 1024, max(1, BLOCK_BYTES // max(1, row_bytes)))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
+def blocks(source: RowSource, split: str) -> Iterator[tuple[int, int]]:
+    """Row ranges of about 32 MB, whatever lies in the ragged arrays: copying takes bounded memory."""
+    specs, rows = source.manifest.arrays, source.manifest.splits[split]
+    fixed = sum(spec.row_bytes for spec in specs if not spec.ragged)
+    start = 0
+    while start < rows:
+        stop = min(rows, start + BLOCK_ROWS)
+        ends = np.arange(stop - start + 1) * fixed
+        for spec in specs:
+            if spec.ragged:
+                offsets = source.slice(split, spec.offsets_name, start, stop + 1)
+                ends += (offsets - offsets[0]) * spec.row_bytes
+        fit = int(np.searchsorted(ends, BLOCK_BYTES, side="right")) - 1
+        yield start, start + max(1, fit)
+        start += max(1, fit)
 
 
 def copy_store(
@@ -52,7 +60,6 @@ def copy_store(
     scales: Mapping[str, np.ndarray] | None = None,
     centers: Mapping[str, np.ndarray] | None = None,
     finish: Callable[[Path], None] | None = None,
-    statistics: bool = True,
 ) -> None:
     """Write all rows of `source` as a new store of `specs`; it appears under its name when it is whole.
 
@@ -60,8 +67,6 @@ def copy_store(
     finish: what else to write into the store before it appears.
     """
     check_free(target)
-    building = target.with_name(f".{target.name}.converting")
-    shutil.rmtree(building, ignore_errors=True)
     manifest = source.manifest
     plan = Plan(
         {split: source.keys(split) for split in manifest.splits},
@@ -69,34 +74,30 @@ def copy_store(
         shard_rows=manifest.shard_rows,
     )
     mine = [spec for spec in specs if spec.name not in OWN_ARRAYS]
-    create_store(building, manifest, plan, mine, scales=scales or source.scales, centers=centers)
-    for split, rows in manifest.splits.items():
-        copy_split(source, building, split, specs, rows, convert)
-    finalize_store(building, statistics=statistics)
-    write_manifest(building, with_added(building, manifest))
-    if finish is not None:
-        finish(building)
-    with disk_errors(target):
-        os.rename(building, target)
-        sync_folder(target.parent)
+    with new_folder(target) as building:
+        create_store(building, manifest, plan, mine, scales=scales or source.scales, centers=centers)
+        for split in manifest.splits:
+            copy_split(source, building, split, convert)
+        finalize_store(building)
+        write_manifest(building, with_added(building, manifest))
+        if finish is not None:
+            finish(building)
 
 
-def copy_split(
-    source: RowSource,
-    target: Path,
-    split: str,
-    specs: Sequence[ArraySpec],
-    rows: int,
-    convert: Callable[[Block], Block] | None,
-) -> None:
+def copy_split(source: RowSource, target: Path, split: str, convert: Callable[[Block], Block] | None) -> None:
     with StoreWriter(target, split) as writer:
-        for start, stop in blocks(specs, rows, source.manifest.shard_rows):
+        for start, stop in blocks(source, split):
             block = source.block(split, start, stop)
-            valid = block.pop(VALID)
+            valid = np.asarray(block.pop(VALID))
             reasons = [bytes(np.asarray(text)).decode() for text in block.pop(REASONS)]
             if convert is not None:
                 block = convert(block)
-            writer.append(block, valid=valid, reasons=reasons, stored=True)
+            lost = np.flatnonzero(valid & ~writer.append(block, valid=valid, reasons=reasons, stored=True))
+            if len(lost):
+                raise StoreError(
+                    f"{target} {split}: row {start + lost[0]} has features that are not finite, or too large in "
+                    "the new form; check the source with `cli verify`, or choose another form"
+                )
 
 
 def with_added(store: Path, original: Manifest) -> Manifest:

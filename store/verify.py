@@ -6,13 +6,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from store.block import all_finite
 from store.commits import Commit, read_commits
-from store.errors import StoreError
+from store.errors import LockedError, StoreError
 from store.files import PARTIAL, read_json
 from store.finalize import commit_record
 from store.format import (
@@ -21,14 +23,13 @@ from store.format import (
     KEY_ROWS,
     KEY_VALUES,
     OFFSETS,
-    VALID,
     WORK_FOLDER,
     ArraySpec,
 )
 from store.job import CREATING, DONE, Job, describe_progress, job_folder, load_job, log_path, pending_jobs
 from store.keys import KeyTable
 from store.layout import Layout
-from store.locks import is_abandoned, read_owner
+from store.locks import SUFFIX, Owner, is_abandoned, read_owner
 from store.mapped import open_shard
 from store.metadata import ZARR_JSON, node_names, parse_manifest, read_root
 from store.reader import Split, Store
@@ -74,7 +75,13 @@ def verify_store(path: str | os.PathLike[str]) -> list[Finding]:
 
 
 def repair_store(path: str | os.PathLike[str]) -> list[str]:
-    """Delete uncommitted leftovers of runs that are gone, nothing else. Returns the deleted paths."""
+    """Delete uncommitted leftovers of runs that are gone, nothing else. Returns the deleted paths.
+
+    Raises LockedError while somebody writes: a temporary file may be theirs.
+    """
+    for lock, owner in lock_files(Path(path)):
+        if not is_abandoned(lock, owner):
+            raise LockedError(f"{path}: being written: {owner}; repair when that run has ended")
     deleted = []
     for finding in leftovers(Path(path)):
         if finding.leftover:
@@ -93,13 +100,19 @@ def leftovers(folder: Path) -> Iterator[Finding]:
     for path in sorted(folder.rglob(f"*{PARTIAL}")):
         if path not in owned:
             yield Finding(str(path), "temporary file of an interrupted run", leftover=True)
-    for path in sorted(folder.glob(f"{WORK_FOLDER}/*/locks/*.lock")):
-        owner = read_owner(path)
-        if owner is not None and is_abandoned(path, owner):
+    for path, owner in lock_files(folder):
+        if is_abandoned(path, owner):
             yield Finding(str(path), f"lock of a dead writer: {owner}", leftover=True)
     for path in sorted(folder.glob(f"{WORK_FOLDER}/*")):
         if path.name.endswith((CREATING, DONE)):
             yield Finding(str(path), "a job that was never begun or is done", leftover=True)
+
+
+def lock_files(folder: Path) -> Iterator[tuple[Path, Owner]]:
+    for path in sorted(folder.glob(f"{WORK_FOLDER}/*/locks/*{SUFFIX}")):
+        owner = read_owner(path)
+        if owner is not None:
+            yield path, owner
 
 
 def partial_files_of_jobs(folder: Path) -> set[Path]:
@@ -173,9 +186,11 @@ def check_split(folder: Path, split: Split) -> Iterator[Finding]:
     yield from check_lengths(folder, split)
     if damaged:
         return  # Values of damaged files would only repeat the finding.
-    yield from check_offsets(folder, split)
+    wrong_offsets = list(check_offsets(folder, split))
+    yield from wrong_offsets
     yield from check_keys(folder, split)
-    yield from check_values(folder, split)
+    if not wrong_offsets:
+        yield from check_values(folder, split)
 
 
 def check_files(folder: Path, split: Split, record: dict[str, Any]) -> Iterator[Finding]:
@@ -278,23 +293,34 @@ def check_keys(folder: Path, split: Split) -> Iterator[Finding]:
 
 def check_values(folder: Path, split: Split) -> Iterator[Finding]:
     """Float values of valid rows are finite, features of invalid rows are not."""
-    valid = split.valid
     for name, spec in split.specs.items():
-        if np.dtype(spec.dtype).kind != "f" or spec.ragged or name == VALID:
-            continue
-        for first, rows in blocks(split, name):
-            finite = np.isfinite(rows).reshape(len(rows), -1)
-            flags = valid[first : first + len(rows)]
-            bad = np.flatnonzero(flags & ~finite.all(axis=1))
-            if len(bad):
-                yield Finding(
-                    f"{folder}/{split.name}/{name}", f"row {first + bad[0]} is valid, but not finite"
-                )
-                break
-            if spec.scaled and (finite.any(axis=1) & ~flags).any():
-                row = first + int(np.flatnonzero(finite.any(axis=1) & ~flags)[0])
-                yield Finding(f"{folder}/{split.name}/{name}", f"row {row} is invalid, but has features")
-                break
+        if np.dtype(spec.dtype).kind == "f":
+            check = check_ragged_values if spec.ragged else check_fixed_values
+            for problem in islice(check(split, spec), 1):
+                yield Finding(f"{folder}/{split.name}/{name}", problem)
+
+
+def check_fixed_values(split: Split, spec: ArraySpec) -> Iterator[str]:
+    for first, rows in blocks(split, spec.name):
+        flags = split.valid[first : first + len(rows)]
+        if flags.all() and all_finite(rows):
+            continue  # The usual case, in a tenth of the time.
+        finite = np.isfinite(rows).reshape(len(rows), -1)
+        for row in np.flatnonzero(flags & ~finite.all(axis=1)).tolist():
+            yield f"row {first + row} is valid, but not finite"
+        if spec.scaled:
+            for row in np.flatnonzero(finite.any(axis=1) & ~flags).tolist():
+                yield f"row {first + row} is invalid, but has features"
+
+
+def check_ragged_values(split: Split, spec: ArraySpec) -> Iterator[str]:
+    offsets = split.read(spec.offsets_name)
+    for first, entries in blocks(split, spec.name):
+        finite = np.isfinite(entries).reshape(len(entries), -1).all(axis=1)
+        for entry in (first + np.flatnonzero(~finite)).tolist():
+            row = int(np.searchsorted(offsets, entry, side="right")) - 1
+            if split.valid[row]:
+                yield f"row {row} is valid, but not finite"
 
 
 def blocks(split: Split, name: str) -> Iterator[tuple[int, np.ndarray]]:

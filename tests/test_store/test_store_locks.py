@@ -70,17 +70,26 @@ def write_owner(folder: Path, age: float, **fields: Any) -> Path:
     return path
 
 
-def test_reused_process_id_and_reboot_are_seen(tmp_path: Path) -> None:
-    folder = tmp_path / "locks"
-    for fields in ({"process_start": "1"}, {"boot": "an earlier boot"}):
-        path = write_owner(folder, 0, **fields)
-        owner = read_owner(path)
-        assert owner is not None
-        assert is_abandoned(path, owner)
-    path = write_owner(folder, 10 * STALE_AFTER_S)
+def abandoned(path: Path) -> bool:
     owner = read_owner(path)
     assert owner is not None
-    assert not is_abandoned(path, owner)  # alive, however long it has not been heard of
+    return is_abandoned(path, owner)
+
+
+def test_a_reused_process_id_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "locks"
+    assert abandoned(write_owner(folder, 0, process_start="1"))
+    assert not abandoned(write_owner(folder, 10 * STALE_AFTER_S))  # alive, however long it was not heard of
+
+
+@pytest.mark.parametrize("elsewhere", [{"boot": "another boot"}, {"namespace": "pid:[1]"}, {"host": "other"}])
+def test_a_process_that_cannot_be_looked_up_is_judged_by_its_heartbeat(
+    tmp_path: Path, elsewhere: dict[str, str]
+) -> None:
+    """Another machine or container of the same name must not pass for a dead process of this one."""
+    folder = tmp_path / "locks"
+    assert not abandoned(write_owner(folder, 0, process_start="1", **elsewhere))
+    assert abandoned(write_owner(folder, 1.5 * STALE_AFTER_S, **elsewhere))
 
 
 def test_another_host_is_stale_when_its_heartbeat_stops(tmp_path: Path) -> None:

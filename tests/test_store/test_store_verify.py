@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from store_samples import files_of, small_arrays, small_block, small_manifest, write_rows
 
-from store import Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
+from store import LockedError, Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
 from store.verify import repair_store, verify_store
 
 
@@ -93,6 +93,7 @@ def test_metadata_that_was_changed_is_found(make_store: Any) -> None:
     [
         ("features/pooled", (7, 3), np.nan, "row 7 is valid, but not finite"),
         ("features/grid", (7, 1, 1, 3), np.inf, "row 7 is valid, but not finite"),
+        ("targets/boxes/values", (9, 2), np.nan, "row 7 is valid, but not finite"),
         ("targets/boxes/offsets", 3, 999, "do not ascend"),
         ("targets/boxes/offsets", 100, 151, "but targets/boxes/values has 150 entries"),
         ("keys/rows", 5, 6, "look-up index does not belong"),
@@ -164,7 +165,8 @@ def test_lock_of_a_dead_writer_is_a_leftover(make_store: Any) -> None:
     locks.mkdir()
     with StoreWriter(path, "train", (0, 64)) as writer:
         owner = json.loads(writer._lock.path.read_text())
-        assert repair_store(path) == []  # the writer lives
+        with pytest.raises(LockedError, match=r"being written: train rows 0:64, process \d+ on"):
+            repair_store(path)  # a temporary file may be the live writer's
     (locks / "dead.lock").write_text(json.dumps({**owner, "pid": 2**22 + 1}))
     assert [Path(name).name for name in repair_store(path)] == ["dead.lock"]
 
