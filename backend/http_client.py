@@ -106,16 +106,17 @@ class HttpClient:
         connection = self.connect(timeout_s)
         timer = threading.Timer(timeout_s, self.abort)
         timer.daemon = True
+        timer.start()
         try:
             connection.connect()
-            self.socket = connection.sock
-            timer.start()
             connection.request(call.method, target, body=call.payload, headers=self.headers(call))
             answer = connection.getresponse()
             return answer.status, answer.headers.get("Location", ""), answer.read(LARGEST_ANSWER)
         finally:
             timer.cancel()
-            self.socket = None
+            under_way, self.socket = self.socket, None
+            if under_way is not None:
+                under_way.close()
             connection.close()
 
     def connect(self, timeout_s: float) -> http.client.HTTPConnection:
@@ -133,6 +134,8 @@ class HttpClient:
         if not self.allow_link_local and is_link_local(found.getpeername()[0]):
             found.close()
             raise RefusedAddressError(f"{address[0]} is a link-local address: not allowed")
+        # A second handle on the same connection: TLS takes over the first one, and its handshake may stall, too.
+        self.socket = found.dup()
         return found
 
     def headers(self, call: Call) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from backend.errors import OptionError
@@ -22,6 +23,7 @@ def main(words: Sequence[str] | None = None, program: str = "train_qwen_vl_disti
 
     Raises nothing for what a user can do something about: that is one line and an exit code.
     """
+    use_utf8_names()
     use_plain_output()
     configure_logging()
     words = utf8_words(sys.argv[1:] if words is None else words)
@@ -50,7 +52,10 @@ def start(words: list[str], program: str) -> int:
 
 
 def report_refusal(words: list[str], error: OptionError) -> None:
-    """Tell the platform why the task does not start, if what is needed for that is in order: one short try."""
+    """Tell the platform why the task does not start, if what is needed for that is in order: one short try.
+
+    In a thread of its own, since looking up a host's name knows no deadline.
+    """
     from backend.calls import TaskCalls
     from backend.http_client import HttpClient, read_token
     from backend.request import find_addressee
@@ -59,9 +64,10 @@ def report_refusal(words: list[str], error: OptionError) -> None:
         addressee = find_addressee(words)
         if addressee is not None:
             task_id, url, allow_local = addressee
-            HttpClient(url, read_token(), allow_local).deliver(
-                TaskCalls(task_id).error(str(error)), REFUSAL_S
-            )
+            client, call = HttpClient(url, read_token(), allow_local), TaskCalls(task_id).error(str(error))
+            thread = threading.Thread(target=client.deliver, args=(call, REFUSAL_S), daemon=True)
+            thread.start()
+            thread.join(REFUSAL_S + 0.5)
     except OptionError:
         return
 
@@ -69,6 +75,12 @@ def report_refusal(words: list[str], error: OptionError) -> None:
 def say_warnings(request: TaskRequest) -> None:
     for text in (*request.warnings, *request.notes):
         log.warning("%s", text)
+
+
+def use_utf8_names() -> None:
+    """Start this process over (same id, same arguments) where the locale would spell file names otherwise than UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def utf8_words(words: Sequence[str]) -> list[str]:

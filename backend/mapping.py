@@ -102,7 +102,7 @@ class Mapping:
         asked = self.request.get("teacher_image_size")
         if asked is not None:
             return int(asked)
-        size = round(int(self.setting("image_size")) / PATCH) * PATCH
+        size = (int(self.setting("image_size")) + PATCH // 2) // PATCH * PATCH
         return min(max(size, PATCH), LARGEST_TEACHER_SIZE)
 
     def features(self) -> dict[str, Any]:
@@ -114,6 +114,8 @@ class Mapping:
             "grid": "auto" if request.task in GRID_TASKS else 0,
             "logits": "probe" if self.distillation in ("logit", "hybrid") else "none",
             "val_fraction": request.get("val_fraction"),
+            # A missing split is cut by content: renamed files stay on their side, copies are never on both.
+            "group_duplicates": True,
             # Images of one folder are read there; a database or a second folder have no common root to read from.
             "images": "jpeg" if request.database or data_splits(request) else "none",
         }
@@ -199,12 +201,11 @@ class Mapping:
 
 
 def data_splits(request: TaskRequest) -> dict[str, str] | None:
-    """Splits from two data sets; None when one data set holds all it has in its own layout."""
+    """Splits from two data sets, each of which gives its own split of that name, or all it has.
+
+    None when one data set holds both in its layout.
+    """
     train, val = request.dataset_dir, request.val_dataset_dir
     if train is None or val is None or train == val:
         return None
-    return {"train": str(split_folder(train, "train")), "val": str(split_folder(val, "val"))}
-
-
-def split_folder(folder: Path, name: str) -> Path:
-    return folder / name if (folder / name).is_dir() else folder
+    return {"train": str(train), "val": str(val)}

@@ -150,7 +150,7 @@ TRAINING = (
     ),
     number("weight_decay", "Weight decay.", default=0.01),
     integer("grad_accum_steps", "Batches per optimizer step.", default=1, maximum=65536),
-    number("max_grad_norm", "Clipping of the gradient's norm.", default=1.0, minimum=None, above=0),
+    number("max_grad_norm", "Clipping of the gradient's norm; 0 is off.", default=1.0),
     integer("seed", "Random seed.", default=0, minimum=0, maximum=2**31 - 1),
     integer("workers", "Processes that decode images.", minimum=0, maximum=1024),
 )

@@ -108,10 +108,17 @@ class Task:
         return {"rows": digest.hexdigest()}
 
     def extract(self, path: Path) -> None:
+        from extract.existing import DifferentStore
         from extract.run import run_extraction
 
         config = self.mapping.extract_config(path)
-        result = run_extraction(config, [self.extraction], self.stop)
+        try:
+            result = run_extraction(config, [self.extraction], self.stop)
+        except DifferentStore as error:
+            # Another precision (a GPU's, a CPU's) or another version of ours, stopped half-way: nobody uses that.
+            log.warning("features: starting anew what was never finished: %s", error)
+            again = config.model_copy(update={"overwrite": True})
+            result = run_extraction(again, [self.extraction], self.stop)
         if not result.complete:
             raise PlatformError(f"{path}: the extraction ended without being complete: see the log")
         log.info(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import pytest
 from backend.errors import OptionError
 from backend.mapping import Mapping
 from backend.request import read_request
+from tests.test_backend.platform_data import make_class_folders, make_clips, make_masks, make_yolo
 from tests.test_backend.platform_site import Site
 from train.config import TrainConfig
+
+OUT = Path("features.zarr")
 
 
 def mapping(site: Site, student: str, **options: object) -> Mapping:
@@ -20,7 +25,7 @@ def mapping(site: Site, student: str, **options: object) -> Mapping:
 
 
 def train(site: Site, student: str, **options: object) -> TrainConfig:
-    return mapping(site, student, **options).train_config(Path("features.zarr"))
+    return mapping(site, student, **options).train_config(OUT)
 
 
 BACK_END = {
@@ -106,6 +111,7 @@ def test_the_recipe_fills_what_was_not_said(site: Site, student: str, expected: 
         ("resnet50", {"task_type": "features"}, {"logits": "none"}),
         ("resnet50", {"image_size": 100}, {"image_size": 112}),
         ("resnet50", {"image_size": 16}, {"image_size": 28}),
+        ("resnet50", {"image_size": 70}, {"image_size": 84}),
         ("resnet50", {"image_size": 640}, {"image_size": 448}),
         ("resnet50", {"image_size": 640, "teacher_image_size": 616}, {"image_size": 616}),
         ("yolov8n", {}, {"image_size": 448, "grid": "auto", "logits": "none"}),
@@ -157,13 +163,50 @@ def test_lora_on_given_weights_stays(site: Site) -> None:
     assert config.student_path == site.models / "w.pt"
 
 
-def test_two_data_sets_make_two_splits(site: Site) -> None:
-    (site.datasets / "other" / "val").mkdir(parents=True)
-    made = mapping(site, "resnet50", val_dataset_id="other")
-    assert made.data_options()["split"] == {
-        "train": str(site.datasets / "flowers" / "train"),
-        "val": str(site.datasets / "other" / "val"),
+def keys_of(made: Mapping) -> dict[str, list[str]]:
+    from extract.run import open_data
+
+    return {
+        name: list(samples.keys) for name, samples in open_data(made.extract_config(OUT)).splits().items()
     }
+
+
+@pytest.mark.parametrize(
+    ("student", "make"),
+    [
+        ("resnet18", make_class_folders),
+        ("yolov8n", make_yolo),
+        ("unet/small", make_masks),
+        ("lstm/small", make_clips),
+    ],
+)
+def test_training_and_validation_from_two_data_sets(
+    site: Site, student: str, make: Callable[..., Path]
+) -> None:
+    """Each gives its own split of that name, whatever the layout."""
+    make(site.datasets / "one", train=6, val=2)
+    make(site.datasets / "two", train=4, val=3)
+    keys = keys_of(mapping(site, student, dataset_id="one", val_dataset_id="two"))
+    assert {name: len(found) for name, found in keys.items()} == {"train": 6, "val": 3}
+
+
+def test_a_data_set_of_one_split_validates_another(site: Site) -> None:
+    make_class_folders(site.datasets / "one", train=6, val=2)
+    make_class_folders(site.datasets / "two", train=4, val=0)
+    keys = keys_of(mapping(site, "resnet18", dataset_id="one", val_dataset_id="two"))
+    assert {name: len(found) for name, found in keys.items()} == {"train": 6, "val": 4}
+
+
+def test_one_split_is_cut_by_content(site: Site) -> None:
+    """Names do not matter: copies are on the side of their originals, and renamed files stay where they were."""
+    folder = make_class_folders(site.datasets / "one", train=24, val=0)
+    for path in sorted(folder.rglob("*.png")):
+        shutil.copy(path, path.with_name(f"copy of {path.name}"))
+    keys = keys_of(mapping(site, "resnet18", dataset_id="one", val_fraction=0.4))
+    sides = {name: {Path(key).name for key in found} for name, found in keys.items()}
+    assert all(sides.values())
+    assert all(len(found) % 2 == 0 for found in keys.values())
+    assert all(f"copy of {name}" in sides[side] for side in sides for name in sides[side] if name[0] != "c")
 
 
 def test_a_run_in_the_output_folder_is_resumed(site: Site) -> None:

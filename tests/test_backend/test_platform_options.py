@@ -112,6 +112,10 @@ def test_bad_integers_are_named(text: str) -> None:
     assert problem("--epochs", text).startswith("--epochs: expected")
 
 
+def test_clipping_can_be_switched_off() -> None:
+    assert one("--max_grad_norm", "0").values["max_grad_norm"] == 0
+
+
 def test_an_integral_float_is_an_integer() -> None:
     assert one("--epochs", "32.0").values["epochs"] == 32
 

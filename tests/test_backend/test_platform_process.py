@@ -46,6 +46,17 @@ def test_bad_options_are_found_before_torch_is_imported(site: Site) -> None:
     assert (done.stdout, done.stderr) == ("resnet/resnet50\n", "")
 
 
+def test_names_are_utf8_whatever_the_locale(site: Site, platform: PlatformServer) -> None:
+    """As on a server whose locale is GBK or plain C: data sets are found under the names that the platform sends."""
+    (site.datasets / "花").mkdir()
+    ascii_only = plain_environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    ended = run_platform(
+        site.words(dataset_id="花", val_dataset_id="不在", api_base_url=platform.url), environment=ascii_only
+    )
+    assert ended.lines == [f"error: --val_dataset_id: no data set at {site.datasets}/不在"]
+    assert "不在" in platform.of("error")[0].query["errorMessage"]
+
+
 def test_the_command_line_has_the_same_door(site: Site) -> None:
     command = [sys.executable, str(SCRIPT.with_name("cli.py")), "distill"]
     words = site.words(lora_rank="-1", new_option="x")
