@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from backend.calls import TaskCalls
 from backend.pipe import Sender
+from console.log import get_logger
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
+log = get_logger("platform")
+
 BEST, BEST_MODEL, METRICS = "best.pt", "best_model.pt", "metrics.jsonl"
 EXTRACTION_EVERY_S = 2.0
+LOG_EVERY_S = 30.0
 FOLLOW_EVERY_S = 2.0
 MEGABYTE = 1_000_000
 # The number that stands for a student's quality, by task: the first that a record has.
@@ -33,17 +37,22 @@ def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
 
 
 class ExtractionEvents:
-    """Extraction can take hours: progress of epoch 0 with a message, every few seconds."""
+    """Extraction can take hours: progress of epoch 0 with a message every few seconds, and now and then a log line."""
 
     def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int) -> None:
         self.calls, self.sender, self.total_epochs = calls, sender, total_epochs
         self.said = float("-inf")
+        self.logged = time.monotonic()
 
     def progress(self, done: int, total: int, message: str) -> None:
         """Called by stage one after each batch."""
-        if time.monotonic() - self.said >= EXTRACTION_EVERY_S or done >= total:
-            self.said = time.monotonic()
-            self.say(f"extracting features: {message}, {done} of {total}")
+        now, text = time.monotonic(), f"extracting features: {message}, {done} of {total}"
+        if now - self.said >= EXTRACTION_EVERY_S or done >= total:
+            self.said = now
+            self.say(text)
+        if now - self.logged >= LOG_EVERY_S:
+            self.logged = now
+            log.info("%s", text)
 
     def say(self, text: str) -> None:
         self.sender.send(self.calls.progress(epoch=0, total_epochs=self.total_epochs, message=text))

@@ -1,4 +1,4 @@
-"""What the training tells → calls: every epoch once, also over a resume or from another process."""
+"""What extraction and training tell → calls: every epoch once, also over a resume or from another process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from backend import events
 from backend.calls import Call, TaskCalls
-from backend.events import TrainingEvents, follow
+from backend.events import ExtractionEvents, TrainingEvents, follow
 
 
 class Told:
@@ -49,6 +51,18 @@ def write_metrics(folder: Path, *epochs: int, cut: str = "") -> None:
 def hear(folder: Path) -> tuple[TrainingEvents, Told]:
     told = Told()
     return TrainingEvents(TaskCalls("7"), told, 9, folder), told
+
+
+def test_a_long_extraction_is_told_and_logged(monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(events, "LOG_EVERY_S", 0.0)
+    caplog.set_level("INFO", "qwen_distill")
+    told = Told()
+    ExtractionEvents(TaskCalls("7"), told, 9).progress(32, 1000, "encoding")
+    (call,) = told.calls
+    assert call.query == {"currentEpoch": 0}
+    assert call.body is not None
+    assert call.body["message"] == "extracting features: encoding, 32 of 1000"
+    assert "extracting features: encoding, 32 of 1000" in caplog.text
 
 
 def test_an_epoch_is_one_progress_and_one_history(tmp_path: Path) -> None:
