@@ -2,41 +2,75 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.test_train.yolo_runs import (
-    make_config,
-)
-from train.engine.yolo.run import run_yolo
+from tests.test_train.yolo_runs import OPTIONS, ROOT
 
 pytest.importorskip("ultralytics")
 
+UNREACHABLE = """
+import json, socket, subprocess, sys, threading
+attempts = []
+def refuse(*arguments, **named):
+    attempts.append(f"{threading.current_thread().name}: {arguments[-1:]}")
+    raise OSError("no network in this test")
+for name in ("getaddrinfo", "create_connection", "gethostbyname"):
+    setattr(socket, name, refuse)
+socket.socket.connect = refuse
+started = []
+class Popen(subprocess.Popen):
+    def __init__(self, arguments, *others, **named):
+        started.append(str(arguments))
+        super().__init__(arguments, *others, **named)
+subprocess.Popen = Popen
+from train.config import TrainConfig
+from train.run import run_training
+run_training(TrainConfig(**eval(sys.argv[1])))
+import ultralytics.utils
+print(json.dumps({
+    "attempts": attempts,
+    "installers": [text for text in started if any(word in text for word in ("pip", "curl", "wget"))],
+    "online": ultralytics.utils.ONLINE,
+}))
+"""
+
 
 @pytest.mark.slow
-def test_training_with_plots_uses_no_network(
-    yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Plots are what asks for fonts. Any attempt to connect or to resolve a name fails the test, threads included."""
-    import socket
+def test_a_whole_training_with_plots_never_tries_to_connect(yolo_store: Path, tmp_path: Path) -> None:
+    """In a process and home of its own, where nothing but our code says that there is no network.
 
-    attempts: list[str] = []
-
-    def refuse(*arguments: Any, **named: Any) -> Any:
-        attempts.append(f"{threading.current_thread().name}: {arguments[-1:]}")
-        raise OSError("no network in this test")
-
-    for name in ("getaddrinfo", "create_connection", "gethostbyname"):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    out = tmp_path / "out"
-    run_yolo(make_config(yolo_store, out, epochs=1, yolo_settings="plots=true"))
-    assert not attempts
-    assert (out / "ultralytics" / "results.png").exists()
-    assert (out / "ultralytics" / "labels.jpg").exists()
+    Plots are what asks for fonts. Any attempt to connect, to resolve a name or to install counts, threads included.
+    """
+    hidden = ("YOLO_", "ULTRALYTICS", "XDG_", "HF_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    options = {
+        **OPTIONS,
+        "store": str(yolo_store),
+        "out": str(tmp_path / "out"),
+        "epochs": 1,
+        "control": True,
+    }
+    options["yolo_settings"] = "plots=true"
+    done = subprocess.run(
+        [sys.executable, "-c", UNREACHABLE, repr(options)],
+        cwd=ROOT,
+        env={**environment, "HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"attempts": [], "installers": [], "online": False}
+    written = tmp_path / "out" / "ultralytics"
+    assert (written / "results.png").exists()
+    assert (written / "labels.jpg").exists()
+    settings = list(tmp_path.glob(".config/**/settings.json"))
+    assert not settings  # the user's own settings of ultralytics are not touched
 
 
 def test_telemetry_trackers_and_downloads_are_off() -> None:

@@ -1,33 +1,28 @@
-"""Our options in ultralytics' terms, what it cannot do, and bad input."""
+"""Our options in ultralytics' terms, and those that it cannot follow."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from store import open_store
-from store.errors import DistillError
-from tests.test_train.yolo_data import Row, make_store, scene, scenes
+from tests.test_train.yolo_data import make_store, scenes
 from train.config import TrainConfig
-from train.errors import ConfigError, TrainError
+from train.errors import ConfigError
 
 pytest.importorskip("ultralytics")
 
 from train.engine.yolo.options import (
+    UNSUPPORTED,
     check_options,
     clip_norm,
     levels_of,
     parse_settings,
     ultralytics_arguments,
 )
-
-PUBLISHED = {"n": 3_157_200, "s": 11_166_560, "m": 25_902_640, "l": 43_691_520, "x": 68_229_648}
 
 
 def make_config(**options: Any) -> TrainConfig:
@@ -84,6 +79,8 @@ def test_explicit_options_are_mapped() -> None:
         ({"label_smoothing": 0.1}, "label_smoothing"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"compile": True}, "compile"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"views": "recorded"}, "recorded views cannot be replayed"),
         ({"distillation_type": "logit"}, "distillation_type logit"),
         ({"feature_loss_type": "relation"}, "mse, cosine or smooth_l1"),
         ({"image_size": 100}, "not a multiple of 32.*use 96"),
@@ -101,15 +98,106 @@ def test_defaults_and_hybrid_are_accepted() -> None:
     check_options(make_config(distillation_type="hybrid", temperature=4.0))
 
 
+# Options that a YOLO training follows; every other one must be refused when it is asked for.
+FOLLOWED = [
+    "align_feature",
+    "align_head",
+    "augment",
+    "auto_batch",
+    "batch_size",
+    "checkpoint_interval",
+    "control",
+    "data_root",
+    "deterministic",
+    "device",
+    "distill_layers",
+    "distill_loss_type",
+    "distillation_type",
+    "early_stopping_patience",
+    "epochs",
+    "feature_loss_type",
+    "feature_target",
+    "feature_weight",
+    "foreground_weight",
+    "grad_accum_steps",
+    "hard_label_weight",
+    "image_size",
+    "learning_rate",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "lora_rank",
+    "lora_target_modules",
+    "lr_scheduler",
+    "max_grad_norm",
+    "num_classes",
+    "optimizer",
+    "out",
+    "overwrite",
+    "precision",
+    "resume",
+    "seed",
+    "soft_label_weight",
+    "sources",
+    "store",
+    "student",
+    "student_path",
+    "task",
+    "tracker",
+    "train_split",
+    "val_split",
+    "warmup_epochs",
+    "weight_decay",
+    "workers",
+    "yolo_settings",
+]
+
+
+def test_every_option_is_followed_or_refused() -> None:
+    assert sorted([*FOLLOWED, *UNSUPPORTED]) == sorted(TrainConfig.model_fields)
+
+
 def test_all_problems_come_together() -> None:
     with pytest.raises(ConfigError, match=r"ema_decay.*image_size 100"):
         check_options(make_config(ema_decay=0.9, image_size=100))
 
 
-@pytest.mark.parametrize("text", ["nonsense=1", "mosaic", "save_dir=x", "device=0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nonsense=1",
+        "mosaic",
+        "save_dir=x",
+        "device=0",
+        "fraction=0.5",
+        "single_cls=true",
+        "mosaic=2",
+        "plots=maybe",
+        "box=none",
+        "freeze=[0,1",
+    ],
+)
 def test_settings_are_checked(text: str) -> None:
     with pytest.raises(ConfigError, match="yolo_settings"):
         parse_settings(text)
+
+
+def test_settings_are_read_as_ultralytics_reads_them() -> None:
+    found = parse_settings("lrf=1e-3, scale=(0.5,1.5),freeze=[0,1],plots=False,rect=true")
+    assert found == {"lrf": 1e-3, "scale": (0.5, 1.5), "freeze": [0, 1], "plots": False, "rect": True}
+
+
+@pytest.mark.parametrize("freeze", [23, -1, [30], "head", [*range(23)]])
+def test_frozen_layers_exist_and_leave_some_to_learn(freeze: Any) -> None:
+    from train.engine.yolo.assemble import check_frozen
+    from train.students.yolo import build_network
+
+    with torch.device("meta"):
+        network = build_network("n", 2)
+    check_frozen(22, network)
+    check_frozen([0, 5], network)
+    with pytest.raises(ConfigError, match=r"freeze=.*0 to 22"):
+        check_frozen(freeze, network)
 
 
 def test_unknown_levels_are_refused() -> None:
@@ -127,88 +215,6 @@ def test_cpu_has_no_distributed_training() -> None:
         device_arguments(make_config(device="cpu", precision="fp16"))
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_sizes_have_the_published_parameter_counts(size: str) -> None:
-    from train.students import build_student
-
-    with torch.device("meta"):
-        student = build_student(f"yolov8/{size}", num_classes=80, image_size=640)
-    assert student.parameter_count() == pytest.approx(PUBLISHED[size], rel=0.02)
-
-
-def test_students_give_boxes_and_the_distilled_map() -> None:
-    from train.students import build_student
-
-    student = build_student("yolov8n", num_classes=3, image_size=64).eval()
-    out = student(torch.zeros(2, 3, 64, 64))
-    assert out.logits is not None
-    assert out.logits.shape == (2, 4 + 3, 84)
-    assert out.features.shape == (2, student.spec.feature_width, 2, 2)
-
-
-# Data ------------------------------------------------------------------------------------------------------------
-
-
-def row_with(boxes: list[list[float]], classes: list[int]) -> Row:
-    image = scene(np.random.default_rng(0))[0]
-    return image, np.array(boxes, np.float32).reshape(-1, 4), np.array(classes, np.int32)
-
-
-def open_train(path: Path, **settings: Any) -> Any:
-    from train.engine.yolo.records import open_split
-
-    return open_split(open_store(path), "train", image_size=64, data_root=None, distil=True, **settings)
-
-
-def test_bad_boxes_are_cleaned_and_backgrounds_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    image = scene(np.random.default_rng(0))[0]
-    height, width = image.shape[:2]
-    rows = [
-        row_with(
-            [[-20, -10, 30, 40], [10, 10, 10, 30], [width + 5, 5, width + 20, 30], [5, 5, 25, 25]],
-            [0, 0, 1, 1],
-        ),
-        row_with([], []),
-    ]
-    records = open_train(make_store(tmp_path / "s", {"train": rows, "val": scenes(2, 0)})).records
-    expected = np.array(
-        [
-            [15 / width, 20 / height, 30 / width, 40 / height],
-            [15 / width, 15 / height, 20 / width, 20 / height],
-        ]
-    )
-    assert np.allclose(records[0].boxes, expected, atol=1e-6)
-    assert records[0].classes.tolist() == [0, 1]
-    assert records[1].boxes.shape == (0, 4)
-    assert "2 boxes without area" in caplog.text
-
-
-def test_a_class_without_a_name_is_an_error(tmp_path: Path) -> None:
-    path = make_store(tmp_path / "s", {"train": [row_with([[1, 1, 9, 9]], [5])], "val": scenes(2, 0)})
-    with pytest.raises(TrainError, match=r"train/000.png: class 5, but the store names 2 classes"):
-        open_train(path)
-
-
-def test_a_store_without_grid_says_what_to_extract(tmp_path: Path) -> None:
-    path = make_store(tmp_path / "s", {"train": scenes(2, 1), "val": scenes(2, 0)}, grid=False)
-    with pytest.raises(TrainError, match="--grid 16"):
-        open_train(path)
-
-
-def test_a_store_without_boxes_is_an_error(tmp_path: Path) -> None:
-    path = make_store(tmp_path / "s", {"train": scenes(2, 1), "val": scenes(2, 0)}, boxes=False)
-    with pytest.raises(TrainError, match="no boxes"):
-        open_train(path)
-
-
-def test_a_missing_split_is_an_error(tmp_path: Path) -> None:
-    from train.engine.yolo.records import open_split
-
-    path = make_store(tmp_path / "s", {"train": scenes(2, 1)})
-    with pytest.raises(TrainError, match="no split 'val', it has train"):
-        open_split(open_store(path), "val", image_size=64, data_root=None, distil=False)
-
-
 def test_classes_may_be_more_than_the_store_has_but_not_fewer(tmp_path: Path) -> None:
     from train.engine.yolo.assemble import class_names
 
@@ -216,78 +222,3 @@ def test_classes_may_be_more_than_the_store_has_but_not_fewer(tmp_path: Path) ->
     assert class_names(make_config(num_classes=3), store) == ("red", "green", "class_2")
     with pytest.raises(ConfigError, match="num_classes 1"):
         class_names(make_config(num_classes=1), store)
-
-
-# Weights ---------------------------------------------------------------------------------------------------------
-
-
-def test_weights_of_ultralytics_files_are_read_without_running_code(tmp_path: Path) -> None:
-    from train.students import build_student
-
-    source = build_student("yolov8n", num_classes=2, image_size=64)
-    network: Any = source.network
-    metrics = {"fitness": np.float64(0.5)}
-    torch.save({"model": network.half(), "ema": None, "train_metrics": metrics}, tmp_path / "yolo.pt")
-    student = build_student("yolov8n", num_classes=3, image_size=64, student_path=tmp_path / "yolo.pt")
-    assert torch.equal(student.network.model[0].conv.weight, network.model[0].conv.weight.float())
-    assert {name.rsplit(".", 1)[-1] for name in student.initial_weights.reinitialised} == {"weight", "bias"}
-    assert all(".cv3." in name for name in student.initial_weights.reinitialised)
-
-
-class Harm:
-    def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
-        return print, ("harm",)
-
-
-@pytest.mark.parametrize("content", [Harm(), {"model": Harm()}, {"weights": 1}])
-def test_foreign_files_are_refused(tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from train.students.yolo import read_yolo_weights
-
-    torch.save(content, tmp_path / "bad.pt")
-    with pytest.raises(DistillError, match=r"bad\.pt"):
-        read_yolo_weights(tmp_path / "bad.pt")
-    assert "harm" not in capsys.readouterr().out
-
-
-def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
-    from train.students import build_student
-
-    small: Any = build_student("yolov8n", num_classes=2, image_size=64)
-    torch.save(small.network.state_dict(), tmp_path / "n.pt")
-    with pytest.raises(DistillError, match=r"does not fit: \d+ tensors.*same size"):
-        build_student("yolov8s", num_classes=2, image_size=64, student_path=tmp_path / "n.pt")
-
-
-@pytest.mark.slow
-def test_without_ultralytics_the_error_says_how_to_install_it() -> None:
-    """In a process where it cannot be imported; everything else of stage two still can."""
-    script = (
-        "import sys, importlib.util as u\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'ultralytics' else find(name, *a)\n"
-        "sys.modules['ultralytics'] = None\n"
-        "from train.students import build_student\n"
-        "build_student('resnet18', num_classes=2, image_size=32)\n"
-        "try:\n"
-        "    build_student('yolov8n', num_classes=2, image_size=64)\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__, error.exit_code, error)\n"
-    )
-    root = Path(__file__).parents[2]
-    found = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert "UltralyticsMissingError 1" in found.stdout
-    assert "pip install" in found.stdout
-
-
-def test_raw_images_have_the_boxes_of_the_teachers_view(tmp_path: Path) -> None:
-    """`--images raw` stores what the teacher saw: here a 200×100 photo in a 112-pixel letterbox."""
-    from train.engine.yolo.records import detection_records
-
-    image = np.zeros((100, 200, 3), np.uint8)
-    row = (image, np.array([[50, 25, 150, 75]], np.float32), np.zeros(1, np.int32))
-    store = open_store(make_store(tmp_path / "s", {"train": [row]}, resize="letterbox"))
-    (record,) = detection_records(store, store["train"], raw=True)
-    assert (record.width, record.height) == (112, 112)
-    assert np.allclose(record.boxes, [[0.5, 0.5, 0.5, 0.25]], atol=0.01)

@@ -1,0 +1,87 @@
+"""Boxes and images of a store as ultralytics' data set: what is cleaned, and what is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from store import open_store
+from tests.test_train.yolo_data import Row, make_store, scene, scenes
+from train.errors import TrainError
+
+pytest.importorskip("ultralytics")
+
+
+def row_with(boxes: list[list[float]], classes: list[int]) -> Row:
+    image = scene(np.random.default_rng(0))[0]
+    return image, np.array(boxes, np.float32).reshape(-1, 4), np.array(classes, np.int32)
+
+
+def open_train(path: Path, **settings: Any) -> Any:
+    from train.engine.yolo.records import open_split
+
+    return open_split(open_store(path), "train", image_size=64, data_root=None, distil=True, **settings)
+
+
+def test_bad_boxes_are_cleaned_and_backgrounds_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = scene(np.random.default_rng(0))[0]
+    height, width = image.shape[:2]
+    rows = [
+        row_with(
+            [[-20, -10, 30, 40], [10, 10, 10, 30], [width + 5, 5, width + 20, 30], [5, 5, 25, 25]],
+            [0, 0, 1, 1],
+        ),
+        row_with([], []),
+    ]
+    records = open_train(make_store(tmp_path / "s", {"train": rows, "val": scenes(2, 0)})).records
+    expected = np.array(
+        [
+            [15 / width, 20 / height, 30 / width, 40 / height],
+            [15 / width, 15 / height, 20 / width, 20 / height],
+        ]
+    )
+    assert np.allclose(records[0].boxes, expected, atol=1e-6)
+    assert records[0].classes.tolist() == [0, 1]
+    assert records[1].boxes.shape == (0, 4)
+    assert "2 boxes without area" in caplog.text
+
+
+def test_a_class_without_a_name_is_an_error(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "s", {"train": [row_with([[1, 1, 9, 9]], [5])], "val": scenes(2, 0)})
+    with pytest.raises(TrainError, match=r"train/000.png: class 5, but the store names 2 classes"):
+        open_train(path)
+
+
+def test_a_store_without_grid_says_what_to_extract(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "s", {"train": scenes(2, 1), "val": scenes(2, 0)}, grid=False)
+    with pytest.raises(TrainError, match="--grid 16"):
+        open_train(path)
+
+
+def test_a_store_without_boxes_is_an_error(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "s", {"train": scenes(2, 1), "val": scenes(2, 0)}, boxes=False)
+    with pytest.raises(TrainError, match="no boxes"):
+        open_train(path)
+
+
+def test_a_missing_split_is_an_error(tmp_path: Path) -> None:
+    from train.engine.yolo.records import open_split
+
+    path = make_store(tmp_path / "s", {"train": scenes(2, 1)})
+    with pytest.raises(TrainError, match="no split 'val', it has train"):
+        open_split(open_store(path), "val", image_size=64, data_root=None, distil=False)
+
+
+def test_raw_images_have_the_boxes_of_the_teachers_view(tmp_path: Path) -> None:
+    """`--images raw` stores what the teacher saw: here a 200×100 photo in a 112-pixel letterbox."""
+    from train.engine.yolo.records import detection_records
+
+    image = np.zeros((100, 200, 3), np.uint8)
+    row = (image, np.array([[50, 25, 150, 75]], np.float32), np.zeros(1, np.int32))
+    store = open_store(make_store(tmp_path / "s", {"train": [row]}, resize="letterbox"))
+    (record,) = detection_records(store, store["train"], raw=True)
+    assert (record.width, record.height) == (112, 112)
+    assert np.allclose(record.boxes, [[0.5, 0.5, 0.5, 0.25]], atol=0.01)
