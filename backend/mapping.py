@@ -86,15 +86,10 @@ class Mapping:
     def resolve_lora(self) -> int:
         """The back end sends rank 16 as its default: on random weights adapters make no sense."""
         rank = int(self.setting("lora_rank"))
-        if rank and self.request.student_path is None and not self.pretrained:
+        if rank and self.request.student_path is None and not self.request.pretrained:
             self.notes.append(f"lora_rank {rank}: left off, the student starts from random weights")
             return 0
         return rank
-
-    @property
-    def pretrained(self) -> bool:
-        """timm's published weights were asked for and no file of weights is there."""
-        return bool(self.request.chosen.get("pretrained")) and self.request.student_path is None
 
     @property
     def teacher_size(self) -> int:
@@ -177,7 +172,7 @@ class Mapping:
             "distillation_type": self.distillation,
             "lora_rank": self.lora_rank,
             "student_path": request.student_path,
-            "pretrained": self.pretrained or None,
+            "pretrained": request.pretrained or None,
             "device": ",".join(request.devices),
             "checkpoint_interval": self.checkpoint_interval,
             "resume": any((request.output_dir / name).exists() for name in RUN_FILES),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class TaskRequest:
     teacher_path: Path
     student: StudentName
     student_path: Path | None
+    pretrained: bool
     task: str
     dataset_id: str
     dataset_dir: Path | None
@@ -160,7 +161,7 @@ def resolve(merged: Merged) -> TaskRequest:
         teacher=teacher,
         teacher_path=teacher_path,
         student=student,
-        student_path=resolve_student_path(merged, notes),
+        **resolve_weights(merged, notes),
         task=resolve_task(merged, student, notes),
         cache_dir=resolve_cache(merged, output_dir),
         devices=resolve_devices(merged.get("gpu_devices")),
@@ -238,25 +239,43 @@ def below_models_root(field_name: str, root: str | None, path: Path, merged: Mer
     return path
 
 
-def resolve_student_path(merged: Merged, notes: list[str]) -> Path | None:
-    """The weights to start from. The back end always sends a path: where nothing lies, none are given."""
-    given = merged.options.get("student_path")
+def resolve_weights(merged: Merged, notes: list[str]) -> dict[str, Any]:
+    """The file that the student starts from, or whether timm's published weights are asked for.
+
+    The back end always sends a path: where nothing lies, no weights are given.
+    """
+    missing = []
+    for name, path in weight_files(merged):
+        if lies_at(name, path):
+            if name == "pretrainPath":
+                notes.append(f"the student starts from {path} (pretrainPath)")
+            return {"student_path": path, "pretrained": False}
+        missing.append(f"{name} {path}")
+    pretrained = asks_for_published_weights(merged)
+    if missing:
+        start = (
+            "timm's published weights are taken" if pretrained else "the student starts from random weights"
+        )
+        notes.append(f"no weights at {' or '.join(missing)}: {start}")
+    return {"student_path": None, "pretrained": pretrained}
+
+
+def weight_files(merged: Merged) -> Iterator[tuple[str, Path]]:
+    """Where weights may lie, first the option's path, then the one typed into the web form."""
+    given, typed = merged.options.get("student_path"), merged.document.get("student_path")
     if given is not None:
-        path = check_path("student_path", given)
-        if lies_at("student_path", path):
-            return path
-        notes.append(f"no weights at student_path {path}: the student starts from random weights")
-    typed = merged.document.get("student_path")
-    if typed is None or merged.document.get("pretrained") is False:
-        return None
-    path = below_models_root(
-        "pretrainPath", merged.get("models_root"), check_path("pretrainPath", typed), merged
-    )
-    if lies_at("pretrainPath", path):
-        notes[:] = [f"the student starts from {path} (pretrainPath)"]
-        return path
-    notes[:] = [f"no weights at pretrainPath {path}: the student starts from random weights"]
-    return None
+        yield "student_path", check_path("student_path", given)
+    if typed is not None and merged.document.get("pretrained") is not False:
+        path = check_path("pretrainPath", typed)
+        yield "pretrainPath", below_models_root("pretrainPath", merged.get("models_root"), path, merged)
+
+
+def asks_for_published_weights(merged: Merged) -> bool:
+    """`--pretrained`; in the JSON initMethod `pretrained` without a path, which would mean the weights there."""
+    option = merged.options.get("pretrained")
+    if option is not None:
+        return bool(option)
+    return bool(merged.document.get("pretrained")) and merged.document.get("student_path") is None
 
 
 def resolve_task(merged: Merged, student: StudentName, notes: list[str]) -> str:

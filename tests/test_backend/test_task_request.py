@@ -164,6 +164,40 @@ def test_pretrain_path_of_the_json_when_the_back_ends_path_is_empty(site: Site) 
     assert read_request(words).student_path == weights
 
 
+def test_weights_that_are_nowhere_are_a_random_start(site: Site) -> None:
+    """Also when the form says `pretrained`: it named a file, and guessing other weights would be another training."""
+    config = {"studentModelConfig": {"initMethod": "pretrained", "pretrainPath": "gone.pt"}}
+    words = site.words(
+        student_path=site.models / "resnet50", models_root=site.models, training_config=json.dumps(config)
+    )
+    request = read_request(words)
+    assert (request.student_path, request.pretrained) == (None, False)
+    assert request.notes == (
+        f"no weights at student_path {site.models}/resnet50 or pretrainPath {site.models}/gone.pt: "
+        "the student starts from random weights",
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "method", "expected"),
+    [
+        (None, "pretrained", True),
+        (None, "random", False),
+        (None, None, False),
+        ("True", "random", True),
+        ("False", "pretrained", False),
+    ],
+)
+def test_published_weights_are_taken_when_asked_for(
+    site: Site, option: str | None, method: str | None, expected: bool
+) -> None:
+    text = json.dumps({"studentModelConfig": {"initMethod": method}})
+    words = site.words(student_path=site.models / "resnet50", pretrained=option, training_config=text)
+    request = read_request(words)
+    assert (request.student_path, request.pretrained) == (None, expected)
+    assert ("timm's published weights" in request.notes[0]) is expected
+
+
 def test_random_init_leaves_the_pretrain_path(site: Site) -> None:
     weights = site.models / "w.pt"
     weights.write_bytes(b"x")
