@@ -110,7 +110,6 @@ def flowing_text(docstring: str) -> str:
 app = typer.Typer(
     cls=LazyGroup,
     rich_markup_mode="rich",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -135,14 +134,30 @@ def main() -> None:
     debug = "--debug" in sys.argv or os.environ.get("QWEN_DISTILL_DEBUG") == "1"
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
-        app()
+        # Not standalone: typer would frame its own errors (a missing option, a bad value) over several lines.
+        code = app(sys.argv[1:] or ["--help"], prog_name=program_name(), standalone_mode=False)
     except Exception as error:
         # An error meant for the user carries `exit_code`; anything else is a defect and keeps its traceback.
         exit_code = getattr(error, "exit_code", None)
         if debug or exit_code is None:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(error_line(error), file=sys.stderr, flush=True)
         sys.exit(exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def program_name() -> str:
+    """What the user typed; `python -m cli` is called `cli` too."""
+    name = os.path.basename(sys.argv[0])
+    return name if name == "qwen-distill" else "cli"
+
+
+def error_line(error: Exception) -> str:
+    """What went wrong, on one line; for a misused command line also where its help is."""
+    describe = getattr(error, "format_message", None)  # typer's own errors
+    context = getattr(error, "ctx", None)
+    hint = f" ({context.command_path} --help)" if context is not None else ""
+    return f"error: {(describe() if describe else str(error)).removesuffix('.')}{hint}"
 
 
 if __name__ == "__main__":

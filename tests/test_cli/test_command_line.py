@@ -61,16 +61,24 @@ def first_paragraphs(text: str) -> list[str]:
 
 def test_overview_shows_the_stages_in_order() -> None:
     done = run_cli()
-    overview = done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    overview = done.stdout
     assert overview.index("Stage one") < overview.index("Stage two")
     for name in cli.COMMANDS:
         assert name in overview
 
 
-def test_unknown_command_names_the_nearest() -> None:
-    done = run_cli("exract")
-    assert done.returncode == 2
-    assert "did you mean extract" in " ".join(done.stderr.split())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["exract"], "error: unknown command 'exract': did you mean extract? (cli --help)"),
+        (["train"], "error: Missing argument 'STORE' (cli train --help)"),
+        (["probe", "a", "b"], "error: Got unexpected extra argument (b) (cli probe --help)"),
+    ],
+)
+def test_a_misused_command_line_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    done = run_cli(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{message}\n")
 
 
 def test_an_error_is_one_line_without_traceback(tmp_path: Path) -> None:
