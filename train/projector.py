@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from train.errors import TrainError
 
@@ -18,8 +19,8 @@ class Projector(nn.Module):
     """Student features → rows in the teacher's space; trained with the student, never exported.
 
     The map is always on the *student's* side: a trainable map of the targets could collapse to a constant.
-    A linear layer over the channel axis is the 1×1 convolution of a map, so one module serves maps [B, D, h, w],
-    sequences [B, T, D] and vectors [B, D].
+    A linear layer over the channel axis is the 1×1 convolution of a map, so one module serves maps, sequences and
+    vectors; maps are computed as that convolution (`align_rows`).
     """
 
     def __init__(self, student_width: int, teacher_width: int, kind: str = "linear") -> None:
@@ -35,8 +36,18 @@ class Projector(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Channel-last [..., D_student] → [..., D_teacher] (see `channels_last_rows`)."""
-        aligned: Tensor = self.layers(rows)
+        for layer in self.layers if isinstance(self.layers, nn.Sequential) else [self.layers]:
+            rows = align_rows(layer, rows) if isinstance(layer, nn.Linear) else layer(rows)
+        return rows
+
+
+def align_rows(layer: nn.Linear, rows: Tensor) -> Tensor:
+    """`layer(rows)`; rows of a map [B, h, w, D] as a 1×1 convolution, which oneDNN runs a third faster on CPUs."""
+    if rows.ndim != 4:
+        aligned: Tensor = layer(rows)
         return aligned
+    maps = rows.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return functional.conv2d(maps, layer.weight[:, :, None, None], layer.bias).permute(0, 2, 3, 1)
 
 
 def channels_last_rows(features: Tensor) -> Tensor:
@@ -100,4 +111,4 @@ class TargetStandardizer(nn.Module):
                 f"teacher features are {stored.shape[-1]} wide, their statistics {self.gain.shape[0]}: "
                 "the store's statistics do not belong to this array"
             )
-        return stored.float() * self.gain - self.shift
+        return (stored.float() * self.gain).sub_(self.shift)

@@ -81,6 +81,8 @@ class Loop:
             started = time.monotonic()
             self.train_epoch()
             metrics = self.validate()
+            losses = {name: value for name, value in metrics.items() if name.startswith("val_")}
+            check_finite(losses, f"the validation of epoch {progress.epoch + 1}")
             yield self.record(metrics, time.monotonic() - started)
 
     def train_epoch(self) -> None:
@@ -114,7 +116,7 @@ class Loop:
                 parts.accelerator.backward(terms["loss"] * world_size())
             for name, value in terms.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-        losses = self.share(totals, samples)
+        losses = self.share(totals, samples, self.clip())
         if self.read_every == 1:
             losses.read()
         self.update(losses, samples, started)
@@ -132,7 +134,15 @@ class Loop:
         output = parts.wrapped(images, batch.lengths) if batch.lengths is not None else parts.wrapped(images)
         return parts.objective.losses(output, batch, targets, counts, mixing)
 
-    def share(self, totals: dict[str, Tensor], samples: float) -> StepLosses:
+    def clip(self) -> Tensor | None:
+        """Clip the gradients; their norm, None without clipping or where the loss scaler looks after infinities."""
+        parts, config = self.parts, self.parts.config
+        if not config.max_grad_norm:
+            return None
+        norm = parts.accelerator.clip_grad_norm_(parts.module.parameters(), config.max_grad_norm)
+        return norm if parts.accelerator.scaler is None else None
+
+    def share(self, totals: dict[str, Tensor], samples: float, norm: Tensor | None) -> StepLosses:
         """Sum the step's losses and samples over all ranks, in one exchange; a stop of any rank stops all."""
         progress = self.parts.progress
         host = torch.tensor([samples, float(self.parts.stop.requested)], dtype=torch.float64)
@@ -142,8 +152,8 @@ class Loop:
                 host.to(self.device, non_blocking=True),
             ]
         )
-        where = (progress.epoch + 1, progress.step + 1)
-        return StepLosses(where, tuple(totals), sum_over_ranks(values))
+        where = f"epoch {progress.epoch + 1}, step {progress.step + 1}"
+        return StepLosses(where, tuple(totals), sum_over_ranks(values), norm)
 
     def settle(self) -> None:
         """Count the losses of the last steps in the epoch's means. The caller holds the guard's lock.
@@ -157,10 +167,8 @@ class Loop:
             del self.unread[0]
 
     def update(self, losses: StepLosses, samples: float, started: float) -> None:
-        """Clip, step, average; weights and progress change together."""
-        parts, config, progress = self.parts, self.parts.config, self.parts.progress
-        if config.max_grad_norm:
-            parts.accelerator.clip_grad_norm_(parts.module.parameters(), config.max_grad_norm)
+        """Step, average; weights and progress change together."""
+        parts, progress = self.parts, self.parts.progress
         rate = self.learning_rate(progress.global_step)
         with parts.guard.update():
             for group in parts.optimizer.param_groups:
@@ -227,27 +235,31 @@ class Loop:
 
 
 class StepLosses(NamedTuple):
-    """The losses of one step on the device: `where` (epoch, step), and float64 values, then samples and stop."""
+    """The losses of one step on the device: float64 `values` by name, then samples and stop; the gradient's `norm`."""
 
-    where: tuple[int, int]
+    where: str
     names: tuple[str, ...]
     values: Tensor
+    norm: Tensor | None
 
     def read(self) -> tuple[dict[str, float], float, bool]:
         """Losses by name, samples, and whether a rank was asked to stop. Raises NotFiniteError."""
         *losses, samples, stop = self.values.tolist()
         values = dict(zip(self.names, losses, strict=True))
-        check_finite(values, *self.where)
+        check_finite(values, self.where)
+        if self.norm is not None:
+            # A finite loss may have gradients that are not; the weights must not take them.
+            check_finite({"gradient norm": float(self.norm)}, self.where)
         return values, samples, stop > 0
 
 
-def check_finite(values: dict[str, float], epoch: int, step: int) -> None:
-    """Raise NotFiniteError that names epoch, step and term."""
+def check_finite(values: dict[str, float], where: str) -> None:
+    """Raise NotFiniteError that names the term and `where` (epoch and step)."""
     bad = [name for name, value in values.items() if value - value != 0]
     if bad:
         named = [name for name in bad if name != "loss"] or bad
         raise NotFiniteError(
-            f"{named[0]} became {values[named[0]]} in epoch {epoch}, step {step}: training stopped, the last good "
+            f"{named[0]} became {values[named[0]]} in {where}: training stopped, the last good "
             "checkpoint is kept; try a lower --learning-rate, a longer --warmup-epochs or --precision fp32, then "
             "--resume"
         )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from console.stop import SIGNALS, Stopped, StopRequest
+from store.errors import DistillError
 
 #: Seconds that the loop gets to finish its step and save by itself.
 GRACE_S = 1.5
@@ -115,7 +116,10 @@ class StopWatch:
         number = self.wait_for_signal()
         if number is None or self.acknowledged.wait(GRACE_S) or self.closed.is_set():
             return
-        text = self.save()
+        try:
+            text = self.save()
+        except DistillError as error:
+            text = str(error)
         print(text, file=sys.stderr, flush=True)
         reporter = threading.Thread(target=self.report, args=(Stopped(text, 128 + number),), daemon=True)
         reporter.start()

@@ -44,5 +44,5 @@ def logit_loss(
 ) -> Tensor:
     """Weighted mean over samples of `logit_divergences`; scalar float32. Rows of weight 0 may hold NaN."""
     if weight is not None:
-        teacher = torch.where(weight.unsqueeze(-1) > 0, teacher, torch.zeros_like(teacher))
+        teacher = torch.where(weight.unsqueeze(-1) > 0, teacher, 0.0)
     return weighted_mean(logit_divergences(student, teacher, temperature), weight, normalizer)
