@@ -1,6 +1,6 @@
 """`cli extract` against the bare forward passes of the same batches; bytes of each storage choice; memory.
 
-    python benchmarks/extract.py [--quick] [--json] [--rounds 5] [--images 50000]
+    python benchmarks/extract.py [--quick] [--json] [--only overhead] [--rounds 5] [--images 50000]
 
 Overhead: JPEG files of 640×480 made from real photos, a random Qwen2.5-VL tower of a few blocks (deep enough that
 decoding is under 5 % of it), rounds interleaved, medians. Both sides leave their first batch out: there decoders
@@ -240,32 +240,35 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--depth", type=int, default=2, help="blocks of the tower")
-    parser.add_argument(
-        "--images", type=int, default=50_000, help="images of the memory run; 0 leaves it out"
-    )
+    parser.add_argument("--images", type=int, default=50_000, help="images of the memory run")
+    parser.add_argument("--only", choices=["overhead", "memory"], help="one of the two measurements")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.images = 1, min(arguments.images, 2000)
     work = Path(tempfile.mkdtemp(prefix="extract-benchmark-"))
+    report: dict[str, Any] = {"storage": storage_choices()}
     try:
-        overhead = measure_overhead(work, 24 if arguments.quick else 48, arguments.depth, arguments.rounds)
-        memory = measure_memory(work, arguments.images) if arguments.images else None
+        if arguments.only != "memory":
+            images = 24 if arguments.quick else 48
+            report["overhead"] = measure_overhead(work, images, arguments.depth, arguments.rounds)
+            report["h100_arithmetic"] = h100_arithmetic(report["overhead"]["decode_ms_per_image"])
+        if arguments.only != "overhead":
+            report["memory"] = measure_memory(work, arguments.images)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    report = {
-        "overhead": overhead,
-        "memory": memory,
-        "storage": storage_choices(),
-        "h100_arithmetic": h100_arithmetic(overhead["decode_ms_per_image"]),
-    }
     if arguments.json:
         print_json(report)
         return
-    print_report(report)
+    print_table(
+        report["storage"], ["stored", "bytes an image", "GB a million"], "bytes of each storage choice"
+    )
+    if "overhead" in report:
+        print_overhead(report["overhead"], report["h100_arithmetic"])
+    if "memory" in report:
+        print_memory(report["memory"])
 
 
-def print_report(report: dict[str, Any]) -> None:
-    overhead, memory, h100 = report["overhead"], report["memory"], report["h100_arithmetic"]
+def print_overhead(overhead: dict[str, Any], h100: dict[str, Any]) -> None:
     print(
         f"extract {overhead['extract_s']:.2f} s, bare forward passes {overhead['bare_forward_s']:.2f} s: ratio "
         f"{overhead['ratio']:.3f} (bound {BOUND}); rounds {[round(ratio, 3) for ratio in overhead['ratios']]}"
@@ -279,18 +282,17 @@ def print_report(report: dict[str, Any]) -> None:
         f"{overhead['torch_threads']} threads; decoding {overhead['decode_ms_per_image']:.1f} ms an image, "
         f"{overhead['decode_share']:.1%} of the forward passes"
     )
-    if memory is not None:
-        print(
-            f"memory over {memory['images']:,} images ({memory['images_per_second']:.0f}/s): {memory['early_mb']:.0f} MB "
-            f"in the second fifth, {memory['late_mb']:.0f} MB in the last: {memory['growth_mb']:+.0f} MB (bound {FLAT_MB})"
-        )
-    print_table(
-        report["storage"], ["stored", "bytes an image", "GB a million"], "bytes of each storage choice"
-    )
     print(
         f"arithmetic, not measured: an H100 ({h100['assumes']}) encodes {h100['images_per_second']:.0f} images/s, asks "
         f"for {h100['decoding_cores']:.1f} decoding cores like this one, and writes "
         f"{h100['pooled_mb_per_second']:.1f} MB/s pooled or {h100['grid16_mb_per_second']:.0f} MB/s of 16×16 grids"
+    )
+
+
+def print_memory(memory: dict[str, Any]) -> None:
+    print(
+        f"memory over {memory['images']:,} images ({memory['images_per_second']:.0f}/s): {memory['early_mb']:.0f} MB "
+        f"in the second fifth, {memory['late_mb']:.0f} MB in the last: {memory['growth_mb']:+.0f} MB (bound {FLAT_MB})"
     )
 
 

@@ -20,7 +20,7 @@ def run_extract(options: Mapping[str, Any], file: Path | None, as_json: bool) ->
     from extract.measured import note_extraction
     from extract.run import run_extraction
 
-    with ProgressObserver("encoding") as progress:
+    with ProgressObserver() as progress:
         result = run_extraction(config, [progress])
     if result.encoded:
         note_extraction(config.out, result.seconds, result.encoded)
@@ -58,19 +58,28 @@ def parse_pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 class ProgressObserver:
-    """Shows an extraction's progress; the display starts with the first report, when the total is known."""
+    """Shows the progress of each phase (encoding, scoring); a display starts when its total is known."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
+    def __init__(self) -> None:
         self.display: Progress | None = None
+        self.phase: tuple[str, int] | None = None
         self.done = 0
 
     def progress(self, done: int, total: int, message: str) -> None:
-        if self.display is None:
-            self.display = track_progress(total, self.description, "images", done)
-        else:
+        if (message, total) != self.phase or done < self.done:
+            self.close()
+            self.display = track_progress(total, message, "images", done)
+            self.phase = message, total
+        elif self.display is not None:
             self.display.advance(done - self.done)
         self.done = done
+        if done >= total:
+            self.close()  # what follows, a probe for one, must not count as the rate of this phase
+
+    def close(self) -> None:
+        if self.display is not None:
+            self.display.close()
+            self.display = None
 
     def __enter__(self) -> Self:
         return self
@@ -78,8 +87,7 @@ class ProgressObserver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.display is not None:
-            self.display.close()
+        self.close()
 
 
 def print_estimate(result: Mapping[str, Any]) -> None:

@@ -191,6 +191,8 @@ def describe_problem(name: str, item: Mapping[str, Any]) -> str:
         nearest = difflib.get_close_matches(name, ExtractConfig.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"valid: {', '.join(ExtractConfig.model_fields)}"
         return f"unknown option, {hint}"
+    if item["type"] == "missing":
+        return f"is needed: --{name.replace('_', '-')}"
     return str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 

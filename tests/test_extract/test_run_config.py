@@ -18,7 +18,7 @@ def test_all_problems_come_in_one_report_with_the_nearest_names() -> None:
     text = str(error.value)
     for part in (
         "imgae_size: unknown option, did you mean image_size?",
-        "out: Field required",
+        "out: is needed: --out",
         "grid: must be auto, native, 0",
         "device: must be auto, cpu, cuda",
         "max_bad: must be a share like 1% or a count like 20 (got lots)",
