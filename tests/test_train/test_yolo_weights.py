@@ -48,6 +48,8 @@ def test_weights_of_ultralytics_files_are_read_without_running_code(tmp_path: Pa
     assert torch.equal(student.network.model[0].conv.weight, network.model[0].conv.weight.float())
     assert {name.rsplit(".", 1)[-1] for name in student.initial_weights.reinitialised} == {"weight", "bias"}
     assert all(".cv3." in name for name in student.initial_weights.reinitialised)
+    allowed = {getattr(entry, "__name__", str(entry)) for entry in torch.serialization.get_safe_globals()}
+    assert "DetectionModel" not in allowed  # for this file only, not for what the process loads later
 
 
 class Harm:
@@ -55,7 +57,19 @@ class Harm:
         return print, ("harm",)
 
 
-@pytest.mark.parametrize("content", [Harm(), {"model": Harm()}, {"weights": 1}])
+class HarmfulModel:
+    """ultralytics evaluates the `activation` of a model that is built from its description."""
+
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        from ultralytics.nn.tasks import DetectionModel
+
+        layers = {"backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": [[[-1], 1, "Detect", ["nc"]]]}
+        return DetectionModel, ({"activation": "print('harm')", "nc": 1, **layers},)
+
+
+@pytest.mark.parametrize(
+    "content", [Harm(), {"model": Harm()}, {"model": HarmfulModel()}, {"weights": 1}, {"model": Path("x")}]
+)
 def test_foreign_files_are_refused(tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from train.students.yolo import read_yolo_weights
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,22 +15,6 @@ from train.students.names import StudentName
 
 P5_STRIDE = 32
 P5 = 2  # index among the Detect head's inputs P3, P4, P5
-# What a pickled ultralytics model may consist of; anything else in the file could run code when it is loaded.
-TRUSTED_CLASSES = (
-    "ultralytics.nn.",
-    "ultralytics.utils.IterableSimpleNamespace",
-    "torch.nn.modules.",
-    "pathlib.",
-)
-# Numbers among a checkpoint's metrics (torch's documentation lists these as safe).
-TRUSTED_FUNCTIONS = (
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "numpy.dtypes.",
-)
-# Where classes of older releases live today.
-MOVED = {"ultralytics.yolo.utils.": "ultralytics.utils."}
 
 
 class YoloStudent(Student):
@@ -155,21 +136,16 @@ def load_yolo_weights(network: Any, path: Path) -> InitialWeights:
 def read_yolo_weights(path: Path) -> dict[str, Tensor]:
     """The float32 tensors of a YOLO checkpoint by ultralytics' names: `.pt` of ultralytics, state dict, our `best.pt`.
 
-    ultralytics pickles whole models. They are read without running anything but the classes of torch and
-    ultralytics that they are made of.
-
-    Raises StudentError for a missing or damaged file, or one with anything else in it.
+    Raises StudentError for a missing or damaged file, and for one with anything else than a model's parts in it.
     """
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise StudentError(f"student_path {path} does not exist")
     try:
-        with trusted_classes(path):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except StudentError:
-        raise
+        content = read_safely(path)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).removeprefix("ERROR ❌️ ").strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise StudentError(f"student_path {path} is not a readable YOLO checkpoint: {reason}") from error
     tensors = tensors_in(content)
     if not tensors:
@@ -177,34 +153,24 @@ def read_yolo_weights(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("network."): value.float() for key, value in tensors.items()}
 
 
-@contextmanager
-def trusted_classes(path: Path) -> Iterator[None]:
-    """Allow exactly the classes of torch and ultralytics that the file names. StudentError names any other."""
-    prepare_ultralytics()
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    found: list[Any] = [(resolve_class(name), name) for name in names]
-    foreign = [name for value, name in found if value is None]
-    if foreign:
-        raise StudentError(
-            f"student_path {path} would run code when loaded: it names {', '.join(foreign[:4])}"
-        )
-    numbers = [type(np.dtype(kind)) for kind in ("float32", "float64", "int64")]
-    with torch.serialization.safe_globals([*found, *numbers]):
-        yield
+def read_safely(path: Path) -> Any:
+    """What a checkpoint holds; no code of the file's own runs.
 
-
-def resolve_class(name: str) -> Any:
-    """The class of a trusted name, None for any other name."""
-    old = next((prefix for prefix in MOVED if name.startswith(prefix)), None)
-    current = name if old is None else MOVED[old] + name.removeprefix(old)
-    if not current.startswith((*TRUSTED_CLASSES, *TRUSTED_FUNCTIONS)):
-        return None
-    module, _, attribute = current.rpartition(".")
+    ultralytics pickles whole models, which its restricted loader rebuilds from its own classes alone.
+    """
     try:
-        value = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError):
-        return None
-    return value if isinstance(value, type) or current.startswith(TRUSTED_FUNCTIONS) else None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        prepare_ultralytics()
+        from ultralytics.nn.tasks import torch_safe_load
+
+        known = torch.serialization.get_safe_globals()
+        try:
+            return torch_safe_load(path, safe_only=True)[0]
+        finally:
+            # It leaves its classes allowed for the process, and outside of it their constructors can run code.
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(known)
 
 
 def tensors_in(content: Any) -> dict[str, Tensor]:
