@@ -6,7 +6,7 @@ import numpy as np
 
 from store.location import RowArray
 
-BLOCK_BYTES = 32 * 1024 * 1024
+BLOCK_BYTES = 8 * 1024 * 1024  # four times as much in float64
 
 
 def channel_statistics(

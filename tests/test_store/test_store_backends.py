@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from object_server import BUCKET, object_server
 from store_conformance import ROWS, StoreConformance
 from store_samples import small_arrays, small_block, small_manifest
 
-from store import Plan, StoreWriter, create_store, finalize_store
+from store import Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
 from store.reader import Split
 
 
@@ -97,3 +99,47 @@ class TestRemoteFolder(StoreConformance):
     @pytest.fixture
     def location(self, stores: dict[str, Any]) -> Any:
         return stores["url"]
+
+
+@pytest.fixture(scope="module")
+def bucket(stores: dict[str, Any]) -> Iterator[str]:
+    """The stores' folder as a bucket."""
+    folder = Path(stores["one map"]).parent
+    with object_server(folder) as endpoint, pytest.MonkeyPatch.context() as patch:
+        options = {"endpoint_url": endpoint, "key": "somebody", "secret": "something"}
+        patch.setitem(fsspec.config.conf, "s3", options)
+        patch.setenv("FSSPEC_S3", json.dumps(options))  # for processes that start anew
+        yield f"s3://{BUCKET}"
+
+
+class TestObjectStore(StoreConformance):
+    """s3:// through s3fs, from a server that speaks S3's protocol."""
+
+    @pytest.fixture
+    def location(self, bucket: str) -> Any:
+        return f"{bucket}/plain.zarr"
+
+    def test_no_such_store(self, bucket: str) -> None:
+        with pytest.raises(StoreError, match=r"s3://bucket/none.zarr: no such store"):
+            open_store(f"{bucket}/none.zarr")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_shard_that_zarr_would_make_up_is_refused_by_name(tmp_path: Path, remote: bool) -> None:
+    """zarr reads a missing shard as fill values; a damaged one fails somewhere in a codec."""
+    path = write_store(tmp_path / "zstd.zarr", shard_rows=64, codec="zstd")
+    location = f"file://{path}" if remote else str(path)
+    names = ["features/pooled"]
+    shard = path / "train/features/pooled/c/1/0"
+    good = shard.read_bytes()
+    shard.unlink()
+    train = open_store(location)["train"]
+    assert train.gather([0, 149], names)["features/pooled"].shape == (2, 16)
+    with pytest.raises(StoreError, match=r"pooled/c/1/0 \(rows 64:128\): shard is missing"):
+        train.gather([0, 70], names)
+    with pytest.raises(StoreError, match=r"pooled/c/1/0 \(rows 64:128\): shard is missing"):
+        train.read("features/pooled")
+    for damaged in (good[:-9], good[: len(good) // 2], b"\xff" * 40 + good[40:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"pooled/c/1/0 \(rows 64:128\): cannot be read"):
+            open_store(location)["train"].gather([0, 70], names)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,8 @@ from store import (
 )
 from store.format import feature_arrays, image_arrays, logits_array, target_arrays
 from store.hdf5 import hdf5_to_store, store_to_hdf5
-from store.pack import pack_store
+from store.pack import StoreRows, pack_store
+from store.transfer import BLOCK_BYTES, blocks
 
 
 def full_store(path: Path, rows: int = 150) -> Path:
@@ -107,6 +112,97 @@ def test_hdf5_errors(tmp_path: Path, make_store: Any) -> None:
     store_to_hdf5(path, tmp_path / "ok.h5")
     with pytest.raises(StoreError, match="exists and is not empty"):
         hdf5_to_store(tmp_path / "ok.h5", path)
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = full_store(tmp_path / "s.zarr", rows=70)
+    store_to_hdf5(path, tmp_path / "s.h5")
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for convert in (
+            lambda: store_to_hdf5(path, tmp_path / "t.h5"),
+            lambda: hdf5_to_store(tmp_path / "s.h5", tmp_path / "t.zarr"),
+            lambda: pack_store(path, tmp_path / "t.zarr", int8=True),
+        ):
+            with pytest.raises(StoreError, match="the disk is full"):
+                convert()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["s.h5", "s.zarr"]
+
+
+def test_a_row_that_the_new_form_cannot_hold_is_an_error(tmp_path: Path) -> None:
+    path = full_store(tmp_path / "s.zarr", rows=70)
+    store_to_hdf5(path, tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "r+") as file:
+        file["train/features/pooled"][8, 3] = np.inf
+    with pytest.raises(StoreError, match="train: row 8 has features that are not finite"):
+        hdf5_to_store(tmp_path / "s.h5", tmp_path / "t.zarr")
+
+
+def test_blocks_are_bounded_by_what_lies_in_ragged_arrays(tmp_path: Path) -> None:
+    """Photographs of several megabytes: not a thousand of them at once."""
+    path = tmp_path / "s.zarr"
+    create_store(
+        path,
+        small_manifest(),
+        Plan({"train": map(str, range(20))}),
+        [*image_arrays("jpeg", 28), *target_arrays()],
+    )
+    images = [bytes(10 * 2**20 if row in (3, 4, 5, 6, 12) else 100) for row in range(20)]
+    block = small_block(0, 20)
+    with StoreWriter(path, "train") as writer:
+        writer.append({"images/encoded/values": images, "sizes": block["sizes"], "content": block["content"]})
+    finalize_store(path)
+    cuts = list(blocks(StoreRows(open_store(path)), "train"))
+    assert [start for start, _ in cuts] == [0, *[stop for _, stop in cuts[:-1]]]
+    assert cuts[-1][1] == 20
+    assert max(sum(len(image) for image in images[start:stop]) for start, stop in cuts) <= BLOCK_BYTES
+    assert len(cuts) == 2
+
+
+def test_conversion_takes_bounded_memory(tmp_path: Path) -> None:
+    """A store of 300 MB to HDF5 and back in a process that grows by less than half of that."""
+    rows, width = 150_000, 1024
+    specs = [spec.model_copy(update={"row_shape": (width,)}) for spec in feature_arrays(width)]
+    create_store(tmp_path / "s.zarr", small_manifest(), Plan({"train": map(str, range(rows))}), specs)
+    block = np.random.default_rng(0).standard_normal((5000, width)).astype(np.float16)
+    with StoreWriter(tmp_path / "s.zarr", "train") as writer:
+        for _ in range(0, rows, len(block)):
+            writer.append({"features/pooled": block}, stored=True)
+    finalize_store(tmp_path / "s.zarr", statistics=False)
+    command = [sys.executable, "-c", CONVERT, str(Path(__file__).parent.parent.parent), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 150
+    one, two = (
+        open_store(tmp_path / name)["train"].array("features/pooled") for name in ("s.zarr", "t.zarr")
+    )
+    np.testing.assert_array_equal(one.slice(rows - 99, rows), two.slice(rows - 99, rows))
+
+
+CONVERT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from store.hdf5 import hdf5_to_store, store_to_hdf5
+def private_peak_mb():  # mapped pages of the store belong to the system's page cache
+    fields = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())
+    return int(fields["RssAnon"].split()[0]) / 1024
+import threading, time, h5py, zarr
+before = peak = private_peak_mb()
+def watch():
+    global peak
+    while True:
+        peak = max(peak, private_peak_mb())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+store_to_hdf5(sys.argv[2] + "/s.zarr", sys.argv[2] + "/s.h5")
+hdf5_to_store(sys.argv[2] + "/s.h5", sys.argv[2] + "/t.zarr")
+print(peak - before)
+"""
 
 
 def test_zstd_is_lossless_and_zarr_reads_it(tmp_path: Path) -> None:
