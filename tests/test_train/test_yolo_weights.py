@@ -79,6 +79,15 @@ def test_foreign_files_are_refused(tmp_path: Path, content: Any, capsys: pytest.
     assert "harm" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"", b"junk" * 100])
+def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
+    from train.students.yolo import read_yolo_weights
+
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(DistillError, match=r"bad\.pt is not a readable YOLO checkpoint: damaged"):
+        read_yolo_weights(tmp_path / "bad.pt")
+
+
 def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     from train.students import build_student
 

@@ -145,7 +145,9 @@ def read_yolo_weights(path: Path) -> dict[str, Tensor]:
         content = read_safely(path)
     except Exception as error:
         lines = str(error).removeprefix("ERROR ❌️ ").strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
+        # The unpickler's own KeyError and EOFError say nothing that a user could read.
+        damaged = not lines or isinstance(error, (KeyError, EOFError))
+        reason = "damaged, or not saved by torch" if damaged else lines[0]
         raise StudentError(f"student_path {path} is not a readable YOLO checkpoint: {reason}") from error
     tensors = tensors_in(content)
     if not tensors:
