@@ -12,6 +12,7 @@ from backend.request import read_request
 from backend.task import Task, is_complete
 from console.stop import Stopped, StopRequest
 from extract.run import run_extraction
+from train.errors import TrainError
 
 
 class Deaf:
@@ -29,6 +30,42 @@ class StopAtOnce:
 
     def progress(self, done: int, total: int, message: str) -> None:
         self.stop.set()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"student_path": "WEIGHTS"}, "w.pt"),
+        ({"student_model": "timm:no_such_model"}, "no_such_model"),
+        ({"student_path": "GOOD", "lora_rank": 4, "lora_target_modules": "nothing"}, "nothing"),
+    ],
+)
+def test_a_student_that_cannot_be_is_refused_before_the_extraction(
+    options: dict[str, object], part: str, words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    import torch
+
+    from train.students.build import build_student
+
+    (tmp_path / "w.pt").write_bytes(b"not weights")
+    torch.save(build_student("timm:test_vit", num_classes=2).state_dict(), tmp_path / "good.pt")
+    files = {"WEIGHTS": tmp_path / "w.pt", "GOOD": tmp_path / "good.pt"}
+    given = {name: files.get(str(value), value) for name, value in options.items()}
+    line = words(**({"student_model": "timm:test_vit", "cache_dir": tmp_path / "cache"} | given))
+    task = Task(read_request(line), Deaf(), StopRequest())
+    task.cache.prepare()
+    with pytest.raises(TrainError, match=part):
+        task.features()
+    assert not list((tmp_path / "cache").glob("*.zarr"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["vit-tiny", "yolov8n", "unet/small", "lstm/small"])
+def test_a_student_without_a_number_of_classes_is_fine(
+    student: str, words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    line = words(student_model=student, num_classes=None, image_size=64)
+    Task(read_request(line), Deaf(), StopRequest()).check_student(tmp_path / "features.zarr")
 
 
 @pytest.mark.slow
