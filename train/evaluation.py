@@ -45,7 +45,13 @@ def evaluate_run(
         from train.engine.yolo.evaluate import evaluate_yolo
 
         return evaluate_yolo(
-            run, store, split=split, batch_size=batch_size, device=device, data_root=data_root
+            run,
+            store,
+            split=split,
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            data_root=data_root,
         )
     config = load_config(
         {

@@ -40,8 +40,8 @@ class DetectionRecord:
 class StoreDataset(YOLODataset):  # type: ignore[misc]
     """ultralytics' data set over records of a store.
 
-    `read_image(row)` gives uint8 [H, W, 3] RGB, upright, at any resolution not below `imgsz`. With `follow_sources` every sample also carries where
-    its pixels come from. Label files, caches and path globbing of ultralytics are not used.
+    `read_image(row)` gives uint8 [H, W, 3] RGB, upright, at any resolution not below `imgsz`. With `follow_sources`
+    every sample also carries where its pixels come from. Label files, caches and path globbing of ultralytics are not used.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ def evaluate_yolo(
     split: str = "val",
     batch_size: int = 16,
     device: str = "auto",
+    workers: int | None = None,
     data_root: Path | None = None,
 ) -> dict[str, Any]:
     """`student, task, split, samples, metrics, per_class, run, store` of a run's best student on a split.
@@ -44,7 +45,13 @@ def evaluate_yolo(
     names = dict(enumerate(content["class_names"]))
     with tempfile.TemporaryDirectory() as scratch:
         validator = build_validator(
-            data, names, Path(scratch), size, batch_size, str(device_arguments(config)["device"])
+            data,
+            names,
+            Path(scratch),
+            image_size=size,
+            batch_size=batch_size,
+            device=str(device_arguments(config)["device"]),
+            workers=workers or 0,
         )
         network.names, network.args = names, vars(validator.args)
         with torch.inference_mode():
@@ -71,7 +78,14 @@ def check_same_classes(ours: tuple[str, ...], theirs: tuple[str, ...], store: st
 
 
 def build_validator(
-    data: Any, names: dict[int, str], folder: Path, image_size: int, batch_size: int, device: str
+    data: Any,
+    names: dict[int, str],
+    folder: Path,
+    *,
+    image_size: int,
+    batch_size: int,
+    device: str,
+    workers: int,
 ) -> Any:
     """ultralytics' DetectionValidator on the records of a split, writing into `folder`."""
     from ultralytics.cfg import get_cfg
@@ -80,6 +94,7 @@ def build_validator(
     from ultralytics.utils import YAML
 
     from train.engine.yolo.dataset import StoreDataset
+    from train.engine.yolo.trainer import start_seeded_worker
 
     description = {"path": str(folder), "train": ".", "val": ".", "names": names}
     YAML.save(folder / "data.yaml", description)
@@ -91,7 +106,7 @@ def build_validator(
             "imgsz": image_size,
             "batch": batch_size,
             "device": device,
-            "workers": 0,
+            "workers": workers,
             "plots": False,
             "rect": True,
             "verbose": False,
@@ -110,5 +125,6 @@ def build_validator(
         pad=0.5,
         data={"names": names, "nc": len(names), "channels": 3},
     )
-    loader = build_dataloader(dataset, batch_size, 0, shuffle=False, device=torch.device("cpu"))
+    loader = build_dataloader(dataset, batch_size, workers, shuffle=False, device=torch.device("cpu"))
+    loader.worker_init_fn = start_seeded_worker
     return DetectionValidator(dataloader=loader, save_dir=folder, args=arguments)

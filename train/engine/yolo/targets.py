@@ -42,9 +42,9 @@ class GatheredGrids:
 class TeacherTargets:
     """Looks up targets for batches of one split.
 
-    `gather(rows)` returns the stored grids of rows int64 [U] as a new array [U, g, g, D]; `sizes` int [N, 2] are the originals'
-    (width, height); `resize` and `teacher_size` (width, height) the teacher's view of them. `sources_per_cell`
-    is 2 where MixUp may blend two images into one cell.
+    `gather(rows)` returns the stored grids of rows int64 [U] as a new array [U, g, g, D]; `sizes` int [N, 2] are the
+    originals' (width, height); `resize` and `teacher_size` (width, height) the teacher's view of them.
+    `sources_per_cell` is 2 where MixUp may blend two images into one cell.
     """
 
     def __init__(
