@@ -12,11 +12,13 @@ import numpy.typing as npt
 
 from extract.decoding import DecodedSample, DecodeJob, decode_samples
 from extract.encode import Encoder, Encoding
+from extract.existing import recorded_source
 from extract.slabs import Slab
 from extract.sources import open_source
 from extract.sources.base import Sample
 from extract.teachers import Teacher, load_teacher
 from extract.workers import DecodedBatch
+from imaging.decode import MOST_PIXELS
 from store import format as names
 from store.errors import DistillError
 from store.format import Manifest
@@ -107,8 +109,10 @@ def find_samples(
     Raises:
         NoImages: when neither the data set nor the store has it.
     """
+    root, kind = data or store.manifest.data_root or "", store.manifest.source or "auto"
+    splits, options = recorded_source(Path(store.path))
     try:
-        source = open_source(data or store.manifest.data_root or "", store.manifest.source or "auto")
+        source = open_source(root, kind, split=splits or None, **options)
     except DistillError as error:
         if data is not None or store.manifest.images != "jpeg":
             raise NoImages(
@@ -149,6 +153,7 @@ def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) ->
         exact=bool(options.get("exact", False)),
         frames=frames,
         pair=teacher.temporal_patch_size if frames else 1,
+        max_pixels=MOST_PIXELS,  # the extraction's own limit has let them pass
     )
     slab = Slab((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
     results = decode_samples(job, samples, slab.pixels)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ from imaging.errors import ImageError
 from store import format as names
 from store.commits import read_commits
 from store.errors import DistillError
-from store.files import write_file
+from store.files import write_file, write_json
 from store.format import Manifest
 from store.job import Job, job_folder, keys_folder, load_job, log_path, pending_jobs
 from store.keys import KeyTable
@@ -25,6 +27,7 @@ from store.reader import open_store
 
 COMPARED = ("teacher", "preprocessing", "class_names", "source", "grid", "views", "images", "options")
 FOLDER = ".extract"  # in the store: what the extractor alone needs
+SOURCE_FILE = "source.json"
 SHOWN = 3
 Unit = tuple[str, int, int]  # one shard of the plan: split, first row, end row
 UNKNOWN = -1
@@ -112,6 +115,21 @@ def planned_keys(path: Path) -> dict[str, KeyTable]:
 def listing(keys: list[str]) -> str:
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return ", ".join(keys[:SHOWN]) + more
+
+
+# -- how the data set is opened again: `cli verify` looks for its images -----------------------------
+
+
+def record_source(path: Path, split: Mapping[str, str], options: Mapping[str, Any]) -> None:
+    """Keep `--split` and `--source-option` beside the store's arrays; a database's password is in neither."""
+    write_json(path / FOLDER / SOURCE_FILE, {"split": dict(split), "options": dict(options)})
+
+
+def recorded_source(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """What `record_source` kept: splits and options, both empty where nothing was."""
+    file = path / FOLDER / SOURCE_FILE
+    record = json.loads(file.read_bytes()) if file.exists() else {"split": {}, "options": {}}
+    return record["split"], record["options"]
 
 
 # -- files: size and time of change at the last run ---------------------------------------------------

@@ -24,6 +24,7 @@ from extract.existing import (
     count_committed,
     job_of,
     list_units,
+    record_source,
     save_snapshots,
 )
 from extract.planning import ExtractTask, batch_rows, calibration_samples, shard_rows
@@ -98,6 +99,7 @@ def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> No
         return  # an array job's neighbour has made it, from the same data
     save_snapshots(task.path, task)
     record_threads(task.path, teacher)
+    record_source(task.path, config.split, config.source_options)
 
 
 def calibrate(task: ExtractTask, teacher: Teacher) -> dict[str, np.ndarray]:

@@ -191,10 +191,7 @@ def inspect_query(url: str, text: str) -> tuple[dict[str, str], bool]:
     import sqlalchemy as sa
 
     with connect(url) as connection:
-        rows = sa.text(f"SELECT * FROM ({text}) AS q")
-        result = connection.execution_options(stream_results=True, yield_per=1).execute(rows)
-        columns = list(result.keys())
-        first = result.mappings().first()
+        columns = list(connection.execute(sa.text(f"SELECT * FROM ({text}) AS q WHERE 1 = 0")).keys())
     wanted = {
         "key": KEY_COLUMNS,
         "image": IMAGE_COLUMNS,
@@ -212,7 +209,17 @@ def inspect_query(url: str, text: str) -> tuple[dict[str, str], bool]:
             raise SourceError(
                 f"the query gives the columns {', '.join(columns)}: expected one named {' or '.join(wanted[role])}"
             )
-    return roles, first is not None and isinstance(first[roles["image"]], bytes | memoryview)
+    return roles, isinstance(first_image(url, text, roles["image"]), bytes | memoryview)
+
+
+def first_image(url: str, text: str, column: str) -> Any:
+    """An image of the query, to see whether it is a path or a blob; None when there is none."""
+    import sqlalchemy as sa
+
+    image: Any = sa.column(column)
+    statement = sa.select(image).select_from(sa.text(f"({text}) AS q")).where(image.is_not(None)).limit(1)
+    with connect(url) as connection:
+        return connection.execute(statement).scalar()
 
 
 def stream_rows(query: Query, stored: bool) -> Iterator[Mapping[str, Any]]:

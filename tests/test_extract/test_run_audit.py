@@ -62,6 +62,17 @@ class TestAudit:
             audit(made)
         assert audit(made, data=str(tmp_path / "elsewhere")).findings == []
 
+    def test_a_data_set_that_needs_options_is_opened_with_them(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        for part in ("one", "two"):
+            shutil.copytree(extract_options["data"], tmp_path / "data" / part)
+        splits = {"data": str(tmp_path / "data"), "split": {"train": "one", "val": "two"}}
+        options = {**extract_options, **splits, "source": "folder", "source_options": {"labelled": "true"}}
+        run_extraction(load_config(None, options))
+        found = audit(options)
+        assert (found.samples, found.findings) == (12, [])
+
     def test_images_in_the_store_are_enough(self, extract_options: dict[str, Any], tmp_path: Path) -> None:
         data = tmp_path / "photos"
         data.mkdir()
