@@ -262,3 +262,15 @@ def yolo_run(yolo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     listener = Listener()
     run_yolo(make_config(yolo_store, out, control=True, **RUN_OPTIONS), [listener])
     return out, listener
+
+
+@pytest.fixture
+def train_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What a user of `cli train` reads on stderr, whether or not an earlier test has configured logging."""
+    from console.log import get_logger
+
+    logger = get_logger("train")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level("INFO", logger.name):
+        yield caplog
+    logger.removeHandler(caplog.handler)

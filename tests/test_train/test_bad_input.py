@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from typing import Any
 
 import pytest
@@ -203,6 +204,35 @@ def test_auto_batch_halves_until_it_fits_and_keeps_the_steps(make_store, make_co
     assert (summary["batch_size"], summary["grad_accum_steps"]) == (2, 4)
     assert summary["epochs_done"] == 2
     assert "top1" in summary["control"]["difference"]
+
+
+def test_auto_batch_lets_go_of_what_ran_out_of_memory(make_store, make_config, monkeypatch):
+    exhaust_memory_above(2, monkeypatch)
+    plain, built = run_module.build_training, []
+
+    def build(*arguments: Any, **options: Any) -> Any:
+        assert [module() for module in built] == [None] * len(built), "an earlier attempt is still in memory"
+        result = plain(*arguments, **options)
+        built.append(weakref.ref(result.parts.module))
+        return result
+
+    monkeypatch.setattr(run_module, "build_training", build)
+    run_training(make_config(make_store(), auto_batch=True, epochs=1))
+    assert len(built) == 3
+
+
+def test_a_run_that_shrank_its_batch_resumes_with_the_same_command(make_store, make_config, monkeypatch):
+    small = {"store": make_store("small.zarr", train=5), "batch_size": None}
+    run_training(make_config(**small, epochs=1))
+    assert run_training(make_config(**small, epochs=2, resume=True))["batch_size"] == 5
+    exhaust_memory_above(2, monkeypatch)
+    halved = {"store": make_store(), "out": make_config(make_store("b.zarr")).out.parent / "halved"}
+    run_training(make_config(**halved, batch_size=5, auto_batch=True, epochs=1))
+    before = load_checkpoint(halved["out"] / "last.pt")["training"]["progress"]["history"]
+    summary = run_training(make_config(**halved, batch_size=5, auto_batch=True, epochs=2, resume=True))
+    assert (summary["batch_size"], summary["grad_accum_steps"], summary["epochs_done"]) == (2, 2, 2)
+    after = load_checkpoint(halved["out"] / "last.pt")["training"]["progress"]["history"]
+    assert after[: len(before)] == before, "the first epoch was not trained again"
 
 
 def test_disk_full_while_saving_keeps_the_previous_checkpoint(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from store import open_store
 from train.checkpoint import load_checkpoint
 from train.data import FeatureGatherer
-from train.engine import loop
+from train.engine import loop, session
 from train.engine.ema import WeightAverage
 from train.engine.mixing import draw_mixing, mix_images
 from train.engine.optimizer import parameter_groups
@@ -171,6 +172,36 @@ def test_a_snapshot_has_the_buffers_of_the_last_finished_step():
     guard.restore_buffers()
     for name, value in module.named_buffers():
         assert torch.equal(value, finished[name])
+
+
+def test_a_snapshot_waits_for_a_checkpoint_that_is_being_written(make_store, make_config, monkeypatch):
+    """A signal while a slow disk takes last.pt: two writers of one file would leave a mixture."""
+    plain_run, plain_save = session.Session.run, session.save_checkpoint
+    sessions, writers, most, snapshots = [], [], [], []
+
+    def run(self):
+        sessions.append(self)
+        return plain_run(self)
+
+    def save(path, content):
+        if path.name == "last.pt":
+            writers.append(path)
+            most.append(len(writers))
+            if not snapshots:
+                snapshots.append(threading.Thread(target=sessions[0].snapshot))
+                snapshots[0].start()
+                snapshots[0].join(0.5)
+        plain_save(path, content)
+        if path.name == "last.pt":
+            writers.remove(path)
+
+    monkeypatch.setattr(session.Session, "run", run)
+    monkeypatch.setattr(session, "save_checkpoint", save)
+    config = make_config(make_store())
+    run_training(config)
+    snapshots[0].join()
+    assert set(most) == {1}
+    assert load_checkpoint(config.out / "last.pt")["epoch"] == 2
 
 
 def test_early_stopping_counts_epochs_without_improvement(make_store, make_config, monkeypatch):

@@ -26,7 +26,9 @@ def open_train(path: Path, **settings: Any) -> Any:
     return open_split(open_store(path), "train", image_size=64, data_root=None, distil=True, **settings)
 
 
-def test_bad_boxes_are_cleaned_and_backgrounds_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_boxes_are_cleaned_and_backgrounds_kept(
+    tmp_path: Path, train_log: pytest.LogCaptureFixture
+) -> None:
     image = scene(np.random.default_rng(0))[0]
     height, width = image.shape[:2]
     rows = [
@@ -46,7 +48,7 @@ def test_bad_boxes_are_cleaned_and_backgrounds_kept(tmp_path: Path, caplog: pyte
     assert np.allclose(records[0].boxes, expected, atol=1e-6)
     assert records[0].classes.tolist() == [0, 1]
     assert records[1].boxes.shape == (0, 4)
-    assert "2 boxes without area" in caplog.text
+    assert "2 boxes without area" in train_log.text
 
 
 def test_a_class_without_a_name_is_an_error(tmp_path: Path) -> None:

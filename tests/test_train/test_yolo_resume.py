@@ -34,7 +34,11 @@ pytest.importorskip("ultralytics")
 
 
 def test_resume_equals_an_uninterrupted_run(
-    yolo_run: tuple[Path, Listener], yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    yolo_run: tuple[Path, Listener],
+    yolo_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train_log: pytest.LogCaptureFixture,
 ) -> None:
     whole, _ = yolo_run
     out = tmp_path / "out"
@@ -44,6 +48,7 @@ def test_resume_equals_an_uninterrupted_run(
             run_yolo(make_config(yolo_store, out, **RUN_OPTIONS))
     assert [record["epoch"] for record in metrics_of(out)] == [1]
     summary = run_yolo(make_config(yolo_store, out, resume=True, **RUN_OPTIONS))
+    assert f"{out}: resumed after epoch 1" in train_log.text
     assert_equal(learnt(out), learnt(whole))
     assert summary["metrics"] == json.loads((whole / "summary.json").read_text())["metrics"]
     timing = {"epoch_time_s", "train_time_s"}

@@ -24,7 +24,10 @@ pytest.importorskip("ultralytics")
 
 
 def test_lora_leaves_base_weights_as_they_were(
-    yolo_run: tuple[Path, Listener], yolo_store: Path, tmp_path: Path
+    yolo_run: tuple[Path, Listener],
+    yolo_store: Path,
+    tmp_path: Path,
+    train_log: pytest.LogCaptureFixture,
 ) -> None:
     folder, _ = yolo_run
     out = tmp_path / "out"
@@ -45,6 +48,8 @@ def test_lora_leaves_base_weights_as_they_were(
     adapters = [value for name, value in live.items() if "lora_B" in name]
     assert sum(float(value.abs().sum()) for value in adapters) > 0
     assert summary["trainable_parameters"] < 0.5 * summary["parameters"]
+    assert "LoRA on 45 layers: " in train_log.text
+    assert f"weights of {folder / 'best.pt'}; drawn anew: none" in train_log.text
     merged = load_checkpoint(out / "best.pt")["model_state_dict"]
     assert merged.keys() == start.keys()
     assert not torch.equal(merged["network.model.1.conv.weight"], start["network.model.1.conv.weight"])
@@ -146,14 +151,14 @@ def test_a_last_batch_of_one_tiny_image_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_images_without_any_box_train_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, train_log: pytest.LogCaptureFixture
 ) -> None:
     """As in ultralytics: backgrounds alone teach the class scores that there is nothing; plots included."""
     empty = [(image, boxes[:0], classes[:0]) for image, boxes, classes in scenes(4, 0)]
     store = make_store(tmp_path / "s", {"train": empty, "val": empty[:2]})
     summary = run_yolo(make_config(store, tmp_path / "out", epochs=1, yolo_settings="plots=true"))
     assert summary["metrics"]["map50"] == 0
-    assert "train: no image has a box" in caplog.text
+    assert "train: no image has a box" in train_log.text
 
 
 def test_inside_torchrun_it_says_who_starts_the_processes(

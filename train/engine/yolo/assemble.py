@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
 from train.engine.adapters import apply_lora_options
@@ -26,7 +26,7 @@ from train.errors import ConfigError
 from train.students.names import parse_student_name
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
 
-log = logging.getLogger(__name__)
+log = get_logger("train")
 
 
 def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any] | None) -> TrainingJob:

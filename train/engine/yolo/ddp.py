@@ -8,7 +8,6 @@ launching process what happens through a file of events.
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from train.errors import TrainError
 from train.events import Observer, SilentObserver
 from train.rundir import CONFIG, METRICS
 
-log = logging.getLogger(__name__)
 EVENTS = ".events-of-ranks.jsonl"
 POLL_S = 0.5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from console.log import get_logger
 from imaging.geometry import resize_view
 from store.format import BOX_CLASSES, BOXES, GRID, SIZES
 from store.reader import Split, Store
@@ -20,7 +20,7 @@ from train.errors import TrainError
 from train.images import ImageReader
 from train.projector import TargetStandardizer
 
-log = logging.getLogger(__name__)
+log = get_logger("train")
 MIN_SIDE = 1e-6  # of a normalised box; ultralytics drops boxes without area as well
 
 

@@ -6,13 +6,13 @@ last.pt, summary.json) and `ultralytics/` with what ultralytics writes (best.pt,
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from console.log import get_logger
 from console.progress import Progress, track_progress
 from console.stop import Stopped, StopRequest
 from store.reader import Store, open_store
@@ -34,7 +34,7 @@ from train.rundir import (
     write_json,
 )
 
-log = logging.getLogger(__name__)
+log = get_logger("train")
 
 
 def run_yolo(

@@ -6,7 +6,6 @@ a function of seed and epoch (`epoch_seed`), so the epoch number is enough.
 
 from __future__ import annotations
 
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from console.log import get_logger
 from train.checkpoint import LAST, load_checkpoint
 from train.errors import TrainError
 
-log = logging.getLogger(__name__)
+log = get_logger("train")
 STATE_VERSION = 1
 
 
