@@ -39,7 +39,7 @@ class NoImages(DistillError):
 
 @dataclass
 class Audit:
-    """Least cosines over all samples (pooled) and tokens (grid), plain and standardised; what is wrong."""
+    """Least cosines over all samples (pooled) and tokens (grid), recorded views included; what is wrong."""
 
     samples: int = 0
     pooled: float = 1.0
@@ -142,15 +142,16 @@ def stored_images(split: Split, rows: list[int]) -> dict[int, Sample]:
     return {row: Sample(split.keys[row], data.tobytes()) for row, data in zip(rows, encoded, strict=True)}
 
 
-def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) -> dict[str, Floats | None]:
-    """pooled [n, D] and, where stored, grid [n, g, g, D] of the samples as the extraction encodes them."""
-    options = {**manifest.preprocessing.options}
+def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) -> dict[str, Floats]:
+    """The samples' features by name, as the extraction encodes them: pooled, grid, and those of recorded views."""
     frames = int(manifest.options.get("frames", 0))
     job = DecodeJob(
         image_size=manifest.preprocessing.image_size,
         resize=manifest.preprocessing.resize,
         interpolation=manifest.preprocessing.interpolation,
-        exact=bool(options.get("exact", False)),
+        exact=bool(manifest.preprocessing.options.get("exact", False)),
+        views=manifest.views,
+        seed=int(manifest.options.get("seed", 0)),
         frames=frames,
         pair=teacher.temporal_patch_size if frames else 1,
         max_pixels=MOST_PIXELS,  # the extraction's own limit has let them pass
@@ -158,9 +159,10 @@ def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) ->
     slab = Slab((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
     results = decode_samples(job, samples, slab.pixels)
     check_readable(samples, results)
-    encoder = Encoder(teacher, job, Encoding(grid=manifest.grid or 0, clips=frames > 0), len(samples))
+    encoding = Encoding(grid=manifest.grid or 0, views=manifest.views, clips=frames > 0)
+    encoder = Encoder(teacher, job, encoding, len(samples))
     arrays = encoder.launch(DecodedBatch(0, samples, slab, [], results)).arrays()
-    return {name: arrays.get(name) for name in (names.POOLED, names.GRID)}
+    return {name: array for name, array in arrays.items() if name != names.FRAMES}
 
 
 def check_readable(samples: list[Sample], results: list[DecodedSample]) -> None:
@@ -169,12 +171,10 @@ def check_readable(samples: list[Sample], results: list[DecodedSample]) -> None:
             raise NoImages(f"{sample.key} was encoded once, but now: {result.reason}")
 
 
-def compare(audit: Audit, split: Split, rows: list[int], again: Mapping[str, Floats | None]) -> None:
+def compare(audit: Audit, split: Split, rows: list[int], again: Mapping[str, Floats]) -> None:
     """Add the rows' least cosines to the audit, and a finding for each row below the limits."""
     audit.samples += len(rows)
     for name, fresh in again.items():
-        if fresh is None:
-            continue
         stored = split.gather(rows, [name])[name].astype(np.float32) * split.scale[name]
         plain = cosines(stored, fresh)
         statistics = split.statistics.get(name)
@@ -192,7 +192,7 @@ def compare(audit: Audit, split: Split, rows: list[int], again: Mapping[str, Flo
 
 
 def note(audit: Audit, name: str, plain: Floats, standardised: Floats) -> None:
-    field_name = "pooled" if name == names.POOLED else "grid"
+    field_name = "pooled" if name in (names.POOLED, names.VIEWS_POOLED) else "grid"
     for suffix, values in (("", plain), ("_standardised", standardised)):
         before: Any = getattr(audit, field_name + suffix)
         least = float(values.min())

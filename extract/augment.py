@@ -11,6 +11,7 @@ import numpy.typing as npt
 AREA = (0.35, 1.0)  # share of the image that a crop covers
 ASPECT = (3 / 4, 4 / 3)  # width over height of a crop, in pixels of the original
 ATTEMPTS = 10
+LARGEST_ZOOM = 2  # a crop has at least sqrt(0.35 · 3/4) = 0.51 times the pixels of the image's shorter side
 
 Matrix = npt.NDArray[np.float64]
 

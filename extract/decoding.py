@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from extract.augment import Matrix, sample_views
+from extract.augment import LARGEST_ZOOM, Matrix, sample_views
 from extract.preprocess import decode_for, resize_pixels
 from extract.sources.base import AnnotationError, Boxes, Sample, content_digest
 from imaging.decode import DEFAULT_MAX_PIXELS, Decoded, decode
@@ -96,7 +96,8 @@ def decode_sample(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSamp
 
 def decode_still(job: DecodeJob, sample: Sample, data: bytes, planes: Pixels) -> DecodedSample:
     """One image: the base plane, then a plane for each augmented view."""
-    decoded = decode_for(data, job.image_size, exact=job.exact, max_pixels=job.max_pixels)
+    needed = job.image_size * (LARGEST_ZOOM if job.views else 1)
+    decoded = decode_for(data, needed, exact=job.exact, max_pixels=job.max_pixels)
     planes[0] = resize_pixels(decoded, job.image_size, job.resize, job.interpolation)
     geometry = None
     if job.views:

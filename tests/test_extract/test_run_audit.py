@@ -47,6 +47,16 @@ class TestAudit:
         assert len({finding.split(":")[0] for finding in found.findings}) == 12
         assert ".png: features/" in found.findings[0]
 
+    def test_recorded_views_are_compared_too(self, made: dict[str, Any], tmp_path: Path) -> None:
+        options = {**made, "out": tmp_path / "views", "views": 2, "seed": 5}
+        run_extraction(load_config(None, options))
+        assert audit(options).findings == []
+        for file in Path(made["data"]).rglob("*.png"):
+            with Image.open(file) as image:
+                image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
+        found = {finding.split(": ")[1].split()[0] for finding in audit(options).findings}
+        assert found == {"features/pooled", "features/grid", "views/pooled", "views/grid"}
+
     def test_another_teachers_weights_are_found(self, made: dict[str, Any], tmp_path: Path) -> None:
         import timm
         import torch

@@ -10,7 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from extract.augment import LARGEST_ZOOM, sample_views
+from extract.decoding import DecodeJob, decode_sample
 from extract.preprocess import DRAFT_MARGIN, preprocess, resize_pixels
+from extract.sources.base import Sample
 from imaging.decode import Decoded, decode
 from imaging.errors import ImageError
 from imaging.geometry import RESIZE_POLICIES, resize_view
@@ -99,6 +102,23 @@ def test_draft_never_goes_below_the_margin() -> None:
         used = decode(data, target_size=DRAFT_MARGIN * 100).image.width
         assert used >= min(side, DRAFT_MARGIN * 100)
         assert used < 2 * DRAFT_MARGIN * 100 + 1 or used == side
+
+
+def test_views_are_cut_from_an_image_that_is_decoded_large_enough() -> None:
+    """A crop of half a side needs twice the pixels that the whole image needs."""
+    crops = sample_views("a.jpg", 2000, 0, 2000, 1500)
+    sides = np.abs(crops[:, [0, 1], [0, 1]]) * [2000, 1500]
+    assert 1 / LARGEST_ZOOM <= sides.min() / 1500 < 1.2 / LARGEST_ZOOM
+    sample, planes = Sample("a.jpg", jpeg(textured(2000, 1500))), {}
+    for views in (0, 3):
+        for exact in (False, True):
+            job = DecodeJob(image_size=SIZE, resize="squash", views=views, exact=exact)
+            planes[views, exact] = np.zeros((1 + views, 3, SIZE, SIZE), np.uint8)
+            assert decode_sample(job, sample, planes[views, exact]).reason is None
+    np.testing.assert_array_equal(
+        planes[3, False], planes[3, True]
+    )  # 1500 pixels are less than 2 · 2 · 2 · 224
+    assert (planes[0, False] != planes[0, True]).any()  # 2 · 2 · 224 are less
 
 
 @pytest.mark.parametrize("size", [(640, 480), (333, 500), (1000, 120), (90, 61)])
