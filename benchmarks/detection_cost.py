@@ -1,0 +1,160 @@
+"""What a distilled training step of YOLOv8n costs, as a multiple of the same step without distillation.
+
+    python benchmarks/detection_cost.py [--sizes 640,320] [--rounds 12] [--json]
+
+CPU time of this process on one thread: preprocessing, forward, loss, backward and optimizer step of a batch that the
+trainer's own loader has made, reading the stored grids included. Steps of both kinds take turns, and the ratio of the
+medians is printed. Noise images and random features: only the cost is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from PIL import Image
+
+from console.output import print_json, print_table
+
+WIDTH, GRID, BATCH, ROWS = 1280, 16, 8, 32
+LEVELS = ("none", "P5", "P4,P5", "P3,P4,P5")
+
+
+def make_store(path: Path) -> Path:
+    """A detection store of noise images with two boxes each and random 16×16 grids, 1280 wide."""
+    from store import Manifest, Plan, Preprocessing, StoreWriter, TeacherSpec, create_store, finalize_store
+    from store.format import feature_arrays, image_arrays, target_arrays
+
+    manifest = Manifest(
+        teacher=TeacherSpec(name="random", fingerprint="0", layer="none", width=WIDTH, random_weights=True),
+        preprocessing=Preprocessing(image_size=224),
+        class_names=("thing",),
+        task="detection",
+        grid=GRID,
+        images="jpeg",
+    )
+    keys = {split: [f"{split}/{row}.jpg" for row in range(ROWS)] for split in ("train", "val")}
+    arrays = feature_arrays(WIDTH, grid=GRID) + target_arrays(boxes=True) + image_arrays("jpeg", 0)
+    create_store(path, manifest, Plan(keys), arrays)
+    generator = np.random.default_rng(0)
+    for split in keys:
+        with StoreWriter(path, split) as writer:
+            for start, stop in writer.batches():
+                writer.append(rows(generator, stop - start), valid=[True] * (stop - start))
+    finalize_store(path)
+    return path
+
+
+def rows(generator: np.random.Generator, count: int) -> dict[str, Any]:
+    grids = generator.normal(size=(count, GRID, GRID, WIDTH)).astype(np.float32)
+    box = np.array([[20, 20, 200, 180], [300, 100, 420, 400]], np.float32)
+    return {
+        "features/pooled": grids.mean((1, 2)),
+        "features/grid": grids,
+        "sizes": np.full((count, 2), 480, np.int32),
+        "content": np.zeros((count, 16), np.uint8),
+        "images/encoded/values": [noise(generator) for _ in range(count)],
+        "targets/boxes/values": [box] * count,
+        "targets/boxes/classes": [np.zeros(2, np.int32)] * count,
+    }
+
+
+def noise(generator: np.random.Generator) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(generator.integers(0, 255, (480, 480, 3), np.uint8)).save(buffer, "JPEG")
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def set_up(store: Path, out: Path, image_size: int, levels: str) -> Any:
+    """A trainer that is ready for its first step."""
+    from store import open_store
+    from train.config import TrainConfig
+    from train.engine.yolo.assemble import build_job
+    from train.engine.yolo.offline import prepare_ultralytics
+
+    prepare_ultralytics()
+    from train.engine.yolo.trainer import StoreTrainer
+
+    options: dict[str, Any] = {
+        "store": store,
+        "student": "yolov8/n",
+        "out": out,
+        "image_size": image_size,
+        "batch_size": BATCH,
+        "device": "cpu",
+        "workers": 0,
+    }
+    chosen = {"distillation_type": "none"} if levels == "none" else {"distill_layers": levels}
+    trainer = StoreTrainer(build_job(TrainConfig(**options, **chosen), out, open_store(store), None))
+    trainer._setup_train()
+    trainer.epoch = 0
+    trainer._model_train()
+    return trainer
+
+
+def step_time(trainer: Any, batch: dict[str, Any]) -> float:
+    """CPU seconds of one step on a copy of `batch` as the loader gives it."""
+    started = time.process_time()
+    loss, _ = trainer.model(trainer.preprocess_batch(dict(batch)))
+    loss.sum().backward()
+    trainer.take_step()
+    return time.process_time() - started
+
+
+def measure(store: Path, work: Path, image_size: int, rounds: int) -> dict[str, Any]:
+    trainers = {
+        levels: set_up(store, work / f"{image_size}-{levels}", image_size, levels) for levels in LEVELS
+    }
+    batches = {levels: next(iter(trainer.train_loader)) for levels, trainer in trainers.items()}
+    times: dict[str, list[float]] = {levels: [] for levels in LEVELS}
+    for turn in range(rounds + 2):
+        for levels, trainer in trainers.items():
+            seconds = step_time(trainer, batches[levels])
+            if turn >= 2:  # the first steps allocate
+                times[levels].append(seconds)
+    medians = {levels: statistics.median(values) for levels, values in times.items()}
+    return {
+        "image_size": image_size,
+        "step_ms": round(medians["none"] * 1e3, 1),
+        **{
+            levels: round(value / medians["none"], 3) for levels, value in medians.items() if levels != "none"
+        },
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", default="640,320", help="image sizes, comma-separated")
+    parser.add_argument("--rounds", type=int, default=12, help="steps of each kind")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    arguments = parser.parse_args(words)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = make_store(Path(scratch) / "store.zarr")
+        sizes = [int(size) for size in arguments.sizes.split(",")]
+        found = [measure(store, Path(scratch), size, arguments.rounds) for size in sizes]
+    if arguments.json:
+        print_json({"batch_size": BATCH, "grid": GRID, "width": WIDTH, "sizes": found})
+        return
+    print_table(
+        found,
+        ["image_size", "step_ms", *LEVELS[1:]],
+        f"CPU time of a step of {BATCH} images, {GRID}×{GRID}×{WIDTH} grids: without distillation, and times that",
+    )
+
+
+if __name__ == "__main__":
+    main()
