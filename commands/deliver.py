@@ -39,25 +39,28 @@ def predict(
     --out also a picture with the label, boxes or mask drawn. Files that cannot be read are named and skipped,
     and the exit code is then 1.
     """
+    import contextlib
     import json
 
     from console.output import print_json
-    from train.delivery.predict import predict_files, write_predictions
+    from train.delivery.predict import PredictionWriter, predict_files
     from train.delivery.records import BadFile
 
     records: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
-    for item in predict_files(run, inputs, device=device, batch_size=batch_size, confidence=confidence):
-        if isinstance(item, BadFile):
-            bad.append(item._asdict())
-            print(f"skipped {item.file}: {item.reason}", file=sys.stderr, flush=True)
-            continue
-        if out is not None:
-            write_predictions(out, [item])
-        if json_:
-            records.append(item.record)
-        else:
-            print(json.dumps(item.record, ensure_ascii=False), flush=True)
+    found = predict_files(run, inputs, device=device, batch_size=batch_size, confidence=confidence)
+    with PredictionWriter(out) if out is not None else contextlib.nullcontext() as writer:
+        for item in found:
+            if isinstance(item, BadFile):
+                bad.append(item._asdict())
+                print(f"skipped {item.file}: {item.reason}", file=sys.stderr, flush=True)
+                continue
+            if writer is not None:
+                writer.write(item)
+            if json_:
+                records.append(item.record)
+            else:
+                print(json.dumps(item.record, ensure_ascii=False), flush=True)
     if json_:
         print_json({"run": run, "predictions": records, "bad": bad})
     if bad:
@@ -72,7 +75,8 @@ def export(
         Path | None, typer.Option(help="The file. [default: named after the student, in the run]")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of images for the check. [default: the run's store]")
+        Path | None,
+        typer.Option(help="Folder of images (or clips) for the check. [default: the run's store]"),
     ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: 20]")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -90,7 +94,7 @@ def export(
         print_json(done._asdict())
         return
     print(
-        f"{done.path}: {done.size_bytes / 1e6:.1f} MB; logits differ by at most {done.max_abs_difference:.2g} from "
+        f"{done.path}: {done.size_bytes / 1e6:.1f} MB; outputs differ by at most {done.max_abs_difference:.2g} from "
         f"PyTorch on {done.checked_images} real images (allowed: {done.tolerance:.2g})"
     )
 
@@ -105,6 +109,9 @@ def quantize(
     calibration: Annotated[int, typer.Option(min=8, help="Training images to calibrate with.")] = 256,
     epochs: Annotated[int, typer.Option(min=1, help="qat: epochs of fine-tuning.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="qat: learning rate.")] = 1e-5,
+    split: Annotated[
+        str | None, typer.Option(help="The split to measure on. [default: the run's validation split]")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """cli quantize runs/resnet18 features.zarr --mode ptq
@@ -117,11 +124,18 @@ def quantize(
     from train.delivery.quantize import QuantizeOptions, quantize_student
 
     options = QuantizeOptions(
-        mode=mode.value, calibration=calibration, epochs=epochs, learning_rate=learning_rate
+        mode=mode.value,
+        calibration=calibration,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        split=split,
     )
     summary = quantize_student(run, store, out or run / f"int8-{mode.value}", options)
     if json_:
         print_json(summary)
         return
-    print_table(summary["models"], ["model", "size_mb", "latency_ms", *summary["metric_names"]])
+    print_table(
+        summary["models"],
+        ["model", "size_mb", "size_ratio", "latency_ms", "speedup", *summary["metric_names"]],
+    )
     print(f"written: {summary['path']}")

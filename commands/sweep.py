@@ -50,8 +50,8 @@ def sweep(
     options = {
         "store": store,
         "out": out,
-        "students": split_list(students),
-        "seeds": split_list(seeds),
+        "students": students,
+        "seeds": seeds,
         "set": parse_sets(set_ or []),
         "jobs": jobs,
         "scheduler": scheduler,
@@ -67,19 +67,16 @@ def sweep(
         raise typer.Exit(1)
 
 
-def split_list(text: str | None) -> list[str] | None:
-    """`a,b` as a list; None when the option was not given."""
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
 def parse_sets(items: list[str]) -> dict[str, list[Any]]:
     """`["learning-rate=1e-4,3e-4"]` as `{"learning-rate": ["1e-4", "3e-4"]}`; the option's type is checked later."""
+    from train.sweep.config import split_list
+
     values: dict[str, list[Any]] = {}
     for item in items:
         name, equals, text = item.partition("=")
         if not equals or not name.strip():
             raise typer.BadParameter(f"{item!r}: expected name=value or name=v1,v2", param_hint="--set")
-        values[name.strip()] = split_list(text) or []
+        values[name.strip()] = split_list(text)
     return values
 
 

@@ -98,9 +98,18 @@ def describe_student(
             "resize": manifest.preprocessing.resize,
             "mean": list(normalization(student)[0]),
             "std": list(normalization(student)[1]),
+            **clip_sampling(manifest),
         },
         "config": dict(config),
     }
+
+
+def clip_sampling(manifest: Manifest) -> dict[str, Any]:
+    """How many frames (or, with `frame_pairs`, pairs of neighbours) of each clip were shown; empty for images."""
+    if "frames" not in manifest.options:
+        return {}
+    pairs = int(manifest.options.get("frames_per_row", 1)) == 2
+    return {"frames": int(manifest.options["frames"]), "frame_pairs": pairs}
 
 
 def normalization(student: Student) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -104,6 +104,12 @@ def write_config(
     write_json(folder / CONFIG, content)
 
 
+def read_resolved(folder: Path) -> dict[str, Any]:
+    """What a run's options were resolved to, from its config.json."""
+    resolved: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["resolved"]
+    return resolved
+
+
 def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """metrics.jsonl from a run's history (after a resume: without the lines of steps that are repeated)."""
     write_text(folder / METRICS, "".join(json.dumps(plain_json(record)) + "\n" for record in history))
@@ -141,6 +147,7 @@ def store_reference(store: Any) -> dict[str, Any]:
         "path": store.location,
         "fingerprint": store.fingerprint,
         "teacher": store.manifest.teacher.name,
+        "teacher_fingerprint": store.manifest.teacher.fingerprint,
         "random_teacher": store.manifest.teacher.random_weights,
     }
 

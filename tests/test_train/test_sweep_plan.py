@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from console.option_file import read_option_file
 from train.errors import ConfigError
 from train.sweep.board import best_of, line, read_records, read_state
 from train.sweep.config import Trial, load_sweep_config, plan_trials
-from train.sweep.run import is_done, trial_folder, write_plan
-from train.sweep.worker import Order, failure_reason, run_trial
+from train.sweep.run import is_done, only_sweep, thread_share, trial_folder, write_plan
+from train.sweep.worker import Order, failure_reason, only_one, run_trial
 
 STORE = {"store": "features.zarr", "out": Path("sweep")}
 
@@ -33,9 +35,9 @@ def test_students_seeds_and_values_are_crossed() -> None:
     assert len({trial.name for trial in trials}) == 8
     assert {(t.options["student"], t.options["seed"], t.options["learning_rate"]) for t in trials} == {
         (student, seed, rate)
-        for student in ("resnet18", "vit-tiny")
+        for student in ("resnet/resnet18", "vit/vit-tiny")
         for seed in (0, 1)
-        for rate in ("1e-4", "3e-4")
+        for rate in (1e-4, 3e-4)
     }
 
 
@@ -57,7 +59,7 @@ def test_distillation_options_share_one_control_per_student_and_seed() -> None:
 def test_other_options_have_controls_of_their_own() -> None:
     trials = plan(set={"learning_rate": ["1e-4", "3e-4"]})
     controls = {trial.options["learning_rate"] for trial in trials if trial.is_control}
-    assert controls == {"1e-4", "3e-4"}
+    assert controls == {1e-4, 3e-4}
 
 
 def test_label_free_trials_have_no_control() -> None:
@@ -71,6 +73,13 @@ def test_another_option_or_another_store_is_another_trial() -> None:
     ]
     assert len(set.union(*names)) == sum(len(group) for group in names)
     assert names[0] == {trial.name for trial in plan()}
+
+
+def test_the_same_value_written_otherwise_is_the_same_trial() -> None:
+    typed = plan(students=["resnet18"], seeds=["0"], set={"learning_rate": ["1e-4", "3e-4"]})
+    from_file = plan(students=["resnet/resnet18"], seeds=[0], set={"learning-rate": [0.0001, 0.0003]})
+    assert [trial.name for trial in typed] == [trial.name for trial in from_file]
+    assert typed[-1].name.startswith("resnet18-seed0-learning_rate=0.0003-")
 
 
 def test_all_problems_are_named_together() -> None:
@@ -93,6 +102,34 @@ def test_a_file_gives_options_and_the_command_line_wins() -> None:
     assert config.seeds == [5]
     assert config.options == {"image_size": 64}
     assert config.set == {"epochs": ["9"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "sweep.yaml",
+            "students: resnet18, vit-tiny\nseeds: [0, 1]\ntrial-timeout: 60\nepochs: 3\nset:\n  dropout: [0, 0.1]\n",
+        ),
+        (
+            "sweep.toml",
+            'students = ["resnet18", "vit-tiny"]\nseeds = "0,1"\ntrial-timeout = 60\nepochs = 3\n[set]\ndropout = [0, 0.1]\n',
+        ),
+    ],
+)
+def test_files_take_the_names_of_the_command_line(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    config = load_sweep_config(STORE, read_option_file(tmp_path / name, ConfigError))
+    assert (config.students, config.seeds, config.trial_timeout_s) == (["resnet18", "vit-tiny"], [0, 1], 60)
+    assert (config.options, config.set) == ({"epochs": 3}, {"dropout": [0, 0.1]})
+
+
+def test_a_second_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
+    refused = pytest.raises(ConfigError, match="another sweep is running")
+    with only_sweep(tmp_path), refused, only_sweep(tmp_path):
+        pass
+    with only_sweep(tmp_path):
+        pass
 
 
 def test_a_new_plan_keeps_earlier_trials_but_not_as_current(tmp_path: Path) -> None:
@@ -130,6 +167,44 @@ def test_a_trial_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     assert state.reason in line(state)
 
 
+def test_a_trial_waits_for_the_process_that_a_lost_worker_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process holds the lock that it inherited, whoever started it."""
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    with only_one(folder, lambda: False) as lock:
+        left_behind = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock]
+        )
+    monkeypatch.setattr("train.sweep.worker.LOCK_WAIT_S", 0.5)
+    outcome = run_trial(order(folder, "x"), lambda: False)
+    assert outcome["state"] == "failed"
+    assert "another process is still training in" in outcome["reason"]
+    assert not (folder / "outcome.json").exists()  # it is the other's
+    left_behind.communicate(b"\n", timeout=30)
+    with only_one(folder, lambda: False):
+        pass
+
+
+def test_a_sweep_that_is_stopped_starts_no_more_trials(tmp_path: Path) -> None:
+    outcome = run_trial(order(tmp_path / "trial", "x"), lambda: True)
+    assert outcome["state"] == "stopped"
+    assert not (tmp_path / "trial").exists()
+
+
+def test_a_trial_says_that_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, trial = tmp_path / "trial", Trial("trial", {"student": "resnet18"}, False, None)
+    folder.mkdir()
+    assert read_state(folder, trial).state == "waiting"
+    seen: list[str] = []
+    monkeypatch.setattr("train.sweep.worker.command", lambda *_: [sys.executable, "-c", "import time; time.sleep(1)"])
+    run_trial(order(folder, "x"), lambda: bool(seen.append(read_state(folder, trial).state)))
+    assert seen[0] == "waiting"
+    assert "running" in seen
+    assert read_state(folder, trial).state == "done"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_trial_that_hangs_is_ended_with_its_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +230,13 @@ def test_records_of_a_run_that_is_writing_are_read_up_to_the_last_whole_line(tmp
     records = read_records(path)
     assert [record["epoch"] for record in records] == [1, 2]
     assert best_of(records) == ("top1", 0.75)
+
+
+def test_threads_of_a_foreign_worker_are_divided_among_its_trials() -> None:
+    assert thread_share(16, {"trial": 1}) == 16
+    assert thread_share(16, {"trial": 4}) == 4
+    assert thread_share(16, {}) == 1  # a trial on each thread
+    assert thread_share(1, {"trial": 2}) == 1
 
 
 def test_trial_folders_lie_below_the_sweep(tmp_path: Path) -> None:

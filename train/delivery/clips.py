@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from imaging.clips import frame_files, read_clip_frames
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.errors import ImageError
 from train.delivery.draw import draw_label
-from train.delivery.model import TrainedModel
+from train.delivery.files import expand_inputs
+from train.delivery.model import ModelCard, TrainedModel
 from train.delivery.records import BadFile, Prediction
 from train.delivery.scores import top_classes
-from train.errors import DeliveryError
 
 CLIP_SUFFIXES = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"])
-FRAMES = 16
+FRAMES = 16  # of a clip, where the checkpoint does not say
 
 
-def find_clips(inputs: list[str]) -> list[Path]:
+def find_clips(inputs: Sequence[str]) -> list[Path]:
     """Video files and frame folders that `inputs` name; a folder of both is searched through.
 
     Raises DeliveryError for an input that names nothing.
     """
-    found: dict[Path, None] = {}
-    for text in inputs:
-        path = Path(text)
-        if not path.exists():
-            raise DeliveryError(f"{path}: no such clip; name video files or folders of frames")
-        inside = clips_below(path) if path.is_dir() else [path]
-        if not inside:
-            raise DeliveryError(f"{path}: no video files and no folders of frames in it")
-        found |= dict.fromkeys(inside)
-    return list(found)
+    return expand_inputs(inputs, clips_below, "video files and no folders of frames", "clips")
 
 
 def clips_below(folder: Path) -> list[Path]:
-    """The folder itself when it holds frames, else the videos and frame folders below it."""
+    """The folder itself when it holds frames, else the videos and frame folders below it; a file is a clip."""
+    if not folder.is_dir():
+        return [folder]
     if frame_files(folder):
         return [folder]
     videos = [path for path in folder.rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file()]
@@ -45,15 +41,20 @@ def clips_below(folder: Path) -> list[Path]:
     return sorted({*videos, *images})
 
 
-def predict_clip(model: TrainedModel, path: Path, frames: int = FRAMES) -> Prediction | BadFile:
-    """One clip's most probable classes; the picture is its middle frame."""
+def clip_pixels(card: ModelCard, images: Sequence[Image.Image]) -> NDArray[np.uint8]:
+    """A clip's frames as the student sees them, uint8 [T, S, S, 3]."""
+    return np.stack([card.render(image) for image in images])
+
+
+def predict_clip(model: TrainedModel, path: Path) -> Prediction | BadFile:
+    """One clip's most probable classes, of as many frames as the student was trained on; the picture is the middle one."""
+    card = model.card
     try:
-        images = read_clip_frames(path, frames)
+        images = read_clip_frames(path, card.frames or FRAMES, pairs=card.frame_pairs)
     except (ImageError, OSError) as error:
         return BadFile(str(path), str(error))
-    pixels = np.stack([model.card.render(image) for image in images])
-    logits = model.run(model.card.normalize(pixels)[None])[0]
-    top = top_classes(model.card, logits)
+    logits = model.run(card.normalize(clip_pixels(card, images))[None])[0]
+    top = top_classes(card, logits)
     label = f"{top[0]['class']} {top[0]['probability']:.0%}"
     return Prediction(
         {"file": str(path), "frames": len(images), "top": top}, draw_label(images[len(images) // 2], label)

@@ -1,10 +1,9 @@
-"""Detections of a YOLOv8 student, from our weights-only checkpoint: no pickled model is ever opened."""
+"""Detections of a YOLOv8 student: from our weights-only checkpoint (no pickled model is opened), or from ONNX."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,30 +11,29 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from train.delivery.draw import Box, draw_boxes
-from train.delivery.model import ModelCard, batches, class_name
+from train.delivery.model import ModelCard, TrainedModel, class_name
 from train.delivery.records import BadFile, Prediction, read_image
-from train.students.base import Student
+from train.engine.yolo.offline import prepare_ultralytics
 
 IOU_THRESHOLD = 0.7  # ultralytics' default for predicting
 
 
-@torch.inference_mode()
 def detect(
-    student: Student, card: ModelCard, images: Sequence[Image.Image], confidence: float, device: torch.device
+    model: TrainedModel, images: Sequence[Image.Image], confidence: float
 ) -> list[NDArray[np.float32]]:
     """Detections of each image, float32 [n, 6]: x0, y0, x1, y1 in the image's pixels, confidence, class.
 
     Images are letterboxed to the student's side, as ultralytics does; boxes end at the image's edge.
     """
+    prepare_ultralytics()
     from ultralytics.utils.nms import non_max_suppression
 
-    pixels = np.stack([card.render(image) for image in images])
-    batch = torch.from_numpy(pixels).to(device).movedim(-1, 1).float() / 255
-    predictions: Any = student(batch).logits
-    found = non_max_suppression(predictions, confidence, IOU_THRESHOLD, nc=student.spec.num_classes)
-    return [
-        to_image(boxes.cpu().numpy(), card, image.size) for boxes, image in zip(found, images, strict=True)
-    ]
+    card = model.card
+    predictions = torch.from_numpy(
+        model.run(card.normalize(np.stack([card.render(image) for image in images])))
+    )
+    found = non_max_suppression(predictions, confidence, IOU_THRESHOLD, nc=predictions.shape[1] - 4)
+    return [to_image(boxes.numpy(), card, image.size) for boxes, image in zip(found, images, strict=True)]
 
 
 def to_image(boxes: NDArray[np.float32], card: ModelCard, size: tuple[int, int]) -> NDArray[np.float32]:
@@ -46,22 +44,15 @@ def to_image(boxes: NDArray[np.float32], card: ModelCard, size: tuple[int, int])
     return np.concatenate([inside.reshape(-1, 4), boxes[:, 4:6]], axis=1).astype(np.float32)
 
 
-def detect_files(
-    student: Student,
-    card: ModelCard,
-    files: Sequence[Path],
-    batch_size: int,
-    confidence: float,
-    device: torch.device,
+def detect_batch(
+    model: TrainedModel, files: Sequence[Path], confidence: float
 ) -> Iterator[Prediction | BadFile]:
-    """Detections in each file, in order; unreadable ones come out as `BadFile`."""
-    student = student.to(device).eval()
-    for paths in batches(files, batch_size):
-        images = [read_image(path, None) for path in paths]
-        good = [image for image in images if isinstance(image, Image.Image)]
-        found = iter(detect(student, card, good, confidence, device) if good else ())
-        for path, image in zip(paths, images, strict=True):
-            yield image if isinstance(image, BadFile) else describe(card, path, image, next(found))
+    """Detections in each file of a batch, in order; unreadable ones come out as `BadFile`."""
+    images = [read_image(path, None) for path in files]
+    good = [image for image in images if isinstance(image, Image.Image)]
+    found = iter(detect(model, good, confidence) if good else ())
+    for path, image in zip(files, images, strict=True):
+        yield image if isinstance(image, BadFile) else describe(model.card, path, image, next(found))
 
 
 def describe(card: ModelCard, path: Path, image: Image.Image, found: NDArray[np.float32]) -> Prediction:

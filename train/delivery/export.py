@@ -27,7 +27,7 @@ SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
 # The newest operator set that ONNX Runtime 1.20, the oldest that we allow, reads whole.
 OPSET = 20
 CHECK_IMAGES = 16
-# Largest allowed difference of the logits, as a share of their largest absolute value (and at least 1e-4): both
+# Largest allowed difference of the outputs, as a share of their largest absolute value (and at least 1e-4): both
 # runtimes compute in float32, in different order of summation and with fused batch norms.
 RELATIVE_TOLERANCE = 1e-3
 ABSOLUTE_TOLERANCE = 1e-4
@@ -51,7 +51,7 @@ def export_student(
 
     Args:
         out: the file to write; None names it after the student, in the run folder.
-        images: a folder to take the check's images from; None takes the run's store.
+        images: a folder to take the check's images (or clips) from; None takes the run's store.
         opset: ONNX operator set.
     Raises:
         DeliveryError: unknown run, an operator that cannot be exported, outputs that differ by more than the
@@ -60,21 +60,37 @@ def export_student(
     student, card = open_student(run)
     path = out or (run if run.is_dir() else run.parent) / f"{file_name(card.student)}{SUFFIXES[format]}"
     inputs = sample_inputs(run, card, CHECK_IMAGES, images)
-    expected = TorchModel(student, card, torch.device("cpu")).run(inputs)
+    expected = comparable(card, TorchModel(student, card, torch.device("cpu")).run(inputs))
     partial = path.with_name(f".{path.name}.partial")
     try:
-        got = WRITERS[format](student, card, partial, inputs, opset)
+        got = comparable(card, writer_of(format, card)(student, card, partial, inputs, opset))
         difference = float(np.abs(got - expected).max())
         tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
         if not difference <= tolerance:
             raise DeliveryError(
-                f"{path.name}: logits differ by {difference:.3g} from PyTorch on {len(inputs)} real images, allowed "
+                f"{path.name}: outputs differ by {difference:.3g} from PyTorch on {len(inputs)} real images, allowed "
                 f"{tolerance:.3g}: not written; please report the student {card.student}"
             )
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return Exported(path, format, path.stat().st_size, len(inputs), difference, tolerance)
+
+
+def writer_of(format: Format, card: ModelCard) -> Callable[..., NDArray[np.float32]]:
+    """What writes the format: detectors as ONNX go through ultralytics, whose tools then read the file."""
+    if card.task == "detection":
+        from train.delivery.yolo_export import write_yolo_onnx, write_yolo_program
+
+        return write_yolo_onnx if format == "onnx" else write_yolo_program
+    return write_onnx if format == "onnx" else write_torch_export
+
+
+def comparable(card: ModelCard, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Outputs on one scale: a detector's boxes [B, :4, A] in shares of the image, as its scores lie in [0, 1]."""
+    if card.task != "detection":
+        return outputs
+    return np.concatenate([outputs[:, :4] / card.image_size, outputs[:, 4:]], axis=1)
 
 
 def file_name(student: str) -> str:
@@ -98,8 +114,19 @@ def write_onnx(
             f"{card.student} to ONNX (operator set {opset})",
         )
     assert program is not None  # torch returns None only for the old exporter
+    check_opset(program.model_proto, card, opset)
     add_card(program.model_proto, card, path)
     return OnnxModel(path).run(inputs)
+
+
+def check_opset(model: Any, card: ModelCard, opset: int) -> None:
+    """The exporter answers an operator set that it cannot make with another one, and only logs it."""
+    (made,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if made != opset:
+        raise DeliveryError(
+            f"cannot export {card.student} to ONNX operator set {opset}: the exporter made {made} of it; pass --opset "
+            f"{made}, or leave it out for {OPSET}"
+        )
 
 
 def add_card(model: Any, card: ModelCard, path: Path) -> None:
@@ -116,19 +143,14 @@ def write_torch_export(
     student: Student, card: ModelCard, path: Path, inputs: NDArray[np.float32], opset: int
 ) -> NDArray[np.float32]:
     """Write a `torch.export` program (the model card in its extra files) and return its logits on `inputs`."""
-    program = exporting(lambda: traced(student, inputs), f"{card.student} with torch.export")
+    with quiet():
+        program = exporting(lambda: traced(student, inputs), f"{card.student} with torch.export")
     with path.open("wb") as file:  # a name without .pt2 would draw a warning
         torch.export.save(program, file, extra_files={f"{METADATA_KEY}.json": card.to_json()})
     with path.open("rb") as file:
         loaded = torch.export.load(io.BytesIO(file.read()))
     with torch.inference_mode():
         return np.asarray(loaded.module()(torch.from_numpy(inputs)).numpy())
-
-
-WRITERS: dict[str, Callable[..., NDArray[np.float32]]] = {
-    "onnx": write_onnx,
-    "torch-export": write_torch_export,
-}
 
 
 def traced(student: Student, inputs: NDArray[np.float32]) -> torch.export.ExportedProgram:
@@ -155,8 +177,9 @@ def exporting(work: Callable[[], Any], what: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """torch's ONNX exporter prints its steps on stdout, which belongs to results."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    """Exporters print their steps on stdout, which belongs to results, and log what ends as our own error."""
+    for name in ("torch.onnx", "onnxscript", "onnx_ir", "ultralytics"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -10,47 +10,57 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.decode import IMAGE_SUFFIXES, decode
+from imaging.clips import read_clip_frames
+from imaging.decode import decode
 from store import open_store
+from train.clips import ClipReader
 from train.config import TrainConfig
+from train.delivery.clips import FRAMES, clip_pixels, find_clips
+from train.delivery.files import find_images
 from train.delivery.model import ModelCard
 from train.errors import DeliveryError
 from train.images import ImageReader
 from train.rundir import CONFIG
 
 
-def sample_inputs(run: Path, card: ModelCard, count: int, images: Path | None = None) -> NDArray[np.float32]:
-    """`count` normalised inputs float32 [B, 3, S, S], spread evenly over the run's validation split.
+def sample_inputs(run: Path, card: ModelCard, count: int, folder: Path | None = None) -> NDArray[np.float32]:
+    """`count` normalised inputs float32 [B, 3, S, S] (clips [B, T, 3, S, S]) of the run's validation split.
 
-    Raises DeliveryError when the run's store is gone and no folder was named instead.
+    With `folder`, of the images or clips in it. Raises DeliveryError when there are none, or the run's store is gone.
     """
-    if images is not None:
-        pixels = [
-            card.render(decode(path, target_size=card.image_size).image)
-            for path in image_files(images)[:count]
-        ]
-    else:
-        pixels = split_pixels(run, card, count)
+    pixels = split_pixels(run, card, count) if folder is None else folder_pixels(folder, card, count)
     return card.normalize(np.stack(pixels))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted; DeliveryError when there are none."""
-    files = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
-    if not files:
-        raise DeliveryError(f"{folder}: no image files in it")
-    return files
+def folder_pixels(folder: Path, card: ModelCard, count: int) -> list[NDArray[np.uint8]]:
+    """Rendered images or clips below a folder."""
+    if card.task == "sequence":
+        clips = find_clips([str(folder)])[:count]
+        return [
+            clip_pixels(card, read_clip_frames(p, card.frames or FRAMES, pairs=card.frame_pairs))
+            for p in clips
+        ]
+    files = find_images([str(folder)])[:count]
+    return [card.render(decode(path, target_size=card.image_size).image) for path in files]
 
 
 def split_pixels(run: Path, card: ModelCard, count: int) -> list[NDArray[np.uint8]]:
-    """Rendered images of the split that the run was validated on."""
+    """Rendered images or clips of the split that the run was validated on."""
     config = run_options(run)
     store = open_store(config.store)
-    reader = image_reader(config, store, config.val_split)
     rows = spread(np.flatnonzero(store[config.val_split].valid), count)
-    return [card.render(reader.read(int(row), card.image_size).image) for row in rows]
+    if card.task == "sequence":
+        frames = clip_reader(config, store, config.val_split, card)
+        return [clip_pixels(card, frames.read(int(row))) for row in rows]
+    images = image_reader(config, store, config.val_split)
+    return [card.render(images.read(int(row), card.image_size).image) for row in rows]
+
+
+def clip_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) -> ClipReader:
+    """Reads equally many frames of every clip of a split, from the data set's root."""
+    root = config.data_root or store.manifest.data_root
+    places = np.full(len(store[split]), card.frames or FRAMES, dtype=np.int64)
+    return ClipReader(store[split], Path(root) if root else None, places, 2 if card.frame_pairs else 1)
 
 
 def image_reader(config: TrainConfig, store: Any, split: str) -> ImageReader:
@@ -60,14 +70,24 @@ def image_reader(config: TrainConfig, store: Any, split: str) -> ImageReader:
 
 
 def run_options(run: Path) -> TrainConfig:
-    """The options that a run was trained with, from config.json in its folder (or beside its checkpoint)."""
+    """The options that a run was trained with."""
+    return TrainConfig(**run_content(run)["options"])
+
+
+def run_content(run: Path) -> dict[str, Any]:
+    """What config.json says in the run's folder (or beside its checkpoint): `options`, `store` and more.
+
+    Raises DeliveryError when it cannot be read.
+    """
     path = (run if run.is_dir() else run.parent) / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["options"]
-        return TrainConfig(**values)
-    except (OSError, ValueError, KeyError) as error:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if missing := {"options", "store"} - content.keys():
+            raise KeyError(f"no {' and no '.join(sorted(missing))} in it")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DeliveryError(f"{path}: the run's configuration cannot be read: {reason}") from None
+    return content
 
 
 def spread(rows: Sequence[int] | NDArray[np.int64], count: int) -> NDArray[np.int64]:

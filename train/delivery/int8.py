@@ -32,12 +32,13 @@ Ranges = Callable[..., Any]
 def prepare_int8(module: nn.Module, example: torch.Tensor, *, training: bool) -> nn.Module:
     """The module as a graph with observers (or, for `training`, fake quantisation) where int8 values will be.
 
-    `example` is a float32 batch [B, …] to trace with; the batch stays dynamic.
+    The module itself is changed (`plain_upsampling`): pass a copy. `example` is a float32 batch [B, …] to trace with; the batch stays dynamic.
     Raises DeliveryError when torchao is missing or the module cannot be traced.
     """
     pt2e = import_torchao()
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 
+    plain_upsampling(module)
     module.train(training)
     dynamic = ({0: torch.export.Dim("batch", min=2)},)
     graph = exporting(
@@ -51,6 +52,38 @@ def prepare_int8(module: nn.Module, example: torch.Tensor, *, training: bool) ->
             lambda: prepare(graph, make_quantizer(pt2e, training)), "quantised operators"
         )
     return prepared
+
+
+def plain_upsampling(module: nn.Module) -> None:
+    """Put a 1×1 convolution and a pixel shuffle, which compute the same, in the place of transposed convolutions.
+
+    Neither torchao's quantizer nor ONNX Runtime has an int8 transposed convolution: a U-Net's would stay float and
+    hold a quarter of the file. Those with overlapping windows or padding are left as they are.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.ConvTranspose2d) and is_tiling(child):
+            setattr(module, name, shuffled_convolution(child))
+        else:
+            plain_upsampling(child)
+
+
+def is_tiling(up: nn.ConvTranspose2d) -> bool:
+    """Each input pixel makes one square of output pixels, and no two squares overlap."""
+    side = up.kernel_size[0]
+    square = up.kernel_size == (side, side) == up.stride
+    rest = (up.padding, up.output_padding, up.dilation)
+    return square and rest == ((0, 0), (0, 0), (1, 1)) and up.groups == 1
+
+
+def shuffled_convolution(up: nn.ConvTranspose2d) -> nn.Sequential:
+    """The convolution [out·side², in, 1, 1] and pixel shuffle that equal `up`, whose weight is [in, out, side, side]."""
+    side = up.kernel_size[0]
+    convolution = nn.Conv2d(up.in_channels, up.out_channels * side**2, 1, bias=up.bias is not None)
+    with torch.no_grad():
+        convolution.weight.copy_(up.weight.permute(1, 2, 3, 0).reshape(convolution.weight.shape))
+        if up.bias is not None and convolution.bias is not None:
+            convolution.bias.copy_(up.bias.repeat_interleave(side**2))
+    return nn.Sequential(convolution, nn.PixelShuffle(side))
 
 
 def import_torchao() -> Any:

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import nn
 
 from imaging.geometry import View
-from train.checkpoint import load_student_from_run
+from train.checkpoint import BEST, load_student_from_run
 from train.errors import DeliveryError
+from train.rundir import SUMMARY
 from train.students.base import Student
 from train.views import base_view, render_image
 
@@ -29,7 +30,8 @@ METADATA_KEY = "qwen_distill"
 class ModelCard:
     """All that using a student takes besides its weights; travels in ONNX metadata as JSON.
 
-    `mean` and `std` are of RGB in [0, 1]; `resize` is the policy that the images are fitted with.
+    `mean` and `std` are of RGB in [0, 1]; `resize` is the policy that the images are fitted with. Students of clips
+    saw `frames` of each clip, or with `frame_pairs` so many pairs of neighbours.
     """
 
     student: str
@@ -39,6 +41,8 @@ class ModelCard:
     resize: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    frames: int | None = None
+    frame_pairs: bool = False
 
     @classmethod
     def of_checkpoint(cls, content: dict[str, Any]) -> ModelCard:
@@ -51,6 +55,8 @@ class ModelCard:
             resize=str(shown["resize"]),
             mean=tuple(shown["mean"]),
             std=tuple(shown["std"]),
+            frames=shown.get("frames"),
+            frame_pairs=bool(shown.get("frame_pairs")),
         )
 
     @classmethod
@@ -84,7 +90,10 @@ class TrainedModel(Protocol):
     card: ModelCard
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [B, 3, S, S] (clips [B, T, 3, S, S]) → logits [B, C] (masks [B, C, S, S])."""
+        """float32 [B, 3, S, S] (clips [B, T, 3, S, S]) → logits [B, C]; masks [B, C, S, S].
+
+        Detectors: boxes as centre and size in pixels of the input, then class scores, [B, 4 + C, A] of A anchors.
+        """
 
 
 class TorchModel:
@@ -147,8 +156,10 @@ def open_model(path: Path, device: str = "auto") -> TrainedModel:
 def open_student(run: Path) -> tuple[Student, ModelCard]:
     """The student as it is deployed: evaluation mode, LoRA merged into its weights.
 
-    Raises DeliveryError when it has no head (task `features`): there is nothing to predict.
+    Raises DeliveryError for a run folder whose training has not finished, and when the student has no head (task
+    `features`): there is nothing to predict.
     """
+    check_finished(run)
     student, content = load_student_from_run(run)
     if content["config"].get("lora_rank"):
         from train.lora import merge_lora
@@ -160,6 +171,16 @@ def open_student(run: Path) -> tuple[Student, ModelCard]:
             f"cli train STORE --student {student.spec.name} --student-path {run / 'best.pt'} --out RUN"
         )
     return student.eval(), ModelCard.of_checkpoint(content)
+
+
+def check_finished(run: Path) -> None:
+    """A folder stands for a finished training; its best epoch so far must be asked for by name."""
+    best = run / BEST
+    if best.exists() and not (run / SUMMARY).exists():
+        raise DeliveryError(
+            f"{run}: this run has not finished (no {SUMMARY}): go on with `cli train … --resume`, or name {best} for "
+            "its best epoch so far"
+        )
 
 
 def choose_device(name: str) -> torch.device:

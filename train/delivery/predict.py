@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import glob
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaging.decode import IMAGE_SUFFIXES
 from train.delivery.clips import find_clips, predict_clip
-from train.delivery.detect import detect_files
+from train.delivery.detect import detect_batch
 from train.delivery.draw import draw_label, draw_mask, mask_image
-from train.delivery.model import (
-    ModelCard,
-    TrainedModel,
-    batches,
-    choose_device,
-    class_name,
-    open_model,
-    open_student,
-)
+from train.delivery.files import find_images
+from train.delivery.model import ModelCard, TrainedModel, batches, class_name, open_model
 from train.delivery.records import BadFile, Prediction, read_image
 from train.delivery.scores import top_classes
-from train.errors import DeliveryError
 
 RECORDS_FILE = "predictions.jsonl"
 
@@ -43,49 +35,15 @@ def predict_files(
     Raises:
         DeliveryError: unknown run, or inputs without any image.
     """
-    if is_detector(run):
-        student, card = open_student(run)
-        yield from detect_files(
-            student, card, find_files(inputs, IMAGE_SUFFIXES), batch_size, confidence, choose_device(device)
-        )
-        return
     model = open_model(run, device)
     if model.card.task == "sequence":
-        yield from (predict_clip(model, path) for path in find_clips(list(inputs)))
+        yield from (predict_clip(model, path) for path in find_clips(inputs))
         return
-    for files in batches(find_files(inputs, IMAGE_SUFFIXES), batch_size):
-        yield from predict_batch(model, files)
-
-
-def is_detector(run: Path) -> bool:
-    """A detector's run folder also holds what ultralytics opens."""
-    return (run / "ultralytics" / "best.pt").exists()
-
-
-def find_files(inputs: Sequence[str], suffixes: frozenset[str]) -> list[Path]:
-    """The files that `inputs` name, each once, in order; folders are searched through and sorted.
-
-    Raises DeliveryError for an input that names nothing.
-    """
-    found: dict[Path, None] = {}
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-            if not inside:
-                raise DeliveryError(
-                    f"{path}: no files to predict in it (looked for {', '.join(sorted(suffixes))})"
-                )
-            found |= dict.fromkeys(inside)
-        elif path.exists():
-            found[path] = None
-        elif glob.has_magic(text) and (matches := sorted(glob.glob(text, recursive=True))):
-            found |= dict.fromkeys(Path(match) for match in matches if Path(match).is_file())
+    for files in batches(find_images(inputs), batch_size):
+        if model.card.task == "detection":
+            yield from detect_batch(model, files, confidence)
         else:
-            raise DeliveryError(
-                f"{text}: no such file, folder or match; name images, folders or a quoted glob"
-            )
-    return list(found)
+            yield from predict_batch(model, files)
 
 
 def predict_batch(model: TrainedModel, files: Sequence[Path]) -> Iterator[Prediction | BadFile]:
@@ -119,27 +77,35 @@ def segmentation(card: ModelCard, path: Path, image: Image.Image, logits: NDArra
     return Prediction({"file": str(path), "shares": shares}, draw_mask(image, classes), classes)
 
 
-def write_predictions(folder: Path, predictions: Sequence[Prediction]) -> None:
-    """Append to predictions.jsonl and write the pictures; equal names of different folders stay apart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / RECORDS_FILE).open("a", encoding="utf-8") as file:
-        for prediction in predictions:
-            stem = picture_name(folder, Path(prediction.record["file"]))
-            prediction.image.save(folder / f"{stem}.jpg", quality=90)
-            if prediction.mask is not None:
-                prediction.mask.save(folder / f"{stem}-mask.png")
-            file.write(json.dumps({**prediction.record, "picture": f"{stem}.jpg"}, ensure_ascii=False) + "\n")
+class PredictionWriter:
+    """predictions.jsonl and pictures in a folder; the records of an earlier call are replaced."""
 
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.taken = folder, set[str]()
+        self.records = (folder / RECORDS_FILE).open("w", encoding="utf-8")
 
-def picture_name(folder: Path, source: Path) -> str:
-    """The source's name, with its folders' where that is taken."""
-    stem = source.stem
-    if (folder / f"{stem}.jpg").exists():
-        stem = "-".join(
-            [*(part for part in source.parent.parts if part not in ("/", "..", ".")), source.stem]
-        )
-    number, name = 1, stem
-    while (folder / f"{name}.jpg").exists():
-        number += 1
-        name = f"{stem}-{number}"
-    return name
+    def write(self, prediction: Prediction) -> None:
+        """One line, and the picture (for masks also the bare mask); equal names of different folders stay apart."""
+        stem = self.name(Path(prediction.record["file"]))
+        prediction.image.save(self.folder / f"{stem}.jpg", quality=90)
+        if prediction.mask is not None:
+            prediction.mask.save(self.folder / f"{stem}-mask.png")
+        record = {**prediction.record, "picture": f"{stem}.jpg"}
+        self.records.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.records.flush()
+
+    def name(self, source: Path) -> str:
+        """The source's name, with its folders' where that is taken."""
+        folders = [part for part in source.parent.parts if part not in (source.anchor, "..", ".")]
+        long = "-".join([*folders, source.stem])
+        names = itertools.chain([source.stem, long], (f"{long}-{n}" for n in itertools.count(2)))
+        free = next(name for name in names if name not in self.taken)
+        self.taken.add(free)
+        return free
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.records.close()

@@ -20,10 +20,11 @@ from store import open_store
 from train.config import TrainConfig
 from train.delivery.export import OPSET, write_onnx
 from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
-from train.delivery.inputs import image_reader, run_options, spread
+from train.delivery.inputs import image_reader, run_content, run_options, spread
 from train.delivery.int8 import calibrate, prepare_int8, quantized_training_graph, write_int8
 from train.delivery.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
 from train.errors import DeliveryError
+from train.resolve import open_split
 from train.rundir import write_json
 from train.students.base import Student, StudentOutput
 
@@ -36,9 +37,13 @@ FLOAT, PTQ, FINETUNED_PTQ, QAT = "float32", "int8-ptq", "int8-finetuned-ptq", "i
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """`calibration`: training images to learn ranges from; `epochs`, `learning_rate`: of fine-tuning (qat)."""
+    """`calibration`: training images to learn ranges from; `epochs`, `learning_rate`: of fine-tuning (qat).
+
+    `split`: the split to measure on; None is the run's validation split.
+    """
 
     mode: Literal["ptq", "qat"] = "ptq"
+    split: str | None = None
     calibration: int = 256
     epochs: int = 3
     learning_rate: float = 1e-5
@@ -57,7 +62,8 @@ def quantize_student(run: Path, store_path: str, out: Path, options: QuantizeOpt
     check_quantizable(student, card)
     config = run_options(run).replace(store=Path(store_path))
     store = open_store(store_path)
-    check_store(store, card, store_path)
+    check_store(run, store, card)
+    open_split(store, options.split or config.val_split, "--split")
     out.mkdir(parents=True, exist_ok=True)
     inputs = calibration_inputs(store, config, card, options.calibration)
     models = {FLOAT: out / f"{FLOAT}.onnx", PTQ: out / f"{PTQ}.onnx"}
@@ -82,13 +88,24 @@ def check_quantizable(student: Student, card: ModelCard) -> None:
         )
 
 
-def check_store(store: Any, card: ModelCard, path: str) -> None:
+def check_store(run: Path, store: Any, card: ModelCard) -> None:
+    """Other classes or another teacher than the run's are errors; other data is fine, and named."""
     names = tuple(store.manifest.class_names)
     if names and card.class_names and names != card.class_names:
+        odd = sorted(set(names) ^ set(card.class_names)) or ["their order"]
         raise DeliveryError(
-            f"{path}: other classes than the student was trained on ({len(names)} and {len(card.class_names)}): "
-            "calibrate with the store of the run"
+            f"{store.path}: other classes than {run} was trained on (differing: {', '.join(odd[:5])}): "
+            "quantise with the run's store, or one with the same classes"
         )
+    trained, teacher = run_content(run)["store"], store.manifest.teacher
+    ours = (trained["teacher"], trained.get("teacher_fingerprint", teacher.fingerprint))
+    if ours != (teacher.name, teacher.fingerprint):
+        raise DeliveryError(
+            f"{store.path}: features of teacher {teacher.name} ({teacher.fingerprint}), {run} learnt from {ours[0]} "
+            f"({ours[1]}): quantise with features of the same teacher"
+        )
+    if trained["fingerprint"] != store.fingerprint:
+        log.info("other data than the run was trained on: %s instead of %s", store.path, trained["path"])
 
 
 def calibration_inputs(store: Any, config: TrainConfig, card: ModelCard, count: int) -> NDArray[np.float32]:
@@ -156,10 +173,11 @@ def summarize(
     out: Path,
     options: QuantizeOptions,
 ) -> dict[str, Any]:
+    split = options.split or config.val_split
     latencies = measure_latencies(models, inputs[:1])
     rows: list[dict[str, Any]] = []
     for name, path in models.items():
-        metrics = measure_metrics(OnnxModel(path), student, config, store)
+        metrics = measure_metrics(OnnxModel(path), student, config, store, split)
         size = path.stat().st_size / 1e6
         rows.append(
             {
@@ -177,6 +195,7 @@ def summarize(
     summary = {
         "path": str(out),
         "mode": options.mode,
+        "split": split,
         "student": student.spec.name,
         "calibration_images": len(inputs),
         "epochs": options.epochs if options.mode == "qat" else 0,
@@ -204,8 +223,10 @@ def measure_latencies(models: Mapping[str, Path], image: NDArray[np.float32]) ->
     return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
 
-def measure_metrics(model: OnnxModel, student: Student, config: TrainConfig, store: Any) -> dict[str, float]:
-    """The task's metrics on the run's validation split."""
+def measure_metrics(
+    model: OnnxModel, student: Student, config: TrainConfig, store: Any, split: str
+) -> dict[str, float]:
+    """The task's metrics on a split."""
     from train.engine.machine import build_accelerator
     from train.evaluation import data_to_evaluate, measure
 
@@ -214,7 +235,13 @@ def measure_metrics(model: OnnxModel, student: Student, config: TrainConfig, sto
         "class_names": list(model.card.class_names),
         "student": {"num_classes": student.spec.num_classes},
     }
-    config = config.replace(device="cpu", image_size=student.spec.image_size, batch_size=BATCH)
+    config = config.replace(
+        device="cpu",
+        image_size=student.spec.image_size,
+        batch_size=BATCH,
+        train_split=f"not {split}",  # only the measured split is opened
+        val_split=split,
+    )
     data = data_to_evaluate(config, store, content)
     measured = measure(OnnxStudent(student, model), config, store, data, build_accelerator(config))
     return {name: measured[name] for name in METRICS if name in measured}

@@ -170,14 +170,13 @@ def detection(
     student: Student, card: ModelCard, reader: ImageReader, split: Any, rows: NDArray[np.int64]
 ) -> tuple[list[Scored], list[go.Figure], str]:
     """Worst by missed and invented boxes; truth in green without a label."""
-    device = choose_device("auto")
-    student = student.to(device)
+    model = TorchModel(student, card, choose_device("auto"))
     scored = []
     for chunk in batches(rows, BATCH):
         shown = [reader.read(int(row), 4 * PICTURE_SIDE) for row in chunk]
         images = [item.image for item in shown]
         truths = zip(split.ragged(chunk, BOXES), split.ragged(chunk, BOX_CLASSES), strict=True)
-        found = detect(student, card, images, CONFIDENCE, device)
+        found = detect(model, images, CONFIDENCE)
         for row, item, boxes, (true_boxes, true_classes) in zip(chunk, shown, found, truths, strict=True):
             scale = np.tile(np.asarray(item.image.size) / np.maximum(item.size, 1), 2)
             true_boxes = np.asarray(true_boxes, dtype=np.float64) * scale

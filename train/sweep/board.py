@@ -22,7 +22,7 @@ class TrialState(NamedTuple):
     """What is known of a trial from the files in its folder."""
 
     name: str
-    state: str  # waiting | running | done | failed | timeout | stopped
+    state: str  # waiting, or the state of its Outcome
     epoch: int
     epochs: int | None
     metric: str | None
@@ -40,7 +40,7 @@ def read_state(folder: Path, trial: Trial) -> TrialState:
     epochs = (read_json(run / "config.json") or {}).get("epochs") or trial.options.get("epochs")
     metric, best = best_of(records)
     epoch = int(records[-1]["epoch"]) if records else 0
-    state = str(outcome["state"]) if outcome else ("running" if folder.exists() else "waiting")
+    state = str(outcome["state"]) if outcome else "waiting"
     left = None
     if state == "running" and records and epochs:
         left = (int(epochs) - epoch) * float(records[-1].get("epoch_time_s") or 0.0)

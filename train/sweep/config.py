@@ -6,13 +6,13 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from train.config import TrainConfig, describe_problem, nearest_names
+from train.config import TrainConfig, config_to_json, describe_problem, nearest_names
 from train.errors import ConfigError
 
 # Options that only a distilled training has: two trials that differ in nothing else share one control.
@@ -54,6 +54,12 @@ class SweepConfig(BaseModel):
     scheduler: str | None = None
     trial_timeout_s: float | None = Field(None, gt=0)
 
+    @field_validator("students", "seeds", mode="before")
+    @classmethod
+    def split_text(cls, value: Any) -> Any:
+        """A file may say `resnet18,vit-tiny`, as the command line does."""
+        return split_list(value) if isinstance(value, str) else value
+
     @field_validator("set")
     @classmethod
     def check_values(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -81,7 +87,7 @@ class SweepConfig(BaseModel):
 def load_sweep_config(values: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> SweepConfig:
     """The sweep of command-line `values` (`None` is absent) over those of a file.
 
-    In the file, names that are no sweep option are training options; `set` and `options` of both are merged.
+    In the file, names that are no option of `cli sweep` are training options; `set` and `options` of both are merged.
 
     Raises:
         ConfigError: with every problem.
@@ -101,8 +107,15 @@ def load_sweep_config(values: Mapping[str, Any], file: Mapping[str, Any] | None 
 
 
 def split_names(file: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    own = {name: value for name, value in file.items() if name in SweepConfig.model_fields}
-    return own, {name: value for name, value in file.items() if name not in own}
+    """The file's options of `cli sweep`, under the names that they have here, and its training options."""
+    named = {"trial_timeout_s" if name == "trial_timeout" else name: value for name, value in file.items()}
+    own = {name: value for name, value in named.items() if name in SweepConfig.model_fields}
+    return own, {name: value for name, value in named.items() if name not in own}
+
+
+def split_list(text: str) -> list[str]:
+    """`a, b` as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def plain_names(values: Any) -> dict[str, Any]:
@@ -122,20 +135,19 @@ class Trial(NamedTuple):
 def plan_trials(config: SweepConfig, store_fingerprint: str) -> list[Trial]:
     """All trials of a sweep, the controls first: each control stands beside several distilled trials.
 
-    A trial's name ends in a digest of its options and the store: a changed option is another trial.
+    A trial's name ends in a digest of its options and the store: a changed option is another trial, another way to
+    write the same value (`1e-4` and `0.0001`) is not.
     Raises `ConfigError` when an option's value is not valid for a student.
     """
     controls: dict[str, Trial] = {}
     distilled: dict[str, Trial] = {}
-    for options in combinations(config):
+    for options in checked(config, combinations(config)):
         control = control_of(options, config, store_fingerprint) if config.control else None
         if control is not None:
             controls[control.name] = control
         name = trial_name(options, config, store_fingerprint, suffix="")
         distilled[name] = Trial(name, options, False, control.name if control else None)
-    trials = [*controls.values(), *distilled.values()]
-    check_options(config, trials)
-    return trials
+    return [*controls.values(), *distilled.values()]
 
 
 def combinations(config: SweepConfig) -> Iterator[dict[str, Any]]:
@@ -167,21 +179,33 @@ def trial_name(options: Mapping[str, Any], config: SweepConfig, store_fingerprin
     ]
     if suffix:
         varied = [part for part in varied if part.split("=")[0] not in DISTILLATION_OPTIONS]
-    words = [str(options["student"]), f"seed{options['seed']}", *varied]
+    words = [short_name(options["student"]), f"seed{options['seed']}", *varied]
     slug = re.sub(r"[^A-Za-z0-9=._-]+", "_", "-".join(words))[:100]
     text = json.dumps([store_fingerprint, dict(options)], sort_keys=True, default=str)
     return f"{slug}{suffix}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
-def check_options(config: SweepConfig, trials: list[Trial]) -> None:
-    """Say now what every trial would stumble over, not after hours."""
+def short_name(student: str) -> str:
+    """`resnet/resnet18` → resnet18; `yolov8/n` stays whole."""
+    kind, _, size = student.partition("/")
+    return size if size.startswith(kind) else student
+
+
+def checked(config: SweepConfig, combinations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The combinations with their values as `cli train` understands them: plain numbers and words.
+
+    Raises `ConfigError` now with what every trial would stumble over after hours.
+    """
+    settled: list[dict[str, Any]] = []
     problems: dict[str, None] = {}
-    for trial in trials:
+    for options in combinations:
         try:
-            TrainConfig(store=config.store, out=config.out, **trial.options)
+            values = config_to_json(TrainConfig(store=config.store, out=config.out, **options))
+            settled.append({name: values[name] for name in options})
         except ValidationError as error:
             problems |= dict.fromkeys(describe_problem(item) for item in error.errors())
         except ConfigError as error:
             problems[str(error)] = None
     if problems:
         raise ConfigError("; ".join(problems))
+    return settled

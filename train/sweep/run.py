@@ -9,21 +9,27 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
 from store import open_store
+from train.errors import ConfigError
+from train.rundir import SUMMARY
 from train.sweep.board import Board, TrialState, read_state
 from train.sweep.config import SweepConfig, Trial, plan_trials
 from train.sweep.worker import (
     OUTCOME_FILE,
+    RUN_FOLDER,
     Order,
     Outcome,
+    ended,
     read_json,
+    read_run,
     run_trial,
+    try_lock,
     write_json,
 )
 
@@ -34,7 +40,7 @@ logger = get_logger("sweep")
 
 POLL_S = 1.0
 STOP_WAIT_S = 30.0
-PLAN_FILE = "sweep.json"
+PLAN_FILE, LOCK_FILE = "sweep.json", "sweep.lock"
 # A trial whose worker died this often is marked as lost: most likely it is what kills them.
 WORKER_LOSSES_ALLOWED = 2
 
@@ -44,20 +50,33 @@ def run_sweep(config: SweepConfig) -> list[TrialState]:
 
     A trial that fails, hangs or loses its worker is marked with its reason, and the others go on.
     Raises:
-        ConfigError: an option is not valid for one of the students.
+        ConfigError: an option is not valid for one of the students, or another sweep runs in the folder.
         Stopped: Ctrl-C or SIGTERM; trials that ran have saved their state, the same command goes on.
     """
     trials = plan_trials(config, open_store(config.store).fingerprint)
-    write_plan(config, trials)
-    finished = {trial.name for trial in trials if is_done(trial_folder(config.out, trial))}
-    todo = [trial for trial in trials if trial.name not in finished]
-    logger.info("%d trials: %d done before, %d to run", len(trials), len(finished), len(todo))
-    with StopRequest() as stop:
+    with StopRequest() as stop, only_sweep(config.out):
+        write_plan(config, trials)
+        todo = [trial for trial in trials if not is_done(trial_folder(config.out, trial))]
+        for trial in todo:  # how an earlier attempt ended is no news of this one
+            (trial_folder(config.out, trial) / OUTCOME_FILE).unlink(missing_ok=True)
+        logger.info("%d trials: %d done before, %d to run", len(trials), len(trials) - len(todo), len(todo))
         if todo:
             run_trials(config, todo, stop, Board(config.out, trials))
         if stop.requested:
             raise Stopped("sweep stopped; run the same command again to go on", stop.exit_code)
     return [read_state(trial_folder(config.out, trial), trial) for trial in trials]
+
+
+@contextlib.contextmanager
+def only_sweep(out: Path) -> Iterator[None]:
+    """Keep a second sweep out of the folder: the two would train the same trials."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK_FILE).open("w") as file:
+        if not try_lock(file.fileno()):
+            raise ConfigError(
+                f"{out}: another sweep is running in this folder: wait for it, or use another --out"
+            )
+        yield
 
 
 def trial_folder(out: Path, trial: Trial) -> Path:
@@ -72,7 +91,6 @@ def is_done(folder: Path) -> bool:
 
 def write_plan(config: SweepConfig, trials: Sequence[Trial]) -> None:
     """sweep.json: all trials this folder has ever planned, the latest sweep's marked as current."""
-    config.out.mkdir(parents=True, exist_ok=True)
     before = (read_json(config.out / PLAN_FILE) or {}).get("trials", [])
     rows = {row["name"]: {**row, "current": False} for row in before}
     rows |= {trial.name: {**trial._asdict(), "current": True} for trial in trials}
@@ -84,7 +102,7 @@ def run_trials(config: SweepConfig, todo: Sequence[Trial], stop: StopRequest, bo
     """Submit the trials and wait; on a stop request the running ones save and leave, the rest never start."""
     from distributed import Event
 
-    with cluster(config, len(todo)) as (client, threads), board:
+    with cluster(config, len(todo)) as (client, slot, threads), board:
         event_name = f"stop-{uuid.uuid4().hex}"
         event = Event(event_name, client=client)
         futures = {
@@ -94,11 +112,11 @@ def run_trials(config: SweepConfig, todo: Sequence[Trial], stop: StopRequest, bo
                 event_name,
                 key=f"{trial.name}-{event_name}",
                 pure=False,
-                resources={"trial": 1},
+                resources=slot,
             ): trial
             for trial in todo
         }
-        collect(config, futures, stop, board)
+        collect(config, client, futures, stop, board)
         if stop.requested:
             event.set()
             wait_for_running(futures)
@@ -120,12 +138,19 @@ def store_address(store: str) -> str:
     return store if "://" in store else str(Path(store).resolve())
 
 
-def run_on_worker(order: Order, event_name: str) -> Outcome:
-    """What dask calls on a worker: one trial, stopped when the sweep's event is set."""
-    from distributed import Event
+def run_on_worker(order: Order, event_name: str) -> tuple[Outcome, str]:
+    """What dask calls on a worker: one trial, stopped when the sweep's event is set. Also says where it ran."""
+    from distributed import Event, get_worker
 
-    event = Event(event_name)
-    return run_trial(order, every(POLL_S, event.is_set))
+    worker: Any = get_worker()
+    if order["threads"] is None and not visible_gpus():
+        order = {**order, "threads": thread_share(worker.state.nthreads, worker.state.total_resources)}
+    return run_trial(order, every(POLL_S, Event(event_name).is_set)), worker.address
+
+
+def thread_share(threads: int, resources: Mapping[str, float]) -> int:
+    """A worker's threads, divided among the trials that it runs at a time."""
+    return max(1, int(threads // max(resources.get("trial", threads), 1)))
 
 
 def every(interval_s: float, ask: Callable[[], bool]) -> Callable[[], bool]:
@@ -141,33 +166,42 @@ def every(interval_s: float, ask: Callable[[], bool]) -> Callable[[], bool]:
     return cached
 
 
-def collect(config: SweepConfig, futures: dict[Future, Trial], stop: StopRequest, board: Board) -> None:
+def collect(
+    config: SweepConfig, client: Client, futures: dict[Future, Trial], stop: StopRequest, board: Board
+) -> None:
     """Record outcomes as they come, and keep the table of trials up to date."""
     waiting = set(futures)
     while waiting and not stop.requested:
         for future in [future for future in waiting if future.done()]:
             waiting.discard(future)
-            record(trial_folder(config.out, futures[future]), future)
+            record(trial_folder(config.out, futures[future]), client, future)
         board.update()
         stop.wait(POLL_S)
     board.update()
 
 
-def record(folder: Path, future: Future) -> None:
-    """Keep the outcome here too: a worker of another machine wrote it to its own disk."""
-    error = future.exception()
-    if error is None:
-        outcome = future.result()
-    else:
-        reason = f"lost: {type(error).__name__}: {' '.join(str(error).split())}"
-        outcome = Outcome(state="failed", reason=reason, last_lines=[], wall_time_s=0.0, summary=None)
+def record(folder: Path, client: Client, future: Future) -> None:
+    """Keep the outcome here too: a worker of another machine wrote it to its own disk, and so the run's files."""
+    try:
+        outcome, worker = future.result()
+    except Exception as error:  # KilledWorker, or dask's own when the scheduler is gone
+        outcome, worker = (
+            ended("failed", f"lost: {type(error).__name__}: {' '.join(str(error).split())}"),
+            None,
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    if worker is not None and outcome["state"] == "done" and not (folder / RUN_FOLDER / SUMMARY).exists():
+        # Not as a task: the worker's threads belong to the next trials.
+        files = client.run(read_run, folder.resolve(), workers=[worker])[worker]
+        for name, data in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
     if read_json(folder / OUTCOME_FILE) != outcome:
         write_json(folder / OUTCOME_FILE, outcome)
 
 
 def wait_for_running(futures: dict[Future, Trial]) -> None:
-    """Cancel what has not started and give what runs the time to save."""
+    """Give what runs the time to save; what has not started leaves at once."""
     deadline = time.monotonic() + STOP_WAIT_S
     running = [future for future in futures if not future.done()]
     while running and time.monotonic() < deadline:
@@ -176,11 +210,9 @@ def wait_for_running(futures: dict[Future, Trial]) -> None:
 
 
 @contextlib.contextmanager
-def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, int | None]]:
-    """A client of the scheduler that was named, or of a local cluster; and the threads a CPU trial gets.
-
-    Workers of an existing scheduler must offer the resource `trial` (`dask worker … --resources "trial=1"`,
-    one per GPU): without it a trial waits for ever, so that is an error.
+def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str, float], int | None]]:
+    """A client of the scheduler that was named, or of a local cluster; what a trial takes of a worker's resources;
+    and the threads that a CPU trial gets (None: the worker knows).
     """
     # Workers read it from the environment; their comings and goings are no news to who runs a sweep.
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
@@ -189,9 +221,13 @@ def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, int | No
 
     dask.config.set({"distributed.scheduler.allowed-failures": WORKER_LOSSES_ALLOWED})
     if config.scheduler:
-        with Client(config.scheduler, timeout=30) as client:
-            check_resources(config.scheduler, client)
-            yield client, None
+        try:
+            client = Client(config.scheduler, timeout=30)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"scheduler {config.scheduler}: cannot be reached: {reason}") from None
+        with client:
+            yield client, trial_slot(config.scheduler, client), None
         return
     jobs, workers, threads = local_workers(config.jobs, trials)
     logger.info("local cluster: %d trials at a time, %s threads each", jobs, threads or "all")
@@ -200,7 +236,7 @@ def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, int | No
     with deaf_to_ctrl_c():
         local = local_spec(SpecCluster, workers)
     with local, Client(local) as client:
-        yield client, threads
+        yield client, {"trial": 1}, threads
 
 
 @contextlib.contextmanager
@@ -216,15 +252,21 @@ def deaf_to_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def check_resources(scheduler: str, client: Client) -> None:
-    from train.errors import ConfigError
-
+def trial_slot(scheduler: str, client: Client) -> dict[str, float]:
+    """What a trial takes of a worker: a `GPU` or a `trial` where workers offer them, else one of its threads."""
     workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-    if not any("trial" in worker.get("resources", {}) for worker in workers.values()):
-        raise ConfigError(
-            f"scheduler {scheduler} has {len(workers)} workers and none offers the resource trial: "
-            f'start them as `dask worker {scheduler} --nthreads 1 --resources "trial=1"`'
-        )
+    if not workers:
+        raise ConfigError(f"scheduler {scheduler} has no workers: start some with `dask worker {scheduler}`")
+    offered = {name for worker in workers.values() for name in worker.get("resources", {})}
+    for name in ("GPU", "trial"):
+        if name in offered:
+            return {name: 1}
+    threads = sum(worker["nthreads"] for worker in workers.values())
+    logger.info(
+        "%s: %d workers offer neither GPU nor trial as a resource: a trial on each of their %d threads",
+        *(scheduler, len(workers), threads),
+    )
+    return {}
 
 
 def local_spec(spec_cluster: Any, workers: dict[int, dict[str, Any]]) -> Any:

@@ -1,15 +1,20 @@
-"""One trial, on a worker: `cli train` as a subprocess in its own folder, watched until it ends."""
+"""One trial, on a worker: `cli train` as a subprocess in its own folder, watched until it ends.
+
+outcome.json says how far it is: `running` from its start, then how it ended.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,14 +22,16 @@ POLL_S = 0.25
 STOP_GRACE_S = 15.0  # a training saves and leaves within 4 seconds of SIGTERM
 LAST_LINES = 15
 LAST_BYTES = 16_384
-OPTIONS_FILE, LOG_FILE, OUTCOME_FILE = "trial.json", "log.txt", "outcome.json"
+LOCK_WAIT_S = 60.0  # for the process of a worker that was lost to save and leave
+OPTIONS_FILE, LOG_FILE, OUTCOME_FILE, LOCK_FILE = "trial.json", "log.txt", "outcome.json", "trial.lock"
+STOPPED = "the sweep was stopped; run the same command again to go on"
 RUN_FOLDER = "run"  # below the trial's folder: `cli train --overwrite` empties what it is given
 
 
 class Outcome(TypedDict):
     """How a trial ended. `summary` is the content of its summary.json when it is done."""
 
-    state: str  # done | failed | timeout | stopped
+    state: str  # running | done | failed | timeout | stopped
     reason: str
     last_lines: list[str]
     wall_time_s: float
@@ -43,11 +50,23 @@ class Order(TypedDict):
 
 
 def run_trial(order: Order, stop_requested: Callable[[], bool]) -> Outcome:
-    """Run (or continue) the trial; its output goes to log.txt, its end to outcome.json in its folder."""
+    """Run (or continue) the trial; its output goes to log.txt, its state to outcome.json in its folder."""
+    if stop_requested():
+        return ended("stopped", STOPPED)
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / OUTCOME_FILE).unlink(missing_ok=True)  # of an attempt that failed before
-    write_json(folder / OPTIONS_FILE, order["options"])
+    try:
+        with only_one(folder, stop_requested) as lock:
+            write_json(folder / OUTCOME_FILE, ended("running", ""))
+            write_json(folder / OPTIONS_FILE, order["options"])
+            outcome = train_and_watch(order, folder, lock, stop_requested)
+    except FolderBusyError as error:
+        return ended("failed", str(error))
+    write_json(folder / OUTCOME_FILE, outcome)
+    return outcome
+
+
+def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Callable[[], bool]) -> Outcome:
     started = time.monotonic()
     going_on = is_interrupted(folder / RUN_FOLDER)
     with (folder / LOG_FILE).open("ab" if going_on else "wb") as log:
@@ -57,19 +76,52 @@ def run_trial(order: Order, stop_requested: Callable[[], bool]) -> Outcome:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment(order["threads"]),
+            pass_fds=[lock],
             start_new_session=True,  # Ctrl-C in the terminal reaches the sweep, which then stops its trials
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
         state, reason = watch(process, order["timeout_s"], stop_requested)
-    outcome = Outcome(
+    return Outcome(
         state=state,
         reason=reason or failure_reason(process.returncode, folder),
         last_lines=[] if state == "done" else last_lines(folder / LOG_FILE),
         wall_time_s=time.monotonic() - started,
         summary=read_json(folder / RUN_FOLDER / "summary.json") if state == "done" else None,
     )
-    write_json(folder / OUTCOME_FILE, outcome)
-    return outcome
+
+
+def ended(state: str, reason: str) -> Outcome:
+    """The outcome of a trial of which there is nothing more to say."""
+    return Outcome(state=state, reason=reason, last_lines=[], wall_time_s=0.0, summary=None)
+
+
+class FolderBusyError(Exception):
+    """Another process still trains in a trial's folder."""
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, stop_requested: Callable[[], bool]) -> Iterator[int]:
+    """Hold the folder's lock; yields its descriptor, which the training process inherits and so holds as well.
+
+    A lost worker's trial is run elsewhere: it must wait until the process that was left behind has saved and left.
+    """
+    with (folder / LOCK_FILE).open("w") as file:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while not try_lock(file.fileno()):
+            if time.monotonic() > deadline or stop_requested():
+                raise FolderBusyError(
+                    f"another process is still training in {folder}: end it, then sweep again"
+                )
+            time.sleep(POLL_S)
+        yield file.fileno()
+
+
+def try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_interrupted(run: Path) -> bool:
@@ -104,10 +156,7 @@ def environment(threads: int | None) -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Linux: let the kernel send SIGTERM to this process when its worker dies.
-
-    A lost worker's trial is run elsewhere; two processes must not write one folder.
-    """
+    """Linux: let the kernel send SIGTERM to this process when its worker dies, so that its trial can go on elsewhere."""
     parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
@@ -123,7 +172,7 @@ def watch(
             return "timeout", f"did not end within {timeout_s:g} s (--trial-timeout)"
         if stop_requested():
             end(process)
-            return "stopped", "the sweep was stopped; run the same command again to go on"
+            return "stopped", STOPPED
         time.sleep(POLL_S)
     return ("done" if process.returncode == 0 else "failed"), ""
 
@@ -166,6 +215,12 @@ def last_lines(path: Path) -> list[str]:
         file.seek(max(0, path.stat().st_size - LAST_BYTES))
         text = file.read().decode("utf-8", errors="replace")
     return text.splitlines()[-LAST_LINES:]
+
+
+def read_run(folder: Path) -> dict[str, bytes]:
+    """The files of a finished trial that a report and later commands need, by path below the trial's folder."""
+    names = [f"{RUN_FOLDER}/{name}" for name in ("config.json", "metrics.jsonl", "best.pt", "summary.json")]
+    return {name: (folder / name).read_bytes() for name in [LOG_FILE, *names] if (folder / name).exists()}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
