@@ -211,8 +211,9 @@ def test_cpu_has_no_distributed_training() -> None:
     with pytest.raises(ConfigError, match="not on several"):
         device_arguments(make_config(device="cpu,cpu"))
     assert device_arguments(make_config(device="cpu")) == {"device": "cpu", "amp": False}
-    with pytest.raises(ConfigError, match="precision fp16"):
-        device_arguments(make_config(device="cpu", precision="fp16"))
+    for precision in ("fp16", "bf16"):
+        with pytest.raises(ConfigError, match=f"precision {precision} on cpu"):
+            device_arguments(make_config(device="cpu", precision=precision))
 
 
 def test_classes_may_be_more_than_the_store_has_but_not_fewer(tmp_path: Path) -> None:

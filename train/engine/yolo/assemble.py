@@ -180,15 +180,20 @@ def device_arguments(config: TrainConfig) -> dict[str, Any]:
                 f"device {config.device}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
             )
         return {"device": ",".join(map(str, indices)), "amp": cuda_precision(config.precision)}
-    if config.precision == "fp16":
-        raise ConfigError(f"precision fp16 on {devices[0]}: YOLO students take it on GPUs only; use fp32")
-    return {"device": devices[0], "amp": "bf16" if config.precision == "bf16" else False}
+    if config.precision in ("fp16", "bf16"):
+        raise ConfigError(
+            f"precision {config.precision} on {devices[0]}: ultralytics has it on CUDA GPUs only; use fp32"
+        )
+    return {"device": devices[0], "amp": False}
 
 
 def cuda_precision(precision: str) -> bool | str:
     """ultralytics' `amp`: bf16 where the device has it, else fp16 with loss scaling."""
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        return "bf16" if torch.cuda.is_bf16_supported() else True
+        return "bf16" if has_bf16 else True
+    if precision == "bf16" and not has_bf16:
+        raise ConfigError("precision bf16: this GPU does not have it; use fp16 or auto")
     choices: dict[str, bool | str] = {"fp32": False, "bf16": "bf16", "fp16": True}
     return choices[precision]
 
