@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,7 @@ class Session:
         self.best_metric = built.parts.objective.task.best_metric
         self.loop = Loop(built.parts)
         self.trackers: list[Tracker] = []
+        self.writing = threading.Lock()
         self.started = self.saved = time.monotonic()
         self.wall_before = 0.0
 
@@ -205,8 +207,12 @@ class Session:
         self.write_last()
 
     def write_last(self) -> None:
-        if not self.is_main:
-            return
+        """Write last.pt on rank 0; the watching thread waits for a writing that a slow disk holds up."""
+        if self.is_main:
+            with self.writing:
+                self.write_last_alone()
+
+    def write_last_alone(self) -> None:
         parts = self.parts
         parts.progress.wall_time_s = self.wall_time()
         average = parts.average and {
