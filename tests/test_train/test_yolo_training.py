@@ -90,16 +90,31 @@ def test_feature_losses_and_foreground_weights(yolo_store: Path, tmp_path: Path,
     assert metrics_of(tmp_path / "out")[0]["feature_loss"] > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def loss_nan(kind: str, rows: torch.Tensor, *_: Any) -> torch.Tensor:
+    return rows.sum() * float("nan")
+
+
+def gradient_nan(kind: str, rows: torch.Tensor, *_: Any) -> torch.Tensor:
+    return (rows.sum() * 0).sqrt()  # 0, whose gradient is 0 · infinity
+
+
+def validation_nan(kind: str, rows: torch.Tensor, *_: Any) -> torch.Tensor:
+    return rows.sum() * (1e-6 if torch.is_grad_enabled() else float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("term", "what"),
+    [(loss_nan, "loss"), (gradient_nan, "gradient"), (validation_nan, "validation loss")],
+)
+def test_what_is_not_finite_stops_the_run_and_saves_nothing(
+    yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, term: Any, what: str
 ) -> None:
     from train.engine.yolo import model
 
-    monkeypatch.setattr(
-        model, "feature_loss", lambda *arguments: torch.tensor(float("nan"), requires_grad=True)
-    )
-    with pytest.raises(TrainError, match="loss is not finite in epoch 1: lower --learning-rate"):
+    monkeypatch.setattr(model, "feature_loss", term)
+    with pytest.raises(TrainError, match=f"the {what} is not finite in epoch 1, nothing of which is saved"):
         run_yolo(make_config(yolo_store, tmp_path / "out"))
+    assert not (tmp_path / "out" / "last.pt").exists()
 
 
 def exhaust_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,10 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         """ultralytics' `optimizer_step` with our clipping norm."""
         self.batches_pending = 0
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=self.job.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=self.job.clip_norm)
+        # With loss scaling an overflow is ordinary: the scaler skips the step.
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+            raise not_finite("gradient" if torch.isfinite(self.loss) else "loss", self.epoch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -330,11 +333,13 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
             self.last, self.best = last, best
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
-        """ultralytics would go on from its half-precision EMA, silently; the epoch's seed would bring it here again."""
+        """Nothing of such an epoch is saved. ultralytics would go back to its half-precision EMA, silently, and the
+        epoch's seed would bring it here again.
+        """
         if self.loss is not None and not bool(torch.isfinite(self.loss).all()):
             raise not_finite("loss", epoch)
-        if self.fitness is not None and not math.isfinite(self.fitness):
-            raise not_finite("fitness", epoch)
+        if not all(math.isfinite(value) for value in (self.metrics or {}).values()):
+            raise not_finite("validation loss", epoch)
         return False
 
 
@@ -348,8 +353,8 @@ def close_loaders(trainer: Any) -> None:
 
 def not_finite(what: str, epoch: int) -> TrainError:
     return TrainError(
-        f"the {what} is not finite in epoch {epoch + 1}: lower --learning-rate or try --precision fp32, then "
-        "--resume continues from the last good epoch"
+        f"the {what} is not finite in epoch {epoch + 1}, nothing of which is saved: start again with a lower "
+        "--learning-rate, a longer --warmup-epochs or --precision fp32, and --overwrite"
     )
 
 
