@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -10,23 +11,33 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+from PIL import Image
 from scipy import stats
 
 from train.config import load_config
 from train.errors import ReportError
+from train.report import figures
 from train.report.build import build_report
 from train.report.collect import collect
-from train.report.compare import differences, mean_with_interval, pareto_front
-from train.report.samples import box_iou, count_hits
+from train.report.compare import cost_of, differences, mean_with_interval, pareto_front
+from train.report.samples import box_confusion, box_iou, count_hits
 from train.run import run_training
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def fake_trial(
-    sweep: Path, name: str, value: float, *, seed: int = 0, control: bool = False, parameters: int = 100
+    sweep: Path,
+    name: str,
+    value: float,
+    *,
+    seed: int = 0,
+    control: bool = False,
+    parameters: int = 100,
+    **changes: Any,
 ) -> dict[str, Any]:
     """A finished trial's files, with the metric given."""
     run = sweep / "trials" / name / "run"
@@ -41,6 +52,7 @@ def fake_trial(
         "latency_ms": 1.0,
         "wall_time_s": 5.0,
         "epochs_done": 2,
+        **changes,
     }
     (run / "summary.json").write_text(json.dumps(summary))
     records = [
@@ -143,8 +155,6 @@ def test_a_real_run_shows_its_control_and_worst_samples(make_store: Any, tmp_pat
 
 
 def test_overlap_and_matching_of_boxes() -> None:
-    import numpy as np
-
     boxes = np.array([[0, 0, 10, 10], [20, 20, 30, 30]], dtype=float)
     np.testing.assert_allclose(box_iou(np.array([0, 0, 10, 5.0]), boxes), [0.5, 0.0])
     found = np.array(
@@ -154,43 +164,189 @@ def test_overlap_and_matching_of_boxes() -> None:
     assert count_hits(found, boxes, np.array([0, 1])) == 2
 
 
+def test_missed_invented_and_confused_boxes_are_counted_apart() -> None:
+    found = np.array(
+        [[0, 0, 10, 10, 0.9, 1], [20, 20, 30, 30, 0.8, 1], [50, 50, 60, 60, 0.7, 0]], dtype=np.float32
+    )
+    boxes = np.array([[0, 0, 10, 9], [20, 20, 30, 30], [80, 80, 90, 90]], dtype=float)
+    counts = box_confusion(found, boxes, np.array([0, 1, 0]), 2)
+    assert counts.tolist() == [[0, 1, 1], [0, 1, 0], [1, 0, 0]]  # last: nothing
+    assert box_confusion(found[:0], boxes[:0], np.array([], int), 2).sum() == 0
+    assert box_confusion(found, boxes[:0], np.array([], int), 2).tolist() == [[0, 0, 0], [0, 0, 0], [1, 2, 0]]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [1300, 500])
-def test_page_draws_and_sorts_in_a_browser(sweep_folder: Path, tmp_path: Path, width: int) -> None:
-    """Charts fit the window, a click on a heading sorts, nothing is asked of the network."""
-    page = build_report([sweep_folder], None, samples=0).path
-    probe = """<script>window.addEventListener("load", function () { setTimeout(function () {
-      var button = Array.from(document.querySelectorAll("th button")).find(function (b) { return b.textContent === "run"; });
-      button.click();
-      var column = Array.from(button.closest("tr").cells).indexOf(button.closest("th"));
-      var told = document.createElement("pre"); told.id = "told";
-      told.textContent = JSON.stringify({
-        width: innerWidth,
-        charts: Array.from(document.querySelectorAll(".main-svg")).map(function (e) { return e.getBoundingClientRect().right; }),
-        names: Array.from(document.querySelectorAll("tbody tr")).map(function (r) { return r.cells[column].textContent; }),
-        requests: performance.getEntriesByType("resource").map(function (e) { return e.name; })
-      });
-      document.body.appendChild(told); }, 800); });</script></body>"""
-    watched = tmp_path / "watched.html"
-    watched.write_text(page.read_text().replace("</body>", probe))
+def test_detections_are_drawn_and_counted_by_class(tmp_path: Path) -> None:
+    import yolo_data
+
+    store, out = tmp_path / "boxes.zarr", tmp_path / "yolo"
+    splits = {"train": yolo_data.scenes(16, 0), "val": yolo_data.scenes(4, 1)}
+    yolo_data.make_store(store, splits, resize="letterbox")
+    options = {"epochs": 1, "image_size": 64, "batch_size": 8, "workers": 0}
+    run_training(load_config({"store": str(store), "student": "yolov8n", "out": out, **options}))
+    text = build_report([out], None, samples=3).path.read_text()
+    assert text.count("data:image/jpeg;base64,") == 3
+    assert "missed" in text
+    assert "Confusion of boxes" in text
+    assert "AP50-95" in text
+
+
+@pytest.mark.slow
+def test_clips_show_a_frame_and_masks_stand_beside_the_truth(
+    make_store: Any, clip_store: Path, tmp_path: Path
+) -> None:
+    options = {"epochs": 1, "image_size": 32, "batch_size": 3, "workers": 0}
+    runs = {"lstm/small": clip_store, "unet/small": make_store(masks=True)}
+    for number, (student, store) in enumerate(runs.items()):
+        run_training(
+            load_config({"store": str(store), "student": student, "out": tmp_path / str(number), **options})
+        )
+    made = build_report([tmp_path / "0", tmp_path / "1"], None, samples=2)
+    text = made.path.read_text()
+    assert text.count("data:image/jpeg;base64,") == 4
+    for words in ("middle frames", "true mask right", "Confusion of pixels", "(sequence)", "(segmentation)"):
+        assert words in text
+    assert made.columns[-3:] == ["top1", "miou", "gain_over_control"]
+
+
+def test_tasks_are_not_compared_with_one_another(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    trials = [
+        fake_trial(sweep, "photo", 0.8),
+        fake_trial(sweep, "mask", 0.6, task="segmentation", metrics={"miou": 0.6}),
+    ]
+    (sweep / "sweep.json").write_text(json.dumps({"config": {"set": {}}, "trials": trials}))
+    parts = collect([sweep]).by_task()
+    assert [(part.headline, [run.name for run in part.runs]) for part in parts] == [
+        ("top1", ["photo"]),
+        ("miou", ["mask"]),
+    ]
+    text = build_report([sweep], None, samples=0).path.read_text()
+    assert "top1 against size, speed and training cost (classification)" in text
+    assert "miou against size, speed and training cost (segmentation)" in text
+
+
+def test_sweeps_stand_side_by_side_and_are_paired_each_for_itself(tmp_path: Path) -> None:
+    for name, gain in (("first", 0.1), ("second", 0.2)):
+        trials = [
+            fake_trial(tmp_path / name, "d", 0.5 + gain),
+            fake_trial(tmp_path / name, "c", 0.5, control=True),
+        ]
+        (tmp_path / name / "sweep.json").write_text(json.dumps({"config": {"set": {}}, "trials": trials}))
+    folders = [tmp_path / "first", tmp_path / "second"]
+    gains = differences(collect(folders))
+    assert [(gain.label, round(gain.mean, 6)) for gain in gains] == [
+        ("first: timm:test_resnet", 0.1),
+        ("second: timm:test_resnet", 0.2),
+    ]
+    assert [row["sweep"] for row in build_report(folders, None, samples=0).rows] == [
+        "second",
+        "first",
+        "first",
+        "second",
+    ]
+
+
+def test_ceilings_are_drawn_beside_accuracies_only(make_store: Any, tmp_path: Path) -> None:
+    store = make_store()
+    (store / ".extract").mkdir(exist_ok=True)
+    (store / ".extract/measured.json").write_text(json.dumps({"probe_top1": 0.91, "knn_top1": 0.87}))
+    for task, metric, shown in (("classification", "top1", True), ("segmentation", "miou", False)):
+        sweep = tmp_path / task
+        trial = fake_trial(sweep, "d", 0.5, task=task, metrics={metric: 0.5}, store={"path": str(store)})
+        (sweep / "sweep.json").write_text(json.dumps({"config": {"set": {}}, "trials": [trial]}))
+        text = build_report([sweep], None, samples=0).path.read_text()
+        assert ("teacher, linear probe 91.0%, teacher, k-NN 87.0%" in html.unescape(text)) == shown
+
+
+def test_the_online_teacher_s_cost_is_each_store_s_pass_times_its_runs_epochs(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    trials = [
+        fake_trial(sweep, "a", 0.5, store={"path": "small"}, epochs_done=10, wall_time_s=4.0),
+        fake_trial(sweep, "b", 0.5, store={"path": "large"}, epochs_done=3, wall_time_s=5.0),
+        fake_trial(sweep, "c", 0.5, store={"path": "large"}, epochs_done=3, wall_time_s=1.0, control=True),
+    ]
+    (sweep / "sweep.json").write_text(json.dumps({"config": {"set": {}}, "trials": trials}))
+    runs = collect([sweep]).runs
+    cost = cost_of(runs, {"small": 2.0, "large": 30.0})
+    assert cost is not None
+    assert (cost.students_s, cost.extraction_s, cost.online_teacher_s) == (10.0, 32.0, 110.0)
+    assert cost_of(runs, {"small": 2.0}) is None
+
+
+PROBE = """<script>window.addEventListener("load", function () { setTimeout(function () {
+  var button = Array.from(document.querySelectorAll("th button")).find(function (b) { return b.textContent === "run"; });
+  button.click();
+  var column = Array.from(button.closest("tr").cells).indexOf(button.closest("th"));
+  parent.postMessage(JSON.stringify({
+    width: innerWidth,
+    page: document.documentElement.scrollWidth,
+    ground: getComputedStyle(document.body).backgroundColor,
+    ink: getComputedStyle(document.querySelector(".xtick text")).fill,
+    charts: Array.from(document.querySelectorAll(".main-svg")).map(function (e) { return e.getBoundingClientRect().right; }),
+    names: Array.from(document.querySelectorAll("tbody tr")).map(function (r) { return r.cells[column].textContent; }),
+    requests: performance.getEntriesByType("resource").map(function (e) { return e.name; })
+  }), "*"); }, 800); });</script></body>"""
+# A window cannot be as narrow as a phone, a frame can; it takes its colour scheme from the page around it.
+FRAME = """<!doctype html><meta name="color-scheme" content="{scheme}"><body style="margin:0">
+<script>addEventListener("message", function (event) {{
+  var told = document.createElement("pre"); told.id = "told"; told.textContent = event.data; document.body.append(told);
+}});</script>
+<iframe src="{page}" style="width:{width}px;height:2600px;border:0;color-scheme:{scheme}"></iframe></body>"""
+
+
+def chromium(tmp_path: Path, page: Path, *options: str) -> str:
     assert CHROMIUM is not None
     done = subprocess.run(
         [
             *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000"),
-            *("--virtual-time-budget=8000", "--dump-dom", watched.as_uri()),
+            *(
+                f"--user-data-dir={tmp_path / 'profile'}",
+                "--virtual-time-budget=8000",
+                *options,
+                page.as_uri(),
+            ),
         ],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
-    found = re.search(r'id="told">([^<]+)<', done.stdout)
-    assert found, done.stderr[-2000:]
-    told = json.loads(found[1].replace("&quot;", '"'))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("width", "scheme"), [(1300, "light"), (390, "light"), (390, "dark")])
+def test_page_draws_and_sorts_in_a_browser(
+    sweep_folder: Path, tmp_path: Path, width: int, scheme: str
+) -> None:
+    """At desktop and phone width charts fit the window, headings sort, nothing is asked of the network."""
+    watched, frame, picture = tmp_path / "watched.html", tmp_path / "frame.html", tmp_path / "page.png"
+    page = build_report([sweep_folder], None, samples=0).path.read_text()
+    watched.write_text(page.replace("</body>", PROBE))
+    frame.write_text(FRAME.format(page=watched.name, width=width, scheme=scheme))
+    found = re.search(
+        r'id="told">([^<]+)<', chromium(tmp_path, frame, "--window-size=1400,2600", "--dump-dom")
+    )
+    assert found
+    told = json.loads(html.unescape(found[1]))
+    assert told["width"] == width
+    assert told["page"] <= width
     assert len(told["charts"]) >= 6
-    assert max(told["charts"]) <= told["width"]
+    assert max(told["charts"]) <= width
     assert told["names"] == sorted(told["names"], reverse=True)
     assert told["requests"] == []
+    ground, ink = (sum(map(int, re.findall(r"\d+", told[name])[:3])) / 765 for name in ("ground", "ink"))
+    assert (ground < 0.2, ink > 0.7) == (scheme == "dark", scheme == "dark")
+
+    chromium(tmp_path, frame, "--window-size=1400,2600", "--hide-scrollbars", f"--screenshot={picture}")
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB").crop((0, 0, width, 2600))).reshape(-1, 3)
+    shades, counts = np.unique(pixels, axis=0, return_counts=True)
+    assert shades[counts.argmax()].mean() < 40 if scheme == "dark" else shades[counts.argmax()].mean() > 240
+    for colour in (figures.COLOURS[0], figures.COLOURS[2]):  # marks and curves, and the bar of the gain
+        drawn = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == drawn).all(1).sum() > 50

@@ -17,11 +17,13 @@ from train.report import figures
 from train.report.collect import Collection, Run, collect
 from train.report.compare import SUMMARY_FIELDS, Cost, cost_of, differences, table_rows
 from train.report.page import Section, render_page
-from train.report.samples import Gallery, gallery_of
+from train.report.samples import gallery_of
 from train.sweep.worker import read_json
 
 logger = get_logger("report")
 
+# Metrics that the teacher's own features have, too.
+ACCURACIES = ("top1", "probe_top1", "knn_top1")
 # Columns of the command line's table; results.csv has all of them.
 SHORT_COLUMNS = ("run", "parameters", "epochs_done")
 
@@ -47,18 +49,19 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
     collection = collect(folders)
     path = out or folders[0] / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = table_rows(collection)
+    parts = collection.by_task()
+    headlines = list(dict.fromkeys(part.headline for part in parts))
+    rows = [row for part in parts for row in table_rows(part)]
     stores = open_stores(collection)
-    best = best_run(collection)
-    gallery = gallery_of(best, stores.get(store_path(best)), samples) if samples else None
-    sections = page_sections(collection, stores, gallery)
+    sections = [section for part in parts for section in task_sections(part, stores, samples, len(parts) > 1)]
+    cost = cost_of(collection.runs, pass_seconds(stores))
+    if cost is not None:
+        sections.append(Section("Cost of the teacher", cost_text(cost), []))
     subtitle = f"{len(collection.runs)} runs, made {datetime.datetime.now():%Y-%m-%d %H:%M}"
-    page = render_page(
-        "Distillation report", subtitle, sections, rows, collection.headline, collection.unfinished
-    )
+    page = render_page("Distillation report", subtitle, sections, rows, headlines, collection.unfinished)
     write_text(path, page)
     write_tables(path.parent, rows)
-    return Report(path, rows, [*SHORT_COLUMNS, collection.headline, "gain_over_control"])
+    return Report(path, rows, [*SHORT_COLUMNS, *headlines, "gain_over_control"])
 
 
 def best_run(collection: Collection) -> Run:
@@ -67,15 +70,10 @@ def best_run(collection: Collection) -> Run:
     return max(runs, key=lambda run: run.metrics.get(collection.headline, float("-inf")))
 
 
-def store_path(run: Run) -> str:
-    store = run.summary.get("store") or {}
-    return str(store.get("path", "")) if isinstance(store, dict) else str(store)
-
-
 def open_stores(collection: Collection) -> dict[str, Store]:
     """The runs' stores, by path; one that has moved costs its part of the report, said in the log."""
     stores: dict[str, Store] = {}
-    for path in sorted({store_path(run) for run in collection.runs} - {""}):
+    for path in sorted({run.store_path for run in collection.runs} - {""}):
         try:
             stores[path] = open_store(path)
         except StoreError as error:
@@ -83,33 +81,35 @@ def open_stores(collection: Collection) -> dict[str, Store]:
     return stores
 
 
-def page_sections(collection: Collection, stores: dict[str, Store], gallery: Gallery | None) -> list[Section]:
-    metric = collection.headline
-    ceilings = teacher_ceilings(stores)
+def task_sections(
+    collection: Collection, stores: dict[str, Store], samples: int, name_task: bool
+) -> list[Section]:
+    """What there is to say of the runs of one task; `name_task` when the page has several."""
+    metric, best = collection.headline, best_run(collection)
+    task = f" ({best.summary.get('task')})" if name_task else ""
+    ceilings = teacher_ceilings(collection, stores)
+    gallery = gallery_of(best, stores.get(best.store_path), samples) if samples else None
     sections = [
         Section(
-            "What distillation gained",
+            f"What distillation gained{task}",
             gain_text(collection),
             [figures.gain_bars(differences(collection), metric)],
         ),
         Section(
-            f"{metric} against size, speed and training cost",
-            ceiling_text(ceilings),
+            f"{metric} against size, speed and training cost{task}",
+            marks_text(collection, ceilings),
             [figures.scatter(collection, cost, ceilings) for cost in figures.COSTS],
         ),
         Section(
-            "Learning curves",
+            f"Learning curves{task}",
             "Solid: distilled; dotted: control.",
             [figures.curves(collection, name) for name in dict.fromkeys((metric, "val_loss", "train_loss"))],
         ),
     ]
-    cost = cost_of(collection.runs, extraction_seconds(stores))
-    if cost is not None:
-        sections.append(Section("Cost of the teacher", cost_text(cost), []))
     if gallery is not None:
-        sections.append(
-            Section(f"Where {gallery.run_name} fails", gallery.text, gallery.figures, gallery.pictures)
-        )
+        wide = best.summary.get("task") in ("segmentation", "detection")
+        title = f"Where {gallery.run_name} fails"
+        sections.append(Section(title, gallery.text, gallery.figures, gallery.pictures, wide))
     return [section for section in sections if section.text or any(section.figures) or section.pictures]
 
 
@@ -122,37 +122,46 @@ def gain_text(collection: Collection) -> str:
     )
 
 
-def teacher_ceilings(stores: dict[str, Store]) -> dict[str, float]:
-    """Accuracy of the teacher's own features, as `cli probe` recorded it."""
+def teacher_ceilings(collection: Collection, stores: dict[str, Store]) -> dict[str, float]:
+    """Accuracy of the teacher's own features, as `cli probe` recorded it; none beside metrics of another kind."""
+    if collection.headline not in ACCURACIES:
+        return {}
+    paths = [path for path in stores if any(run.store_path == path for run in collection.runs)]
     ceilings: dict[str, float] = {}
-    for path in stores:
+    for path in paths:
         quality = read_json(Path(path) / MEASURED_FILE) or {}
-        where = "" if len(stores) == 1 else f" ({Path(path).name})"
+        where = "" if len(paths) == 1 else f" ({Path(path).name})"
         for name, words in (("probe_top1", "teacher, linear probe"), ("knn_top1", "teacher, k-NN")):
             if quality.get(name) is not None:
                 ceilings[words + where] = float(quality[name])
     return ceilings
 
 
-def ceiling_text(ceilings: dict[str, float]) -> str:
-    if not ceilings:
-        return "Open markers: controls. `cli probe STORE` adds the accuracy of the teacher's own features."
-    values = ", ".join(f"{name} {value:.1%}" for name, value in ceilings.items())
-    return f"Open markers: controls. Dashed: the teacher's own features ({values})."
+def marks_text(collection: Collection, ceilings: dict[str, float]) -> str:
+    """What the marks in the figures of quality against cost mean."""
+    words = ["Ringed: the Pareto front, which no other run beats in both."]
+    if any(run.is_control for run in collection.runs):
+        words.append("Open markers: controls.")
+    if ceilings:
+        values = ", ".join(f"{name} {value:.1%}" for name, value in ceilings.items())
+        words.append(f"Dashed: the teacher's own features ({values}).")
+    elif collection.headline in ACCURACIES:
+        words.append("`cli probe STORE` adds the accuracy of the teacher's own features.")
+    return " ".join(words)
 
 
-def extraction_seconds(stores: dict[str, Store]) -> float | None:
-    """Time of one teacher pass over the stores; None where one of them does not say.
+def pass_seconds(stores: dict[str, Store]) -> dict[str, float]:
+    """Time of one teacher pass over each store, where the store says it.
 
     An interrupted extraction counts only the runs that ended, so the measured time an image is what is used.
     """
-    total = 0.0
+    seconds: dict[str, float] = {}
     for path, store in stores.items():
         measured = read_json(Path(path) / MEASURED_FILE) or {}
-        if not measured.get("encoded"):
-            return None
-        total += measured["extraction_s"] / measured["encoded"] * sum(store.manifest.splits.values())
-    return total or None
+        if measured.get("encoded"):
+            images = sum(store.manifest.splits.values())
+            seconds[path] = measured["extraction_s"] / measured["encoded"] * images
+    return seconds
 
 
 def cost_text(cost: Cost) -> str:

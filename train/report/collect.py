@@ -30,6 +30,12 @@ class Run(NamedTuple):
     varied: dict[str, Any]  # the options that the sweep varied
 
     @property
+    def store_path(self) -> str:
+        """Where the store was that it learnt from; empty when the summary does not say."""
+        store = self.summary.get("store") or {}
+        return str(store.get("path", "")) if isinstance(store, dict) else str(store)
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Numbers of the best epoch on the validation split."""
         values = self.summary.get("metrics") or {}
@@ -65,6 +71,12 @@ class Collection(NamedTuple):
         raise ReportError(
             "the runs have no metric to compare: expected one of " + ", ".join(HEADLINE_METRICS)
         )
+
+    def by_task(self) -> list[Collection]:
+        """The runs of each task: what one metric can compare. Trials without a result go with the first."""
+        tasks = dict.fromkeys(str(run.summary.get("task")) for run in self.runs)
+        parts = [[run for run in self.runs if str(run.summary.get("task")) == task] for task in tasks]
+        return [Collection(runs, [] if index else self.unfinished) for index, runs in enumerate(parts)]
 
 
 def collect(folders: Sequence[Path]) -> Collection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,8 @@ SUMMARY_FIELDS = (
     "peak_gpu_mb",
 )
 
+CONTROL_SUFFIX = " (control)"
+
 
 class Difference(NamedTuple):
     """What distillation gained over the control, as mean over the pairs (same student, seed, schedule).
@@ -44,7 +46,7 @@ class Difference(NamedTuple):
 def label_of(run: Run) -> str:
     """Student and varied options, without the seed: runs with one label are repetitions of each other."""
     parts = [str(run.summary.get("student", run.name)), *(f"{k}={v}" for k, v in run.varied.items())]
-    return " ".join(parts) + (" (control)" if run.is_control else "")
+    return " ".join(parts) + (CONTROL_SUFFIX if run.is_control else "")
 
 
 def table_rows(collection: Collection) -> list[dict[str, Any]]:
@@ -132,7 +134,7 @@ class Cost(NamedTuple):
 
     students_s: float  # measured
     extraction_s: float  # measured, once
-    online_teacher_s: float  # computed: teacher time for one pass x epochs of all distilled runs
+    online_teacher_s: float  # computed: teacher time for one pass x epochs, over all distilled runs
 
     @property
     def cached_total_s(self) -> float:
@@ -143,10 +145,12 @@ class Cost(NamedTuple):
         return self.students_s + self.online_teacher_s
 
 
-def cost_of(runs: Sequence[Run], extraction_s: float | None) -> Cost | None:
-    """None where the store does not say how long its extraction took."""
-    if not extraction_s:
+def cost_of(runs: Sequence[Run], pass_s: Mapping[str, float]) -> Cost | None:
+    """`pass_s`: measured seconds of one teacher pass by store. None where a store does not say it."""
+    paths = {run.store_path for run in runs}
+    if not paths <= pass_s.keys():
         return None
     students = sum(float(run.summary.get("wall_time_s") or 0.0) for run in runs)
-    passes = sum(int(run.summary.get("epochs_done") or 0) for run in runs if not run.is_control)
-    return Cost(students, extraction_s, extraction_s * passes)
+    distilled = [run for run in runs if not run.is_control]
+    online = sum(pass_s[run.store_path] * int(run.summary.get("epochs_done") or 0) for run in distilled)
+    return Cost(students, sum(pass_s[path] for path in paths), online)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +11,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from train.report.collect import Collection, Run
-from train.report.compare import Difference, label_of, pareto_front
+from train.report.compare import CONTROL_SUFFIX, Difference, label_of, pareto_front
 
-# Okabe and Ito's palette: told apart by colour-blind readers, on white and on black.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#7A7A7A")
+# Okabe and Ito's palette, told apart by colour-blind readers; its blue is lighter here, to be seen on black, too.
+COLOURS = ("#2B83D0", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#7A7A7A")
 COSTS = {
     "parameters": "parameters",
     "macs": "multiply-accumulates per image",
@@ -20,6 +22,12 @@ COSTS = {
     "wall_time_s": "training time, s",
 }
 PERCENT = ",.1%"
+LOG_FROM = 4  # costs that differ by more are shown on a logarithmic axis
+FEW_EPOCHS = 20  # so many points of a curve are marked
+
+
+def colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
 
 
 def scatter(collection: Collection, cost: str, ceilings: dict[str, float]) -> go.Figure | None:
@@ -32,7 +40,8 @@ def scatter(collection: Collection, cost: str, ceilings: dict[str, float]) -> go
     groups: dict[tuple[str, bool], list[Run]] = defaultdict(list)
     for run in runs:
         groups[(run.group, run.is_control)].append(run)
-    for index, ((group, is_control), members) in enumerate(groups.items()):
+    colours = {group: colour(index) for index, group in enumerate(dict.fromkeys(run.group for run in runs))}
+    for (group, is_control), members in groups.items():
         figure.add_scatter(
             x=[float(run.summary[cost]) for run in members],
             y=[run.metrics[metric] for run in members],
@@ -43,7 +52,8 @@ def scatter(collection: Collection, cost: str, ceilings: dict[str, float]) -> go
             marker={
                 "size": 11,
                 "symbol": "circle-open" if is_control else "circle",
-                "color": COLOURS[index % len(COLOURS)],
+                "color": colours[group],
+                "line": {"width": 2, "color": colours[group]},
             },
         )
     points = [(float(run.summary[cost]), run.metrics[metric]) for run in runs]
@@ -51,44 +61,70 @@ def scatter(collection: Collection, cost: str, ceilings: dict[str, float]) -> go
     figure.add_scatter(
         x=[x for x, _ in front],
         y=[y for _, y in front],
-        mode="lines",
+        mode="lines+markers",
         name="Pareto front",
         line={"dash": "dot", "width": 2, "color": "#7A7A7A", "shape": "hv"},
+        marker={"size": 18, "symbol": "circle-open", "color": "#7A7A7A"},
         hoverinfo="skip",
     )
-    for name, value in ceilings.items():
-        figure.add_hline(y=value, line={"dash": "dash", "width": 1, "color": "#7A7A7A"}, annotation_text=name)
-    return finish(figure, COSTS[cost], metric, log_x=True)
+    places = itertools.cycle(("top left", "bottom right"))  # two lines may lie on one another
+    for (name, value), place in zip(ceilings.items(), places, strict=False):
+        line = {"dash": "dash", "width": 1, "color": "#7A7A7A"}
+        figure.add_hline(y=value, line=line, annotation_text=name, annotation_position=place)
+    costs = [x for x, _ in points]
+    logarithmic = max(costs) > LOG_FROM * min(costs)
+    figure = finish(figure, COSTS[cost], metric, log_x=logarithmic)
+    if max(costs) < 1.05 * min(costs):  # one student: its size is no axis to zoom into
+        figure.update_xaxes(range=[0.5 * min(costs), 1.5 * max(costs)])
+    figure.update_yaxes(range=share_range([*(y for _, y in points), *ceilings.values()]))
+    return figure
+
+
+def share_range(values: Sequence[float]) -> list[float]:
+    """An axis around shares of one: room at both ends, but not beyond 0 and 1."""
+    low, high = min(values), max(values)
+    room = max(0.02, 0.15 * (high - low))
+    return [max(low - room, -0.02), min(high + room, 1.02)] if high <= 1 else [low - room, high + room]
 
 
 def curves(collection: Collection, name: str) -> go.Figure | None:
-    """One value of metrics.jsonl over the epochs, a line a run; repetitions share a colour."""
+    """One value of metrics.jsonl over the epochs, a line a run; repetitions and their controls share a colour."""
     figure = go.Figure()
-    labels = list(dict.fromkeys(label_of(run) for run in collection.runs))
+    several = len({run.group for run in collection.runs}) > 1
+    names = {
+        run.folder: f"{run.group}: {label_of(run)}" if several else label_of(run) for run in collection.runs
+    }
+    bases = dict.fromkeys(name.removesuffix(CONTROL_SUFFIX) for name in names.values())
+    colours = {base: colour(index) for index, base in enumerate(bases)}
     seen: set[str] = set()
+    epochs = max((len(run.records) for run in collection.runs), default=0)
     for run in collection.runs:
         points = [(record["epoch"], record[name]) for record in run.records if record.get(name) is not None]
         if not points:
             continue
-        label = label_of(run)
+        label = names[run.folder]
         figure.add_scatter(
             x=[x for x, _ in points],
             y=[y for _, y in points],
-            mode="lines",
+            mode="lines+markers" if epochs <= FEW_EPOCHS else "lines",
             name=label,
             legendgroup=label,
             showlegend=label not in seen,
             text=[run.name] * len(points),
             hovertemplate="%{text}<br>epoch %{x}: %{y:.4g}<extra></extra>",
             line={
-                "color": COLOURS[labels.index(label) % len(COLOURS)],
+                "color": colours[label.removesuffix(CONTROL_SUFFIX)],
                 "dash": "dot" if run.is_control else "solid",
             },
         )
         seen.add(label)
     if not seen:
         return None
-    return finish(figure, "epoch", name, percent=name == collection.headline)
+    figure = finish(figure, "epoch", name, percent=name == collection.headline)
+    figure.update_xaxes(dtick=max(1, math.ceil(epochs / 8)))
+    if name == collection.headline:
+        figure.update_yaxes(range=share_range([y for trace in figure.data for y in trace.y]))
+    return figure
 
 
 def gain_bars(differences: Sequence[Difference], metric: str) -> go.Figure | None:
@@ -99,19 +135,19 @@ def gain_bars(differences: Sequence[Difference], metric: str) -> go.Figure | Non
     figure = go.Figure()
     figure.add_bar(
         x=[item.mean for item in ordered],
-        y=[item.label for item in ordered],
+        y=[f"{item.label}<br>{item.pairs} pair{'s' if item.pairs > 1 else ''}" for item in ordered],
         orientation="h",
         marker={"color": [COLOURS[2] if item.mean >= 0 else COLOURS[3] for item in ordered]},
         error_x={
             "type": "data",
             "symmetric": True,
+            "color": "#7A7A7A",
             "array": [0.0 if item.high is None else item.high - item.mean for item in ordered],
         },
-        text=[f"{item.pairs} pair{'s' if item.pairs > 1 else ''}" for item in ordered],
-        hovertemplate="%{y}<br>%{x:+.1%}<br>%{text}<extra></extra>",
+        hovertemplate="%{y}<br>%{x:+.1%}<extra></extra>",
     )
     figure.add_vline(x=0, line={"width": 1, "color": "#7A7A7A"})
-    figure = finish(figure, f"{metric}: distilled less control", None)
+    figure = finish(figure, f"gain in {metric}", None)
     figure.update_xaxes(tickformat="+,.1%")
     figure.update_layout(height=160 + 44 * len(ordered), showlegend=False)
     figure.update_yaxes(automargin=True)
@@ -153,6 +189,7 @@ def class_bars(class_names: Sequence[str], values: Sequence[float], what: str) -
     )
     figure = finish(figure, "class", what)
     figure.update_xaxes(type="category")
+    figure.update_yaxes(range=[0, 1.02])
     return figure
 
 

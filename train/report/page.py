@@ -34,6 +34,7 @@ class Section(NamedTuple):
     text: str
     figures: Sequence[go.Figure | None]
     pictures: Sequence[Picture] = ()
+    wide: bool = False  # pictures that show more than one can tell from a small one
 
 
 def render_page(
@@ -41,7 +42,7 @@ def render_page(
     subtitle: str,
     sections: Sequence[Section],
     rows: Sequence[dict[str, Any]],
-    headline: str,
+    headlines: Sequence[str],
     unfinished: Sequence[Unfinished],
 ) -> str:
     """The whole HTML text; it loads nothing from anywhere."""
@@ -52,7 +53,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    columns = shown_columns(rows, headline)
+    columns = shown_columns(rows, headlines)
     return environment.get_template("page.html.j2").render(
         title=title,
         subtitle=subtitle,
@@ -60,22 +61,24 @@ def render_page(
             (section, [figure_html(f) for f in section.figures if f is not None]) for section in sections
         ],
         columns=columns,
-        rows=[[cell(name, row.get(name), headline) for name in columns] for row in rows[:TABLE_LIMIT]],
+        rows=[[cell(name, row.get(name), headlines) for name in columns] for row in rows[:TABLE_LIMIT]],
         hidden_rows=max(0, len(rows) - TABLE_LIMIT),
         unfinished=unfinished,
         plotly_library=plotly.offline.get_plotlyjs(),
     )
 
 
-def shown_columns(rows: Sequence[dict[str, Any]], headline: str) -> list[str]:
-    """Columns that say something: at least one value, the headline metric early."""
+def shown_columns(rows: Sequence[dict[str, Any]], headlines: Sequence[str]) -> list[str]:
+    """Columns that say something: at least one value, the headline metrics early."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     filled = [name for name in names if any(row.get(name) is not None for row in rows)]
-    lead = [name for name in ("sweep", "run", headline, "gain_over_control") if name in filled]
-    return [*lead, *(name for name in filled if name not in lead)]
+    several = len({row.get("sweep") for row in rows}) > 1
+    lead = [name for name in ("run", *headlines, "gain_over_control", "sweep") if name in filled]
+    shown = [*lead, *(name for name in filled if name not in lead)]
+    return shown if several else [name for name in shown if name != "sweep"]
 
 
-def cell(name: str, value: Any, headline: str) -> dict[str, Any]:
+def cell(name: str, value: Any, headlines: Sequence[str]) -> dict[str, Any]:
     """What is shown and what is sorted by."""
     if value is None:
         return {"text": "", "sort": ""}
@@ -86,7 +89,7 @@ def cell(name: str, value: Any, headline: str) -> dict[str, Any]:
             f"{value:+.2%}"
             if name == "gain_over_control"
             else f"{value:.2%}"
-            if name == headline
+            if name in headlines
             else f"{value:,.4g}"
         )
         return {"text": text, "sort": value}

@@ -14,16 +14,15 @@ from console.log import get_logger
 from store import Store
 from store.errors import DistillError
 from store.format import BOX_CLASSES, BOXES
+from train.delivery.clips import clip_pixels
 from train.delivery.detect import detect, drawn
-from train.delivery.draw import Box, draw_boxes, draw_label, draw_mask, mask_image
-from train.delivery.inputs import image_reader, run_options, spread
+from train.delivery.draw import Box, draw_boxes, draw_mask, mask_image
+from train.delivery.inputs import clip_reader, image_reader, run_options, spread
 from train.delivery.model import ModelCard, TorchModel, batches, choose_device, class_name, open_student
 from train.delivery.scores import softmax
-from train.images import ImageReader
 from train.report import figures
 from train.report.collect import Run
 from train.report.page import Picture
-from train.students.base import Student
 from train.views import render_mask
 
 logger = get_logger("report")
@@ -33,8 +32,10 @@ SAMPLES_LOOKED_AT = 2000
 PICTURE_SIDE = 256
 BATCH = 32
 IGNORE_INDEX = 255
+CLIP_BATCH = 4
 CONFIDENCE = 0.25
 MATCH_IOU = 0.5
+NOTHING = "nothing"
 TRUTH_COLOUR = (0, 158, 115)
 
 
@@ -45,6 +46,24 @@ class Gallery(NamedTuple):
     text: str
     figures: list[go.Figure]
     pictures: list[Picture]
+
+
+class Subject(NamedTuple):
+    """What a scorer looks at: a run's student and the rows of its validation split."""
+
+    run: Run
+    model: TorchModel
+    reader: Any  # ImageReader; for clips ClipReader
+    split: Any
+    rows: NDArray[np.int64]
+
+    @property
+    def card(self) -> ModelCard:
+        return self.model.card
+
+    @property
+    def classes(self) -> int:
+        return self.model.student.spec.num_classes
 
 
 class Scored(NamedTuple):
@@ -61,12 +80,7 @@ def gallery_of(run: Run, store: Store | None, count: int) -> Gallery | None:
     if store is None or task not in SCORERS:
         return None
     try:
-        student, card = open_student(run.folder)
-        config = run_options(run.folder)
-        split = store[config.val_split]
-        rows = spread(np.flatnonzero(split.valid), SAMPLES_LOOKED_AT)
-        reader = image_reader(config, store, config.val_split)
-        scored, drawings, text = SCORERS[task](student, card, reader, split, rows)
+        scored, drawings, text = SCORERS[task](subject_of(run, store))
     except DistillError as error:
         logger.warning("the report shows no samples of %s: %s", run.name, error)
         return None
@@ -74,28 +88,48 @@ def gallery_of(run: Run, store: Store | None, count: int) -> Gallery | None:
     return Gallery(run.name, text, drawings, [Picture(encode(item.image), item.caption) for item in worst])
 
 
-def classification(
-    student: Student, card: ModelCard, reader: ImageReader, split: Any, rows: NDArray[np.int64]
-) -> tuple[list[Scored], list[go.Figure], str]:
-    """Worst by cross-entropy; the confusion matrix beside them."""
-    labels = split.read("targets/label")
-    rows = rows[labels[rows] >= 0]
-    model = TorchModel(student, card, choose_device("auto"))
-    confusion = np.zeros((student.spec.num_classes,) * 2, dtype=np.int64)
+def subject_of(run: Run, store: Store) -> Subject:
+    """Raises DistillError when the run's student or data cannot be read."""
+    student, card = open_student(run.folder)
+    config = run_options(run.folder)
+    split = store[config.val_split]
+    rows = spread(np.flatnonzero(split.valid), SAMPLES_LOOKED_AT)
+    clips = card.task == "sequence"
+    reader: Any = (
+        clip_reader(config, store, config.val_split, card)
+        if clips
+        else image_reader(config, store, config.val_split)
+    )
+    return Subject(run, TorchModel(student, card, choose_device("auto")), reader, split, rows)
+
+
+def classification(subject: Subject) -> tuple[list[Scored], list[go.Figure], str]:
+    """Worst by cross-entropy; the confusion matrix beside them. A clip is shown by its middle frame."""
+    model, card, reader = subject.model, subject.card, subject.reader
+    clips = card.task == "sequence"
+    labels = subject.split.read("targets/label")
+    rows = subject.rows[labels[subject.rows] >= 0]
+    confusion = np.zeros((subject.classes,) * 2, dtype=np.int64)
     scored = []
-    for chunk in batches(rows, BATCH):
-        images = [reader.read(int(row), PICTURE_SIDE).image for row in chunk]
-        probabilities = softmax(model.run(card.normalize(np.stack([card.render(image) for image in images]))))
+    for chunk in batches(rows, CLIP_BATCH if clips else BATCH):
+        if clips:
+            frames = [reader.read(int(row)) for row in chunk]
+            images = [clip[len(clip) // 2] for clip in frames]
+            pixels = np.stack([clip_pixels(card, clip) for clip in frames])
+        else:
+            images = [reader.read(int(row), PICTURE_SIDE).image for row in chunk]
+            pixels = np.stack([card.render(image) for image in images])
+        probabilities = softmax(model.run(card.normalize(pixels)))
         for row, image, shares in zip(chunk, images, probabilities, strict=True):
             true, got = int(labels[row]), int(shares.argmax())
             confusion[true, got] += 1
             caption = f"{reader.key(row)}: {class_name(card, true)}, predicted {class_name(card, got)} {shares[got]:.0%}"
-            shown = draw_label(image, f"{class_name(card, got)} {shares[got]:.0%}")
-            scored.append(Scored(-float(np.log(max(shares[true], 1e-12))), caption, shown))
+            scored.append(Scored(-float(np.log(max(shares[true], 1e-12))), caption, image))
+    what = "clips (their middle frames)" if clips else "samples"
     return (
         scored,
         class_figures(confusion, card),
-        "The validation samples with the largest loss, and the confusion of classes.",
+        f"The validation {what} with the largest loss, and the confusion of classes.",
     )
 
 
@@ -111,19 +145,17 @@ def class_figures(confusion: NDArray[np.int64], card: ModelCard) -> list[go.Figu
     ]
 
 
-def segmentation(
-    student: Student, card: ModelCard, reader: ImageReader, split: Any, rows: NDArray[np.int64]
-) -> tuple[list[Scored], list[go.Figure], str]:
+def segmentation(subject: Subject) -> tuple[list[Scored], list[go.Figure], str]:
     """Worst by the mean IoU of the classes in the picture; prediction left, truth right."""
-    model = TorchModel(student, card, choose_device("auto"))
-    confusion = np.zeros((student.spec.num_classes,) * 2, dtype=np.int64)
+    model, card, reader = subject.model, subject.card, subject.reader
+    confusion = np.zeros((subject.classes,) * 2, dtype=np.int64)
     scored = []
-    for chunk in batches(rows, BATCH):
+    for chunk in batches(subject.rows, BATCH):
         images = [reader.read(int(row), PICTURE_SIDE).image for row in chunk]
         logits = model.run(card.normalize(np.stack([card.render(image) for image in images])))
         for row, image, scores in zip(chunk, images, logits, strict=True):
             truth = render_mask(reader.read_mask(int(row)), card.view_of(image.size), card.image_size)
-            counts = pixel_confusion(scores.argmax(0), truth, student.spec.num_classes)
+            counts = pixel_confusion(scores.argmax(0), truth, subject.classes)
             confusion += counts
             iou = mean_iou(counts)
             parts = [
@@ -135,11 +167,14 @@ def segmentation(
             )
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     used = np.flatnonzero(union)
+    names = [class_name(card, int(index)) for index in used]
     values = (confusion.diagonal()[used] / union[used]).tolist()
-    bars = figures.class_bars([class_name(card, int(i)) for i in used], values, "IoU")
     return (
         scored,
-        [bars],
+        [
+            figures.confusion(confusion[np.ix_(used, used)].tolist(), names, "Confusion of pixels"),
+            figures.class_bars(names, values, "IoU"),
+        ],
         "The validation pictures with the lowest mean IoU: predicted mask left, true mask right.",
     )
 
@@ -166,36 +201,65 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     return joined
 
 
-def detection(
-    student: Student, card: ModelCard, reader: ImageReader, split: Any, rows: NDArray[np.int64]
-) -> tuple[list[Scored], list[go.Figure], str]:
+def detection(subject: Subject) -> tuple[list[Scored], list[go.Figure], str]:
     """Worst by missed and invented boxes; truth in green without a label."""
-    model = TorchModel(student, card, choose_device("auto"))
+    card, split = subject.card, subject.split
+    confusion = np.zeros((subject.classes + 1,) * 2, dtype=np.int64)
     scored = []
-    for chunk in batches(rows, BATCH):
-        shown = [reader.read(int(row), 4 * PICTURE_SIDE) for row in chunk]
-        images = [item.image for item in shown]
+    for chunk in batches(subject.rows, BATCH):
+        shown = [subject.reader.read(int(row), 4 * PICTURE_SIDE) for row in chunk]
         truths = zip(split.ragged(chunk, BOXES), split.ragged(chunk, BOX_CLASSES), strict=True)
-        found = detect(model, images, CONFIDENCE)
-        for row, item, boxes, (true_boxes, true_classes) in zip(chunk, shown, found, truths, strict=True):
+        found = detect(subject.model, [item.image for item in shown], CONFIDENCE)
+        for row, item, boxes, (corners, kinds) in zip(chunk, shown, found, truths, strict=True):
             scale = np.tile(np.asarray(item.image.size) / np.maximum(item.size, 1), 2)
-            true_boxes = np.asarray(true_boxes, dtype=np.float64) * scale
-            hits = count_hits(boxes, true_boxes, np.asarray(true_classes))
-            missed, invented = len(true_boxes) - hits, len(boxes) - hits
-            score = 2 * hits / max(len(true_boxes) + len(boxes), 1) if len(true_boxes) + len(boxes) else 1.0
-            truth = [
-                Box((float(x0), float(y0), float(x1), float(y1)), "", int(kind))
-                for (x0, y0, x1, y1), kind in zip(true_boxes, true_classes, strict=True)
-            ]
-            picture = draw_boxes(draw_boxes(item.image, truth, TRUTH_COLOUR), drawn(card, boxes))
-            scored.append(
-                Scored(1 - score, f"{reader.key(row)}: {missed} missed, {invented} too many", picture)
+            truth, classes = np.asarray(corners, dtype=np.float64) * scale, np.asarray(kinds)
+            confusion += box_confusion(boxes, truth, classes, subject.classes)
+            hits = count_hits(boxes, truth, classes)
+            missed, invented = len(truth) - hits, len(boxes) - hits
+            score = 2 * hits / (len(truth) + len(boxes)) if len(truth) + len(boxes) else 1.0
+            caption = f"{subject.reader.key(row)}: {missed} missed, {invented} too many"
+            picture = draw_boxes(
+                draw_boxes(item.image, unlabelled(truth, classes), TRUTH_COLOUR), drawn(card, boxes)
             )
+            scored.append(Scored(1 - score, caption, picture))
+    names = [*(class_name(card, index) for index in range(subject.classes)), NOTHING]
+    bars = {name: float(value) for name, value in (subject.run.summary.get("per_class") or {}).items()}
+    drawings = [figures.confusion(confusion.tolist(), names, "Confusion of boxes")]
+    if bars:
+        drawings.append(figures.class_bars(list(bars), list(bars.values()), "AP50-95"))
     return (
         scored,
-        [],
-        f"The validation pictures with the lowest F1 at IoU {MATCH_IOU}; true boxes in green, without a label.",
+        drawings,
+        f"The validation pictures with the lowest F1 at IoU {MATCH_IOU} and confidence {CONFIDENCE}; true boxes in green, "
+        f"without a label. In the confusion, `{NOTHING}` predicted is missed, true is invented.",
     )
+
+
+def unlabelled(boxes: NDArray[np.float64], classes: NDArray[np.int32]) -> list[Box]:
+    """True boxes [n, 4], to be drawn without words."""
+    corners = [tuple(float(value) for value in box) for box in boxes]
+    return [
+        Box((x0, y0, x1, y1), "", int(kind)) for (x0, y0, x1, y1), kind in zip(corners, classes, strict=True)
+    ]
+
+
+def box_confusion(
+    found: NDArray[np.float32], boxes: NDArray[np.float64], classes: NDArray[np.int32], count: int
+) -> NDArray[np.int64]:
+    """Counts [C + 1, C + 1] of true against predicted class, the last being nothing.
+
+    Detections, most confident first, each meet the free true box that they cover best, of whatever class.
+    """
+    confusion, free = np.zeros((count + 1,) * 2, dtype=np.int64), np.ones(len(boxes), dtype=bool)
+    for row in found:
+        overlaps = box_iou(row[:4].astype(np.float64), boxes) * free if len(boxes) else np.zeros(1)
+        best = int(overlaps.argmax())
+        matched = bool(overlaps[best] >= MATCH_IOU)
+        confusion[classes[best] if matched else count, int(row[5])] += 1
+        if matched:
+            free[best] = False
+    confusion[:, count] += np.bincount(classes[free], minlength=count + 1)
+    return confusion
 
 
 def count_hits(found: NDArray[np.float32], boxes: NDArray[np.float64], classes: NDArray[np.int32]) -> int:
@@ -223,15 +287,18 @@ def box_iou(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np
 
 SCORERS: dict[str, Any] = {
     "classification": classification,
+    "sequence": classification,
     "segmentation": segmentation,
     "detection": detection,
 }
 
 
 def encode(image: Image.Image) -> bytes:
-    """The picture, shrunk, as JPEG bytes."""
+    """The picture as JPEG bytes, at most PICTURE_SIDE high; one of a few pixels enlarged without blurring."""
     shown = image.copy()
     shown.thumbnail((2 * PICTURE_SIDE, PICTURE_SIDE))
+    if (times := PICTURE_SIDE // (2 * max(shown.size))) > 1:
+        shown = shown.resize((shown.width * times, shown.height * times), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     shown.convert("RGB").save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
