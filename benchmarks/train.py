@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from PIL import Image
 
 from console.output import print_json, print_table
 from console.stop import StopRequest
+from train.engine.machine import peak_resident_mb
 
 WIDTH, GRID, SIDE, BATCH = 1280, 7, 112, 32
 CLASSES = 10
@@ -235,7 +235,7 @@ def memory_of(kind: str, store: Path, out: Path) -> None:
     step = loop_step(built) if kind == "loop" else bare_step(built)
     for _ in range(12):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_resident_mb())
 
 
 def measure_loading(folder: Path, quick: bool) -> list[dict[str, Any]]:
@@ -368,8 +368,7 @@ def sweep_of(kind: str, store: Path, out: Path, epochs: int) -> None:
         step = loop_step(built) if teacher is None else loop_step(built, live_targets(teacher, built))
         for _ in range(epochs * len(built.parts.train_loader.batches.slices)):
             step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak_mb": peak}))
+    print(json.dumps({"seconds": time.perf_counter() - started, "peak_mb": peak_resident_mb()}))
 
 
 def live_targets(teacher: Any, built: Any) -> Callable[[Any], None]:

@@ -87,6 +87,11 @@ def fit_batch(config: TrainConfig, rows: int, accelerator: Accelerator, notes: l
         raise ConfigError(
             f"batch_size {config.batch_size} cannot be shared by {accelerator.num_processes} processes"
         )
+    if accelerator.num_processes > 1 and config.auto_batch:
+        raise ConfigError(
+            "auto_batch works in one process: others would wait for the one that ran out of memory; give a smaller "
+            "--batch-size"
+        )
     if config.batch_size <= rows:
         return config
     if config.is_explicit("batch_size"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from train.engine.machine import (
 )
 from train.engine.progress import Progress
 from train.engine.session import Session
-from train.engine.snapshot import StopWatch
+from train.engine.snapshot import StopWatch, nothing_to_save
 from train.errors import ConfigError
 from train.events import Observer, Observers
 from train.resolve import TrainingData, resolve_data, resolve_task
@@ -36,6 +37,7 @@ from train.rundir import (
     SUMMARY,
     is_complete,
     prepare_run_folder,
+    read_resolved,
     read_summary,
     store_reference,
     write_config,
@@ -120,15 +122,26 @@ def train_student(
     control: bool = False,
 ) -> Outcome:
     """Train to the end in `folder`; out of memory ends with advice, or with smaller batches (--auto-batch)."""
+    asked, config = config, continue_batch(config, folder)
     while True:
         try:
-            return train_once(config, store, data, watch, observers, folder, control=control)
+            return train_once(config, store, data, watch, observers, folder, control=control, asked=asked)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if not config.auto_batch or config.batch_size < 2:
                 raise OutOfMemoryError(f"{MEMORY_ADVICE} (batch_size {config.batch_size})") from error
+        # The watch still holds the training that failed, and with it all its memory.
+        watch.save = nothing_to_save
         config = halve_batch(config, folder)
+
+
+def continue_batch(config: TrainConfig, folder: Path) -> TrainConfig:
+    """A run that had to halve its batch goes on with the half: positions in an epoch count its steps."""
+    if not (config.auto_batch and config.resume and (folder / LAST).exists()):
+        return config
+    before = read_resolved(folder)
+    return config.replace(batch_size=before["batch_size"], grad_accum_steps=before["grad_accum_steps"])
 
 
 def halve_batch(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -138,6 +151,7 @@ def halve_batch(config: TrainConfig, folder: Path) -> TrainConfig:
     if config.batch_size % 2:
         # The steps of an epoch are cut elsewhere now, so positions of the old cut mean nothing.
         (folder / LAST).unlink(missing_ok=True)
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return config.replace(batch_size=smaller, grad_accum_steps=steps)
@@ -152,15 +166,17 @@ def train_once(
     folder: Path,
     *,
     control: bool,
+    asked: TrainConfig,
 ) -> Outcome:
+    """One attempt; `asked` are the options as given, which a resumed run is compared with."""
     accelerator = build_accelerator(config)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     built = build_training(config, store, data, accelerator, watch.stop, control=control)
-    config = built.parts.config
     if accelerator.is_main_process:
         announce(built, control)
-        write_config(folder, config, resolved(built, data, control), store_reference(store))
+        write_config(folder, asked, resolved(built, data, control), store_reference(store))
+    config = built.parts.config
     progress = Session(built, config, folder, store.manifest, data.task, observers, watch).run()
     return Outcome(built, progress, config)
 

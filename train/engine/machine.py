@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,10 +76,23 @@ def set_determinism(enabled: bool) -> None:
 
 def peak_memory() -> dict[str, Any]:
     """Peak resident memory of this process and of its GPU, MB; the GPU's is None without one."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    resident = peak / 2**20 if sys.platform == "darwin" else peak / 1024
     gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-    return {"peak_rss_mb": round(resident, 1), "peak_gpu_mb": None if gpu is None else round(gpu, 1)}
+    return {
+        "peak_rss_mb": round(peak_resident_mb(), 1),
+        "peak_gpu_mb": None if gpu is None else round(gpu, 1),
+    }
+
+
+def peak_resident_mb() -> float:
+    """Peak resident memory of this process, MB."""
+    # getrusage's peak also holds that of the process which started this one; Linux's own record does not.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:
