@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from extract.cluster_worker import (
     encode_unit,
     extend_on_worker,
     prepare_on_worker,
+    release,
 )
 from extract.config import ExtractConfig
 from extract.existing import FOLDER, Unit, count_committed, job_of, list_units
@@ -40,7 +42,10 @@ if TYPE_CHECKING:
 log = get_logger("extract")
 
 PROGRESS_S = 2.0
-STOP_S = 2.0  # how long workers may take to commit when a stop is requested
+STOP_S = 1.5  # how long workers may take to commit when a stop is requested
+ORDERLY_S = 2.3  # the same, and to end the workers of this machine; after that they end with this process
+# The tracker gives back what processes leave that were ended so; that it had to is nothing the user can act on.
+QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 CLOSE_S = 10.0
 GPU = "GPU"
 
@@ -58,7 +63,7 @@ def run_on_cluster(
         ClusterError, Stopped, and what the tasks raise.
     """
     config = absolute(config)
-    with Watchdog(stop, lambda: stop_message(config)), cluster_client(config) as client:
+    with Watchdog(stop, lambda: stop_message(config), ORDERLY_S), cluster_client(config) as client:
         return Coordinator(config, client, observers, stop).run()
 
 
@@ -90,6 +95,7 @@ def cluster_client(config: ExtractConfig) -> Iterator[Client]:
         with client:
             yield client
         return
+    os.environ.setdefault("PYTHONWARNINGS", QUIET_TRACKER)
     # Daemonic workers could not start decoding processes. Signals are for this process alone.
     with dask.config.set({"distributed.worker.daemon": False}), blocked_signals():
         cluster = LocalCluster(
@@ -139,7 +145,8 @@ class Coordinator:
             ):
                 self.encode(result)
         finally:
-            self.stop_file.unlink(missing_ok=True)
+            # Workers of a scheduler live on: without this they would keep the teacher, buffers and decoders.
+            self.client.run(release, self.options, on_error="ignore")
         return result.read_store()
 
     def submit(self, name: str, function: Any, *arguments: Any) -> Future:
@@ -214,14 +221,15 @@ class Coordinator:
             ) from None
 
     def stop_workers(self, futures: list[Future]) -> None:
-        """Ask all workers to commit what they have, and give them a moment for it."""
+        """Ask all workers to commit what they have, and give them a moment for it.
+
+        The stop file stays for a worker that is still in its batch then; the next run removes it.
+        """
         self.stop_file.touch()
-        self.client.cancel([future for future in futures if future.status == "pending"], force=False)
         deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline and self.client.processing():
-            if not any(self.client.processing().values()):
-                return
-            time.sleep(0.1)
+        while time.monotonic() < deadline and not all(future.done() for future in futures):
+            time.sleep(POLL_S / 10)
+        self.client.cancel([future for future in futures if not future.done()])
 
     def count_bad(self, report: UnitReport) -> None:
         append_ledger(self.config.out, report.bad)

@@ -109,14 +109,24 @@ def encode_unit(options: dict[str, Any], unit: Unit) -> UnitReport:
     """Encode one shard; waits for a lock that a lost worker has left."""
     with STATE.lock:
         config, task, teacher = STATE.open(options)
-        job = job_of(config.out)
-        if job is None:
+        job, stop = job_of(config.out), FileStop(config.out / FOLDER / STOP_FILE)
+        if job is None or stop.requested:
             return UnitReport(0, [], [])
         session = worker_session(config, task, teacher, job.batch_rows)
         report = session.report
         rows, bad, halved = report.rows, len(report.bad), len(report.halved)
-        session.encode(open_writer(config, unit), FileStop(config.out / FOLDER / STOP_FILE))
+        session.encode(open_writer(config, unit), stop)
         return UnitReport(report.rows - rows, report.bad[bad:], report.halved[halved:])
+
+
+def release(options: dict[str, Any]) -> None:
+    """Give back what this worker keeps of the extraction with these options, unless it is at work."""
+    if STATE.lock.acquire(blocking=False):
+        try:
+            if STATE.options == options:
+                STATE.close()
+        finally:
+            STATE.lock.release()
 
 
 def worker_session(config: ExtractConfig, task: ExtractTask, teacher: Teacher, batch_rows: int) -> Session:

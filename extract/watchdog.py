@@ -24,8 +24,8 @@ class Watchdog:
     has encoded, end the decoders.
     """
 
-    def __init__(self, stop: StopRequest, message: Callable[[], str]) -> None:
-        self.stop, self.message = stop, message
+    def __init__(self, stop: StopRequest, message: Callable[[], str], orderly_s: float = ORDERLY_S) -> None:
+        self.stop, self.message, self.orderly_s = stop, message, orderly_s
         self.give_up: Callable[[float], None] | None = None
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="stop-watchdog", daemon=True)
@@ -34,7 +34,7 @@ class Watchdog:
         while not self.stop.requested:
             if self.over.wait(POLL_S):
                 return
-        if self.over.wait(ORDERLY_S):
+        if self.over.wait(self.orderly_s):
             return
         if self.give_up is not None:
             self.give_up(COMMIT_S)

@@ -122,3 +122,11 @@ class TestCluster:
         assert killed == [victim]
         assert result.complete
         assert files_of(options["out"]) == whole
+        # The workers live on, but not what they kept for this extraction.
+        assert set(cluster.run(keeps_a_teacher).values()) == {False}
+
+
+def keeps_a_teacher() -> bool:
+    from extract.cluster_worker import STATE
+
+    return STATE.teacher is not None or STATE.session is not None

@@ -122,6 +122,26 @@ def test_a_signal_stops_within_four_seconds_and_the_printed_command_goes_on(
 
 
 @pytest.mark.slow
+def test_a_signal_stops_the_processes_of_all_devices(slow_options: dict[str, Any]) -> None:
+    out = Path(slow_options["out"])
+    command = ["cli.py", *arguments({**slow_options, "device": "cpu,cpu"})]
+    process = start(command, cwd=ROOT, start_new_session=True)
+    wait_for_rows(out, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    sent = time.monotonic()
+    process.wait(timeout=30)
+    assert time.monotonic() - sent < patience(4)
+    assert process.returncode == 143
+    _, errors = process.communicate(timeout=30)
+    assert "Go on with: cli extract" in errors.strip().splitlines()[-1]
+    psutil.wait_procs(children, timeout=10)
+    assert not [child for child in children if child.is_running()]
+    again = start(command, cwd=ROOT)
+    assert again.communicate(timeout=120)[0].startswith(f"{out}: complete, 480 images")
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(extract_options: dict[str, Any], tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     process = start(["-c", HANGING, str(flag), "4", *arguments(extract_options)], cwd=ROOT)
