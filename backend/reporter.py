@@ -24,7 +24,7 @@ log = get_logger("report")
 # Seconds that the thread may take to notice that its deadline has passed.
 LATE_S = 0.2
 # Seconds of the closing time that a call already under way may take, at most.
-ANSWER_S = 0.5
+ANSWER_S = 1.0
 
 
 class Client(Protocol):

@@ -176,6 +176,11 @@ class PlatformServer:
     def behave_stall(self, handler: BaseHTTPRequestHandler, payload: bytes) -> None:
         self.release.wait(60)
 
+    def behave_held(self, handler: BaseHTTPRequestHandler, payload: bytes) -> None:
+        """A good answer, as soon as the test lets it go."""
+        self.release.wait(60)
+        self.behave_ok(handler, payload)
+
     def behave_trickle(self, handler: BaseHTTPRequestHandler, payload: bytes) -> None:
         for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"a" * 10_000:
             handler.wfile.write(bytes([byte]))

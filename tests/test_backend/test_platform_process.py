@@ -128,7 +128,7 @@ def reported_epochs(calls: list[Received]) -> list[int]:
 # Epochs of less than a tenth of a second, and so many that no delay lets a run end before it is stopped: each test
 # of a stop says what must hold wherever between two epochs, or within one, the stop arrived.
 QUICK_STUDENT: dict[str, object] = {"student_model": "timm:test_resnet"}
-LONG = 100
+LONG = 60
 
 
 @pytest.mark.slow

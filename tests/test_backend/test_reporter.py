@@ -173,6 +173,23 @@ def test_bad_to_the_end(platform: PlatformServer, tmp_path: Path, bad: str) -> N
     assert platform.calls == []
 
 
+def test_closing_does_not_cut_off_what_a_good_server_is_answering(
+    platform: PlatformServer, tmp_path: Path
+) -> None:
+    platform.behaviour = "held"
+    target = reporter(platform.url, tmp_path, Patience(call_s=60))
+    target.send(CALLS.history(epoch=1, values={}))
+    assert platform.wait_for(lambda: platform.attempts == 1)
+    closing = threading.Thread(target=target.close, args=(20.0,))
+    closing.start()
+    while not target.closing:
+        time.sleep(0.001)
+    platform.release.set()
+    closing.join()
+    assert (platform.attempts, platform.kinds()) == (1, ["history"])
+    assert undelivered(tmp_path) == []
+
+
 def test_the_end_is_tried_hardest(platform: PlatformServer, tmp_path: Path) -> None:
     """Where time runs out, the end-of-task call goes before what is waiting."""
     platform.behaviour = "stall"
