@@ -97,6 +97,23 @@ def test_foreground_weights_are_weights_of_the_mean(grid: np.ndarray) -> None:
     assert found == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_mixed_precision_leaves_the_geometry_exact(grid: np.ndarray) -> None:
+    """Autocast would round the products that place cells to eight bits."""
+    from train.engine.yolo.geometry import Placement, packed_placements
+
+    corners = np.array([[-7.3, 3.1], [52.9, -11.7], [70.2, 55.4], [4.6, 66.8]])
+    rows, values = packed_placements([Placement(0, corners)], 64, 64)
+    batch = {
+        "source_rows": torch.from_numpy(rows)[None],
+        "source_placements": torch.from_numpy(values)[None],
+    }
+    targets = one_image_targets(grid)
+    exact = targets.at(batch, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = targets.at(batch, 8, 8)
+    assert all(torch.equal(*pair) for pair in zip(exact, mixed, strict=True))
+
+
 # In the network --------------------------------------------------------------------------------------------------
 
 

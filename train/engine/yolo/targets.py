@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from imaging.geometry import View, cell_centres, resize_view
 from train.engine.yolo.dataset import SOURCE_PLACEMENTS, SOURCE_ROWS
+from train.losses.precision import full_precision
 from train.projector import TargetStandardizer
 
 PENDING = "teacher_grids"
@@ -103,6 +104,11 @@ class TeacherTargets:
 
         A weight is 0 where no source lies under the cell's centre, else the share of the pixels that it makes up.
         """
+        with full_precision(batch[SOURCE_PLACEMENTS]):  # half precision would misplace cells
+            return self.look_up(batch, height, width)
+
+    def look_up(self, batch: Mapping[str, Any], height: int, width: int) -> tuple[Tensor, Tensor]:
+        """`at`, wherever it is called."""
         pending = batch.get(PENDING)
         rows = batch[SOURCE_ROWS]
         read = pending.result() if isinstance(pending, Future) else self.read(rows.cpu().numpy())
