@@ -291,11 +291,10 @@ def build_loader(
         accelerator.process_index,
         accelerator.num_processes,
     )
-    pinned = accelerator.device.type == "cuda"
     depth = config.grad_accum_steps + 1 if training else 2
     return BatchLoader(
         batches=batches,
-        gatherer=FeatureGatherer(split, arrays, depth, pinned),
+        gatherer=FeatureGatherer(split, arrays, depth, accelerator.device),
         labels=data.train_labels if training else data.val_labels,
         workers=config.workers if config.workers is not None else default_workers(accelerator.device),
         **build_samples(config, store, name, settings, frames=wants_frames(objective)),

@@ -168,26 +168,38 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 class FeatureGatherer:
     """Gathers stored arrays by row into buffers that are used again and again.
 
-    `depth` is how many batches are in use at once (the micro-batches of one step).
+    `depth` is how many batches are in use at once (the micro-batches of one step). For a GPU the buffers are pinned
+    and the copy starts at once; the loop runs ahead of the GPU, so a buffer is filled again only after its copy.
     """
 
-    def __init__(self, split: Any, names: Sequence[str], depth: int, pinned: bool) -> None:
-        self.split, self.names, self.pinned = split, list(names), pinned
+    def __init__(self, split: Any, names: Sequence[str], depth: int, device: torch.device) -> None:
+        self.split, self.names, self.device = split, list(names), device
         self.buffers: list[dict[str, Tensor]] = [{} for _ in range(depth)]
+        self.copied: list[torch.cuda.Event | None] = [None] * depth
         self.turn = 0
 
     def gather(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         """Stored values of `rows` [B] by array name (true ones of packed arrays); valid until `depth` more gathers."""
         if not self.names:
             return {}
-        buffers = self.buffers[self.turn]
-        self.turn = (self.turn + 1) % len(self.buffers)
+        turn, self.turn = self.turn, (self.turn + 1) % len(self.buffers)
+        buffers, copied = self.buffers[turn], self.copied[turn]
+        if copied is not None:
+            copied.synchronize()
         self.make_room(buffers, len(rows))
         out = {name: buffer[: len(rows)].numpy() for name, buffer in buffers.items()}
         gathered = self.split.gather_features(rows, self.names, out=out if out else None)
         if not buffers:
             self.adopt(buffers, gathered)
-        return {name: torch.from_numpy(gathered[name]) for name in self.names}
+        values = {name: torch.from_numpy(gathered[name]) for name in self.names}
+        return self.copy_to_gpu(values, turn) if self.device.type == "cuda" else values
+
+    def copy_to_gpu(self, values: dict[str, Tensor], turn: int) -> dict[str, Tensor]:
+        """Start the copies, and note when they are done."""
+        moved = {name: value.to(self.device, non_blocking=True) for name, value in values.items()}
+        self.copied[turn] = event = torch.cuda.Event()
+        event.record()
+        return moved
 
     def make_room(self, buffers: dict[str, Tensor], count: int) -> None:
         """A larger batch than before gets new buffers."""
@@ -198,7 +210,7 @@ class FeatureGatherer:
         """The first gather tells shapes and dtypes."""
         for name in self.names:
             value = torch.from_numpy(gathered[name])
-            buffers[name] = torch.empty_like(value, pin_memory=self.pinned)
+            buffers[name] = torch.empty_like(value, pin_memory=self.device.type == "cuda")
 
 
 class BatchLoader:

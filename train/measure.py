@@ -32,7 +32,9 @@ def measure_student(
     student = built.student
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     quality = {}
-    if data.task == "features" and data.train_labels is not None and data.val_labels is not None:
+    labelled = data.train_labels is not None and data.val_labels is not None
+    # Only rank 0 writes the summary, and another machine may not see best.pt.
+    if data.task == "features" and labelled and built.parts.accelerator.is_main_process:
         student.load_state_dict(load_checkpoint(best)["model_state_dict"])
         quality = feature_quality(built, config, store, data)
     return {

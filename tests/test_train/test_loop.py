@@ -348,7 +348,9 @@ def test_compiled_student(make_store, make_config, tmp_path):
 
 def test_features_are_gathered_by_row_into_reused_buffers(make_store):
     split = open_store(make_store(train=20))["train"]
-    gatherer = FeatureGatherer(split, ["features/pooled", "features/grid"], depth=2, pinned=False)
+    gatherer = FeatureGatherer(
+        split, ["features/pooled", "features/grid"], depth=2, device=torch.device("cpu")
+    )
     everything = split.gather(np.arange(20), ["features/pooled"])["features/pooled"]
     addresses = []
     for rows in ([3, 1, 7], [0, 19, 2], [5, 5, 6], [11, 4, 9]):
