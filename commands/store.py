@@ -90,7 +90,7 @@ def array_row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify(
-    store: Annotated[Path, typer.Argument(help="A local store.", metavar="STORE")],
+    store: Annotated[str, typer.Argument(help="A local store.", metavar="STORE")],
     repair: Annotated[
         bool, typer.Option(help="Delete uncommitted leftovers of interrupted runs first; nothing else.")
     ] = False,
@@ -113,17 +113,18 @@ def verify(
     from console.output import print_json
     from store.verify import Finding, repair_store, verify_store
 
+    refuse_url(store, "verify")
     repaired = repair_store(store) if repair else []
     findings = verify_store(store)
     audit = None
     if teacher_path is not None and not findings:
         from extract.audit import audit_store
 
-        audit = audit_store(store, teacher_path, samples=samples, data=data, device=device)
-        findings = [Finding(str(store), problem) for problem in audit.findings]
+        audit = audit_store(Path(store), teacher_path, samples=samples, data=data, device=device)
+        findings = [Finding(store, problem) for problem in audit.findings]
     if json:
         listed = [{"path": finding.path, "problem": finding.problem} for finding in findings]
-        report = {"store": str(store), "ok": not findings, "findings": listed, "repaired": repaired}
+        report = {"store": store, "ok": not findings, "findings": listed, "repaired": repaired}
         print_json({**report, "teacher": None if audit is None else vars(audit)})
     else:
         if audit is not None:
@@ -132,9 +133,19 @@ def verify(
             print(f"deleted {path}")
         for finding in findings:
             print(finding)
-        print(f"{store}: {len(findings)} findings" if findings else f"{store}: everything is as recorded")
+        number = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
+        print(f"{store}: {number}" if findings else f"{store}: everything is as recorded")
     if findings:
         raise typer.Exit(1)
+
+
+def refuse_url(path: str, what: str) -> None:
+    """Raises StoreError for an address where a local path is needed."""
+    from store.errors import StoreError
+    from store.location import is_url
+
+    if is_url(path):
+        raise StoreError(f"{path}: {what} works on local paths only; copy it to a local disk first")
 
 
 def print_audit(audit: dict[str, Any]) -> None:
@@ -149,8 +160,10 @@ def print_audit(audit: dict[str, Any]) -> None:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A store, or a .h5 file made from one.", metavar="FROM")],
-    target: Annotated[Path, typer.Argument(help="What to make: a .h5 file or a store.", metavar="TO")],
+    source: Annotated[
+        str, typer.Argument(help="A store (a folder or a URL), or a .h5 file made from one.", metavar="FROM")
+    ],
+    target: Annotated[str, typer.Argument(help="What to make: a .h5 file or a store.", metavar="TO")],
     zstd: Annotated[bool, typer.Option(help="Store to store: compress, lossless.")] = False,
     int8: Annotated[
         bool, typer.Option(help="Store to store: features as int8, scales a channel and a token.")
@@ -183,25 +196,26 @@ def convert(
         for cost in costs
     ]
     if json:
-        print_json({"source": str(source), "target": str(target), "costs": listed})
+        print_json({"source": source, "target": target, "costs": listed})
         return
     if listed:
         print_costs(listed)
     print(f"{target}: written")
 
 
-def convert_paths(source: Path, target: Path, *, zstd: bool, int8: bool, pca: int | None) -> list[Any]:
+def convert_paths(source: str, target: str, *, zstd: bool, int8: bool, pca: int | None) -> list[Any]:
     """Choose the way by what is a file and what is asked for. Raises StoreError for a way that is none."""
     from store.errors import StoreError
     from store.hdf5 import hdf5_to_store, store_to_hdf5
     from store.pack import pack_store
 
     packing = zstd or int8 or pca is not None
-    to_hdf5 = target.suffix.lower() in HDF5_SUFFIXES
-    from_hdf5 = source.suffix.lower() in HDF5_SUFFIXES
+    refuse_url(target, "convert's target")
+    to_hdf5, from_hdf5 = (path.lower().endswith(HDF5_SUFFIXES) for path in (target, source))
     if packing and (to_hdf5 or from_hdf5):
         raise StoreError("--zstd, --int8 and --pca make a store from a store, not from or to HDF5")
     if from_hdf5 and not to_hdf5:
+        refuse_url(source, "convert from HDF5")
         hdf5_to_store(source, target)
     elif to_hdf5 and not from_hdf5:
         store_to_hdf5(source, target)

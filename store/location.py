@@ -36,8 +36,12 @@ def read_root_of(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise StoreError(f"{path}: no such store (no zarr.json at this address)") from error
     except ImportError as error:
         raise StoreError(f"{path}: this kind of address needs another package: {error}") from error
-    except ValueError as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from error
+    except (
+        Exception
+    ) as error:  # no network, no credentials, no such protocol: each package has its own errors
+        raise StoreError(
+            f"{path}: cannot be read: {error}; check address, network and credentials"
+        ) from error
     if not isinstance(root, dict):
         raise StoreError(f"{path}/zarr.json: not a Zarr group")
     return root

@@ -69,24 +69,22 @@ class OpenShard:
                 self._keep(spec.name, b"".join(entry.tobytes() for entry in entries))
         self.uncommitted += block.rows
 
-    def begin_commit(self) -> int:
-        """Put the rows appended so far into a commit, for `finish_commits`. Returns its bytes."""
+    def begin_commit(self) -> None:
+        """Put the rows appended so far into a commit, for `finish_commits`."""
         start, stop = self.committed, self.committed + self.uncommitted
         prefix = {name: (file.written, file.crc) for name, file in self.files.items()}
         parts = {name: b"".join(blocks) for name, blocks in self._parts.items()}
         self._begun.append(Begun(start, stop, prefix, parts))
-        begun_bytes = self.waiting
         self.committed, self.uncommitted, self.waiting = stop, 0, 0
         self._parts.clear()
-        return begun_bytes
 
-    def finish_commits(self) -> None:
-        """Make every commit that has begun durable: data first, then their records; one sync for all.
+    def finish_commits(self, stop: int) -> None:
+        """Make rows up to `stop` durable, with every commit that has begun: data, then records, one sync for all.
 
         Does nothing when an earlier call took them along, or failed: no record may follow a torn one.
         """
-        begun = [self._begun.popleft() for _ in range(len(self._begun))]
-        if begun and not self._broken:
+        if not self._broken and self._begun and self._begun[0].stop <= stop:
+            begun = [self._begun.popleft() for _ in range(len(self._begun))]
             self._broken = True
             self._finish(begun)
             self._broken = False

@@ -21,6 +21,7 @@ from store.finalize import commit_record
 from store.format import COMMITS_FOLDER, COMPONENTS, TOKEN_SCALE, ArraySpec, Manifest
 from store.keys import KeyTable
 from store.layout import Layout
+from store.location import is_url
 from store.metadata import ZARR_JSON, parse_manifest, read_root, write_array_metadata, write_manifest
 from store.reader import Split, Statistics, Store, open_store
 from store.scale import channel_scale, to_stored
@@ -294,11 +295,19 @@ def cosines(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def array_bytes(store: Store, name: str) -> int:
-    """Bytes on disk of an array and what belongs to it, over all splits."""
+    """Bytes of the files of an array and of what belongs to it, over all splits."""
     return sum(
-        path.stat().st_size
+        files_bytes(f"{store.location}/{split}/{name}{suffix}")
         for split in store.splits
-        for folder in (store.path / split / (name + suffix) for suffix in ("", TOKEN_SCALE, COMPONENTS))
-        for path in folder.rglob("*")
-        if path.is_file()
+        for suffix in ("", TOKEN_SCALE, COMPONENTS)
+        if name + suffix in store[split].names
     )
+
+
+def files_bytes(location: str) -> int:
+    if is_url(location):
+        import fsspec
+
+        files, path = fsspec.core.url_to_fs(location)
+        return int(files.du(path))
+    return sum(path.stat().st_size for path in Path(location).rglob("*") if path.is_file())

@@ -4,7 +4,7 @@ A row is committed when its record is in its shard's log: at least every 1,024 r
 What was not committed is written again by the next run, and the files come out bit-identical.
 
 A second thread syncs, while the next rows are computed. Where rows come faster than a disk can sync, up to
-eight commits wait for it and share a sync: one for each would cost more than half the speed.
+sixteen commits wait for it and share a sync: one for each would cost more than half the speed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from store.plan import batches
 COMMIT_ROWS = 1024
 COMMIT_SECONDS = 60.0
 COMMIT_BYTES = 128 * 1024 * 1024  # large rows: bounds memory, and the disk works while rows are computed
-COMMITS_AHEAD = 8  # commits that may wait for the disk, all of them together within COMMIT_BYTES
+COMMITS_AHEAD = 16  # commits that may wait for the disk, all of them together within COMMIT_BYTES
 
 
 class StoreWriter:
@@ -186,18 +186,23 @@ class StoreWriter:
         shard = self._shard
         if shard is None or not shard.uncommitted:
             return
-        begun_bytes = shard.begin_commit()
+        begun_bytes = shard.waiting
+        shard.begin_commit()
+        stop = shard.committed
 
         def run() -> None:
             self._lock.check()
-            shard.finish_commits()
+            shard.finish_commits(stop)
 
         self._commits.append((self._committer.submit(run), begun_bytes))
-        while len(self._commits) > 1 and self._too_far_ahead():
+        while self._commits[0][0].done() or self._too_far_ahead():
             self._await_commit()
+            if not self._commits:
+                return
 
     def _too_far_ahead(self) -> bool:
-        return len(self._commits) > COMMITS_AHEAD or sum(size for _, size in self._commits) > COMMIT_BYTES
+        waiting = sum(size for _, size in self._commits)
+        return len(self._commits) > 1 and (len(self._commits) > COMMITS_AHEAD or waiting > COMMIT_BYTES)
 
     def _await_commit(self) -> None:
         """Wait for the oldest commit under way. Raises what it raised."""

@@ -76,10 +76,21 @@ def test_convert(make_store: Any, tmp_path: Path) -> None:
     for arguments, problem in (
         ((path, tmp_path / "x.zarr"), "one of the two must end in .h5"),
         ((path, tmp_path / "x.h5", "--zstd"), "not from or to HDF5"),
+        ((path, "memory://x.zarr", "--zstd"), "convert's target works on local paths only"),
+        (("memory://x.h5", tmp_path / "x.zarr"), "convert from HDF5 works on local paths only"),
+        (("memory://none.zarr", tmp_path / "x.h5"), "memory://none.zarr: no such store"),
     ):
         error = run("convert", *arguments).exception
         assert isinstance(error, StoreError)
         assert problem in str(error)
+
+
+def test_convert_from_a_remote_store(make_store: Any, tmp_path: Path) -> None:
+    url = f"file://{make_store(train=100)}"
+    assert run("convert", url, tmp_path / "s.h5").exit_code == 0
+    costs = json.loads(run("convert", url, tmp_path / "small.zarr", "--zstd", "--json").stdout)["costs"]
+    assert all(0 < cost["bytes_after"] < cost["bytes_before"] for cost in costs)
+    assert "verify works on local paths only" in str(run("verify", url).exception)
 
 
 def test_errors_are_one_line_on_stderr(tmp_path: Path) -> None:
