@@ -41,7 +41,8 @@ class StoreDataset(YOLODataset):  # type: ignore[misc]
     """ultralytics' data set over records of a store.
 
     `read_image(row)` gives uint8 [H, W, 3] RGB, upright, at any resolution not below `imgsz`. With `follow_sources`
-    every sample also carries where its pixels come from. Label files, caches and path globbing of ultralytics are not used.
+    every sample also carries where its pixels come from. ultralytics' label files, caches and path globbing are not
+    used.
     """
 
     def __init__(

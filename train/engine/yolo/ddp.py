@@ -1,4 +1,4 @@
-"""Several GPUs through ultralytics' own DDP launcher. Tested with two CPU processes; UNTESTED on GPUs: none was at hand.
+"""Several GPUs through ultralytics' own DDP launcher: tested with two CPU processes, UNTESTED on GPUs.
 
 The launcher starts one process a GPU, each of which builds a `StoreTrainer` anew. What a rank needs is in the run
 folder: config.json, and last.pt when it is resumed. Rank 0 writes what a single process would write, and tells the
@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from console.progress import Progress, track_progress
 from console.stop import Stopped, StopRequest
@@ -130,27 +132,27 @@ class EventReader:
 
 
 def train_on_ranks(
-    trainer: Any, stop: StopRequest, observer: Observer, first_epoch: int, stopped_message: Any
+    trainer: Any, stop: StopRequest, observer: Observer, first_epoch: int, stopped_message: Callable[[], str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Let ultralytics start the ranks and wait for them; returns the records of all epochs and `ending_of` rank 0.
 
-    Raises TrainError when a rank failed, Stopped after a signal, which ends the ranks as well.
+    `stopped_message()` is what a stopped run tells its user. Raises TrainError when a rank failed, Stopped after a
+    signal, which ends the ranks as well.
     """
     job = trainer.job
     events = job.run / EVENTS
     events.unlink(missing_ok=True)
-    batches = -(-len(job.splits["train"].records) // job.config.batch_size)
-    total, done = job.config.epochs * batches, first_epoch * batches
+    total, done = job.config.epochs * job.batches_per_epoch, first_epoch * job.batches_per_epoch
 
     def end_ranks() -> str:
         end_children()
-        return str(stopped_message())
+        return stopped_message()
 
     with (
         StopWatch(stop, end_ranks),
         track_progress(total, f"training {job.run.name}", "batches", done) as progress,
     ):
-        reader = EventReader(events, observer, progress, batches)
+        reader = EventReader(events, observer, progress, job.batches_per_epoch)
         try:
             with reader.following():
                 trainer.train()
@@ -172,7 +174,5 @@ def train_on_ranks(
 
 def end_children() -> None:
     """Ask the launcher to end; it ends its ranks."""
-    import psutil
-
     for child in psutil.Process().children():
         child.terminate()

@@ -136,8 +136,7 @@ def train_here(
 
     job = trainer.job
     recorder = Recorder(job.run, job.config, describe_run(job), observer, first_epoch)
-    batches = -(-len(job.splits["train"].records) // job.config.batch_size)
-    total, done = job.config.epochs * batches, first_epoch * batches
+    total, done = job.config.epochs * job.batches_per_epoch, first_epoch * job.batches_per_epoch
     try:
         with (
             StopWatch(stop, lambda: stopped_message(job.run)) as watching,

@@ -83,6 +83,11 @@ class TrainingJob:
                 parameter.requires_grad_(False)
 
     @property
+    def batches_per_epoch(self) -> int:
+        """Of all processes together; the last batch may be smaller."""
+        return -(-len(self.splits["train"].records) // self.config.batch_size)
+
+    @property
     def trainable_parameters(self) -> int:
         """How many numbers learn, alignment heads included; counted once the trainer is set up."""
         return sum(p.numel() for p in self.student.network.parameters() if p.requires_grad)
@@ -313,7 +318,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
 
     @contextmanager
     def replacing_checkpoints(self, copy: bool = False) -> Iterator[None]:
-        """Inside, ultralytics writes partial files (`copy`: of the present ones); then they take their places at once.
+        """Inside, ultralytics writes partial files (`copy`: of the present ones), which then take their places.
 
         ultralytics writes in place; killed in the middle of it, a run could not be finished any more.
         """
