@@ -33,8 +33,14 @@ def test_bad_boxes_are_cleaned_and_backgrounds_kept(
     height, width = image.shape[:2]
     rows = [
         row_with(
-            [[-20, -10, 30, 40], [10, 10, 10, 30], [width + 5, 5, width + 20, 30], [5, 5, 25, 25]],
-            [0, 0, 1, 1],
+            [
+                [-20, -10, 30, 40],
+                [10, 10, 10, 30],
+                [width + 5, 5, width + 20, 30],
+                [5, 5, 25, 25],
+                [5, 5, 25, 25],
+            ],
+            [0, 0, 1, 1, 1],
         ),
         row_with([], []),
     ]
@@ -49,6 +55,7 @@ def test_bad_boxes_are_cleaned_and_backgrounds_kept(
     assert records[0].classes.tolist() == [0, 1]
     assert records[1].boxes.shape == (0, 4)
     assert "2 boxes without area" in train_log.text
+    assert "1 boxes that repeat another" in train_log.text
 
 
 def test_a_class_without_a_name_is_an_error(tmp_path: Path) -> None:

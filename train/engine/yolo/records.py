@@ -80,7 +80,8 @@ def detection_records(store: Store, split: Split, *, raw: bool) -> list[Detectio
     """The valid rows of a split, in row order.
 
     With `raw` the images are what the teacher saw, so boxes and sizes are those of its view. Boxes are clipped to
-    the image, those without area dropped (the log says how many), images without boxes kept as background.
+    the image, those without area and repetitions dropped (the log says how many), images without boxes kept as
+    background.
 
     Raises TrainError for a class without a name.
     """
@@ -88,7 +89,7 @@ def detection_records(store: Store, split: Split, *, raw: bool) -> list[Detectio
     sizes = split.read(SIZES)
     boxes, classes = split.ragged(rows, BOXES), split.ragged(rows, BOX_CLASSES)
     side = store.manifest.preprocessing.image_size
-    records, dropped = [], 0
+    records, dropped, repeated = [], 0, 0
     for row, box, label in zip(rows.tolist(), boxes, classes, strict=True):
         key = str(split.keys[row])
         check_classes(label, store.manifest.class_names, key)
@@ -100,12 +101,23 @@ def detection_records(store: Store, split: Split, *, raw: bool) -> list[Detectio
             width = height = side
         centred, kept = clean_boxes(normalised)
         dropped += int(len(kept) - kept.sum())
-        records.append(DetectionRecord(row, key, width, height, centred, label[kept].astype(np.int64)))
+        label = label[kept].astype(np.int64)
+        first = first_of_each(centred, label)
+        repeated += len(label) - len(first)
+        records.append(DetectionRecord(row, key, width, height, centred[first], label[first]))
     if not any(len(record.boxes) for record in records):
         log.warning("%s: no image has a box: nothing to learn or to measure", split.where)
     if dropped:
         log.warning("%s: %d boxes without area inside their image are ignored", split.where, dropped)
+    if repeated:
+        log.warning("%s: %d boxes that repeat another one of their image are ignored", split.where, repeated)
     return records
+
+
+def first_of_each(boxes: NDArray[np.float32], classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices, in order, of the boxes [M, 4] that no earlier box with the same class equals."""
+    labels = np.column_stack([classes, boxes])
+    return np.sort(np.unique(labels, axis=0, return_index=True)[1])
 
 
 def check_classes(label: NDArray[np.int32], names: tuple[str, ...], key: str) -> None:
