@@ -130,7 +130,7 @@ def quantize(
         learning_rate=learning_rate,
         split=split,
     )
-    summary = quantize_student(run, store, out or run / f"int8-{mode.value}", options)
+    summary = quantize_student(run, store, out, options)
     if json_:
         print_json(summary)
         return

@@ -57,13 +57,18 @@ def prepare_run_folder(config: TrainConfig) -> Path:
         raise ConfigError(f"{folder} holds a run already: pass --resume to continue it, or --overwrite")
     elif folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: is a file, expected a folder")
+    make_folder(folder)
+    if config.resume:
+        check_same_run(config)
+    return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Create the folder that --out names. Raises TrainError when that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainError(f"--out {folder}: cannot be created: {error.strerror}") from None
-    if config.resume:
-        check_same_run(config)
-    return folder
 
 
 def remove_run(folder: Path) -> None:

@@ -132,6 +132,42 @@ def test_bad_files_are_named_in_their_place(run_folder: Path, pictures: Path) ->
     assert results[1].file.endswith("1.png")  # type: ignore[union-attr]
 
 
+def test_what_cannot_be_delivered_is_one_line(
+    make_store: Any,
+    run_folder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from cli import main
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    store = make_store("s.zarr")
+    tried = {
+        ("predict", run_folder, tmp_path / "empty"): "no image files in it",
+        ("predict", run_folder, pictures, "--device", "gpu"): "expected auto, cpu, cuda or cuda:N",
+        ("predict", tmp_path / "nothing", pictures): "no such run or file",
+        ("predict", run_folder, pictures, "--out", tmp_path / "file/x"): "cannot be created",
+        ("export", tmp_path / "nothing"): "no such checkpoint",
+        ("export", run_folder, "--out", tmp_path / "file/x.onnx"): "cannot be created",
+        ("export", run_folder, "--images", tmp_path / "empty"): "no image files in it",
+        ("export", run_folder, "--opset", "3"): "operator set 3",
+        ("quantize", run_folder, tmp_path / "nothing.zarr"): "no such store",
+        ("quantize", run_folder, store, "--split", "tset"): "no split tset, it has train, val",
+        ("report", tmp_path / "empty"): "neither a run",
+    }
+    for arguments, words in tried.items():
+        monkeypatch.setattr("sys.argv", ["cli", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code in (1, 2), arguments
+        assert told[-1].startswith("error: "), arguments
+        assert words in told[-1], arguments
+
+
 @pytest.mark.slow
 def test_predict_command_skips_bad_files_and_exits_1(
     run_folder: Path, pictures: Path, tmp_path: Path
@@ -167,9 +203,9 @@ def test_inputs_that_name_nothing_are_errors(tmp_path: Path, pictures: Path) -> 
     with pytest.raises(DeliveryError, match="no such file"):
         find_images([str(tmp_path / "nothing.png")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DeliveryError, match="no image files in it: nothing to predict"):
+    with pytest.raises(DeliveryError, match="empty: no image files in it"):
         find_images([str(tmp_path / "empty")])
-    with pytest.raises(DeliveryError, match="no such file, folder or match"):
+    with pytest.raises(DeliveryError, match="no such file or folder, and no match"):
         find_images([str(tmp_path / "*.jpg")])
     assert len(find_images([str(pictures / "*.png"), str(pictures)])) == 3
 

@@ -198,7 +198,9 @@ def test_a_trial_says_that_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     assert read_state(folder, trial).state == "waiting"
     seen: list[str] = []
-    monkeypatch.setattr("train.sweep.worker.command", lambda *_: [sys.executable, "-c", "import time; time.sleep(1)"])
+    monkeypatch.setattr(
+        "train.sweep.worker.command", lambda *_: [sys.executable, "-c", "import time; time.sleep(1)"]
+    )
     run_trial(order(folder, "x"), lambda: bool(seen.append(read_state(folder, trial).state)))
     assert seen[0] == "waiting"
     assert "running" in seen
@@ -218,7 +220,14 @@ def test_a_trial_that_hangs_is_ended_with_its_session(
     assert outcome["wall_time_s"] < 30
 
 
-def test_a_killed_trial_is_told_apart_from_an_error(tmp_path: Path) -> None:
+def test_a_trial_that_the_system_kills_is_told_apart_from_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "import os; print('epoch 1', flush=True); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr("train.sweep.worker.command", lambda *_: [sys.executable, "-c", script])
+    outcome = run_trial(order(tmp_path / "trial", "x"), lambda: False)
+    assert (outcome["state"], outcome["last_lines"]) == ("failed", ["epoch 1"])
+    assert "run out of memory" in outcome["reason"]
     assert "out of memory" in failure_reason(-9, tmp_path)
     assert "SIGSEGV" in failure_reason(-11, tmp_path)
     assert "exit code 3" in failure_reason(3, tmp_path)

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.delivery.inputs import sample_inputs
+from train.delivery.inputs import run_folder, sample_inputs
 from train.delivery.model import METADATA_KEY, LogitsOnly, ModelCard, OnnxModel, TorchModel, open_student
 from train.errors import DeliveryError
+from train.rundir import make_folder
 from train.students.base import Student
 
 Format = Literal["onnx", "torch-export"]
@@ -58,7 +59,8 @@ def export_student(
             tolerance. Nothing is left at `out` then.
     """
     student, card = open_student(run)
-    path = out or (run if run.is_dir() else run.parent) / f"{file_name(card.student)}{SUFFIXES[format]}"
+    path = out or run_folder(run) / f"{file_name(card.student)}{SUFFIXES[format]}"
+    make_folder(path.parent)
     inputs = sample_inputs(run, card, CHECK_IMAGES, images)
     expected = comparable(card, TorchModel(student, card, torch.device("cpu")).run(inputs))
     partial = path.with_name(f".{path.name}.partial")
@@ -72,6 +74,8 @@ def export_student(
                 f"{tolerance:.3g}: not written; please report the student {card.student}"
             )
         os.replace(partial, path)
+    except OSError as error:
+        raise DeliveryError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
     return Exported(path, format, path.stat().st_size, len(inputs), difference, tolerance)

@@ -23,13 +23,13 @@ def expand_inputs(
         if path.exists():
             named = inside(path)
             if not named:
-                raise DeliveryError(f"{path}: no {missing} in it: nothing to predict")
+                raise DeliveryError(f"{path}: no {missing} in it")
         else:
             matches = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
             named = [item for match in matches for item in inside(Path(match))]
             if not named:
                 raise DeliveryError(
-                    f"{text}: no such file, folder or match; name {what}, folders or a quoted glob"
+                    f"{text}: no such file or folder, and no match; name {what}, folders or a quoted glob"
                 )
         found |= dict.fromkeys(named)
     return list(found)

@@ -14,6 +14,7 @@ from console.stop import Stopped, StopRequest
 from train.assemble import build_training
 from train.checkpoint import LAST, load_checkpoint
 from train.config import TrainConfig
+from train.delivery.inputs import run_folder
 from train.engine.loop import Loop, Parts
 from train.engine.machine import build_accelerator
 from train.engine.optimizer import build_optimizer
@@ -64,7 +65,7 @@ def build_finetuning(
 
 def restore_head(parts: Parts, run: Path) -> None:
     """The alignment head as the run left it: a fresh one would pull the student away from what it has learnt."""
-    path = (run if run.is_dir() else run.parent) / LAST
+    path = run_folder(run) / LAST
     if parts.module.projector is None or not path.exists():
         return
     state = load_checkpoint(path).get("alignment_head")

@@ -74,12 +74,17 @@ def run_options(run: Path) -> TrainConfig:
     return TrainConfig(**run_content(run)["options"])
 
 
+def run_folder(run: Path) -> Path:
+    """The folder of a run that is named by itself or by its checkpoint."""
+    return run if run.is_dir() else run.parent
+
+
 def run_content(run: Path) -> dict[str, Any]:
     """What config.json says in the run's folder (or beside its checkpoint): `options`, `store` and more.
 
     Raises DeliveryError when it cannot be read.
     """
-    path = (run if run.is_dir() else run.parent) / CONFIG
+    path = run_folder(run) / CONFIG
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if missing := {"options", "store"} - content.keys():

@@ -189,7 +189,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise DeliveryError(f"--device {name}: no CUDA GPU is available here; use --device cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise DeliveryError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
 
 
 class LogitsOnly(nn.Module):

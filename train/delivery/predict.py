@@ -19,6 +19,7 @@ from train.delivery.files import find_images
 from train.delivery.model import ModelCard, TrainedModel, batches, class_name, open_model
 from train.delivery.records import BadFile, Prediction, read_image
 from train.delivery.scores import top_classes
+from train.rundir import make_folder
 
 RECORDS_FILE = "predictions.jsonl"
 
@@ -81,7 +82,7 @@ class PredictionWriter:
     """predictions.jsonl and pictures in a folder; the records of an earlier call are replaced."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder, self.taken = folder, set[str]()
         self.records = (folder / RECORDS_FILE).open("w", encoding="utf-8")
 

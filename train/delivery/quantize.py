@@ -20,12 +20,12 @@ from store import open_store
 from train.config import TrainConfig
 from train.delivery.export import OPSET, write_onnx
 from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
-from train.delivery.inputs import image_reader, run_content, run_options, spread
+from train.delivery.inputs import image_reader, run_content, run_folder, run_options, spread
 from train.delivery.int8 import calibrate, prepare_int8, quantized_training_graph, write_int8
 from train.delivery.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
 from train.errors import DeliveryError
 from train.resolve import open_split
-from train.rundir import write_json
+from train.rundir import make_folder, write_json
 from train.students.base import Student, StudentOutput
 
 log = get_logger("quantize")
@@ -49,13 +49,15 @@ class QuantizeOptions:
     learning_rate: float = 1e-5
 
 
-def quantize_student(run: Path, store_path: str, out: Path, options: QuantizeOptions) -> dict[str, Any]:
+def quantize_student(
+    run: Path, store_path: str, out: Path | None, options: QuantizeOptions
+) -> dict[str, Any]:
     """Write int8 ONNX files of a run's best student and compare them with float32 in ONNX Runtime, on this CPU.
 
     `ptq` writes float32.onnx and int8-ptq.onnx. `qat` goes on from the PTQ ranges: it fine-tunes with fake
     quantisation and the run's own (distillation) loss, and, for a fair comparison, also the float student equally
     long, followed by PTQ.
-    Returns (and writes to `out`/summary.json) metrics, size and latency of each.
+    `out` is the folder to write, None one in the run's. Returns (and writes to its summary.json) metrics, size and latency of each.
     Raises DeliveryError: unknown run, a store of other classes, a student that cannot be quantised.
     """
     student, card = open_student(run)
@@ -64,7 +66,8 @@ def quantize_student(run: Path, store_path: str, out: Path, options: QuantizeOpt
     store = open_store(store_path)
     check_store(run, store, card)
     open_split(store, options.split or config.val_split, "--split")
-    out.mkdir(parents=True, exist_ok=True)
+    out = out or run_folder(run) / f"int8-{options.mode}"
+    make_folder(out)
     inputs = calibration_inputs(store, config, card, options.calibration)
     models = {FLOAT: out / f"{FLOAT}.onnx", PTQ: out / f"{PTQ}.onnx"}
     write_onnx(student, card, models[FLOAT], inputs[:BATCH], OPSET)

@@ -18,6 +18,7 @@ from train.report.collect import Collection, Run, collect
 from train.report.compare import SUMMARY_FIELDS, Cost, cost_of, differences, table_rows
 from train.report.page import Section, render_page
 from train.report.samples import gallery_of
+from train.rundir import make_folder
 from train.sweep.worker import read_json
 
 logger = get_logger("report")
@@ -48,7 +49,7 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
     """
     collection = collect(folders)
     path = out or folders[0] / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     parts = collection.by_task()
     headlines = list(dict.fromkeys(part.headline for part in parts))
     rows = [row for part in parts for row in table_rows(part)]

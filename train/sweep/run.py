@@ -17,7 +17,7 @@ from console.log import get_logger
 from console.stop import Stopped, StopRequest
 from store import open_store
 from train.errors import ConfigError
-from train.rundir import SUMMARY
+from train.rundir import SUMMARY, make_folder
 from train.sweep.board import Board, TrialState, read_state
 from train.sweep.config import SweepConfig, Trial, plan_trials
 from train.sweep.worker import (
@@ -70,7 +70,7 @@ def run_sweep(config: SweepConfig) -> list[TrialState]:
 @contextlib.contextmanager
 def only_sweep(out: Path) -> Iterator[None]:
     """Keep a second sweep out of the folder: the two would train the same trials."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with (out / LOCK_FILE).open("w") as file:
         if not try_lock(file.fileno()):
             raise ConfigError(
