@@ -11,6 +11,7 @@ from typing import Any
 
 from backend.cache import FeatureCache, cache_key, teacher_digest
 from backend.calls import TaskCalls
+from backend.checks import check_data, check_devices, check_student
 from backend.digests import digest_folder
 from backend.errors import PlatformError
 from backend.events import ExtractionEvents, TrainingEvents, follow, training_observers
@@ -69,34 +70,15 @@ class Task:
         owner = f"task {self.request.task_id}"
         with self.cache.lock(key, owner, self.stop, self.extraction.say):
             if not is_complete(path):
-                self.check_student(path)
+                training = self.mapping.train_config(path)
+                check_student(training)
+                check_data(self.mapping.extract_config(path), training)
                 log.info("features: extracting into the cache, %s", path)
                 self.extract(path)
             else:
                 log.info("features: taken from the cache, %s", path)
                 self.add_logits(path)
         return path
-
-    def check_student(self, store: Path) -> None:
-        """Build the student once: weights, names and options that do not fit are refused before hours of extraction.
-
-        Raises:
-            ConfigError, StudentError, LoraError: what the training itself would raise.
-        """
-        from train.engine.adapters import apply_lora_options
-        from train.students.build import build_student
-
-        config = self.mapping.train_config(store)
-        # Without a number the data's counts, which nobody has read yet; a head of another size is drawn anew.
-        classes = None if config.task == "features" else config.num_classes or 2
-        student = build_student(
-            config.student,
-            num_classes=classes,
-            image_size=config.image_size,
-            student_path=config.student_path,
-            pretrained=config.pretrained,
-        )
-        apply_lora_options(student, config.model_dump(), trained=False)
 
     def feature_key(self) -> str:
         """The store's name: data, teacher and all that decides what is extracted."""
@@ -195,19 +177,6 @@ class Task:
                 samples=count_validated(store),
                 details=plain_details(summary),
             )
-        )
-
-
-def check_devices(devices: tuple[str, ...]) -> None:
-    """Raises PlatformError for a GPU that is not there."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    missing = [name.removeprefix("cuda:") for name in devices if name != "cpu" and int(name[5:]) >= count]
-    if missing:
-        raise PlatformError(
-            f"--gpu_devices: GPU {', '.join(missing)} is not there, this machine shows {count} to PyTorch: "
-            "choose others, or pass --gpu_devices cpu"
         )
 
 

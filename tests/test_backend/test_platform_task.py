@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from backend.calls import Call
+from backend.checks import check_data, check_student
+from backend.errors import OptionError
+from backend.mapping import Mapping
 from backend.request import read_request
 from backend.task import Task, is_complete
 from console.stop import Stopped, StopRequest
 from extract.run import run_extraction
+from tests.test_backend.platform_data import make_class_folders
+from tests.test_backend.platform_site import Site
 from train.errors import TrainError
 
 
@@ -59,13 +64,45 @@ def test_a_student_that_cannot_be_is_refused_before_the_extraction(
     assert not list((tmp_path / "cache").glob("*.zarr"))
 
 
+def problem_of_data(line: list[str]) -> str:
+    mapping = Mapping(read_request(line))
+    store = Path("features.zarr")
+    with pytest.raises(OptionError) as caught:
+        check_data(mapping.extract_config(store), mapping.train_config(store))
+    return str(caught.value)
+
+
+def test_too_few_classes_are_refused_before_the_extraction(
+    words: Callable[..., list[str]], shop: Site
+) -> None:
+    """The back end sends 10 whatever the data is: a data set with more must not be extracted first."""
+    assert problem_of_data(words(num_classes=1)) == (
+        f"--num_classes: {shop.datasets}/花 has 2 classes, got 1: raise it, or leave it out"
+    )
+
+
+def test_splits_without_val_are_refused_before_the_extraction(site: Site) -> None:
+    folder = make_class_folders(site.datasets / "other")
+    (folder / "val").rename(folder / "test")
+    text = problem_of_data(site.words(dataset_id="other"))
+    assert text.startswith(f"--dataset_id: {folder} has the splits test, train, expected train and val")
+
+
+@pytest.mark.parametrize("data", ["花", "one-split", "boxes", "masks"])
+def test_data_that_fits(data: str, words: Callable[..., list[str]]) -> None:
+    students = {"boxes": "yolov8n", "masks": "unet/small"}
+    mapping = Mapping(read_request(words(dataset_id=data, student_model=students.get(data, "resnet18"))))
+    store = Path("features.zarr")
+    check_data(mapping.extract_config(store), mapping.train_config(store).replace(num_classes=10))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("student", ["vit-tiny", "yolov8n", "unet/small", "lstm/small"])
 def test_a_student_without_a_number_of_classes_is_fine(
     student: str, words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     line = words(student_model=student, num_classes=None, image_size=64)
-    Task(read_request(line), Deaf(), StopRequest()).check_student(tmp_path / "features.zarr")
+    check_student(Mapping(read_request(line)).train_config(tmp_path / "features.zarr"))
 
 
 @pytest.mark.slow
