@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+# Distances are means over 1280 standardised channels, so their gradient is small beside that of a cross-entropy: at
+# weight 1 a classifier learns little of the features (benchmarks/learning.py --ablation).
+FEATURE_WEIGHT = 20.0
+
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet": {
         "learning_rate": 1e-4,
@@ -12,6 +16,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.01,
         "distillation_type": "hybrid",
         "feature_loss_type": "cosine",
+        "feature_weight": FEATURE_WEIGHT,
         "image_size": 224,
     },
     "vit": {
@@ -21,6 +26,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05,
         "distillation_type": "hybrid",
         "align_feature": True,
+        "feature_weight": FEATURE_WEIGHT,
+        "image_size": 224,
+    },
+    "timm": {
+        "learning_rate": 1e-4,
+        "optimizer": "adamw",
+        "batch_size": 32,
+        "weight_decay": 0.01,
+        "distillation_type": "hybrid",
+        "feature_loss_type": "mse",
+        "feature_weight": FEATURE_WEIGHT,
         "image_size": 224,
     },
     "yolov8": {
@@ -70,9 +86,9 @@ def student_type(name: str) -> str:
     if name.startswith("timm:"):
         return "timm"
     head = name.split("/", 1)[0]
-    return next((kind for kind in (*RECIPES, "timm") if head.startswith(kind)), head)
+    return next((kind for kind in RECIPES if head.startswith(kind)), head)
 
 
 def recipe_of(student: str) -> dict[str, Any]:
-    """The recipe of a student's name; empty (the general defaults) for timm models and unknown names."""
+    """The recipe of a student's name; empty (the general defaults) for unknown names."""
     return dict(RECIPES.get(student_type(student), {}))

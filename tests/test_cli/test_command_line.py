@@ -86,6 +86,14 @@ def test_a_misused_command_line_is_one_line_and_exit_code_2(
     assert line.endswith(hint)
 
 
+def test_students_takes_names_and_lists_their_recipes() -> None:
+    done = run_cli("students", "timm:resnet10t", "vit-tiny")
+    assert done.returncode == 0, done.stderr
+    assert "timm:resnet10t" in done.stdout
+    assert "5.4 M" in done.stdout
+    assert "224 px, adamw 5e-05, batch 64, hybrid" in done.stdout
+
+
 def test_an_error_is_one_line_without_traceback(tmp_path: Path) -> None:
     done = run_cli("inspect", str(tmp_path / "nothing.zarr"))
     assert done.returncode == 1

@@ -46,17 +46,20 @@ def test_general_defaults_are_those_of_the_specification():
 @pytest.mark.parametrize(
     ("student", "expected"),
     [
-        ("resnet18", (1e-4, "adamw", 32, 0.01, "hybrid", "cosine", 224)),
-        ("vit-tiny", (5e-5, "adamw", 64, 0.05, "hybrid", "mse", 224)),
-        ("yolov8n", (1e-3, "sgd", 16, 0.0005, "feature", "mse", 640)),
-        ("unet/small", (1e-4, "adam", 8, 0.01, "feature", "mse", 512)),
-        ("lstm/small", (1e-4, "adam", 32, 0.01, "feature", "cosine", 224)),
+        ("resnet18", (1e-4, "adamw", 32, 0.01, "hybrid", "cosine", 20.0, 224)),
+        ("vit-tiny", (5e-5, "adamw", 64, 0.05, "hybrid", "mse", 20.0, 224)),
+        ("timm:resnet10t", (1e-4, "adamw", 32, 0.01, "hybrid", "mse", 20.0, 224)),
+        ("yolov8n", (1e-3, "sgd", 16, 0.0005, "feature", "mse", 1.0, 640)),
+        ("unet/small", (1e-4, "adam", 8, 0.01, "feature", "mse", 1.0, 512)),
+        ("lstm/small", (1e-4, "adam", 32, 0.01, "feature", "cosine", 1.0, 224)),
     ],
 )
 def test_recipes(student, expected):
     config = load_config({**NEEDED, "student": student})
-    names = "learning_rate optimizer batch_size weight_decay distillation_type feature_loss_type image_size"
-    assert tuple(getattr(config, name) for name in names.split()) == expected
+    names = (
+        "learning_rate optimizer batch_size weight_decay distillation_type feature_loss_type feature_weight"
+    )
+    assert tuple(getattr(config, name) for name in [*names.split(), "image_size"]) == expected
     assert not config.is_explicit("batch_size")
 
 
