@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,91 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(make_store: Any, tmp_
     done = run(command)
     assert done.returncode == 0, done.stderr
     assert all(outcome["state"] == "done" for outcome in outcomes(out).values())
+
+
+@pytest.fixture
+def scheduler() -> Iterator[str]:
+    """The address of a real `dask scheduler` in a process of its own."""
+    with running("distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard") as process:
+        yield find_line(process, r"(tcp://\S+)")
+
+
+@contextlib.contextmanager
+def running(module: str, *arguments: str, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """A module as a process from anywhere but this checkout, ended with its children at the end."""
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-m", module, *arguments],
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def find_line(process: subprocess.Popen[str], pattern: str) -> str:
+    """The first group of `pattern` in what the process prints."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if found := re.search(pattern, line):
+            return found[1]
+    raise AssertionError("".join(seen))
+
+
+def start_worker(
+    stack: contextlib.ExitStack, scheduler: str, *options: str, prefix: Sequence[str] = ()
+) -> None:
+    arguments = (scheduler, "--nthreads", "1", "--no-dashboard", *options)
+    process = stack.enter_context(running("distributed.cli.dask_worker", *arguments, prefix=prefix))
+    find_line(process, "(Registered to)")
+
+
+@pytest.mark.slow
+def test_an_existing_cluster_s_workers_need_only_the_store_and_this_package(
+    make_store: Any, tmp_path: Path, scheduler: str
+) -> None:
+    store, out = make_store(), tmp_path / "sweep"
+    command = sweep(store, out, "--set", "epochs=1", "--scheduler", scheduler)
+    lonely = run(command)
+    assert lonely.returncode == 2
+    assert f"scheduler {scheduler} has no workers: start some with `dask worker {scheduler}`" in lonely.stderr
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            start_worker(stack, scheduler)
+        done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert [outcome["state"] for outcome in outcomes(out).values()] == ["done", "done"]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_worker_s_own_disk_is_brought_back(
+    make_store: Any, tmp_path: Path, scheduler: str
+) -> None:
+    """The worker sees another, empty disk where the sweep's folder is."""
+    store, out = make_store(), tmp_path / "sweep"
+    out.mkdir()
+    own_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(out)]
+    if subprocess.run([*own_disk, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own for a process needs root")
+    with contextlib.ExitStack() as stack:
+        start_worker(stack, scheduler, "--resources", "trial=1", prefix=own_disk)
+        done = run(sweep(store, out, "--set", "epochs=1", "--no-control", "--scheduler", scheduler))
+    assert done.returncode == 0, done.stderr
+    (folder,) = (out / "trials").iterdir()
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    files = ("config.json", "metrics.jsonl", "summary.json", "best.pt")
+    assert found == {"outcome.json", "log.txt", *(f"run/{name}" for name in files)}
+    again = run(sweep(store, out, "--set", "epochs=1", "--no-control"))
+    assert "1 done before, 0 to run" in again.stderr
+    assert run([sys.executable, "-m", "cli", "report", str(out)]).returncode == 0
 
 
 def wait_for_training(process: subprocess.Popen[str], out: Path) -> psutil.Process:
