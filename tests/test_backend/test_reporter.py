@@ -165,9 +165,10 @@ def test_bad_to_the_end(platform: PlatformServer, tmp_path: Path, bad: str) -> N
     started = time.monotonic()
     send_epochs(target, range(1, 4))
     send_end(target)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2  # ten calls to a server that holds each for half a second
+    closing = time.monotonic()
     assert not target.close(0.8)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - closing < 10  # it would hold them for a minute
     kinds = sorted(record["kind"] for record in undelivered(tmp_path))
     assert kinds == ["complete", "evaluations", "history", "history", "history", "progress"]
     assert platform.calls == []
@@ -197,7 +198,7 @@ def test_the_end_is_tried_hardest(platform: PlatformServer, tmp_path: Path) -> N
     target = reporter(platform.url, tmp_path, patience)
     send_epochs(target, range(1, 30))
     send_end(target)
-    closing = threading.Thread(target=target.close, args=(4.0,))
+    closing = threading.Thread(target=target.close, args=(6.0,))
     closing.start()
     assert platform.wait_for(lambda: "complete" in platform.attempted)
     platform.behaviour = "ok"
