@@ -147,3 +147,35 @@ def test_resume_after_kill_9_with_loader_workers(yolo_store: Path, tmp_path: Pat
     assert train(tmp_path / "killed", 8) == -signal.SIGKILL
     assert train(tmp_path / "killed", 0, resume=True) == 0
     assert_equal(learnt(tmp_path / "killed"), learnt(tmp_path / "whole"))
+
+
+SLOW_BATCH = """
+import sys, time
+from train.config import TrainConfig
+from train.engine.yolo.dataset import StoreDataset
+from train.events import SilentObserver
+from train.run import run_training
+class Platform(SilentObserver):
+    def failed(self, error):
+        print(type(error).__name__, error.exit_code, flush=True)
+    def epoch_end(self, record):
+        print("epoch", record["epoch"], flush=True)
+        StoreDataset.load_image = lambda *arguments, **named: time.sleep(60)
+run_training(TrainConfig(**eval(sys.argv[1])), [Platform()])
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_in_a_slow_batch_ends_the_run_in_time_and_is_reported(
+    yolo_store: Path, tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "store": str(yolo_store), "out": str(tmp_path / "out")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BATCH, repr(options)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "epoch 1\n"
+    process.terminate()
+    assert process.wait(timeout=40) == 143
+    assert process.stdout.read() == "Stopped 143\n"
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["epoch"] == 1

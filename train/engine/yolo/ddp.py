@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from console.progress import Progress, track_progress
-from console.stop import Stopped, StopRequest
+from console.stop import Stopped
 from store.reader import open_store
 from train.config import TrainConfig
 from train.engine.snapshot import StopWatch
@@ -132,7 +132,7 @@ class EventReader:
 
 
 def train_on_ranks(
-    trainer: Any, stop: StopRequest, observer: Observer, first_epoch: int, stopped_message: Callable[[], str]
+    trainer: Any, watch: StopWatch, observer: Observer, first_epoch: int, stopped_message: Callable[[], str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Let ultralytics start the ranks and wait for them; returns the records of all epochs and `ending_of` rank 0.
 
@@ -148,17 +148,15 @@ def train_on_ranks(
         end_children()
         return stopped_message()
 
-    with (
-        StopWatch(stop, end_ranks),
-        track_progress(total, f"training {job.run.name}", "batches", done) as progress,
-    ):
+    watch.save = end_ranks
+    with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
         reader = EventReader(events, observer, progress, job.batches_per_epoch)
         try:
             with reader.following():
                 trainer.train()
         except subprocess.CalledProcessError as error:
-            if stop.requested:
-                raise Stopped(stopped_message(), stop.exit_code) from error
+            if watch.stop.requested:
+                raise Stopped(stopped_message(), watch.stop.exit_code) from error
             raise TrainError(
                 f"a process of ultralytics' DDP launcher failed (exit code {error.returncode}): its own error stands "
                 "above; --resume continues after the last finished epoch"

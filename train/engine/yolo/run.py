@@ -57,10 +57,13 @@ def run_yolo(
     if done is not None and config.resume and is_complete(done, config):
         log.info("%s is complete: nothing left to do", folder)
         return done
-    with nullcontext(stop) if stop is not None else StopRequest() as request:
-        summary = train_yolo(config, store, folder, request, group)
+    with (
+        nullcontext(stop) if stop is not None else StopRequest() as request,
+        StopWatch(request, report=group.failed) as watch,
+    ):
+        summary = train_yolo(config, store, folder, watch, group)
         if config.control:
-            summary["control"] = run_control(config, store, folder, request, summary)
+            summary["control"] = run_control(config, store, folder, watch, summary)
     write_json(folder / SUMMARY, summary)
     group.finished(summary)
     return summary
@@ -76,7 +79,7 @@ def check_own_process() -> None:
 
 
 def run_control(
-    config: TrainConfig, store: Store, folder: Path, stop: StopRequest, main: dict[str, Any]
+    config: TrainConfig, store: Store, folder: Path, watch: StopWatch, main: dict[str, Any]
 ) -> dict[str, Any]:
     """The same student, seed, images and schedule on the task loss alone, at weight 1, in RUN/control."""
     # Batches as the main run ended up with, in case it ran out of memory.
@@ -89,7 +92,7 @@ def run_control(
         grad_accum_steps=config.grad_accum_steps * max(config.batch_size // batch, 1),
     )
     control.out.mkdir(exist_ok=True)
-    found = train_yolo(control, store, control.out, stop, Observers())
+    found = train_yolo(control, store, control.out, watch, Observers())
     return {
         "metrics": found["metrics"],
         "best_epoch": found["best_epoch"],
@@ -98,7 +101,7 @@ def run_control(
 
 
 def train_yolo(
-    config: TrainConfig, store: Store, folder: Path, stop: StopRequest, observer: Observer
+    config: TrainConfig, store: Store, folder: Path, watch: StopWatch, observer: Observer
 ) -> dict[str, Any]:
     """One training in `folder`, from the start or after the epoch that its last.pt holds; returns its summary."""
     from train.engine.yolo.assemble import build_job
@@ -119,15 +122,15 @@ def train_yolo(
     )
     if trainer.ddp:
         records, ending = train_on_ranks(
-            trainer, stop, observer, first_epoch, lambda: stopped_message(folder)
+            trainer, watch, observer, first_epoch, lambda: stopped_message(folder)
         )
     else:
-        records, ending = train_here(trainer, stop, observer, first_epoch)
+        records, ending = train_here(trainer, watch, observer, first_epoch)
     return summarise(config, store, folder, job, records, ending)
 
 
 def train_here(
-    trainer: Any, stop: StopRequest, observer: Observer, first_epoch: int
+    trainer: Any, watch: StopWatch, observer: Observer, first_epoch: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train in this process; returns the records of all epochs and `ending_of` the trainer."""
     from train.engine.yolo.recorder import Recorder, describe_run
@@ -138,11 +141,9 @@ def train_here(
     recorder = Recorder(job.run, job.config, describe_run(job), observer, first_epoch)
     total, done = job.config.epochs * job.batches_per_epoch, first_epoch * job.batches_per_epoch
     try:
-        with (
-            StopWatch(stop, lambda: stopped_message(job.run)) as watching,
-            track_progress(total, f"training {job.run.name}", "batches", done) as progress,
-        ):
-            job.batch_finished = count_batches(stop, progress, job.run, watching)
+        watch.save = lambda: stopped_message(job.run)
+        with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
+            job.batch_finished = count_batches(watch, progress, job.run)
             job.epoch_finished = announce_epochs(recorder.epoch_finished, progress)
             trainer.train()
     except TrainError as error:
@@ -150,8 +151,8 @@ def train_here(
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise OutOfMemoryError(f"{MEMORY_ADVICE} (batch_size {trainer.batch_size})") from error
-        if stop.requested:  # a signal to the whole group ended loader workers first
-            raise Stopped(stopped_message(job.run), stop.exit_code) from error
+        if watch.stop.requested:  # a signal to the whole group ended loader workers first
+            raise Stopped(stopped_message(job.run), watch.stop.exit_code) from error
         raise
     finally:
         recorder.close()
@@ -174,16 +175,14 @@ def trainer_arguments(trainer: Any) -> dict[str, Any]:
     }
 
 
-def count_batches(
-    stop: StopRequest, progress: Progress, folder: Path, watching: StopWatch
-) -> Callable[[Any], None]:
+def count_batches(watch: StopWatch, progress: Progress, folder: Path) -> Callable[[Any], None]:
     """After every batch: count it, and end when a stop was asked for."""
 
     def batch_finished(trainer: Any) -> None:
         progress.advance()
-        if stop.requested:
-            watching.acknowledge()
-            raise Stopped(stopped_message(folder), stop.exit_code)
+        if watch.stop.requested:
+            watch.acknowledge()
+            raise Stopped(stopped_message(folder), watch.stop.exit_code)
 
     return batch_finished
 
