@@ -82,6 +82,12 @@ def test_the_same_value_written_otherwise_is_the_same_trial() -> None:
     assert typed[-1].name.startswith("resnet18-seed0-learning_rate=0.0003-")
 
 
+def test_paths_are_whole_for_workers_elsewhere() -> None:
+    (trial,) = plan(set={"student_path": ["weights.pt"], "dropout": ["0"]}, control=False)
+    assert trial.options["student_path"] == str(Path("weights.pt").resolve())
+    assert trial.options["dropout"] == 0
+
+
 def test_all_problems_are_named_together() -> None:
     with pytest.raises(ConfigError) as caught:
         load_sweep_config({**STORE, "students": ["resnet18"], "set": {"learnin_rate": ["1"], "seed": ["1"]}})

@@ -185,6 +185,11 @@ def trial_name(options: Mapping[str, Any], config: SweepConfig, store_fingerprin
     return f"{slug}{suffix}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
+def whole_path(value: Any) -> str | None:
+    """A path from the root, since workers may have another working directory; None for anything else."""
+    return str(value.resolve()) if isinstance(value, Path) else None
+
+
 def short_name(student: str) -> str:
     """`resnet/resnet18` → resnet18; `yolov8/n` stays whole."""
     kind, _, size = student.partition("/")
@@ -192,7 +197,7 @@ def short_name(student: str) -> str:
 
 
 def checked(config: SweepConfig, combinations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The combinations with their values as `cli train` understands them: plain numbers and words.
+    """The combinations with their values as `cli train` understands them: plain numbers and words, whole paths.
 
     Raises `ConfigError` now with what every trial would stumble over after hours.
     """
@@ -200,8 +205,9 @@ def checked(config: SweepConfig, combinations: Iterable[dict[str, Any]]) -> list
     problems: dict[str, None] = {}
     for options in combinations:
         try:
-            values = config_to_json(TrainConfig(store=config.store, out=config.out, **options))
-            settled.append({name: values[name] for name in options})
+            parsed = TrainConfig(store=config.store, out=config.out, **options)
+            plain = config_to_json(parsed)
+            settled.append({name: whole_path(getattr(parsed, name)) or plain[name] for name in options})
         except ValidationError as error:
             problems |= dict.fromkeys(describe_problem(item) for item in error.errors())
         except ConfigError as error:
