@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from train.config import TrainConfig, load_config
+from train.errors import ConfigError
 
 PANELS = {
     "Data and student": "task num_classes student_path pretrained data_root train_split val_split dropout freeze_encoder "
@@ -51,7 +52,9 @@ def train(
     from console.log import configure_logging
 
     configure_logging()
-    if gpu_devices and options.get("device") is None:
+    if gpu_devices:
+        if options.get("device") is not None:
+            raise ConfigError("--gpu-devices and --device both say where to train: give one of them")
         options["device"] = devices_from_numbers(gpu_devices)
     settings = load_config({"store": store, **options}, config)
     # ultralytics starts the processes of YOLO students.

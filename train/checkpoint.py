@@ -45,7 +45,9 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        # torch's own text hides what the disk said.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or " ".join(str(error).split())[:200]
         kept = f"; the previous {path.name} is intact" if path.exists() else ""
         raise CheckpointError(
             f"{path}: cannot be saved: {reason}{kept}. Free some space, then pass --resume"

@@ -164,6 +164,13 @@ def test_every_field_is_an_option_of_the_command():
     assert set(TrainConfig.model_fields) - {"sources"} <= offered
 
 
+def test_two_options_for_the_device_are_one_too_many():
+    from commands.train import train
+
+    with pytest.raises(ConfigError, match="--gpu-devices and --device both say where to train"):
+        train(store="x.zarr", gpu_devices="0", device="cpu")
+
+
 @pytest.mark.slow
 def test_command_line_reports_all_problems_and_takes_flags(tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:

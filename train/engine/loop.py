@@ -259,9 +259,9 @@ def check_finite(values: dict[str, float], where: str) -> None:
     if bad:
         named = [name for name in bad if name != "loss"] or bad
         raise NotFiniteError(
-            f"{named[0]} became {values[named[0]]} in {where}: training stopped, the last good "
-            "checkpoint is kept; try a lower --learning-rate, a longer --warmup-epochs or --precision fp32, then "
-            "--resume"
+            f"{named[0]} became {values[named[0]]} in {where}: training stopped, the last good checkpoint is kept; "
+            "start another run with a lower --learning-rate, a longer --warmup-epochs or --precision fp32 "
+            "(--student-path with this run's last.pt begins where it stood)"
         )
 
 
