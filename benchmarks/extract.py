@@ -3,8 +3,9 @@
     python benchmarks/extract.py [--quick] [--json] [--only overhead] [--rounds 5] [--images 50000]
 
 Overhead: JPEG files of 640×480 made from real photos, a random Qwen2.5-VL tower of a few blocks (deep enough that
-decoding is under 5 % of it), rounds interleaved, medians. Both sides leave their first batch out: there decoders
-start and caches fill. Extraction ends with the last commit (fsync included).
+decoding is under 5 % of it). The bare pass of each batch runs right after the extraction has encoded it, so that both
+meet the same noise; medians over rounds. The first batch is left out: there decoders start and caches fill. Extraction
+ends with the last commit (fsync included).
 
 Memory: resident memory of the process and its decoders, sampled while many small JPEG files are encoded by a small
 convolutional teacher; flat means that the last fifth needs no more than the second.
@@ -36,17 +37,20 @@ from commands.assets import asset
 from console.output import print_json, print_table
 from extract.config import load_config
 from extract.decoding import DecodeJob, decode_samples
+from extract.outcome import ExtractResult
 from extract.run import run_extraction
 from extract.sources import open_source
-from extract.teachers import load_teacher
+from extract.teachers import Teacher, load_teacher
 from extract.teachers.tiny import make_tiny_teacher
+from store.format import feature_arrays, image_arrays, logits_array
 
-SIZE, BATCH = 224, 8
+SIZE, BATCH = 224, 4
 BOUND = 1.10
 FLAT_MB = 60  # growth that counts as flat: the commit log's small arrays and the allocator's slack
 # Arithmetic for the real tower: parameters that a token passes, bf16 peak of an H100 SXM, and a usual share of it.
 TOWER_PARAMETERS, H100_FLOPS, UTILISATION = 0.63e9, 989e12, 0.4
 TOKENS = (SIZE // 14) ** 2
+WIDTH, TOKEN_SCALE_BYTES = 1280, 4
 
 
 def make_photos(folder: Path, count: int, size: tuple[int, int], quality: int = 90) -> None:
@@ -68,26 +72,43 @@ def link_photos(source: Path, folder: Path, count: int) -> None:
         os.link(files[number % len(files)], target)
 
 
-class CpuObserver:
-    """CPU seconds of this process and its decoders since the first batch; unlike wall time, right under load."""
+class Interleaved:
+    """An observer that runs the bare forward pass of each batch right after the extraction has encoded it.
 
-    def __init__(self) -> None:
-        self.first: float | None = None
-        self.last: float | None = None
+    So whatever else the machine does slows both alike. Decoders and writer go on meanwhile, as they do during the
+    extraction's own passes. wall, cpu: seconds of each bare pass.
+    """
+
+    def __init__(self, teacher: Teacher, batches: list[torch.Tensor]) -> None:
+        self.teacher, self.batches = teacher, batches
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self.first_cpu: float | None = None
+        self.last_cpu = 0.0
 
     def progress(self, done: int, total: int, message: str) -> None:
-        self.last = self.seconds()
-        if done > 0 and self.first is None:
-            self.first = self.last
+        if done == 0:
+            return
+        self.last_cpu = cpu_seconds()
+        if self.first_cpu is None:
+            self.first_cpu = self.last_cpu
+        started, cpu = time.perf_counter(), time.process_time()
+        self.teacher.encode(self.batches[len(self.wall)])
+        self.wall.append(time.perf_counter() - started)
+        self.cpu.append(time.process_time() - cpu)
 
-    def seconds(self) -> float:
-        processes = [psutil.Process(), *psutil.Process().children()]
-        times = [process.cpu_times() for process in processes if process.is_running()]
-        return sum(item.user + item.system for item in times)
+    def ratios(self, result: ExtractResult) -> tuple[float, float]:
+        """Extraction over bare passes, wall and CPU time, without the first batch: there decoders start."""
+        extraction = result.seconds - result.startup_seconds - sum(self.wall)
+        cpu = self.last_cpu - (self.first_cpu or 0.0) - sum(self.cpu[:-1])
+        return extraction / sum(self.wall[1:]), cpu / sum(self.cpu[1:])
 
-    @property
-    def spent(self) -> float:
-        return (self.last or 0.0) - (self.first or 0.0)
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its decoders."""
+    processes = [psutil.Process(), *psutil.Process().children()]
+    times = [process.cpu_times() for process in processes if process.is_running()]
+    return sum(item.user + item.system for item in times)
 
 
 # -- overhead -------------------------------------------------------------------------------------------
@@ -118,33 +139,28 @@ def measure_overhead(work: Path, images: int, depth: int, rounds: int) -> dict[s
             "overwrite": True,
         },
     )
-    bare, whole, cpu_ratios = [], [], []
+    teacher.encode(batches[0])
+    ratios, cpu_ratios, bare = [], [], []
     for _ in range(rounds):
-        teacher.encode(batches[0])
-        started, cpu = time.perf_counter(), time.process_time()
-        for batch in batches[1:]:
-            teacher.encode(batch)
-        bare.append(time.perf_counter() - started)
-        bare_cpu = time.process_time() - cpu
-        observer = CpuObserver()
-        result = run_extraction(config, [observer])
-        whole.append(result.seconds - result.startup_seconds)
-        cpu_ratios.append(observer.spent / bare_cpu)
-    ratios = [b / a for a, b in zip(bare, whole, strict=True)]
+        observer = Interleaved(teacher, batches)
+        wall_ratio, cpu_ratio = observer.ratios(run_extraction(config, [observer]))
+        ratios.append(wall_ratio)
+        cpu_ratios.append(cpu_ratio)
+        bare.append(sum(observer.wall) / images)
     return {
         "images": images - BATCH,
         "depth": depth,
         "batch": BATCH,
         "torch_threads": torch.get_num_threads(),
-        "bare_forward_s": statistics.median(bare),
-        "extract_s": statistics.median(whole),
+        "bare_ms_per_image": 1000 * statistics.median(bare),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "cpu_ratio": statistics.median(cpu_ratios),
         "cpu_ratios": cpu_ratios,
         "bound": BOUND,
-        "decode_share": decode_s / images * (images - BATCH) / statistics.median(bare),
+        "decode_share": decode_s / images / statistics.median(bare),
         "decode_ms_per_image": 1000 * decode_s / images,
+        "jpeg_bytes": statistics.mean(file.stat().st_size for file in photos.iterdir()),
     }
 
 
@@ -208,13 +224,26 @@ def measure_memory(work: Path, images: int) -> dict[str, Any]:
 # -- arithmetic -----------------------------------------------------------------------------------------
 
 
-def storage_choices() -> list[dict[str, Any]]:
-    """Bytes an image of the Qwen tower's features, by arithmetic from shapes and dtypes."""
-    width = 1280
-    choices = {"pooled (always)": width * 2}
-    choices |= {f"--grid {side}": side * side * width * 2 for side in (7, 8, 16)}
-    choices["--views 4 (pooled)"] = 4 * (width * 2 + 48)
-    choices["--images raw (224 px)"] = SIZE * SIZE * 3
+def storage_choices(jpeg_bytes: float | None) -> list[dict[str, Any]]:
+    """Bytes an image of each thing that a store can hold, from the shapes and dtypes of its own format."""
+
+    def features(**options: Any) -> int:
+        return sum(spec.row_bytes for spec in feature_arrays(WIDTH, **options))
+
+    pooled = features()
+    choices: dict[str, float] = {"features/pooled (always)": pooled}
+    choices |= {f"--grid {side}": features(grid=side) - pooled for side in (7, 8, 16)}
+    choices["--views 4"] = features(views=4) - pooled
+    choices["--views 4 with --grid 8"] = features(views=4, grid=8) - features(grid=8)
+    choices["clips: a row of frames, each"] = pooled
+    choices["--logits, 1,000 classes"] = logits_array("probe", 1000).row_bytes
+    choices[f"--images raw ({SIZE} px)"] = sum(spec.row_bytes for spec in image_arrays("raw", SIZE))
+    if jpeg_bytes is not None:
+        choices["--images jpeg (the 640×480 files of this benchmark)"] = round(jpeg_bytes)
+    choices["cli convert --int8: pooled"] = WIDTH + TOKEN_SCALE_BYTES
+    choices["cli convert --int8: --grid 8"] = 64 * (WIDTH + TOKEN_SCALE_BYTES)
+    choices["cli convert --pca 256: pooled"] = 256 * 2
+    choices["cli convert --pca 256: --grid 8"] = 64 * 256 * 2
     return [
         {"stored": name, "bytes an image": size, "GB a million": size / 1e3} for name, size in choices.items()
     ]
@@ -225,7 +254,9 @@ def h100_arithmetic(decode_ms: float) -> dict[str, Any]:
     rate = H100_FLOPS * UTILISATION / (2 * TOWER_PARAMETERS * TOKENS)
     return {
         "images_per_second": rate,
-        "assumes": f"{H100_FLOPS / 1e12:.0f} TFLOP/s bf16 at {UTILISATION:.0%}, 32 blocks, {SIZE} px",
+        "tflop_per_image": 2 * TOWER_PARAMETERS * TOKENS / 1e12,
+        "assumes": f"{H100_FLOPS / 1e12:.0f} TFLOP/s bf16 at {UTILISATION:.0%}, {TOWER_PARAMETERS / 1e9:.2f} billion "
+        f"parameters × {TOKENS} tokens × 2",
         "decoding_cores": rate * decode_ms / 1000,
         "pooled_mb_per_second": rate * 2560 / 1e6,
         "grid16_mb_per_second": rate * 256 * 2560 / 1e6,
@@ -246,7 +277,7 @@ def main() -> None:
     if arguments.quick:
         arguments.rounds, arguments.images = 1, min(arguments.images, 2000)
     work = Path(tempfile.mkdtemp(prefix="extract-benchmark-"))
-    report: dict[str, Any] = {"storage": storage_choices()}
+    report: dict[str, Any] = {}
     try:
         if arguments.only != "memory":
             images = 24 if arguments.quick else 48
@@ -256,6 +287,7 @@ def main() -> None:
             report["memory"] = measure_memory(work, arguments.images)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    report["storage"] = storage_choices(report.get("overhead", {}).get("jpeg_bytes"))
     if arguments.json:
         print_json(report)
         return
@@ -270,8 +302,8 @@ def main() -> None:
 
 def print_overhead(overhead: dict[str, Any], h100: dict[str, Any]) -> None:
     print(
-        f"extract {overhead['extract_s']:.2f} s, bare forward passes {overhead['bare_forward_s']:.2f} s: ratio "
-        f"{overhead['ratio']:.3f} (bound {BOUND}); rounds {[round(ratio, 3) for ratio in overhead['ratios']]}"
+        f"wall time of extract over that of the bare forward passes: {overhead['ratio']:.3f} (bound {BOUND}); "
+        f"rounds {[round(ratio, 3) for ratio in overhead['ratios']]}"
     )
     print(
         f"  CPU seconds, decoders included: ratio {overhead['cpu_ratio']:.3f}, rounds "
@@ -279,8 +311,8 @@ def print_overhead(overhead: dict[str, Any], h100: dict[str, Any]) -> None:
     )
     print(
         f"  {overhead['images']} JPEG files 640×480, batches of {overhead['batch']}, {overhead['depth']} blocks, "
-        f"{overhead['torch_threads']} threads; decoding {overhead['decode_ms_per_image']:.1f} ms an image, "
-        f"{overhead['decode_share']:.1%} of the forward passes"
+        f"{overhead['torch_threads']} threads; forward {overhead['bare_ms_per_image']:.0f} ms, decoding "
+        f"{overhead['decode_ms_per_image']:.1f} ms an image: {overhead['decode_share']:.1%} of it"
     )
     print(
         f"arithmetic, not measured: an H100 ({h100['assumes']}) encodes {h100['images_per_second']:.0f} images/s, asks "

@@ -83,7 +83,8 @@ class AdaptiveBatch:
             try:
                 return [work(slice(start, start + self.limit)) for start in range(0, count, self.limit)]
             except torch.OutOfMemoryError:
-                self.halve(count)
+                pass  # halved outside, where the traceback no longer keeps the failed pass's tensors
+            self.halve(count)
 
     def halve(self, count: int) -> None:
         size = min(self.limit, count)
@@ -91,7 +92,7 @@ class AdaptiveBatch:
             raise OutOfMemory(
                 f"out of memory on {self.device} with one image of {self.image_size} pixels: "
                 "use a smaller --image-size, --dtype bfloat16 or a device with more memory"
-            ) from None
+            )
         self.limit = size // 2
         self.halved.append(self.limit)
         if self.device.type == "cuda":
