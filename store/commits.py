@@ -1,6 +1,6 @@
 """The commit log of one shard: what is in it is committed, what is not never happened.
 
-A commit is one record, appended and synced after the data it vouches for:
+A commit is one record, appended after the data it vouches for:
 
     b"COMMIT1\\n" | header length uint32 | payload length uint64 | header JSON | payload | crc32c uint32
 
@@ -15,6 +15,8 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,8 +66,8 @@ def encode_commit(
 def read_commits(path: Path, *, check_all: bool = False) -> list[Commit]:
     """The valid records of a log, in order; a missing file has none.
 
-    Only the last record can be torn, so only its checksum is read, unless `check_all`, which raises
-    StoreError for a damaged record in the middle.
+    Only the last record's checksum is read, which a killed process may have torn; unless `check_all`, which
+    raises StoreError for a damaged record in the middle.
     """
     if not path.exists():
         return []
@@ -83,6 +85,14 @@ def read_commits(path: Path, *, check_all: bool = False) -> list[Commit]:
                     "delete this file and run the extraction again to redo its shard"
                 )
     return commits
+
+
+def intact_commits(path: Path) -> list[Commit]:
+    """The records before the first damaged one; every checksum is read."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return list(takewhile(partial(_is_intact, file), list(_scan(file, path.stat().st_size))))
 
 
 def _scan(file: BinaryIO, size: int) -> Iterator[Commit]:

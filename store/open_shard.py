@@ -1,55 +1,54 @@
-"""One shard of a job while it is written: its partial files, its commit log, what waits in memory."""
+"""One shard of a job while it is written: its partial files, its commit log, what waits in memory.
+
+A commit record is written at once, so that a killed process loses nothing of it, and data and log are synced a
+little later. A power failure in between may keep a record and lose its data; but every record carries the
+checksums of all data before it, and resuming goes back to the last one that is true.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections import deque
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from store.block import Block
 from store.commits import Commit, encode_commit
+from store.errors import StoreError
 from store.files import sync_folder, write_all
 from store.job import Job, log_path
 from store.shards import ShardFile
 
-
-class Begun(NamedTuple):
-    """A commit on its way: rows, (bytes, crc32c) of each partial file up to them, the small arrays."""
-
-    start: int
-    stop: int
-    prefix: dict[str, tuple[int, int]]
-    parts: dict[str, bytes]
+log = logging.getLogger(__name__)
 
 
 class OpenShard:
     """One shard being written: a partial file for each direct array, memory for the rest, one log.
 
-    Two threads share it: one appends and begins commits, the other finishes those that have begun.
+    Two threads share it: one appends and commits, the other syncs.
     """
 
     def __init__(self, store: Path, job: Job, split: str, shard: int, commits: list[Commit]) -> None:
         self._groups = job.ragged_groups
         self.first, self.end = job.shard_range(split, shard)
-        self.committed = commits[-1].stop if commits else self.first  # in a commit, begun or finished
         self.uncommitted = 0
         self.waiting = 0  # bytes that are in no commit yet
         self._parts: dict[str, list[bytes]] = {}
-        self._begun: deque[Begun] = deque()
         self._broken = False
         self._log_path, self._log_fd = log_path(store, job, split, shard), -1
         self.files: dict[str, ShardFile] = {}
+        for spec in job.direct:
+            layout = job.layout(spec, job.splits[split].rows)
+            self.files[spec.name] = ShardFile(store / split / spec.name, layout, shard)
         try:
-            # First, so that no log vouches for files that are about to be cut.
+            commits = self._true_commits(commits)
+            self.committed = self._synced = commits[-1].stop if commits else self.first
+            self._check_kept(job.splits[split].start)
+            # The log first: it must never vouch for files that are about to be cut.
             self._log_fd = self._open_log(commits[-1].end if commits else 0)
-            for spec in job.direct:
-                layout = job.layout(spec, job.splits[split].rows)
-                self.files[spec.name] = ShardFile(store / split / spec.name, layout, shard)
-                written, crc = commits[-1].prefix[spec.name] if commits else (0, 0)
-                self.files[spec.name].resume(written, crc)
+            for name, file in self.files.items():
+                file.resume(*(commits[-1].prefix[name] if commits else (0, 0)))
         except BaseException:
             self.close()
             raise
@@ -69,45 +68,46 @@ class OpenShard:
                 self._keep(spec.name, b"".join(entry.tobytes() for entry in entries))
         self.uncommitted += block.rows
 
-    def begin_commit(self) -> None:
-        """Put the rows appended so far into a commit, for `finish_commits`."""
-        start, stop = self.committed, self.committed + self.uncommitted
-        prefix = {name: (file.written, file.crc) for name, file in self.files.items()}
-        parts = {name: b"".join(blocks) for name, blocks in self._parts.items()}
-        self._begun.append(Begun(start, stop, prefix, parts))
+    def commit(self) -> None:
+        """Record the rows appended so far: they outlive this process from now on, the power after `sync`."""
+        stop = self.committed + self.uncommitted
+        self._record(stop, None, {name: b"".join(blocks) for name, blocks in self._parts.items()})
         self.committed, self.uncommitted, self.waiting = stop, 0, 0
         self._parts.clear()
 
-    def finish_commits(self, stop: int) -> None:
-        """Make rows up to `stop` durable, with every commit that has begun: data, then records, one sync for all.
+    def sync(self, stop: int) -> None:
+        """Make commits up to row `stop` outlast a power failure, with all that have come since.
 
-        Does nothing when an earlier call took them along, or failed: no record may follow a torn one.
+        After the shard's last row, its files are published, and a last record says so. Does nothing when an
+        earlier call did it.
         """
-        if not self._broken and self._begun and self._begun[0].stop <= stop:
-            begun = [self._begun.popleft() for _ in range(len(self._begun))]
-            self._broken = True
-            self._finish(begun)
-            self._broken = False
-
-    def _finish(self, begun: list[Begun]) -> None:
-        finished = self._finish_files() if begun[-1].stop == self.end else None
-        if finished is None:
+        if stop <= self._synced or self._broken:
+            return
+        self._broken = True  # until it went well: after a failed sync, another one proves nothing
+        reached = self.committed
+        if reached == self.end:
+            self.finish()
+        else:
             for file in self.files.values():
                 file.sync()
-        for commit in begun:
-            for piece in encode_commit(
-                commit.start,
-                commit.stop,
-                commit.prefix,
-                finished if commit is begun[-1] else None,
-                commit.parts,
-            ):
-                write_all(self._log_fd, piece)
+            os.fsync(self._log_fd)
+        self._synced, self._broken = reached, False
+
+    def finish(self) -> None:
+        """Publish the files of a shard whose rows are all committed."""
+        names = [*self._groups, *(spec.name for group in self._groups.values() for spec in group)]
+        self._record(self.end, self._finish_files(), dict.fromkeys(names, b""))
         os.fsync(self._log_fd)
-        if finished is not None:
-            for file in self.files.values():
-                file.discard_partial()
-            self.close()
+        for file in self.files.values():
+            file.discard_partial()
+        self.close()
+
+    def _record(
+        self, stop: int, finished: dict[str, tuple[int, int]] | None, parts: dict[str, bytes]
+    ) -> None:
+        prefix = {name: (file.written, file.crc) for name, file in self.files.items()}
+        for piece in encode_commit(self.committed, stop, prefix, finished, parts):
+            write_all(self._log_fd, piece)
 
     def _finish_files(self) -> dict[str, tuple[int, int]]:
         """Publish the shard's files; array → (bytes, crc32c)."""
@@ -123,6 +123,30 @@ class OpenShard:
     def _keep(self, name: str, data: bytes) -> None:
         self._parts.setdefault(name, []).append(data)
         self.waiting += len(data)
+
+    def _true_commits(self, commits: list[Commit]) -> list[Commit]:
+        """The commits whose data are in the files."""
+        true = len(commits)
+        for name, file in self.files.items():
+            sums = file.checksums([commit.prefix[name][0] for commit in commits])
+            while true and sums[true - 1] != commits[true - 1].prefix[name][1]:
+                true -= 1
+        if true < len(commits):
+            log.warning(
+                "%s: rows %d:%d are written again: their data did not reach the disk, or are damaged",
+                self._log_path,
+                commits[true].start,
+                commits[-1].stop,
+            )
+        return commits[:true]
+
+    def _check_kept(self, start: int) -> None:
+        """Raises StoreError when rows before `start`, which come from an earlier job, are damaged."""
+        if self.committed < min(start, self.end):
+            raise StoreError(
+                f"{self._log_path}: rows {self.committed}:{min(start, self.end)} were stored before and are "
+                "damaged now (crc32c differs); extract again with --overwrite"
+            )
 
     def _open_log(self, end: int) -> int:
         """The log, cut after its last valid record."""

@@ -166,7 +166,8 @@ def check_commit(folder: Path, job: Job, split: str, shard: int, last: Commit) -
     """The bytes that a shard's last record vouches for."""
     for spec in job.direct:
         file = ShardFile(folder / split / spec.name, job.layout(spec, job.splits[split].rows), shard)
-        path = file.final if last.finished is not None else file.partial
+        published = last.finished is not None or not file.partial.exists()
+        path = file.final if published else file.partial
         size, crc = (last.prefix if last.finished is None else last.finished)[spec.name]
         have = path.stat().st_size if path.exists() else 0
         if have < size:

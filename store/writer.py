@@ -1,10 +1,11 @@
 """Append rows to a store: whole shards written directly, small arrays in the commit log.
 
-A row is committed when its record is in its shard's log: at least every 1,024 rows or 60 seconds.
-What was not committed is written again by the next run, and the files come out bit-identical.
+A row is committed when its record is in its shard's log: at least every 1,024 rows or 60 seconds. What was not
+committed when a process was killed is written again by the next run, and the files come out bit-identical.
 
-A second thread syncs, while the next rows are computed. Where rows come faster than a disk can sync, up to
-sixteen commits wait for it and share a sync: one for each would cost more than half the speed.
+A second thread syncs data and log, while the next rows are computed. Where rows come faster than the disk, the
+commits of up to 128 MB share a sync: one for each would cost most of the speed. Only a power failure can
+undo those, and the next run notices (see open_shard.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from types import TracebackType
 import numpy as np
 
 from store.block import Block, Values, prepare_block
-from store.commits import read_commits
+from store.commits import intact_commits, read_commits
 from store.errors import StoreError
 from store.files import disk_errors
 from store.format import FEATURES_JOB, OWN_ARRAYS, VALID
@@ -36,7 +37,6 @@ from store.plan import batches
 COMMIT_ROWS = 1024
 COMMIT_SECONDS = 60.0
 COMMIT_BYTES = 128 * 1024 * 1024  # large rows: bounds memory, and the disk works while rows are computed
-COMMITS_AHEAD = 16  # commits that may wait for the disk, all of them together within COMMIT_BYTES
 
 
 class StoreWriter:
@@ -68,8 +68,8 @@ class StoreWriter:
         self._shard: OpenShard | None = None
         self._failed = self._closed = False
         self._last_commit = time.monotonic()
-        self._committer = ThreadPoolExecutor(1, "store-commit")
-        self._commits: deque[tuple[Future[None], int]] = deque()  # under way, and their bytes
+        self._syncer = ThreadPoolExecutor(1, "store-sync")
+        self._syncs: deque[tuple[Future[None], int]] = deque()  # under way, and their bytes
         with disk_errors(self.path):
             folder = locks_folder(self.path, self.job)
             self._lock = RowLock(folder, split, self.start, self.stop, break_lock=break_lock)
@@ -125,7 +125,7 @@ class StoreWriter:
         with self._failing_for_good():
             self._lock.check()
             if self._shard is not None and self._shard.uncommitted + block.rows > self.commit_rows:
-                self._begin_commit()
+                self._commit()
             self._write(block)
             self._commit_when_due()
         return block.fixed.get(VALID, np.ones(block.rows, dtype=bool))
@@ -134,9 +134,10 @@ class StoreWriter:
         """Make every appended row durable; returns when it is."""
         self._check_usable()
         with self._failing_for_good():
-            self._begin_commit()
-            while self._commits:
-                self._await_commit()
+            self._lock.check()
+            self._commit()
+            while self._syncs:
+                self._await_sync()
 
     def close(self, *, commit: bool = True) -> None:
         """Commit (unless told not to) and let go of files and lock. May be called twice."""
@@ -145,7 +146,7 @@ class StoreWriter:
                 self.commit()
         finally:
             self._closed = True
-            self._committer.shutdown()
+            self._syncer.shutdown()
             if self._shard is not None:
                 self._shard.close()
                 self._shard = None
@@ -163,13 +164,17 @@ class StoreWriter:
 
     def _resume(self) -> int:
         """Open the first shard that is not complete. Returns the first row to append."""
-        for shard in range(self.start // self.job.shard_rows, -(-self.stop // self.job.shard_rows)):
-            first, end = self.job.shard_range(self.split, shard)
-            commits = read_commits(log_path(self.path, self.job, self.split, shard))
-            if not (commits and commits[-1].finished is not None):
-                self._shard = OpenShard(self.path, self.job, self.split, shard, commits)
-                return self._shard.committed
-            assert end == commits[-1].stop, (first, end, commits[-1])
+        mine = range(self.start // self.job.shard_rows, -(-self.stop // self.job.shard_rows))
+        for shard in [shard for shard in self.job.shards(self.split) if shard in mine]:
+            log = log_path(self.path, self.job, self.split, shard)
+            commits = read_commits(log)
+            if commits and commits[-1].finished is not None:
+                continue
+            opened = OpenShard(self.path, self.job, self.split, shard, intact_commits(log))
+            if opened.committed < opened.end:
+                self._shard = opened
+                return opened.committed
+            opened.finish()  # killed between its last rows and its publication
         return self.stop
 
     @contextmanager
@@ -180,34 +185,29 @@ class StoreWriter:
             yield
         self._failed = False
 
-    def _begin_commit(self) -> None:
-        """Let the second thread sync and record what was appended; wait while it is too far behind."""
+    def _commit(self) -> None:
+        """Record what was appended, and let the second thread sync it; wait while that is too far behind."""
         self._last_commit = time.monotonic()
         shard = self._shard
         if shard is None or not shard.uncommitted:
             return
-        begun_bytes = shard.waiting
-        shard.begin_commit()
-        stop = shard.committed
+        size = shard.waiting
+        shard.commit()
+        self._syncs.append((self._syncer.submit(self._sync, shard, shard.committed), size))
+        while self._syncs and (self._syncs[0][0].done() or self._too_far_behind()):
+            self._await_sync()
 
-        def run() -> None:
-            self._lock.check()
-            shard.finish_commits(stop)
+    def _sync(self, shard: OpenShard, stop: int) -> None:
+        self._lock.check()
+        shard.sync(stop)
 
-        self._commits.append((self._committer.submit(run), begun_bytes))
-        while self._commits[0][0].done() or self._too_far_ahead():
-            self._await_commit()
-            if not self._commits:
-                return
+    def _too_far_behind(self) -> bool:
+        return len(self._syncs) > 1 and sum(size for _, size in self._syncs) > COMMIT_BYTES
 
-    def _too_far_ahead(self) -> bool:
-        waiting = sum(size for _, size in self._commits)
-        return len(self._commits) > 1 and (len(self._commits) > COMMITS_AHEAD or waiting > COMMIT_BYTES)
-
-    def _await_commit(self) -> None:
-        """Wait for the oldest commit under way. Raises what it raised."""
-        commit, _ = self._commits.popleft()
-        commit.result()
+    def _await_sync(self) -> None:
+        """Wait for the oldest sync under way. Raises what it raised."""
+        sync, _ = self._syncs.popleft()
+        sync.result()
 
     def _write(self, block: Block) -> None:
         """Write a block's rows, shard by shard."""
@@ -221,7 +221,7 @@ class StoreWriter:
             done += count
             self.next_row += count
             if self.next_row == self._shard.end:
-                self._begin_commit()
+                self._commit()
                 self._shard = None
 
     def _commit_when_due(self) -> None:
@@ -229,7 +229,7 @@ class StoreWriter:
             return
         late = time.monotonic() - self._last_commit >= self.commit_seconds
         if late or self._shard.uncommitted >= self.commit_rows or self._shard.waiting >= COMMIT_BYTES:
-            self._begin_commit()
+            self._commit()
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -18,7 +18,7 @@ import pytest
 from crash_writer import build
 from store_samples import files_of, small_arrays, small_block, small_manifest, write_rows
 
-from store import Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
+from store import Plan, StoreError, StoreWriter, create_store, extend_store, finalize_store, open_store
 from store.verify import verify_store
 
 KILLED = 9
@@ -248,7 +248,74 @@ def test_an_error_in_the_middle_leaves_a_writer_that_refuses(
         with pytest.raises(StoreError, match="an earlier write failed; open a new writer"):
             writer.append(small_block(24, 32))
     with StoreWriter(path, "train") as writer:
-        assert writer.next_row == 16
+        assert writer.next_row == 24  # recorded, and their data turned out to be there
     write_rows(path, "train")
     finalize_store(path)
     assert_same_store(path, files_of(undisturbed), "after a full disk")
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize(
+    ("kept_bytes", "resumes_at"),
+    [(None, 96), (0, 64), (1, 64), (16 * 32, 80), (16 * 32 + 5, 80), (17 * 32, 80)],
+)
+def test_a_power_failure_may_keep_records_and_lose_their_data(
+    make_store: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    codec: str,
+    kept_bytes: int | None,
+    resumes_at: int,
+) -> None:
+    """Resuming goes back to the last record whose data are there. Here the second shard's pooled file lost some."""
+    arrays = [spec.model_copy(update={"codec": codec if spec.direct else "none"}) for spec in small_arrays()]
+    keys = {"train": [str(row) for row in range(150)]}
+    stores = [tmp_path / name for name in ("one.zarr", "two.zarr")]
+    for path in stores:
+        create_store(path, small_manifest(), Plan(keys, batch_rows=8, shard_rows=64), arrays)
+    write_rows(stores[0], "train")
+    finalize_store(stores[0])
+    with StoreWriter(stores[1], "train", commit_rows=16) as writer:
+        for start in range(0, 96, 8):
+            writer.append(small_block(start, start + 8))
+    partial = stores[1] / "train/features/pooled/c/1/0.partial"
+    data = partial.read_bytes()
+    assert len(data) == 32 * 32
+    if kept_bytes is not None:
+        partial.write_bytes(data[:kept_bytes] + (bytes(len(data) - kept_bytes) if kept_bytes % 2 else b""))
+    with StoreWriter(stores[1], "train") as writer:
+        assert writer.next_row == resumes_at
+    assert ("are written again" in caplog.text) == (resumes_at < 96)
+    write_rows(stores[1], "train")
+    finalize_store(stores[1])
+    assert_same_store(stores[1], files_of(stores[0]), kept_bytes)
+
+
+def test_rows_of_an_earlier_job_are_not_written_again(make_store: Any) -> None:
+    """An extension cannot make rows anew that it was not given: damage to them is an error."""
+    path = make_store(train=100)
+    extend_store(path, {"train": ["new"]})
+    partial = path / "train/features/pooled/c/1/0.partial"
+    partial.write_bytes(bytes(len(partial.read_bytes())))
+    with pytest.raises(StoreError, match=r"rows 64:100 were stored before and are damaged now"):
+        StoreWriter(path, "train")
+    assert list((path / ".work/features/locks").iterdir()) == []  # the refused writer holds nothing
+
+
+def test_a_killed_writer_loses_no_commit(make_store: Any, tmp_path: Path) -> None:
+    """However far the disk is behind: rows appended as fast as they can be, then kill -9."""
+    path = make_store(complete=False, shard_rows=65_536, train=60_000)
+    block = small_block(0, 64)
+    appended = tmp_path / "appended"
+
+    def run() -> None:
+        with StoreWriter(path, "train") as writer:
+            for start in range(0, 40_000, 64):
+                writer.append(block)
+                if start > 20_000:
+                    appended.write_text(str(start + 64))
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_code(in_child(run)) == -KILLED
+    with StoreWriter(path, "train") as writer:
+        assert 0 <= int(appended.read_text()) - writer.next_row < 1024

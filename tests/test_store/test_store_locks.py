@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_samples import small_block
 
-from store import LockedError, StoreWriter
+from store import LockedError
 from store.locks import STALE_AFTER_S, RowLock, is_abandoned, process_start, read_owner, this_process
 
 HOLD = """
@@ -141,18 +140,3 @@ def test_a_forked_child_does_not_release(tmp_path: Path) -> None:
 def test_process_start_of_nobody() -> None:
     assert process_start(2**22 + 1) is None
     assert process_start(os.getpid()) == process_start(os.getpid())
-
-
-def test_error_while_opening_releases_the_lock(make_store: Any) -> None:
-    path = make_store(complete=False, train=100)
-    with StoreWriter(path, "train") as writer:
-        writer.append(small_block(0, 8))
-    partial = path / "train/features/grid/c/0/0/0/0.partial"
-    content = bytearray(partial.read_bytes())
-    content[3] ^= 1
-    partial.write_bytes(content)
-    from store import StoreError
-
-    with pytest.raises(StoreError, match="committed bytes have another crc32c than recorded"):
-        StoreWriter(path, "train")
-    assert list((path / ".work/features/locks").iterdir()) == []

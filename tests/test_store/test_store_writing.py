@@ -187,6 +187,19 @@ def test_appended_rows_equal_a_store_made_at_once(
     assert_same_files(make_store("at_once.zarr", train=after, val=10, test=1), path)
 
 
+def test_a_split_without_new_rows_is_not_written_again(make_store: Any) -> None:
+    path = make_store(train=100, val=10)
+    before = (path / "val/features/grid/c/0/0/0/0").stat()
+    extend_store(path, {"train": ["new"]})
+    with StoreWriter(path, "val") as writer:
+        assert writer.next_row == 10
+        assert list(writer.batches()) == []
+    write_rows(path, "train")
+    finalize_store(path)
+    assert (path / "val/features/grid/c/0/0/0/0").stat().st_ino == before.st_ino
+    assert_rows(path, "val", 10)
+
+
 def test_appending_a_known_key_is_refused(make_store: Any) -> None:
     path = make_store(train=10)
     with pytest.raises(StoreError, match=r"key 'train/00003\.jpg' stands for rows"):
