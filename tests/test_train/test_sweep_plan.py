@@ -14,7 +14,7 @@ from console.option_file import read_option_file
 from train.errors import ConfigError
 from train.sweep.board import best_of, line, read_records, read_state
 from train.sweep.config import Trial, load_sweep_config, plan_trials
-from train.sweep.run import is_done, only_sweep, thread_share, trial_folder, write_plan
+from train.sweep.run import is_done, local_workers, only_sweep, thread_share, trial_folder, write_plan
 from train.sweep.worker import Order, failure_reason, only_one, run_trial
 
 STORE = {"store": "features.zarr", "out": Path("sweep")}
@@ -245,6 +245,21 @@ def test_records_of_a_run_that_is_writing_are_read_up_to_the_last_whole_line(tmp
     records = read_records(path)
     assert [record["epoch"] for record in records] == [1, 2]
     assert best_of(records) == ("top1", 0.75)
+
+
+def test_each_local_trial_has_a_gpu_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.sweep.run.visible_gpus", lambda: ["4", "7"])
+    for jobs, trials, expected in ((None, 5, ["4", "7"]), (3, 5, ["4", "7", "4"]), (None, 1, ["4"])):
+        count, workers, threads = local_workers(jobs, trials)
+        assert (count, threads) == (len(expected), None)
+        assert [w["options"]["env"]["CUDA_VISIBLE_DEVICES"] for w in workers.values()] == expected
+        assert all(worker["options"]["resources"] == {"trial": 1} for worker in workers.values())
+
+
+def test_local_cpu_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.sweep.run.visible_gpus", list)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert [local_workers(jobs, 9)[::2] for jobs in (None, 2, 5, 20)] == [(3, 4), (2, 6), (5, 2), (9, 1)]
 
 
 def test_threads_of_a_foreign_worker_are_divided_among_its_trials() -> None:

@@ -182,22 +182,24 @@ def collect(
 
 def record(folder: Path, client: Client, future: Future) -> None:
     """Keep the outcome here too: a worker of another machine wrote it to its own disk, and so the run's files."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         outcome, worker = future.result()
+        if outcome["state"] == "done" and not (folder / RUN_FOLDER / SUMMARY).exists():
+            bring_back(folder, client, worker)
     except Exception as error:  # KilledWorker, or dask's own when the scheduler is gone
-        outcome, worker = (
-            ended("failed", f"lost: {type(error).__name__}: {' '.join(str(error).split())}"),
-            None,
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if worker is not None and outcome["state"] == "done" and not (folder / RUN_FOLDER / SUMMARY).exists():
-        # Not as a task: the worker's threads belong to the next trials.
-        files = client.run(read_run, folder.resolve(), workers=[worker])[worker]
-        for name, data in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(data)
+        outcome = ended("failed", f"lost: {type(error).__name__}: {' '.join(str(error).split())}")
     if read_json(folder / OUTCOME_FILE) != outcome:
         write_json(folder / OUTCOME_FILE, outcome)
+
+
+def bring_back(folder: Path, client: Client, worker: str) -> None:
+    """Copy a finished trial's files from the disk of the worker that ran it."""
+    # Not as a task: the worker's threads belong to the next trials.
+    files = client.run(read_run, folder.resolve(), workers=[worker])[worker]
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def wait_for_running(futures: dict[Future, Trial]) -> None:
