@@ -55,13 +55,20 @@ def print_description(described: dict[str, Any]) -> None:
     state = "complete" if described["complete"] else "INCOMPLETE: run the same extraction again to resume"
     print(f"{described['path']}: format version {manifest['format_version']}, {state}")
     print(
-        f"teacher        {teacher['name']}, {teacher['width']} wide, {teacher['layer']}, {teacher['dtype']}"
+        f"teacher        {teacher['name']}, {teacher['width']} wide, {teacher['layer']}, {teacher['dtype']}, "
+        f"weights {teacher['fingerprint']}"
     )
     if teacher["random_weights"]:
         print("               random weights: shows the machinery, teaches nothing")
     print(f"preprocessing  {preprocessing['image_size']} px, {preprocessing['resize']}")
     print(f"classes        {len(manifest['class_names'])}, source {manifest['source'] or 'not recorded'}")
+    print(f"data           {manifest['data_root'] or 'not recorded'}, digest {manifest['digest'] or '-'}")
     print(f"fingerprint    {described['fingerprint'] or '-'}")
+    print(f"software       {', '.join(f'{name} {number}' for name, number in manifest['software'].items())}")
+    for name, value in manifest["options"].items():
+        print(f"option         {name}: {value}")
+    if described["bytes_on_disk"] is not None:
+        print(f"on disk        {described['bytes_on_disk'] / 1e6:,.1f} MB, everything included")
     for job, splits in described["pending"].items():
         done = ", ".join(f"{name} {have} of {rows}" for name, (have, rows) in splits.items())
         print(f"being written  {job}: {done} rows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,13 @@ def describe_store(path: str | os.PathLike[str]) -> dict[str, Any]:
         "pending": describe_pending(store),
     }
     described["bytes"] = sum(split["bytes"] for split in described["splits"].values())
+    described["bytes_on_disk"] = None if is_url(store.location) else bytes_on_disk(store.path)
     return described
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """All files together, keys, padding, indices and metadata included."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def describe_split(split: Split) -> dict[str, Any]:
@@ -43,9 +50,12 @@ def describe_split(split: Split) -> dict[str, Any]:
 
 
 def describe_array(split: Split, name: str) -> dict[str, Any]:
+    """Bytes are those of the rows; of a compressed array, those of its files."""
     layout = split.array(name).layout
     spec: ArraySpec | None = split.specs.get(name)
     size = layout.rows * layout.row_bytes
+    if layout.codec != "none" and not is_url(split.location):
+        size = bytes_on_disk(split.path / name / "c")
     return {
         "shape": list(layout.shape),
         "dtype": layout.dtype.name,

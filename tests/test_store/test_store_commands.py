@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
-from store_samples import write_rows
+from store_samples import small_manifest, write_rows
 from typer.testing import CliRunner
 
 from commands import store as commands
-from store import StoreError
+from store import Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
+from store.format import feature_arrays
 
 
 def run(*arguments: Any) -> Any:
@@ -31,13 +33,32 @@ def test_inspect(make_store: Any) -> None:
     assert "train: 100 rows, 0 bad" in text
     assert "features/grid" in text
     assert "100 × 2 × 2 × 16" in text
+    assert f"weights {'0' * 32}" in text
+    assert "software       numpy" in text
+    assert f"digest {open_store(path).manifest.digest}" in text
     described = json.loads(run("inspect", path, "--json").stdout)
     assert described["complete"] is True
     assert described["manifest"]["teacher"]["width"] == 16
     grid = described["splits"]["train"]["arrays"]["features/grid"]
     assert grid["shape"] == [100, 2, 2, 16]
     assert grid["bytes_per_sample"] == 128
+    files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    assert described["bytes_on_disk"] == sum(files)
     assert described["bytes"] == sum(split["bytes"] for split in described["splits"].values())
+
+
+def test_inspect_shows_what_compression_saves(tmp_path: Path) -> None:
+    """A grid of zeros: its bytes are those of its files, not of its rows."""
+    path = tmp_path / "s.zarr"
+    (spec,) = (spec for spec in feature_arrays(64, grid=8) if spec.name == "features/grid")
+    spec = spec.model_copy(update={"codec": "zstd"})
+    create_store(path, small_manifest(), Plan({"train": map(str, range(64))}), [spec])
+    with StoreWriter(path, "train") as writer:
+        writer.append({"features/grid": np.zeros((64, 8, 8, 64), np.float16)})
+    finalize_store(path)
+    grid = json.loads(run("inspect", path, "--json").stdout)["splits"]["train"]["arrays"]["features/grid"]
+    assert grid["codec"] == "zstd"
+    assert 0 < grid["bytes"] < 64 * 8 * 8 * 64 * 2 / 10
 
 
 def test_inspect_of_an_incomplete_store(make_store: Any) -> None:
