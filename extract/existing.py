@@ -226,9 +226,10 @@ def committed_part(path: Path, job: Job, split: str, name: str) -> Iterator[tupl
             continue
         with log.open("rb") as file:
             for commit in read_commits(log):
-                position, length = commit.parts[name]
-                file.seek(position)
-                yield commit.start, commit.stop, file.read(length)
+                if name in commit.parts:  # the last record of a shard publishes its files and holds no rows
+                    position, length = commit.parts[name]
+                    file.seek(position)
+                    yield commit.start, commit.stop, file.read(length)
 
 
 def committed_content(path: Path, split: str) -> npt.NDArray[np.uint8]:
