@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import re
+import socket
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, urlsplit
 
@@ -115,7 +116,7 @@ def check_api_url(value: str, allow_local: bool = False) -> str:
 def is_host(host: str) -> bool:
     """True for host names (also internationalised) and addresses, false for what would confuse a header."""
     if ":" in host:
-        return is_address(host)
+        return read_address(host.partition("%")[0]) is not None
     try:
         encoded = host.encode("idna").decode("ascii")
     except UnicodeError:
@@ -123,22 +124,23 @@ def is_host(host: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9._\-]+", encoded) is not None
 
 
-def is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return True
-
-
 def is_link_local(host: str) -> bool:
-    """True for 169.254/16 and fe80::/10, also when hidden in an IPv6 address; false for host names."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
+    """True for 169.254/16 and fe80::/10, however the address is written; false for host names."""
+    address = read_address(host.partition("%")[0])
+    if address is None:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_link_local
+    return bool((mapped or address).is_link_local)
+
+
+def read_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that `host` spells, also as 2852039166 or 0xa9fea9fe, which connecting understands, too."""
+    for read in (ipaddress.ip_address, lambda text: ipaddress.ip_address(socket.inet_aton(text))):
+        try:
+            return read(host)
+        except (ValueError, OSError):
+            continue
+    return None
 
 
 def check_database_url(value: str, root: Path, allow_local: bool = False) -> str:

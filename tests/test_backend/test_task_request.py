@@ -306,6 +306,9 @@ def test_the_output_stays_below_the_operators_root(site: Site, write: Callable[[
         "http://169.254.169.254/latest",
         "http://[fe80::1]/",
         "http://[::ffff:169.254.169.254]/",
+        "http://2852039166/",
+        "http://0xa9fea9fe/",
+        "http://169.254.43518/",
         "javascript:alert(1)",
     ],
 )
@@ -361,6 +364,7 @@ def test_a_database_instead_of_a_folder(site: Site) -> None:
         "sqlite://",
         "sqlite:///file:/etc/passwd?uri=true",
         "mysql://root@169.254.169.254/x",
+        "mysql://root@2852039166/x",
         "mysql://h/x?unix_socket=/run/s",
         "mysql://h/x?read_default_file=/etc/my.cnf",
         "mysql://h/x?local_infile=1",
