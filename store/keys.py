@@ -97,8 +97,9 @@ class KeyTable(Sequence[str]):
 
     def find(self, key: str) -> int | None:
         """The key's row, or None."""
-        place = int(np.searchsorted(self.hashes, np.uint64(key_hash(key))))
-        while place < len(self) and int(self.hashes[place]) == key_hash(key):
+        wanted = np.uint64(key_hash(key))
+        place = int(np.searchsorted(self.hashes, wanted))
+        while place < len(self) and self.hashes[place] == wanted:
             row = int(self.rows[place])
             if self[row] == key:
                 return row

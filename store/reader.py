@@ -331,6 +331,8 @@ class Split:
     ) -> np.ndarray:
         if out is None:
             return np.empty(shape, dtype)
+        if name not in out:
+            raise StoreError(f"gather {name}: no buffer for it in out, which has {sorted(out)}")
         target = out[name]
         if target.shape != shape or target.dtype != dtype:
             raise StoreError(

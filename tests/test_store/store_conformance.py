@@ -59,6 +59,8 @@ class StoreConformance:
             np.testing.assert_array_equal(out[name], want[name][[5, 100, 2]])
         with pytest.raises(StoreError, match=r"buffer is \(3, 16\) float16, expected \(2, 16\) float16"):
             train.gather([1, 2], ["features/pooled"], out=out)
+        with pytest.raises(StoreError, match=r"gather valid: no buffer for it in out, which has \['features"):
+            train.gather([1], ["valid"], out=out)
         wrong = {"features/pooled": np.empty((2, 16), np.float32)}
         with pytest.raises(StoreError, match="float32, expected"):
             train.gather([1, 2], ["features/pooled"], out=wrong)

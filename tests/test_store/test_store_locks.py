@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -119,6 +120,30 @@ def test_heartbeat_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert lock.path.stat().st_mtime > 0
     lock.release()
     assert not lock.path.exists()
+
+
+def test_the_heart_beats_on_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A network disk that is away for a moment must not make a live lock stale."""
+    monkeypatch.setattr("store.locks.HEARTBEAT_S", 0.01)
+    utime, beats = os.utime, []
+
+    def away_at_first(path: Path) -> None:
+        beats.append(path)
+        if len(beats) < 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        utime(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", away_at_first)
+        lock = RowLock(tmp_path, None, 0, 0)
+        deadline = time.monotonic() + 60
+        while len(beats) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        lock.release()
+    assert len(beats) >= 5
+    assert "Stale file handle" in caplog.text
 
 
 def test_an_unreadable_lock_blocks_nobody(tmp_path: Path) -> None:
