@@ -73,9 +73,10 @@ def make_folder(folder: Path) -> None:
 
 def remove_run(folder: Path) -> None:
     """Delete what an earlier run wrote, and nothing else that may lie in the folder."""
-    for name in (*OURS, *(path.name for path in folder.glob("checkpoint_epoch_*.pt"))):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "control", "ultralytics", "adapter", "wandb", "mlflow"):
+    for pattern in (*OURS, "adapters.pt", "checkpoint_epoch_*.pt", "*_run_id"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for name in ("tensorboard", "control", "ultralytics", "wandb", "mlflow"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

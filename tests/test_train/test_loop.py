@@ -395,11 +395,20 @@ def test_other_trackers_offline(make_store, make_config, tracker, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = make_config(make_store(), tracker=tracker, epochs=1)
+    store = make_store()
+    config = make_config(store, tracker=tracker, epochs=1)
     run_training(config)
     folder = config.out / tracker
     assert any(path.is_file() for path in folder.rglob("*"))
     assert any((config.out / "tensorboard").iterdir())
+    number = (config.out / f"{tracker}_run_id").read_text()
+    run_training(make_config(store, tracker=tracker, epochs=2, resume=True))
+    assert (config.out / f"{tracker}_run_id").read_text() == number
+    if tracker == "mlflow":
+        import mlflow
+
+        history = mlflow.MlflowClient(folder.resolve().as_uri()).get_metric_history(number, "train_loss")
+        assert [metric.step for metric in history] == [1, 2], "a resumed run goes on in its own curve"
 
 
 def test_tensorboard_holds_the_records(make_store, make_config):

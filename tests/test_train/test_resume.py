@@ -274,4 +274,9 @@ def test_a_taken_folder_needs_a_decision(make_store, make_config):
         ConfigError, match="holds a run already: pass --resume to continue it, or --overwrite"
     ):
         run_training(make_config(store, epochs=1))
+    left, kept = (make_config(store).out / name for name in ("adapters.pt", "notes.txt"))
+    left.touch()
+    kept.touch()
     assert run_training(make_config(store, epochs=2, overwrite=True))["epochs_done"] == 2
+    assert kept.exists()
+    assert not left.exists(), "adapters of another run"

@@ -50,9 +50,10 @@ class WandB:
             name=run.name,
             dir=str(run),
             config=dict(config),
-            id=stable_id(run),
+            id=earlier_id(run, "wandb"),
             resume="allow",
         )
+        remember_id(run, "wandb", self.run.id)
 
     def log(self, record: Mapping[str, Any], epoch: int) -> None:
         self.run.log(scalars(record), step=epoch)
@@ -77,8 +78,11 @@ class MLflow:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             mlflow.set_tracking_uri((run / "mlflow").resolve().as_uri())
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "qwen-distill"))
-        mlflow.start_run(run_name=run.name)
-        mlflow.log_params({name: str(value)[:250] for name, value in config.items()})
+        earlier = earlier_id(run, "mlflow")
+        active = mlflow.start_run(run_id=earlier, run_name=run.name)
+        remember_id(run, "mlflow", active.info.run_id)
+        if earlier is None:
+            mlflow.log_params({name: str(value)[:250] for name, value in config.items()})
 
     def log(self, record: Mapping[str, Any], epoch: int) -> None:
         self.mlflow.log_metrics(scalars(record), step=epoch)
@@ -87,11 +91,14 @@ class MLflow:
         self.mlflow.end_run()
 
 
-def stable_id(run: Path) -> str:
-    """The same run folder continues the same W&B run."""
-    from hashlib import blake2b
+def earlier_id(run: Path, tracker: str) -> str | None:
+    """The tracker's own id of the run that is being resumed, so that its curves go on; None at the start."""
+    path = run / f"{tracker}_run_id"
+    return path.read_text().strip() if path.exists() else None
 
-    return blake2b(str(run.resolve()).encode(), digest_size=8).hexdigest()
+
+def remember_id(run: Path, tracker: str, value: str) -> None:
+    (run / f"{tracker}_run_id").write_text(value)
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
