@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from extract.config import ExtractConfig
 from extract.existing import count_committed, job_of, list_units
 from extract.ledger import write_ledger
+from extract.sources.sql import hide_password
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 
@@ -87,8 +88,8 @@ def committed_text(path: Path) -> str:
 
 
 def resume_command(config: ExtractConfig) -> str:
-    """The command line that goes on with this extraction."""
-    words = ["cli", "extract", config.data]
+    """The command line that goes on with this extraction; a database's password is left out of it."""
+    words = ["cli", "extract", hide_password(config.data) if "://" in config.data else config.data]
     for name, info in ExtractConfig.model_fields.items():
         value = getattr(config, name)
         if name in ("data", "overwrite", "dry_run") or value == info.get_default(call_default_factory=True):

@@ -109,6 +109,12 @@ def test_the_resume_command_is_the_command_that_was_given() -> None:
     assert "--overwrite" not in command  # that would delete what it is to go on with
 
 
+def test_the_resume_command_holds_no_password() -> None:
+    url = "postgresql://reader:s3cret@db:5432/pictures"
+    command = resume_command(build_config({"data": url, "out": Path("s.zarr")}, None))
+    assert command == "cli extract 'postgresql://reader:***@db:5432/pictures' --out s.zarr"
+
+
 def test_a_pair_without_equals_sign_is_refused() -> None:
     with pytest.raises(ConfigError, match="--split val: expected NAME=VALUE"):
         build_config({"data": "d", "out": "s", "split": ["val"]}, None)
