@@ -31,6 +31,7 @@ class OpenShard:
 
     def __init__(self, store: Path, job: Job, split: str, shard: int, commits: list[Commit]) -> None:
         self._groups = job.ragged_groups
+        self._logged = [*self._groups, *(spec.name for spec in job.logged)]  # what every record has
         self.first, self.end = job.shard_range(split, shard)
         self.uncommitted = 0
         self.waiting = 0  # bytes that are in no commit yet
@@ -95,8 +96,7 @@ class OpenShard:
 
     def finish(self) -> None:
         """Publish the files of a shard whose rows are all committed."""
-        names = [*self._groups, *(spec.name for group in self._groups.values() for spec in group)]
-        self._record(self.end, self._finish_files(), dict.fromkeys(names, b""))
+        self._record(self.end, self._finish_files(), dict.fromkeys(self._logged, b""))
         os.fsync(self._log_fd)
         for file in self.files.values():
             file.discard_partial()

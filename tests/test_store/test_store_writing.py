@@ -288,6 +288,22 @@ def committed(path: Path, expected: int) -> bool:
     return False
 
 
+def test_every_record_has_every_small_array(make_store: Any) -> None:
+    """What is committed of an unfinished store can be read from its logs: record after record, no rows twice."""
+    path = make_store(complete=False, train=100)
+    write_rows(path, "train", commit_rows=16)
+    rows = 0
+    for log in sorted(path.glob(".work/features/train/*.log")):
+        commits = read_commits(log, check_all=True)
+        assert [commit.finished is not None for commit in commits] == [False] * (len(commits) - 1) + [True]
+        for commit in commits:
+            assert commit.start == rows
+            rows = commit.stop
+            assert commit.parts["valid"][1] == commit.stop - commit.start
+            assert commit.parts["reasons/offsets"][1] == 8 * (commit.stop - commit.start)
+    assert rows == 100
+
+
 def test_commits_come_after_rows_or_seconds(make_store: Any) -> None:
     path = make_store(complete=False, shard_rows=4096, train=4000)
     block = small_block(0, 8)
