@@ -41,6 +41,8 @@ STOP_S = 3.4
 # (one inside a slow disk's fsync stays until that returns).
 REPORT_LEAST_S = 0.3
 KILLED_S = 0.2
+# How long the last calls of work that has ended may take through the pipe; on an idle machine milliseconds.
+DRAIN_S, STOPPED_DRAIN_S = 10.0, 0.3
 DEFAULT_CLOSE_S = 30.0
 CLOSE_VARIABLE = "QWEN_DISTILL_REPORT_SECONDS"
 
@@ -102,7 +104,7 @@ class Supervisor:
         process, relay = self.start()
         returncode = self.wait(process)
         end_group(process.pid)
-        relay.join(timeout=KILLED_S)
+        relay.join(STOPPED_DRAIN_S if self.stop.requested else DRAIN_S)
         if not self.ended and returncode != 0:
             self.outlet.send(self.calls.error(self.sudden_end(returncode)))
         delivered = self.close_outlet()
