@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -22,12 +23,20 @@ from train.delivery.draw import mask_image
 from train.delivery.export import export_student
 from train.delivery.files import find_images
 from train.delivery.inputs import sample_inputs
-from train.delivery.int8 import plain_upsampling
-from train.delivery.model import METADATA_KEY, ModelCard, OnnxModel, open_model, open_student
+from train.delivery.int8 import (
+    activation_ranges,
+    calibrate,
+    plain_upsampling,
+    prepare_int8,
+    quantized_training_graph,
+    start_from,
+)
+from train.delivery.model import METADATA_KEY, LogitsOnly, ModelCard, OnnxModel, open_model, open_student
 from train.delivery.predict import PredictionWriter, predict_files
 from train.delivery.records import BadFile, Prediction
 from train.errors import DeliveryError
 from train.run import run_training
+from train.students.build import build_student
 
 ROOT = Path(__file__).parents[2]
 STUDENT = "timm:test_resnet"
@@ -357,6 +366,27 @@ def test_boxes_are_carried_back_through_a_letterbox() -> None:
     # A 128 x 64 image fills the middle half of the square's height.
     found = np.array([[16, 24, 48, 40, 0.9, 0]], dtype=np.float32)
     np.testing.assert_allclose(to_image(found, card, (128, 64))[0], [32, 16, 96, 48, 0.9, 0], atol=1e-4)
+
+
+def test_training_quantised_starts_where_calibration_ended() -> None:
+    """Before its first step, the graph that is trained has the ranges that post-training quantisation found."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    student = build_student(STUDENT, num_classes=3, image_size=32).eval()
+    inputs = np.random.default_rng(0).normal(size=(12, 3, 32, 32)).astype(np.float32)
+    images = torch.from_numpy(inputs[:3])
+    prepared = prepare_int8(LogitsOnly(copy.deepcopy(student)), images, training=False)
+    calibrate(prepared, [inputs])
+    ranges = activation_ranges(prepared)
+    graph = quantized_training_graph(student, images)
+    graph.eval()
+    calibrate(graph, [inputs[:3]])
+    start_from(ranges, graph)
+    for name, (low, high) in ranges.items():
+        observer = getattr(graph, name).activation_post_process
+        assert (float(observer.min_val), float(observer.max_val)) == pytest.approx((low, high))
+    with pytest.raises(DeliveryError, match="activations differ"):
+        start_from({"activation_post_process_0": (0.0, 1.0)}, graph)
 
 
 @pytest.mark.slow

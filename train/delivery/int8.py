@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from train.students.base import Student
 
 WEIGHT_LIMITS = (-64, 63)
 SMALLEST_SCALE = 2.0**-12
-Ranges = Callable[..., Any]
+HIGHEST = 255
+Ranges = dict[str, tuple[float, float]]
 
 
 def prepare_int8(module: nn.Module, example: torch.Tensor, *, training: bool) -> nn.Module:
@@ -108,7 +109,7 @@ def specs(pt2e: Any, training: bool) -> tuple[Any, Any]:
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
     low, high = WEIGHT_LIMITS
-    unsigned: dict[str, Any] = {"dtype": torch.uint8, "quant_min": 0, "quant_max": 255}
+    unsigned: dict[str, Any] = {"dtype": torch.uint8, "quant_min": 0, "quant_max": HIGHEST}
     signed: dict[str, Any] = {"dtype": torch.int8, "quant_min": low, "quant_max": high}
     if training:
         fake = pt2e.FusedMovingAvgObsFakeQuantize
@@ -155,6 +156,38 @@ class LogitsAndFeatures(nn.Module):
         output = self.student(images)
         assert output.logits is not None  # students without a head are refused before
         return output.logits, output.features
+
+
+def activation_ranges(calibrated: nn.Module) -> Ranges:
+    """What the observers of a calibrated graph have found: lowest and highest value of each observed activation."""
+    found: Ranges = {}
+    children: Iterable[tuple[str, Any]] = calibrated.named_children()
+    for name, observer in children:
+        if getattr(observer, "qscheme", None) == torch.per_tensor_affine:
+            scale, zero_point = (float(value) for value in observer.calculate_qparams())
+            found[name] = (-zero_point * scale, (HIGHEST - zero_point) * scale)
+    return found
+
+
+@torch.no_grad()
+def start_from(ranges: Ranges, graph: nn.Module) -> None:
+    """Let fake quantisation go on from the ranges that post-training quantisation has found.
+
+    torchao gives the same activation the same name in both graphs. Raises DeliveryError when it does not.
+    """
+    places: dict[str, Any] = {
+        name: fake.activation_post_process
+        for name, fake in graph.named_children()
+        if getattr(fake, "qscheme", None) == torch.per_tensor_affine
+    }
+    if places.keys() != ranges.keys():
+        odd = sorted(places.keys() ^ ranges.keys())
+        raise DeliveryError(
+            f"cannot train quantised: activations differ from calibration: {', '.join(odd[:4])}"
+        )
+    for name, observer in places.items():
+        observer.min_val.fill_(ranges[name][0])
+        observer.max_val.fill_(ranges[name][1])
 
 
 @torch.no_grad()

@@ -21,7 +21,15 @@ from train.config import TrainConfig
 from train.delivery.export import OPSET, write_onnx
 from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
 from train.delivery.inputs import image_reader, run_content, run_folder, run_options, spread
-from train.delivery.int8 import calibrate, prepare_int8, quantized_training_graph, write_int8
+from train.delivery.int8 import (
+    Ranges,
+    activation_ranges,
+    calibrate,
+    prepare_int8,
+    quantized_training_graph,
+    start_from,
+    write_int8,
+)
 from train.delivery.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
 from train.errors import DeliveryError
 from train.resolve import open_split
@@ -54,7 +62,7 @@ def quantize_student(
 ) -> dict[str, Any]:
     """Write int8 ONNX files of a run's best student and compare them with float32 in ONNX Runtime, on this CPU.
 
-    `ptq` writes float32.onnx and int8-ptq.onnx. `qat` goes on from the PTQ ranges: it fine-tunes with fake
+    `ptq` writes float32.onnx and int8-ptq.onnx. `qat` goes on from the PTQ weights and ranges: it fine-tunes with fake
     quantisation and the run's own (distillation) loss, and, for a fair comparison, also the float student equally
     long, followed by PTQ.
     `out` is the folder to write, None one in the run's. Returns (and writes to its summary.json) metrics, size and latency of each.
@@ -71,7 +79,7 @@ def quantize_student(
     inputs = calibration_inputs(store, config, card, options.calibration)
     models = {FLOAT: out / f"{FLOAT}.onnx", PTQ: out / f"{PTQ}.onnx"}
     write_onnx(student, card, models[FLOAT], inputs[:BATCH], OPSET)
-    write_ptq(student, card, inputs, models[PTQ])
+    ranges = write_ptq(student, card, inputs, models[PTQ])
     if options.mode == "qat":
         models |= {FINETUNED_PTQ: out / f"{FINETUNED_PTQ}.onnx", QAT: out / f"{QAT}.onnx"}
         with build_finetuning(run, config, store, student, options.epochs, options.learning_rate) as tuning:
@@ -79,7 +87,7 @@ def quantize_student(
             write_ptq(run_finetuning(tuning), card, inputs, models[FINETUNED_PTQ])
         with build_finetuning(run, config, store, student, options.epochs, options.learning_rate) as tuning:
             log.info("fine-tuning with fake quantisation for %d epochs", options.epochs)
-            write_qat(tuning, card, inputs, models[QAT])
+            write_qat(tuning, card, inputs[:3], ranges, models[QAT])
     return summarize(models, student, config, store, inputs, out, options)
 
 
@@ -120,25 +128,30 @@ def calibration_inputs(store: Any, config: TrainConfig, card: ModelCard, count: 
     )
 
 
-def write_ptq(student: Student, card: ModelCard, inputs: NDArray[np.float32], path: Path) -> None:
-    """Post-training static quantisation: observe the ranges on `inputs`, convert, write."""
+def write_ptq(student: Student, card: ModelCard, inputs: NDArray[np.float32], path: Path) -> Ranges:
+    """Post-training static quantisation: observe the ranges on `inputs`, convert, write. Returns the ranges."""
     example = torch.from_numpy(inputs[:3])
     # A copy: tracing and observing must not touch the student that is used again.
     prepared = prepare_int8(LogitsOnly(copy.deepcopy(student)), example, training=False)
     calibrate(prepared, batches(inputs, BATCH))
+    ranges = activation_ranges(prepared)
     write_int8(prepared, card, example, path)
+    return ranges
 
 
-def write_qat(tuning: FineTuning, card: ModelCard, inputs: NDArray[np.float32], path: Path) -> None:
-    """Quantisation-aware training from calibrated ranges, then convert and write."""
-    example = torch.from_numpy(inputs[:3])
-    graph = quantized_training_graph(tuning.student, example)
+def write_qat(
+    tuning: FineTuning, card: ModelCard, example: NDArray[np.float32], ranges: Ranges, path: Path
+) -> None:
+    """Quantisation-aware training from the weights and ranges of post-training quantisation, then convert and write."""
+    images = torch.from_numpy(example)
+    graph = quantized_training_graph(tuning.student, images)
     graph.eval()
-    calibrate(graph, batches(inputs, BATCH))
+    calibrate(graph, [example])
+    start_from(ranges, graph)
     trained = run_finetuning(tuning, QuantizedStudent(tuning.student, graph))
     assert isinstance(trained, QuantizedStudent)
     trained.graph.eval()
-    write_int8(trained.graph, card, example, path)
+    write_int8(trained.graph, card, images, path)
 
 
 class QuantizedStudent(Student):
