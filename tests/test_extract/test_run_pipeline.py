@@ -378,6 +378,22 @@ class TestOutOfMemory:
             true_features(tight_store, "train"), true_features(roomy, "train"), rtol=2e-3, atol=1e-3
         )
 
+    def test_the_parts_are_the_batch_in_order(self) -> None:
+        """What encoding and zero-shot scoring share."""
+        from extract.encode import AdaptiveBatch
+
+        batch = AdaptiveBatch(8, torch.device("cpu"), 64)
+
+        def work(some: slice) -> list[int]:
+            rows = list(range(10))[some]
+            if len(rows) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return rows
+
+        assert batch.run(10, work) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+        assert batch.halved == [4, 2]
+        assert batch.run(3, work) == [[0, 1], [2]]  # once halved it stays so
+
     def test_one_image_that_does_not_fit_is_an_error_with_advice(
         self, extract_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
