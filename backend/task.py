@@ -96,7 +96,7 @@ class Task:
         """Rows of the query with their contents: a database has no times of change to rely on."""
         import hashlib
 
-        from extract.run import open_data
+        from extract.inputs import open_data
         from imaging.errors import ImageError
 
         digest = hashlib.blake2b(digest_size=16)

@@ -12,9 +12,9 @@ from console.log import configure_logging
 from console.stop import StopRequest
 from extract.config import ExtractConfig
 from extract.existing import FOLDER, Unit, adopt_rows, job_of, planned_keys
+from extract.inputs import decode_workers, open_data, open_teacher
 from extract.planning import ExtractTask, make_task
 from extract.prepare import extend, prepare_store, use_threads
-from extract.run import decode_workers, load, open_data
 from extract.session import BadSample, Session
 from extract.teachers import Teacher
 from store.errors import LockedError
@@ -68,7 +68,7 @@ class WorkerState:
         if self.options != options or self.task is None or self.teacher is None:
             configure_logging(logging.WARNING)
             self.close()
-            self.teacher = load(config)
+            self.teacher = open_teacher(config)
             self.task = make_task(config, open_data(config), self.teacher)
             self.options = options
         return config, self.task, self.teacher

@@ -22,6 +22,9 @@ class ConfigError(DistillError):
     exit_code = 2
 
 
+ZERO_SHOT = "zero-shot"  # `zero-shot-calibrated` subtracts the scores of an empty image
+
+
 class ExtractConfig(BaseModel):
     """Options of `cli extract`, with the same names (dashes for underscores) and meaning.
 

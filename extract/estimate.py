@@ -13,9 +13,9 @@ import numpy as np
 from extract.config import ExtractConfig
 from extract.decoding import DecodedSample, decode_samples
 from extract.encode import Encoder
+from extract.inputs import decode_workers, open_data, open_teacher
 from extract.outcome import ExtractResult
 from extract.planning import ExtractTask, batch_rows, calibration_samples, make_task
-from extract.run import decode_workers, load, open_data
 from extract.slabs import Slab
 from extract.sources.base import Sample
 from extract.teachers import Teacher
@@ -29,7 +29,7 @@ TIMED_PASSES = 3
 
 def estimate(config: ExtractConfig) -> ExtractResult:
     """Sizes from the arrays, times from a few real samples: decoded once, encoded `TIMED_PASSES` times."""
-    teacher = load(config)
+    teacher = open_teacher(config)
     task = make_task(config, open_data(config), teacher)
     batch_size = batch_rows(config, teacher)
     samples = calibration_samples(task, min(TIMED_SAMPLES, batch_size))

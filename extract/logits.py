@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from console.log import get_logger
 from console.stop import StopRequest
-from extract.config import ExtractConfig
-from extract.outcome import ExtractObserver, resume_command
+from extract.config import ZERO_SHOT, ExtractConfig
+from extract.outcome import ExtractObserver, logits_stop_message
 from extract.watchdog import Watchdog
 from store import format as names
 from store.errors import DistillError
@@ -27,7 +27,6 @@ from store.writer import StoreWriter
 log = get_logger("extract")
 
 PROBE = "probe"
-ZERO_SHOT = "zero-shot"
 FOLDS = 5
 # Rows that one probe is fitted on at most: beyond that it gets slow, and hardly better.
 FIT_ROWS = 50_000
@@ -64,7 +63,7 @@ def add_logits(
     array = f"{names.LOGITS}/{config.logits}"
     if all(array in open_store(config.out)[split].names for split in open_store(config.out).splits):
         return None
-    with Watchdog(stop, lambda: stopped_text(config)) as watchdog:
+    with Watchdog(stop, lambda: logits_stop_message(config)) as watchdog:
         if config.logits.startswith(ZERO_SHOT):
             from extract.score import add_zero_shot
 
@@ -240,11 +239,3 @@ def write_logits(
                     finite = np.asarray(np.isfinite(fresh).all(axis=1))
                     writer.append({f"{names.LOGITS}/{name}": fresh}, valid=finite)
     finalize_store(path, job=job)
-
-
-def stopped_text(config: ExtractConfig) -> str:
-    """What to say when a signal came while logits were written."""
-    return (
-        f"stopped while writing logits/{config.logits}; the features are complete. "
-        f"Go on with: {resume_command(config)}"
-    )

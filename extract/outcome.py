@@ -73,6 +73,14 @@ def stop_message(config: ExtractConfig) -> str:
     return f"stopped: {committed_text(config.out)}. Go on with: {resume_command(config)}"
 
 
+def logits_stop_message(config: ExtractConfig) -> str:
+    """What to say when a signal came while logits were written."""
+    return (
+        f"stopped while writing logits/{config.logits}; the features are complete. "
+        f"Go on with: {resume_command(config)}"
+    )
+
+
 def committed_text(path: Path) -> str:
     if not (path / ZARR_JSON).exists():
         return "nothing is encoded yet"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from console.log import get_logger
 from console.stop import Stopped, StopRequest
 from extract.config import ExtractConfig
 from extract.existing import Unit, count_committed, job_of, list_units
+from extract.inputs import decode_workers, open_data, open_teacher
 from extract.ledger import append_ledger, check_limit
 from extract.outcome import ExtractObserver, ExtractResult, stop_message
 from extract.planning import ExtractTask, make_task
@@ -23,15 +22,11 @@ from extract.prepare import (
     record_halving,
 )
 from extract.session import Session
-from extract.sources import Source, open_source
-from extract.teachers import RANDOM_WEIGHTS_NOTICE, Teacher, load_teacher
+from extract.teachers import Teacher
 from extract.watchdog import Watchdog
 from store.job import Job
 from store.writer import StoreWriter
 
-log = get_logger("extract")
-
-LISTING_LOG_S = 5.0
 STOPPED_DRY_RUN = "stopped: a dry run writes nothing"
 
 
@@ -86,7 +81,7 @@ def run_here(config: ExtractConfig, observers: Sequence[ExtractObserver], stop: 
     with Watchdog(stop, lambda: stop_message(config)) as watchdog:
         source = open_data(config)
         raise_if_stopped(config, stop)
-        teacher = load(config)
+        teacher = open_teacher(config)
         raise_if_stopped(config, stop)
         task: ExtractTask | None = prepare_store(config, make_task(config, source, teacher), teacher)
         result = ExtractResult(store=str(config.out))
@@ -102,52 +97,6 @@ def raise_if_stopped(config: ExtractConfig, stop: StopRequest) -> None:
     """Raises Stopped when a signal came."""
     if stop.requested:
         raise Stopped(stop_message(config), stop.exit_code)
-
-
-class ListingLog:
-    """Says every few seconds how many files a large data set has shown so far."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def __call__(self, found: int) -> None:
-        if time.monotonic() - self.last >= LISTING_LOG_S:
-            self.last = time.monotonic()
-            log.info("listing the data set: %s files so far", f"{found:,}")
-
-
-def open_data(config: ExtractConfig) -> Source:
-    """The data set, with what the log should say of it."""
-    source = open_source(
-        config.data,
-        config.source,
-        split=config.split or None,
-        val_fraction=config.val_fraction,
-        group_duplicates=config.group_duplicates,
-        progress=ListingLog(),
-        **config.source_options,
-    )
-    for note in source.notes:
-        log.info("%s", note)
-    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in source.splits().items())
-    log.info("%s: %s data set, %s, %d classes", source.root, source.kind, counts, len(source.class_names))
-    return source
-
-
-def load(config: ExtractConfig) -> Teacher:
-    """The teacher on the first device."""
-    teacher = load_teacher(
-        config.teacher,
-        config.teacher_path,
-        device=config.devices[0],
-        dtype=config.dtype,
-        image_size=config.image_size,
-        resize=config.resize,
-    )
-    log.info("teacher %s on %s, %s", teacher.spec.name, teacher.device, teacher.spec.dtype)
-    if teacher.spec.random_weights:
-        log.warning("%s", RANDOM_WEIGHTS_NOTICE)
-    return teacher
 
 
 class Run:
@@ -209,14 +158,6 @@ class Run:
     def tell(self) -> None:
         for observer in self.observers:
             observer.progress(self.done, self.total, "encoding")
-
-
-def decode_workers(config: ExtractConfig, share: int = 1) -> int:
-    """Decoding processes: as asked, or one for each core but one, over `share` devices, 16 at most."""
-    if config.workers is not None:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, (cores - 1) // share))
 
 
 __all__ = ["ExtractObserver", "ExtractResult", "Unit", "run_extraction"]

@@ -9,17 +9,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from console.stop import Stopped, StopRequest
-from extract.config import ConfigError, ExtractConfig
+from extract.config import ZERO_SHOT, ConfigError, ExtractConfig
 from extract.encode import AdaptiveBatch
 from extract.existing import adopt_rows
-from extract.logits import ZERO_SHOT, Floats, stopped_text
-from extract.outcome import ExtractObserver
+from extract.inputs import decode_workers, open_data, open_teacher
+from extract.outcome import ExtractObserver, logits_stop_message
 from extract.planning import ExtractTask, make_task
-from extract.run import decode_workers, load, open_data
 from extract.teachers.zero_shot import ZeroShotScorer
 from extract.watchdog import Watchdog
 from extract.workers import DecodePool
@@ -40,7 +40,7 @@ def add_zero_shot(
     """
     from extract.teachers.qwen2_5_vl import Qwen25VLTeacher, load_zero_shot
 
-    source, teacher = open_data(config), load(config)
+    source, teacher = open_data(config), open_teacher(config)
     if not source.class_names or not isinstance(teacher, Qwen25VLTeacher):
         raise ConfigError(f"--logits {config.logits} needs Qwen2.5-VL and a data set with class names")
     calibrate = config.logits != ZERO_SHOT
@@ -59,13 +59,13 @@ def add_zero_shot(
                     observer.progress(done, total, "scoring")
                 if stop.requested:
                     writer.commit()
-                    raise Stopped(stopped_text(config), stop.exit_code)
+                    raise Stopped(logits_stop_message(config), stop.exit_code)
     finalize_store(config.out, job=job)
 
 
 def score_split(
     config: ExtractConfig, task: ExtractTask, writer: StoreWriter, scorer: ZeroShotScorer, watchdog: Watchdog
-) -> Iterator[Floats]:
+) -> Iterator[npt.NDArray[np.float32]]:
     """Logits float32 [B, C] of the rows that are not written yet; NaN for bad images."""
     samples = task.splits[writer.split]
     cuts = ((first, samples.between(first, end)) for first, end in writer.batches())

@@ -1,0 +1,69 @@
+"""What an extraction opens: the data set, the teacher, and how many processes decode for it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from console.log import get_logger
+from extract.config import ExtractConfig
+from extract.sources import Source, open_source
+from extract.teachers import RANDOM_WEIGHTS_NOTICE, Teacher, load_teacher
+
+log = get_logger("extract")
+
+LISTING_LOG_S = 5.0
+
+
+class ListingLog:
+    """Says every few seconds how many files a large data set has shown so far."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, found: int) -> None:
+        if time.monotonic() - self.last >= LISTING_LOG_S:
+            self.last = time.monotonic()
+            log.info("listing the data set: %s files so far", f"{found:,}")
+
+
+def open_data(config: ExtractConfig) -> Source:
+    """The data set, with what the log should say of it."""
+    source = open_source(
+        config.data,
+        config.source,
+        split=config.split or None,
+        val_fraction=config.val_fraction,
+        group_duplicates=config.group_duplicates,
+        progress=ListingLog(),
+        **config.source_options,
+    )
+    for note in source.notes:
+        log.info("%s", note)
+    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in source.splits().items())
+    log.info("%s: %s data set, %s, %d classes", source.root, source.kind, counts, len(source.class_names))
+    return source
+
+
+def open_teacher(config: ExtractConfig) -> Teacher:
+    """The teacher on the first device."""
+    teacher = load_teacher(
+        config.teacher,
+        config.teacher_path,
+        device=config.devices[0],
+        dtype=config.dtype,
+        image_size=config.image_size,
+        resize=config.resize,
+    )
+    log.info("teacher %s on %s, %s", teacher.spec.name, teacher.device, teacher.spec.dtype)
+    if teacher.spec.random_weights:
+        log.warning("%s", RANDOM_WEIGHTS_NOTICE)
+    return teacher
+
+
+def decode_workers(config: ExtractConfig, share: int = 1) -> int:
+    """Decoding processes: as asked, or one for each core but one, over `share` devices, 16 at most."""
+    if config.workers is not None:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, (cores - 1) // share))
