@@ -11,7 +11,7 @@ _EXPORTS = {
     "StudentOutput": "base",
     "StudentSpec": "base",
     "build_student": "build",
-    "rebuild_student": "build",
+    "rebuild_student": "construct",
     "list_students": "catalog",
     "parse_student_name": "names",
     "UnknownStudentError": "names",

@@ -6,7 +6,6 @@ Shape letters: `B` batch, `T` frames, `D` width, `H W` image, `h w` feature grid
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -89,12 +88,6 @@ class Student(nn.Module):
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass to save memory."""
         raise NotImplementedError
-
-    def load_local_weights(self, path: Path) -> InitialWeights:
-        """Fill the student from local weights; see `train.students.weights.load_initial_weights`."""
-        from train.students.weights import load_initial_weights
-
-        return load_initial_weights(self, path)
 
     def lora_root(self) -> nn.Module:
         """The module whose layers LoRA may adapt."""

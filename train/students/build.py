@@ -1,17 +1,13 @@
-"""From a name to a student: the only place that turns names into modules."""
+"""A student with the weights that it starts from."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from train.recipes import recipe_of
 from train.students.base import InitialWeights, Student
-from train.students.names import parse_student_name
-
-DEFAULT_IMAGE_SIZE = 224
+from train.students.construct import construct_student
+from train.students.weights import load_initial_weights
 
 
 @runtime_checkable
@@ -21,50 +17,19 @@ class LoadsOwnWeights(Protocol):
     def load_local_weights(self, path: Path) -> InitialWeights: ...
 
 
-#: Student type → "module:function". Every function takes the parsed name and the keywords of `build_student`.
-BUILDERS: dict[str, str] = {
-    "resnet": "train.students.timm_student:build_timm_student",
-    "vit": "train.students.timm_student:build_timm_student",
-    "timm": "train.students.timm_student:build_timm_student",
-    "unet": "train.students.unet:build_unet",
-    "lstm": "train.students.lstm:build_lstm",
-    "yolov8": "train.students.yolo:build_yolo",
-}
+def build_student(name: str, *, student_path: str | Path | None = None, **options: Any) -> Student:
+    """`construct_student(name, **options)`, then the local weights of `student_path`, where it is given.
 
-
-def build_student(
-    name: str,
-    *,
-    num_classes: int | None,
-    image_size: int | None = None,
-    student_path: str | Path | None = None,
-    pretrained: bool = False,
-    **options: Any,
-) -> Student:
-    """Build a student by name (`resnet18`, `unet/small`, `timm:NAME` …), on the current default device.
-
-    `num_classes` None or 0 builds it without a head (label-free training). `image_size` in pixels, None takes
-    the recipe's. `student_path` loads local weights afterwards (see `train.students.weights`). `options` are
-    the type's own: timm's `create_model` arguments, the LSTM's `freeze_encoder` and `attention_pooling`.
-
-    Raises UnknownStudentError for a name, StudentError for anything else that cannot be built.
+    Raises StudentError for weights that do not fit, besides what `construct_student` raises.
     """
-    parsed = parse_student_name(name)
-    module, function = BUILDERS[parsed.type].split(":")
-    builder = getattr(importlib.import_module(module), function)
-    size = (
-        image_size if image_size is not None else recipe_of(str(parsed)).get("image_size", DEFAULT_IMAGE_SIZE)
-    )
-    student: Student = builder(
-        parsed, num_classes=num_classes or 0, image_size=size, pretrained=pretrained, **options
-    )
+    student = construct_student(name, **options)
     if student_path is not None:
-        student.load_local_weights(Path(student_path))
+        load_local_weights(student, Path(student_path))
     return student
 
 
-def rebuild_student(spec: Mapping[str, Any]) -> Student:
-    """The student that `StudentSpec.to_dict()` describes, with random weights (a checkpoint fills them)."""
-    return build_student(
-        spec["name"], num_classes=spec["num_classes"], image_size=spec["image_size"], **spec["options"]
-    )
+def load_local_weights(student: Student, path: Path) -> InitialWeights:
+    """Fill the student from `path` (see `load_initial_weights`); a student that reads files of its own does so."""
+    if isinstance(student, LoadsOwnWeights):
+        return student.load_local_weights(path)
+    return load_initial_weights(student, path)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train.errors import TrainError
 from train.recipes import STUDENT_TASKS, recipe_of
 from train.students.base import Student
-from train.students.build import DEFAULT_IMAGE_SIZE, build_student
+from train.students.construct import DEFAULT_IMAGE_SIZE, construct_student
 from train.students.names import all_student_names, parse_student_name
 
 #: Classes of the usual public data set of each task: the parameters below are counted with such a head.
@@ -58,7 +58,7 @@ MEASURED = (
 def measure_student(name: str, num_classes: int, image_size: int) -> dict[str, Any]:
     """Build a student without memory and count: the values of MEASURED."""
     with torch.device("meta"):
-        student = build_student(name, num_classes=num_classes, image_size=image_size)
+        student = construct_student(name, num_classes=num_classes, image_size=image_size)
     shape = input_shape(student)
     spec = student.spec
     return {
