@@ -87,7 +87,8 @@ def export(
     PyTorch on real images. LoRA adapters are merged first; YOLO students go through ultralytics.
     """
     from console.output import print_json
-    from train.delivery.export import OPSET, export_student
+    from train.delivery.export import export_student
+    from train.delivery.program import OPSET
 
     done = export_student(run, format_.value, out, images, opset or OPSET)
     if json_:

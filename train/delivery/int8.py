@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from train.delivery.export import OPSET, add_card, exporting, quiet
 from train.delivery.model import ModelCard, OnnxModel
+from train.delivery.program import OPSET, add_card, exporting, quiet
 from train.errors import DeliveryError
 from train.students.base import Student
 

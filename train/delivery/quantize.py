@@ -18,7 +18,6 @@ from torch import nn
 from console.log import get_logger
 from store import open_store
 from train.config import TrainConfig
-from train.delivery.export import OPSET, write_onnx
 from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
 from train.delivery.inputs import image_reader, run_content, run_folder, run_options, spread
 from train.delivery.int8 import (
@@ -31,6 +30,7 @@ from train.delivery.int8 import (
     write_int8,
 )
 from train.delivery.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
+from train.delivery.program import OPSET, write_onnx
 from train.errors import DeliveryError
 from train.resolve import open_split
 from train.rundir import make_folder, write_json

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.delivery.export import add_card, exporting, quiet, write_torch_export
 from train.delivery.model import ModelCard, OnnxModel
+from train.delivery.program import add_card, exporting, quiet, write_torch_export
 from train.engine.yolo.offline import prepare_ultralytics
 from train.errors import DeliveryError
 from train.students.base import Student

@@ -12,6 +12,7 @@ from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
 from train.engine.adapters import apply_lora_options
+from train.engine.yolo.job import TrainingJob
 from train.engine.yolo.model import LEVELS, Distillation
 from train.engine.yolo.options import (
     clip_norm,
@@ -21,7 +22,6 @@ from train.engine.yolo.options import (
     ultralytics_arguments,
 )
 from train.engine.yolo.records import DetectionSplit, open_split
-from train.engine.yolo.trainer import TrainingJob
 from train.errors import ConfigError
 from train.students.names import parse_student_name
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec

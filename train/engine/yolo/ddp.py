@@ -22,7 +22,7 @@ from console.stop import Stopped
 from store.reader import open_store
 from train.config import TrainConfig
 from train.engine.snapshot import StopWatch
-from train.engine.yolo.trainer import TrainingJob
+from train.engine.yolo.job import TrainingJob
 from train.errors import TrainError
 from train.events import Observer, SilentObserver
 from train.rundir import CONFIG, METRICS

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +21,14 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
-from train.config import TrainConfig
 from train.data import start_worker
 from train.engine.yolo.dataset import SOURCE_ROWS, StoreDataset
-from train.engine.yolo.model import plain_detector
-from train.engine.yolo.records import DetectionSplit
+from train.engine.yolo.job import TrainingJob
 from train.engine.yolo.state import epoch_seed, only_validation_left, restore_state, seed_everything
 from train.errors import TrainError
-from train.students.yolo import YoloStudent
 
 ULTRALYTICS_FOLDER = "ultralytics"
 OOM_RETRIES = 3  # how often ultralytics' loop halves the batch
-
-
-def ignore(trainer: Any) -> None:
-    """The callback of a job that nobody watches."""
-
-
-@dataclass
-class TrainingJob:
-    """One training, as the trainer sees it.
-
-    `student.network` is what trains; `splits` are by name (train, val). `trainable`: names of the network's
-    parameters that learn, None for all. `state` is what `training_state` gave, when resuming.
-    `epoch_finished(trainer)` is called when an epoch is validated and its ultralytics files are written,
-    `batch_finished(trainer)` after each batch, `training_finished(trainer)` at the very end.
-    """
-
-    config: TrainConfig
-    run: Path
-    arguments: dict[str, Any]
-    class_names: tuple[str, ...]
-    splits: dict[str, DetectionSplit]
-    student: YoloStudent
-    clip_norm: float
-    workers: int
-    trainable: set[str] | None = None
-    state: dict[str, Any] | None = None
-    epoch_finished: Callable[[Any], None] = ignore
-    batch_finished: Callable[[Any], None] = ignore
-    training_finished: Callable[[Any], None] = ignore
-
-    def detector(self, network: Any) -> Any:
-        """A copy of `network` (live or EMA) as ultralytics' plain model: no heads, LoRA merged."""
-        return plain_detector(self.merged(network))
-
-    def merged(self, network: Any) -> Any:
-        """`network` itself, or with LoRA a copy whose adapters are merged into the weights; heads stay."""
-        if not self.config.lora_rank:
-            return network
-        from train.lora import merge_lora
-
-        merged: Any = merge_lora(YoloStudent(network, self.student.spec))
-        return merged.network
-
-    def freeze(self, network: Any) -> None:
-        """Freeze again what does not learn; the trainer's set-up makes every parameter trainable."""
-        for name, parameter in network.named_parameters():
-            if self.trainable is not None and name not in self.trainable:
-                parameter.requires_grad_(False)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Of all processes together; the last batch may be smaller."""
-        return -(-len(self.splits["train"].records) // self.config.batch_size)
-
-    @property
-    def trainable_parameters(self) -> int:
-        """How many numbers learn, alignment heads included; counted once the trainer is set up."""
-        return sum(p.numel() for p in self.student.network.parameters() if p.requires_grad)
 
 
 class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
