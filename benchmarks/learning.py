@@ -35,18 +35,17 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.learning_data import write_emoji_table, write_scenes
+from benchmarks.learning_teacher import TEACHER_SIZE, fidelity, probe_ceiling
 from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
 
 LEARNING_RATES = (1e-3, 3e-3, 6e-3)
 TUNING_SEED = 100
 LABELS_PER_CLASS = 10
 REPEAT = 8  # a control on few images: as many steps, but not ten times the validations
-TEACHER_SIZE = 160
 # 95 % quantiles of Student's t by degrees of freedom.
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 CONTROL: dict[str, Any] = {"distillation_type": "none", "hard_label_weight": 1.0}
-PROBE_STRENGTH = 0.003  # of the per-cell probe's regularisation (scikit-learn's C), on standardised features
 
 
 @dataclass(frozen=True)
@@ -236,63 +235,6 @@ def run(store: Path, test_store: Path, study: Study, options: dict[str, Any], ou
     }
 
 
-def probe_ceiling(bench: Bench, study: Study, draw: int) -> float:
-    """The study's metric on the test split, of a linear probe on the teacher's features and the study's labels."""
-    if study.scenes:
-        return cell_probe_ceiling(bench, study)
-    from store import open_store
-    from store.format import LABEL, POOLED
-    from store.quality import probe_accuracy
-
-    learnt = open_store(bench.store(study, draw, unlabelled=study.unlabelled))["train"]
-    parts = []
-    for split in (learnt, open_store(bench.test_store(study))["test"]):
-        features = split.read(POOLED).astype(np.float32) * split.scale[POOLED]
-        labels = split.read(LABEL)
-        parts += [features[labels >= 0], labels[labels >= 0]]
-    return probe_accuracy(*parts)
-
-
-def cell_probe_ceiling(bench: Bench, study: Study) -> float:
-    """mIoU on the test split of a probe that gives every grid cell one class, that of most of its pixels."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import jaccard_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    features, masks = cells_and_masks(bench, study, "train")
-    tested, truth = cells_and_masks(bench, study, "test")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=PROBE_STRENGTH, max_iter=1000))
-    probe.fit(features.reshape(-1, features.shape[-1]), majority(masks, features.shape[1]).ravel())
-    cells = probe.predict(tested.reshape(-1, tested.shape[-1])).reshape(tested.shape[:3])
-    side = truth.shape[1]
-    nearest = np.arange(side) * cells.shape[1] // side
-    predicted = cells[:, nearest][:, :, nearest]
-    return float(jaccard_score(truth.ravel(), predicted.ravel(), average="macro"))
-
-
-def cells_and_masks(bench: Bench, study: Study, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A split's grids float32 [N, g, g, D] in true units, and its masks uint8 [N, H, W]."""
-    from PIL import Image
-
-    from store import open_store
-    from store.format import GRID
-
-    split = open_store(bench.test_store(study))[name]
-    folder = bench.work / "scenes" / "masks" / name
-    masks = [np.asarray(Image.open(folder / Path(key).name)) for key in split.keys]
-    return split.read(GRID).astype(np.float32) * split.scale[GRID], np.stack(masks)
-
-
-def majority(masks: np.ndarray, cells: int) -> np.ndarray:
-    """The most frequent class of every cell: masks [N, H, W] → [N, cells, cells]."""
-    classes = np.arange(masks.max() + 1)
-    edges = np.arange(cells) * masks.shape[1] // cells
-    one_hot = (masks[..., None] == classes).astype(np.int32)
-    counts = np.add.reduceat(np.add.reduceat(one_hot, edges, axis=1), edges, axis=2)
-    return classes[counts.argmax(-1)]
-
-
 def interval(differences: list[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 % interval."""
     mean, count = float(np.mean(differences)), len(differences)
@@ -332,8 +274,6 @@ NOT_STANDARDISED = "not standardised"
 ABLATION: dict[str, dict[str, Any]] = {
     "defaults (mse, feature weight 20, hybrid)": {},
     "feature weight 1": {"feature_weight": 1.0},
-    "feature weight 5": {"feature_weight": 5.0},
-    "feature weight 60": {"feature_weight": 60.0},
     "cosine": {"feature_loss_type": "cosine"},
     "smooth_l1": {"feature_loss_type": "smooth_l1"},
     "relation": {"feature_loss_type": "relation"},
@@ -350,14 +290,20 @@ def without_statistics(store: Path) -> Path:
     copy = store.with_name(f"{store.stem}-raw.zarr")
     if not copy.exists():
         shutil.copytree(store, copy)
-        for file in copy.glob("*/features/*/zarr.json"):
-            metadata = json.loads(file.read_text(encoding="utf-8"))
-            statistics = metadata["attributes"].get("statistics")
-            if statistics:
-                width = len(statistics["mean"])
-                statistics |= {"mean": [0.0] * width, "std": [1.0] * width}
-                file.write_text(json.dumps(metadata), encoding="utf-8")
+        for file in copy.rglob(
+            "zarr.json"
+        ):  # the arrays' own metadata, and the consolidated copy in the root
+            metadata = json.loads(file.read_text(encoding="utf-8"), object_hook=unstandardise)
+            file.write_text(json.dumps(metadata), encoding="utf-8")
     return copy
+
+
+def unstandardise(entry: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object; statistics in it become mean 0 and spread 1."""
+    if "statistics" in entry:
+        width = len(entry["statistics"]["mean"])
+        entry["statistics"] |= {"mean": [0.0] * width, "std": [1.0] * width}
+    return entry
 
 
 def ablate(bench: Bench, study: Study, seeds: int) -> list[dict[str, Any]]:
@@ -370,37 +316,6 @@ def ablate(bench: Bench, study: Study, seeds: int) -> list[dict[str, Any]]:
         tests = [bench.train(study, options, rate, seed, raw=raw)["test"] for seed in range(seeds)]
         rows.append({"variant": name, "study": study.title, "tests": tests, "mean": float(np.mean(tests))})
     return rows
-
-
-def fidelity(bench: Bench) -> dict[str, float]:
-    """Stored grids against live encoding, standardised, cosine of every token."""
-    from PIL import Image
-
-    from extract.teachers import load_teacher
-    from store import open_store
-    from store.format import GRID
-
-    path = bench.store(STUDIES["scenes"], 0, unlabelled=False)
-    split = open_store(path)["val"]
-    teacher: Any = load_teacher(
-        PRETRAINED_TEACHER,
-        str(pretrained_teacher_weights()),
-        device="cpu",
-        dtype="float32",
-        image_size=TEACHER_SIZE,
-    )
-    images = [Image.open(bench.work / "scenes" / split.keys[row]).convert("RGB") for row in range(len(split))]
-    live = np.asarray(teacher.encode(images).grid)
-    statistics = split.statistics[GRID]
-    stored = split.read(GRID).astype(np.float32) * split.scale[GRID]
-    spread = np.where(statistics.std > 0, statistics.std, 1)
-    a, b = ((grid - statistics.mean) / spread for grid in (stored, live))
-    cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
-    return {
-        "tokens": int(cosine.size),
-        "mean": float(cosine.mean()),
-        "percentile_1": float(np.percentile(cosine, 1)),
-    }
 
 
 def main() -> None:
@@ -440,7 +355,7 @@ def report(arguments: argparse.Namespace, work: Path) -> None:
     if arguments.ablation:
         result["ablation"] = ablate(bench, studies[0], arguments.ablation_seeds)
     if arguments.fidelity:
-        result["fidelity"] = fidelity(bench)
+        result["fidelity"] = fidelity(bench, STUDIES["scenes"])
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
