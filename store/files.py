@@ -39,6 +39,14 @@ def write_all(fd: int, data: bytes | np.ndarray) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_pieces(fd: int, pieces: list[bytes]) -> None:
+    """Like `write_all` of all pieces in a row, in one system call as a rule."""
+    written = os.writev(fd, pieces)
+    for piece in pieces:
+        write_all(fd, piece[written:])
+        written = max(0, written - len(piece))
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new files in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)

@@ -16,7 +16,7 @@ import numpy as np
 from store.block import Block
 from store.commits import Commit, encode_commit
 from store.errors import StoreError
-from store.files import sync_folder, write_all
+from store.files import sync_folder, write_pieces
 from store.job import Job, log_path
 from store.shards import ShardFile
 
@@ -106,8 +106,7 @@ class OpenShard:
         self, stop: int, finished: dict[str, tuple[int, int]] | None, parts: dict[str, bytes]
     ) -> None:
         prefix = {name: (file.written, file.crc) for name, file in self.files.items()}
-        for piece in encode_commit(self.committed, stop, prefix, finished, parts):
-            write_all(self._log_fd, piece)
+        write_pieces(self._log_fd, encode_commit(self.committed, stop, prefix, finished, parts))
 
     def _finish_files(self) -> dict[str, tuple[int, int]]:
         """Publish the shard's files; array → (bytes, crc32c)."""

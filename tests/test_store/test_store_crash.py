@@ -61,7 +61,7 @@ def die_at_call(number: int) -> None:
 
         return call
 
-    for name in ("write", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate"):
+    for name in ("write", "writev", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate"):
         setattr(os, name, counted(getattr(os, name)))
 
 
