@@ -6,6 +6,7 @@ import logging
 import sys
 
 ROOT = "qwen_distill"
+STORE = "store"  # imports nothing of ours, so its loggers bear its own name
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -18,13 +19,14 @@ def configure_logging(level: int = logging.INFO) -> None:
 
     Libraries' own loggers are left alone. Only commands call this: importing the package must not.
     """
-    root = logging.getLogger(ROOT)
-    root.setLevel(level)
-    root.propagate = False
-    if not root.handlers:
-        handler = StderrHandler()
-        handler.setFormatter(Formatter("%(message)s"))
-        root.addHandler(handler)
+    for name in (ROOT, STORE):
+        ours = logging.getLogger(name)
+        ours.setLevel(level)
+        ours.propagate = False
+        if not ours.handlers:
+            handler = StderrHandler()
+            handler.setFormatter(Formatter("%(message)s"))
+            ours.addHandler(handler)
     # torch warns about torchao's classes whenever both are installed: nothing that a user could act on.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 

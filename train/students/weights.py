@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from console.log import get_logger
 from train.students.base import InitialWeights, Student, StudentError
 from train.students.foreign import to_timm_names
 
-log = logging.getLogger(__name__)
+log = get_logger("train")
 
 #: Where training programs keep the weights inside a checkpoint dictionary, in order of preference.
 CONTAINERS = (
