@@ -177,7 +177,7 @@ def test_missed_invented_and_confused_boxes_are_counted_apart() -> None:
 
 @pytest.mark.slow
 def test_detections_are_drawn_and_counted_by_class(tmp_path: Path) -> None:
-    import yolo_data
+    from tests.test_train import yolo_data
 
     store, out = tmp_path / "boxes.zarr", tmp_path / "yolo"
     splits = {"train": yolo_data.scenes(16, 0), "val": yolo_data.scenes(4, 1)}

@@ -74,7 +74,7 @@ def restore_head(parts: Parts, run: Path) -> None:
 
 
 def run_finetuning(tuning: FineTuning, student: Student | None = None) -> Student:
-    """Train to the end and return the student of the best epoch.
+    """Train to the end and return the student of the best epoch; how it began counts as one.
 
     `student` replaces the forward pass (its parameters are what is trained). Raises Stopped after a signal.
     """
@@ -86,11 +86,12 @@ def run_finetuning(tuning: FineTuning, student: Student | None = None) -> Studen
         parts.guard = type(parts.guard)(parts.module)
     trained = student or tuning.student
     metric = parts.objective.task.best_metric
-    best, best_state = float("-inf"), copy.deepcopy(trained.state_dict())
     total = len(parts.train_loader.batches.rows) * config.epochs
     with track_progress(total, "fine-tuning", "samples") as display:
         loop = Loop(parts)
         loop.display = display
+        best, best_state = loop.validate()[metric], copy.deepcopy(trained.state_dict())
+        display.note(f"before: {metric} {best:.4f}")
         try:
             for record in loop.run():
                 display.note(f"epoch {record['epoch']}/{config.epochs}: {metric} {record[metric]:.4f}")
