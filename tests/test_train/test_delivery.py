@@ -293,13 +293,13 @@ def test_detectors_go_through_ultralytics_and_predict_the_same(tmp_path: Path, p
     ]
     assert [len(records) for records in results] == [3, 3, 3]
     assert any(record["boxes"] for record in results[0])
-    for others in results[1:]:
-        for ours, theirs in zip(results[0], others, strict=True):
-            # One epoch leaves a long tail of boxes with nearly equal scores, whose order rounding decides.
-            best, theirs_best = ours["boxes"][:SURE_BOXES], theirs["boxes"][:SURE_BOXES]
-            assert [box["class"] for box in best] == [box["class"] for box in theirs_best]
-            for one, other in zip(best, theirs_best, strict=True):
-                np.testing.assert_allclose(one["xyxy"], other["xyxy"], atol=0.05)
+    assert results[1] == results[0]  # the same weights in the same runtime: every box, to the last digit
+    for ours, theirs in zip(results[0], results[2], strict=True):
+        # ONNX Runtime rounds otherwise, and one epoch leaves a long tail of boxes with nearly equal scores.
+        best, exported_best = ours["boxes"][:SURE_BOXES], theirs["boxes"][:SURE_BOXES]
+        assert [box["class"] for box in best] == [box["class"] for box in exported_best]
+        for one, other in zip(best, exported_best, strict=True):
+            np.testing.assert_allclose(one["xyxy"], other["xyxy"], atol=0.05)
     program = export_student(run, "torch-export")
     assert torch.export.load(str(program.path)).module()(torch.zeros(5, 3, 64, 64)).shape[:2] == (5, 6)
     with pytest.raises(DeliveryError, match="operator set 30: ultralytics makes 11 to 20"):
