@@ -27,7 +27,7 @@ def read_root_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         import fsspec
     except ImportError as error:
-        raise StoreError(f"{path}: remote stores need fsspec: pip install 'qwen-distill[remote]'") from error
+        raise StoreError(f"{path}: remote stores need fsspec: pip install fsspec s3fs") from error
     try:
         content = fsspec.open(f"{str(path).rstrip('/')}/zarr.json", "rb")
         with content as file:

@@ -33,13 +33,15 @@ FETCH_ROWS = 1_000  # rows the server-side cursor sends at a time
 # fetches the whole block.
 BLOB_ROWS = 4
 
-# The drivers that the extras `mysql` and `postgresql` install.
+# The drivers of the extras `mysql` and `postgresql`.
 DRIVERS = {
     "mysql": "mysql+pymysql",
     "mariadb": "mariadb+pymysql",
     "postgresql": "postgresql+psycopg",
     "postgres": "postgresql+psycopg",
 }
+INSTALL = {"mysql": "pymysql", "mariadb": "pymysql", "postgres": "'psycopg[binary]'"}
+OTHER_DRIVERS = "see SQLAlchemy's list of databases and drivers, https://docs.sqlalchemy.org/dialects"
 
 
 @dataclass(frozen=True)
@@ -273,10 +275,8 @@ class database_errors:
 
         if isinstance(error, sa.exc.NoSuchModuleError | ModuleNotFoundError):
             name = self.url.split("://", 1)[0]
-            extra = "mysql" if name.startswith(("mysql", "mariadb")) else "postgresql"
-            raise SourceError(
-                f"no driver for {name}: pip install 'qwen-distill[{extra}]', or see SQLAlchemy"
-            ) from None
+            hint = next((f"pip install {INSTALL[d]}" for d in INSTALL if name.startswith(d)), OTHER_DRIVERS)
+            raise SourceError(f"no driver for {name}: {hint}") from None
         if isinstance(error, sa.exc.SQLAlchemyError):
             cause = getattr(error, "orig", None) or error
             text = " ".join(str(cause).split())

@@ -96,7 +96,7 @@ def free_port() -> int:
 @contextmanager
 def mariadb() -> Iterator[sa.URL]:
     """A MariaDB server; skips where Debian's mariadb-server-core is not installed."""
-    pytest.importorskip("pymysql", reason="pymysql is not installed: pip install 'qwen-distill[mysql]'")
+    pytest.importorskip("pymysql", reason="pymysql is not installed: make install-dev")
     programs = [find_program("mariadb-install-db"), find_program("mariadbd")]
     if None in programs:
         pytest.skip("MariaDB is not installed: apt-get install mariadb-server-core mariadb-client-core")
@@ -122,7 +122,7 @@ def mariadb() -> Iterator[sa.URL]:
 @contextmanager
 def postgresql() -> Iterator[sa.URL]:
     """A PostgreSQL server; skips where Debian's postgresql is not installed."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'qwen-distill[postgresql]'")
+    pytest.importorskip("psycopg", reason="psycopg is not installed: make install-dev")
     programs = [find_program("initdb"), find_program("postgres")]
     if None in programs:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def test_bad_annotation_names_the_row(tmp_path: Path) -> None:
     ("url", "query", "message"),
     [
         ("sqlite:////nowhere/x.sqlite", QUERY, "unable to open database file"),
-        ("nonsense://x", QUERY, "no driver for nonsense"),
+        ("nonsense://x", QUERY, "no driver for nonsense: see SQLAlchemy"),
         ("sqlite://", None, "needs a query"),
         ("sqlite://", "SELECT 1 AS a", "the query gives the columns a: expected one named key"),
     ],
@@ -191,6 +192,13 @@ def test_bad_annotation_names_the_row(tmp_path: Path) -> None:
 def test_what_is_missing_is_said(url: str, query: str | None, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         open_source(url, query=query)
+
+
+@pytest.mark.parametrize(("url", "driver"), [("mariadb://h/d", "pymysql"), ("postgres://h/d", "psycopg")])
+def test_a_missing_driver_is_named(url: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, driver, None)
+    with pytest.raises(SourceError, match=f"no driver for {url.split(':')[0]}: pip install '?{driver}"):
+        open_source(url, query=QUERY)
 
 
 def test_split_column_is_used(tmp_path: Path) -> None:

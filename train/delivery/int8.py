@@ -91,7 +91,7 @@ def import_torchao() -> Any:
     try:
         import torchao.quantization.pt2e as pt2e
     except ImportError:
-        raise DeliveryError("quantising needs torchao: pip install 'qwen-distill[quantize]'") from None
+        raise DeliveryError("quantising needs torchao: pip install torchao") from None
     return pt2e
 
 

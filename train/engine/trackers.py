@@ -42,9 +42,7 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise TrainError(
-                "--tracker wandb needs the wandb package: pip install 'qwen-distill[wandb]'"
-            ) from None
+            raise TrainError("--tracker wandb needs the wandb package: pip install wandb") from None
         self.run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "qwen-distill"),
             name=run.name,
@@ -69,9 +67,7 @@ class MLflow:
         try:
             import mlflow
         except ImportError:
-            raise TrainError(
-                "--tracker mlflow needs the mlflow package: pip install 'qwen-distill[mlflow]'"
-            ) from None
+            raise TrainError("--tracker mlflow needs the mlflow package: pip install mlflow-skinny") from None
         self.mlflow: Any = mlflow
         if "MLFLOW_TRACKING_URI" not in os.environ:
             # MLflow asks to confirm its plain files; a folder of the run is what they are good for.
