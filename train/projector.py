@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from train.errors import TrainError
 
+# Deviations from the mean: beyond what any ordinary feature reaches.
+OUTLIER = 30.0
+
 
 class AlignmentError(TrainError):
     """Student and teacher features cannot be compared as asked."""
@@ -87,7 +90,9 @@ class TargetStandardizer(nn.Module):
 
     Qwen's features have a few huge channels that would otherwise be the whole loss. `mean` and `std` [D] are in
     true units; `scale` [D] is the store's power-of-two factor (true value = stored × scale), folded in so
-    that float16 rows need one multiply and one subtract. Channels that never vary become 0.
+    that float16 rows need one multiply and one subtract. Channels that never vary become 0. Values further than
+    `OUTLIER` deviations from the mean are cut to it: a channel that the training split hardly excites has a tiny
+    deviation, and one image that excites it would be the whole loss.
     """
 
     gain: Tensor
@@ -111,4 +116,4 @@ class TargetStandardizer(nn.Module):
                 f"teacher features are {stored.shape[-1]} wide, their statistics {self.gain.shape[0]}: "
                 "the store's statistics do not belong to this array"
             )
-        return (stored.float() * self.gain).sub_(self.shift)
+        return (stored.float() * self.gain).sub_(self.shift).clamp_(-OUTLIER, OUTLIER)

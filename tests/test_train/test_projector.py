@@ -79,6 +79,13 @@ def test_channels_that_never_vary_become_zero() -> None:
     assert standardise(torch.tensor([[3.0, 5.0], [4.0, 1.0]])).tolist() == [[0.0, 2.0], [0.0, 0.0]]
 
 
+def test_a_channel_that_training_hardly_excites_does_not_own_the_loss_of_other_images() -> None:
+    standardise = TargetStandardizer([0.0, 0.0], [1.0, 1e-3])
+    rows = torch.tensor([[29.0, 0.029], [0.0, 5.0], [0.0, -5.0], [torch.nan, torch.nan]])
+    expected = torch.tensor([[29.0, 29.0], [0.0, 30.0], [0.0, -30.0], [torch.nan, torch.nan]])
+    torch.testing.assert_close(standardise(rows), expected, equal_nan=True)
+
+
 def test_statistics_of_another_array_are_refused() -> None:
     with pytest.raises(AlignmentError, match="1280 wide, their statistics 2"):
         TargetStandardizer([0.0, 0.0], [1.0, 1.0])(torch.zeros(1, 1280))
