@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +20,6 @@ log = get_logger("platform")
 BEST, BEST_MODEL, METRICS = "best.pt", "best_model.pt", "metrics.jsonl"
 EXTRACTION_EVERY_S = 2.0
 LOG_EVERY_S = 30.0
-FOLLOW_EVERY_S = 2.0
 MEGABYTE = 1_000_000
 # The number that stands for a student's quality, by task: the first that a record has.
 ACCURACIES = ("top1", "map50", "miou", "probe_top1", "knn_top1")
@@ -123,29 +120,6 @@ class TrainingEvents:
 
     def failed(self, error: BaseException) -> None:
         pass
-
-
-@contextmanager
-def follow(events: TrainingEvents) -> Iterator[None]:
-    """While entered, report what other processes write to the run folder.
-
-    ultralytics starts the processes of several GPUs by itself, and no observer reaches them.
-    """
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(FOLLOW_EVERY_S):
-            events.catch_up()
-            events.publish_best()
-
-    thread = threading.Thread(target=look, name="platform-follow", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        events.catch_up()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

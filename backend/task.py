@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping as MappingType
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from backend.calls import TaskCalls
 from backend.checks import check_data, check_devices, check_student
 from backend.digests import digest_folder
 from backend.errors import PlatformError
-from backend.events import ExtractionEvents, TrainingEvents, follow, training_observers
+from backend.events import ExtractionEvents, TrainingEvents, training_observers
 from backend.mapping import Mapping, data_splits
 from backend.pipe import PipeSender, Sender
 from backend.request import TaskRequest
@@ -157,8 +156,7 @@ class Task:
         from train.run import run_training
 
         observers = training_observers(config, self.calls, self.sender)
-        with follow(observers[0]) if len(config.devices) > 1 else nullcontext():
-            return dict(run_training(config, observers, self.stop))
+        return dict(run_training(config, observers, self.stop))
 
     # -- the end ----------------------------------------------------------------------------------------
 

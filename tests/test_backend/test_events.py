@@ -1,42 +1,17 @@
-"""What extraction and training tell → calls: every epoch once, also over a resume or from another process."""
+"""What extraction and training tell → calls: every epoch once, also over a resume."""
 
 from __future__ import annotations
 
 import json
-import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backend import events
-from backend.calls import Call, TaskCalls
-from backend.events import ExtractionEvents, TrainingEvents, follow
-
-
-class Told:
-    """A sender that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.changed = threading.Condition()
-
-    def send(self, call: Call) -> None:
-        with self.changed:
-            self.calls.append(call)
-            self.changed.notify_all()
-
-    def epochs(self) -> list[int]:
-        return [call.body["epoch"] for call in self.calls if call.body and call.kind == "history"]
-
-    def paths(self) -> list[str]:
-        return [call.query["modelPath"] for call in self.calls if call.kind == "model-path"]
-
-    def wait_for(self, holds: Callable[[], bool]) -> bool:
-        with self.changed:
-            return self.changed.wait_for(holds, 30)
+from backend.calls import TaskCalls
+from backend.events import ExtractionEvents, TrainingEvents
+from tests.test_backend.senders import Told
 
 
 def record(epoch: int) -> dict[str, Any]:
@@ -108,16 +83,3 @@ def test_only_best_pt_becomes_the_platforms_file_and_is_told_once(tmp_path: Path
     heard.publish_best()
     assert (tmp_path / "best_model.pt").read_text() == "best.pt"
     assert told.paths() == [str(tmp_path / "best_model.pt")]
-
-
-def test_what_ranks_that_no_observer_reaches_write_is_followed(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(events, "FOLLOW_EVERY_S", 0.01)
-    heard, told = hear(tmp_path)
-    with follow(heard):
-        write_metrics(tmp_path, 1)
-        (tmp_path / "new.pt").write_text("weights")
-        os.replace(tmp_path / "new.pt", tmp_path / "best.pt")
-        assert told.wait_for(lambda: told.epochs() == [1] and len(told.paths()) == 1)
-        write_metrics(tmp_path, 1, 2)
-    assert told.epochs() == [1, 2]
-    assert len(told.paths()) == 1

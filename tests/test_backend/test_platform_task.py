@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from backend.calls import Call
 from backend.checks import check_data, check_student
 from backend.errors import OptionError
 from backend.mapping import Mapping
@@ -17,14 +16,8 @@ from console.stop import Stopped, StopRequest
 from extract.run import run_extraction
 from tests.test_backend.platform_data import make_class_folders
 from tests.test_backend.platform_site import Site
+from tests.test_backend.senders import Told
 from train.errors import TrainError
-
-
-class Deaf:
-    """A sender to nobody."""
-
-    def send(self, call: Call) -> None:
-        pass
 
 
 class StopAtOnce:
@@ -57,7 +50,7 @@ def test_a_student_that_cannot_be_is_refused_before_the_extraction(
     files = {"WEIGHTS": tmp_path / "w.pt", "GOOD": tmp_path / "good.pt"}
     given = {name: files.get(str(value), value) for name, value in options.items()}
     line = words(**({"student_model": "timm:test_vit", "cache_dir": tmp_path / "cache"} | given))
-    task = Task(read_request(line), Deaf(), StopRequest())
+    task = Task(read_request(line), Told(), StopRequest())
     task.cache.prepare()
     with pytest.raises(TrainError, match=part):
         task.features()
@@ -110,7 +103,7 @@ def test_an_unfinished_store_of_another_precision_does_not_block_the_cache(
     words: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when a task on a GPU (bfloat16) was stopped and the next one runs on the CPU."""
-    task = Task(read_request(words()), Deaf(), StopRequest())
+    task = Task(read_request(words()), Told(), StopRequest())
     store, stop = tmp_path / "features.zarr", StopRequest()
     other = task.mapping.extract_config(store).model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(Stopped):
@@ -122,3 +115,20 @@ def test_an_unfinished_store_of_another_precision_does_not_block_the_cache(
     assert is_complete(store)
     assert "starting anew what was never finished" in caplog.text
     assert "bfloat16" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_detector_on_two_processes_reports_each_epoch_once(
+    words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.test_train.yolo_ranks import CpuRanksTrainer
+    from train.engine.yolo import trainer
+
+    monkeypatch.setattr(trainer, "StoreTrainer", CpuRanksTrainer)
+    line = words(dataset_id="boxes", student_model="yolov8n", epochs=2, image_size=64, batch_size=4)
+    told = Told()
+    summary = Task(read_request(line), told, StopRequest()).run()
+    assert summary["epochs_done"] == 2
+    assert told.epochs() == [1, 2]
+    assert told.paths()
+    assert set(told.paths()) == {str(tmp_path / "out" / "best_model.pt")}
