@@ -6,6 +6,8 @@ scikit-learn is imported here only.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,9 @@ KNN_NEIGHBOURS = 20
 KNN_TEMPERATURE = 0.07
 QUERY_BLOCK = 1024
 MISSING_CLASS_MARGIN = 10.0
+MOST_ITERATIONS = 1000
+
+log = logging.getLogger(__name__)
 
 
 def knn_accuracy(
@@ -183,10 +188,19 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
 
 def _fit(features: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
     """Weight [P, D] and bias [P] for the P classes that are present, in ascending order."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    model: Any = LogisticRegression(C=strength, max_iter=300, tol=1e-4)
-    model.fit(features, labels)
+    model: Any = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS, tol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(features, labels)
+    if model.n_iter_.max() >= MOST_ITERATIONS:
+        log.warning(
+            "probe: the fit stopped after %d iterations, before it converged: the teacher's features may be worth a "
+            "little more than the accuracy says",
+            MOST_ITERATIONS,
+        )
     if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
         weight, bias = model.coef_[0] / 2, model.intercept_[0] / 2
         return np.stack([-weight, weight]), np.array([-bias, bias])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from store import quality
 from store.errors import StoreError
 from store.quality import assign_folds, fit_probe, knn_accuracy, out_of_fold_logits, probe_accuracy
 
@@ -76,6 +79,17 @@ def test_two_classes() -> None:
     labels = (features[:, 0] > 0).astype(np.int32)
     assert probe_accuracy(features[:60], labels[:60], features[60:], labels[60:]) > 0.85
     assert fit_probe(features, labels, 2).logits(features).shape == (100, 2)
+
+
+def test_a_fit_that_does_not_converge_says_so_in_one_line(
+    digits: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(quality, "MOST_ITERATIONS", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_probe(*digits, 10)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "stopped after 2 iterations, before it converged" in caplog.text
 
 
 def test_nothing_labelled_is_an_error() -> None:
