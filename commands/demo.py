@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
-IMAGES = 500
-IMAGES_SMALLEST = 150
+from commands.demo_steps import NORMAL, SMALLEST, VAL_FRACTION, Step, list_steps
+
 IMAGE_SIDE = 64
 MIN_FREE_GB = 1.0
 
@@ -21,19 +21,6 @@ class DemoError(Exception):
     """The demo cannot start or one of its commands failed; the text says which."""
 
     exit_code = 1
-
-
-class Size(NamedTuple):
-    """How much the demo does: `normal` stays under six minutes on two cores, `smallest` is for CI."""
-
-    images: int
-    epochs: int
-    students: str
-    seeds: str
-
-
-NORMAL = Size(IMAGES, 10, "timm:resnet10t,timm:mobilenetv3_small_050", "0,1")
-SMALLEST = Size(IMAGES_SMALLEST, 2, "timm:resnet10t,timm:mobilenetv3_small_050", "0")
 
 
 def demo(
@@ -57,7 +44,9 @@ def demo(
     started = time.monotonic()
     check_disk(out)
     images = data or write_digits(out / "digits", size.images)
-    for number, step in enumerate(steps(out, images, teacher_path, size), start=1):
+    task = task_of(images)
+    weights = fetch_pretrained_weights() if teacher_path is None else None
+    for number, step in enumerate(list_steps(out, images, task, teacher_path, weights, size), start=1):
         run_step(number, step)
     if teacher_path is None and data is None:
         say(
@@ -69,92 +58,11 @@ def demo(
     )
 
 
-class Step(NamedTuple):
-    """One command of the demo, and what to say before it."""
+def task_of(images: Path) -> str:
+    """What the data set's annotations are good for. Raises SourceError when it cannot be opened."""
+    from extract.sources import open_source
 
-    title: str
-    arguments: list[str]
-
-
-def steps(out: Path, images: Path, teacher_path: Path | None, size: Size) -> list[Step]:
-    """The commands, in order. Paths are relative to where the user stands."""
-    tiny, qwen_store, store = out / "tiny-qwen", out / "qwen.zarr", out / "features.zarr"
-    training = ["--epochs", str(size.epochs), "--image-size", "48", "--learning-rate", "1e-3"]
-    plan: list[Step] = []
-    if teacher_path is None:
-        plan.append(
-            Step(
-                "A small Qwen2.5-VL checkpoint with random weights: it shows the machinery and teaches nothing",
-                ["make-tiny-teacher", str(tiny)],
-            )
-        )
-    teacher = str(teacher_path or tiny)
-    plan.append(
-        Step(
-            "Stage one with Qwen2.5-VL's vision tower: every image is seen once",
-            extract(images, qwen_store, ["--teacher-path", teacher, "--image-size", "112", "--grid", "4"]),
-        )
-    )
-    if teacher_path is None:
-        weights = fetch_pretrained_weights()
-        pretrained = ["--teacher", "timm:tf_efficientnet_lite2", "--teacher-path", str(weights)]
-        plan.append(
-            Step(
-                "Stage one with a really pretrained teacher (EfficientNet-Lite2, ImageNet, also 1280 wide)",
-                extract(
-                    images, store, [*pretrained, "--image-size", "128", "--grid", "4", "--logits", "probe"]
-                ),
-            )
-        )
-        plan.append(Step("What the random teacher's features are worth", ["probe", str(qwen_store)]))
-        plan.append(Step("What the pretrained teacher's features are worth", ["probe", str(store)]))
-    else:
-        store = qwen_store
-        plan.append(Step("What the teacher's features are worth", ["probe", str(store)]))
-    first = size.students.split(",")[0]
-    return [
-        *plan,
-        Step(
-            "Stage two: a small student, and its control without the teacher",
-            [
-                "train",
-                str(store),
-                "--student",
-                first,
-                "--out",
-                str(out / "run"),
-                *training,
-                "--control",
-                "--overwrite",
-            ],
-        ),
-        Step(
-            "A sweep over two students: one teacher pass serves them all",
-            [
-                *("sweep", str(store), "--out", str(out / "sweep"), "--students", size.students),
-                *("--seeds", size.seeds, "--set", f"epochs={size.epochs}", "--set", "image-size=48"),
-                *("--set", "learning-rate=1e-3"),
-            ],
-        ),
-        Step(
-            "The report",
-            ["report", str(out / "sweep"), str(out / "run"), "--out", str(out / "sweep/report.html")],
-        ),
-    ]
-
-
-def extract(images: Path, store: Path, options: list[str]) -> list[str]:
-    return [
-        "extract",
-        str(images),
-        "--out",
-        str(store),
-        "--images",
-        "jpeg",
-        "--val-fraction",
-        "0.3",
-        *options,
-    ]
+    return open_source(images, val_fraction=VAL_FRACTION).task
 
 
 def fetch_pretrained_weights() -> Path:

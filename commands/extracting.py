@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from commands.suggestions import train_command
 from console.log import configure_logging
 from console.output import print_json, print_table
 from console.progress import Progress, clock, track_progress
@@ -151,4 +152,4 @@ def print_result(result: Mapping[str, Any]) -> None:
     if result["bad"]:
         print(f"bad images: {result['store']}/bad_images.jsonl")
     if result["complete"]:
-        print(f"next: cli train {result['store']} --student resnet18 --out runs/resnet18")
+        print(f"next: {train_command(result['store'], result['task'])}")

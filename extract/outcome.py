@@ -26,6 +26,7 @@ class ExtractResult:
     """What a run did. `encoded` counts this run's rows, `rows` all of the store's."""
 
     store: str
+    task: str = ""
     rows: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     encoded: int = 0
@@ -57,6 +58,7 @@ class ExtractResult:
         """Fill in what the store says; a complete one gets its final ledger."""
         store = open_store(self.store, allow_incomplete=True)
         self.complete = store.manifest.complete
+        self.task = store.manifest.task
         self.random_weights = store.manifest.teacher.random_weights
         self.batch_size = store.manifest.batch_rows
         job = job_of(store.path)
