@@ -26,7 +26,7 @@ class ExtractResult:
     """What a run did. `encoded` counts this run's rows, `rows` all of the store's."""
 
     store: str
-    task: str = ""
+    task: str | None = None
     rows: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     encoded: int = 0

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from store import open_store
 from tests.test_train.yolo_data import GRID, make_store
 from train.config import TrainConfig
 from train.errors import TrainError
-from train.projector import TargetStandardizer
 
 pytest.importorskip("ultralytics")
 IMAGE_SIZE = 160
@@ -95,7 +94,7 @@ def make_trainer(coordinate_store: Path, tmp_path: Path) -> Iterator[Callable[..
         job = build_job(config, tmp_path, open_store(store), None)
         for split in job.splits.values():
             assert split.targets is not None
-            split.targets.standardizer = TargetStandardizer(np.zeros(3), np.ones(3), np.ones(3))
+            split.targets.standardizer = nn.Identity()  # stored values are places and pixels
         trainer = StoreTrainer(job)
         trainer._setup_train()
         trainer.epoch = 0
@@ -249,7 +248,7 @@ def test_a_teacher_with_letterbox_has_its_padding_left_out() -> None:
         targets = TeacherTargets(
             lambda rows: wide,
             np.array([[200, 100]]),
-            TargetStandardizer(np.zeros(1), np.ones(1)),
+            nn.Identity(),
             resize=policy,
             teacher_size=(112, 112),
         )
