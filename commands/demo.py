@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from commands.demo_steps import NORMAL, SMALLEST, VAL_FRACTION, Step, list_steps
+from console.stop import Stopped
 
 IMAGE_SIDE = 64
 MIN_FREE_GB = 1.0
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DemoError(Exception):
@@ -102,15 +106,41 @@ def check_disk(out: Path) -> None:
 
 
 def run_step(number: int, step: Step) -> None:
-    """Show the command as a user would type it, and run it."""
+    """Show the command as a user would type it, and run it.
+
+    Raises Stopped after a signal, DemoError when the command failed.
+    """
     shown = shlex.join(["cli", *step.arguments])
     say(f"\n[{number}] {step.title}\n$ {shown}")
+    exit_code, signals = run_command([sys.executable, "-m", "cli", *step.arguments])
+    if signals:
+        raise Stopped("the demo was stopped: the same command goes on with what is done", 128 + signals[0])
+    if exit_code != 0:
+        raise DemoError(f"the demo stopped at step {number}, exit code {exit_code}: {shown}")
+
+
+def run_command(command: list[str]) -> tuple[int, list[int]]:
+    """Its exit code, and the signals that came meanwhile: each is passed on once, and the command ends in its own way.
+
+    It has a process group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
+    """
+    signals: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if child is not None:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
-        done = subprocess.run([sys.executable, "-m", "cli", *step.arguments], env=environment(), check=False)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    if done.returncode != 0:
-        raise DemoError(f"the demo stopped at step {number}, exit code {done.returncode}: {shown}")
+        child = subprocess.Popen(command, env=environment(), process_group=0)
+        for number in signals:  # that came before there was a child
+            child.send_signal(number)
+        return child.wait(), signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,3 +65,18 @@ def test_the_demo_takes_any_data(
         rows = list(csv.DictReader(file))
     assert len(rows) >= 3
     assert all(row[metric] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_that_runs_in_its_own_way(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cli", "demo", "--smallest", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as demo:
+        assert demo.stderr is not None
+        lines = iter(demo.stderr.readline, "")
+        assert any("folder data set" in line for line in lines), "the extraction never began"
+        demo.send_signal(number)
+        rest = list(lines)
+    assert demo.returncode == 128 + number
+    assert any(line.startswith("error: stopped: ") and "Go on with: cli extract" in line for line in rest)
+    assert rest[-1] == "error: the demo was stopped: the same command goes on with what is done\n"
