@@ -49,7 +49,9 @@ def print_table(
 def cell(value: Any) -> str:
     if value is None:
         return MISSING
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def is_numeric(values: Sequence[Any]) -> bool:

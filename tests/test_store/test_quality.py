@@ -89,7 +89,7 @@ def test_a_fit_that_does_not_converge_says_so_in_one_line(
         warnings.simplefilter("error")
         fit_probe(*digits, 10)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "stopped after 2 iterations, before it converged" in caplog.text
+    assert "probe: the fit ended before it converged (" in caplog.text
 
 
 def test_nothing_labelled_is_an_error() -> None:
