@@ -181,6 +181,10 @@ class TrainConfig(BaseModel):
             problems.append("pretrained and student_path exclude each other: both choose the initial weights")
         if self.mixup_alpha and self.cutmix_alpha:
             problems.append("mixup_alpha and cutmix_alpha exclude each other")
+        if self.control and self.distillation_type == "none":
+            problems.append(
+                "control and distillation_type none: nothing to compare, both train without the teacher"
+            )
         if self.train_split == self.val_split:
             problems.append(f"train_split and val_split are both {self.val_split}")
         if problems:

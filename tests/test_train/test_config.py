@@ -128,6 +128,8 @@ def test_contradictions_are_reported_together():
                 "cutmix_alpha": 1,
                 "hard_label_weight": 0,
                 "soft_label_weight": 0,
+                "control": True,
+                "distillation_type": "none",
             }
         )
     text = str(caught.value)
@@ -136,6 +138,7 @@ def test_contradictions_are_reported_together():
         "pretrained and student_path",
         "mixup_alpha and cutmix_alpha",
         "both 0",
+        "control and distillation_type none",
     ):
         assert part in text
 
