@@ -14,22 +14,19 @@ from store.commits import encode_commit
 from store.create import check_specs, complete_scales, write_keys
 from store.errors import StoreError
 from store.files import crc32c, disk_errors, sync_folder
-from store.finalize import keep_records, remove_done
+from store.finalize import drop_job, keep_records
 from store.format import FEATURES_JOB, ArraySpec, Manifest
 from store.job import (
     CREATING,
-    DONE,
     Job,
     JobSplit,
     job_folder,
     keys_folder,
     load_job,
-    locks_folder,
     log_path,
     pending_jobs,
 )
 from store.keys import KeyTable
-from store.locks import RowLock
 from store.metadata import remove_strays, write_manifest
 from store.reader import Split, Store, open_store
 from store.shards import ShardFile
@@ -69,14 +66,6 @@ def add_arrays(
         drop_arrays(store, taken)
         publish_job(store.path, job)
     return job.name
-
-
-def drop_job(store: Path, name: str) -> None:
-    """Forget a job that is not finalised. Raises LockedError while a writer is at it."""
-    job = load_job(store, name)
-    RowLock(locks_folder(store, job), None, 0, 0)
-    os.rename(job_folder(store, name), job_folder(store, name + DONE))
-    remove_done(store)
 
 
 def drop_arrays(store: Store, names: Sequence[str]) -> Manifest:

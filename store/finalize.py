@@ -6,6 +6,7 @@ is simply run again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,17 @@ from store.create import write_keys
 from store.errors import StoreError
 from store.files import PARTIAL, byte_view, disk_errors, read_json, sync_folder, write_json
 from store.format import COMMITS_FOLDER, CONTENT, FEATURES_JOB, SIZES, VALID, WORK_FOLDER, ArraySpec, Manifest
-from store.job import DONE, Job, job_folder, keys_folder, load_job, locks_folder, log_path, offsets_spec
+from store.job import (
+    DONE,
+    Job,
+    job_folder,
+    keys_folder,
+    load_job,
+    locks_folder,
+    log_path,
+    offsets_spec,
+    pending_jobs,
+)
 from store.layout import Layout
 from store.location import open_array
 from store.locks import RowLock
@@ -55,8 +66,9 @@ def finalize_store(
     Raises StoreError when rows are missing, saying which; LockedError while a writer is at work.
     """
     store = Path(path)
-    if not job_folder(store, job).exists() and parse_manifest(read_root(store), str(store)).complete:
-        remove_done(store)  # Killed during the last step, or called twice.
+    manifest = parse_manifest(read_root(store), str(store))
+    if not job_folder(store, job).exists() and manifest.complete:
+        remove_published(store, manifest)  # Killed during the last step, or called twice.
         return
     work = load_job(store, job)
     lock = RowLock(locks_folder(store, work), None, 0, 0, break_lock=break_lock)
@@ -266,6 +278,25 @@ def digest_of(store: Path, splits: list[str]) -> str:
                 for start in range(0, len(array), 1 << 20):
                     state.update(byte_view(array.slice(start, start + (1 << 20))))
     return state.hexdigest()
+
+
+def remove_published(store: Path, manifest: Manifest) -> None:
+    """Finish what was killed between its last two steps: the arrays have their names, the job is still there."""
+    named = {spec.name for spec in manifest.arrays}
+    for name in pending_jobs(store):
+        with contextlib.suppress(StoreError):  # locked, or gone by now: another process is at those two steps
+            if {spec.name for spec in load_job(store, name).arrays} <= named:
+                drop_job(store, name)
+    remove_done(store)
+
+
+def drop_job(store: Path, name: str) -> None:
+    """Remove a job, finished or not. Raises LockedError while a writer is at it."""
+    lock = RowLock(locks_folder(store, load_job(store, name)), None, 0, 0)
+    try:
+        remove_job(store, name)
+    finally:
+        lock.release()
 
 
 def remove_job(store: Path, job: str) -> None:

@@ -18,7 +18,17 @@ import pytest
 from crash_writer import build
 from store_samples import files_of, small_arrays, small_block, small_manifest, write_rows
 
-from store import Plan, StoreError, StoreWriter, create_store, extend_store, finalize_store, open_store
+from store import (
+    Plan,
+    StoreError,
+    StoreWriter,
+    create_store,
+    extend_store,
+    finalize,
+    finalize_store,
+    open_store,
+)
+from store.format import FEATURES_JOB
 from store.verify import verify_store
 
 KILLED = 9
@@ -102,6 +112,27 @@ def test_killed_at_some_system_calls(tmp_path: Path, codec: str) -> None:
 def test_killed_at_system_calls_all_over(tmp_path: Path, codec: str) -> None:
     """The states that a killed process can leave, one after the other; all of them with CRASH_STEP=1."""
     assert kill_at_every_call(tmp_path, 1, int(os.environ.get("CRASH_STEP", "9")), codec) >= 50
+
+
+def test_killed_between_the_new_arrays_names_and_the_end_of_their_job(tmp_path: Path) -> None:
+    build(tmp_path / "undisturbed.zarr")
+    path = tmp_path / "killed.zarr"
+
+    def run() -> None:
+        def removed(store: Path, job: str) -> None:
+            if job != FEATURES_JOB:
+                os.kill(os.getpid(), signal.SIGKILL)
+            remove_job(store, job)
+
+        remove_job = finalize.remove_job
+        finalize.remove_job = removed
+        build(path)
+
+    # The first logits are dropped with their job when rows are added; of the second, only the end is missing.
+    assert [exit_code(in_child(run)) for _ in range(2)] == [-KILLED, -KILLED]
+    assert (path / ".work" / "logits-probe").exists()
+    build(path)
+    assert_same_store(path, files_of(tmp_path / "undisturbed.zarr"), "killed")
 
 
 @pytest.mark.slow
