@@ -28,7 +28,7 @@ from store import (
     finalize_store,
     open_store,
 )
-from store.format import FEATURES_JOB
+from store.job import Job
 from store.verify import verify_store
 
 KILLED = 9
@@ -119,13 +119,13 @@ def test_killed_between_the_new_arrays_names_and_the_end_of_their_job(tmp_path: 
     path = tmp_path / "killed.zarr"
 
     def run() -> None:
-        def removed(store: Path, job: str) -> None:
-            if job != FEATURES_JOB:
+        def published(store: Path, job: Job) -> None:
+            publish_manifest(store, job)
+            if not job.owns_rows:
                 os.kill(os.getpid(), signal.SIGKILL)
-            remove_job(store, job)
 
-        remove_job = finalize.remove_job
-        finalize.remove_job = removed
+        publish_manifest = finalize.publish_manifest
+        finalize.publish_manifest = published
         build(path)
 
     # The first logits are dropped with their job when rows are added; of the second, only the end is missing.
