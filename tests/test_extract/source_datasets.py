@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from extract.sources import Boxes, Sample, Source
+
 CLASSES = ("bird", "cat", "dog")
 COUNTS = {"train": 7, "val": 4}
 
@@ -275,3 +277,14 @@ WRITERS: dict[str, Callable[[Path], Dataset]] = {
     "parquet": write_parquet,
     "sqlite": write_sqlite,
 }
+
+
+def only(source: Source, index: int = 0) -> Sample:
+    (samples,) = source.splits().values()
+    return samples[index]
+
+
+def boxes(sample: Sample, size: tuple[int, int] = (24, 16)) -> Boxes:
+    found = sample.read_boxes(size)
+    assert found is not None
+    return found

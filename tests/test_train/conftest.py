@@ -274,3 +274,10 @@ def train_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFix
     with caplog.at_level("INFO", logger.name):
         yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def run_folder(make_store: Any, tmp_path: Path) -> Path:
+    from tests.test_train.runs import trained
+
+    return trained(make_store(), tmp_path / "run")

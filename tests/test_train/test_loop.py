@@ -15,75 +15,18 @@ import torch
 from torch import nn
 
 from store import open_store
+from tests.test_train.runs import records
 from train.checkpoint import load_checkpoint
 from train.data import FeatureGatherer
 from train.engine import loop, session
 from train.engine.ema import WeightAverage
 from train.engine.mixing import draw_mixing, mix_images
 from train.engine.optimizer import parameter_groups
-from train.engine.schedule import learning_rate_at, warmup_steps
 from train.engine.snapshot import StepGuard
 from train.events import SilentObserver
-from train.plan import EpochBatches, group_sizes, micro_batches, rank_share
 from train.run import run_training
 
 ROOT = Path(__file__).parents[2]
-
-
-def records(config: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_schedules_rise_linearly_and_end_at_the_real_last_step(kind):
-    rates = [learning_rate_at(s, total=50, warmup=5, kind=kind, peak=1.0) for s in range(51)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[5] == 1.0
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert rates[50] == pytest.approx(0.0, abs=1e-12)
-    assert 0 < rates[49] < 0.03
-    middle = 5 + 22
-    expected = 0.5 * (1 + np.cos(np.pi * 22 / 45)) if kind == "cosine" else 1 - 22 / 45
-    assert rates[middle] == pytest.approx(expected)
-
-
-def test_constant_rate_and_length_of_the_warm_up():
-    assert learning_rate_at(49, total=50, warmup=0, kind="constant", peak=0.3) == 0.3
-    assert warmup_steps(1.0, 10, 1000) == 10
-    assert warmup_steps(5.0, 10, 50) == 10, "at most a fifth of the run"
-
-
-def test_the_run_really_uses_the_schedule_over_ragged_groups(make_store, make_config, monkeypatch):
-    seen: list[float] = []
-    plain = loop.Loop.learning_rate
-    monkeypatch.setattr(loop.Loop, "learning_rate", lambda s, step: seen.append(plain(s, step)) or seen[-1])
-    config = make_config(make_store(train=27), batch_size=6, grad_accum_steps=2, epochs=3, warmup_epochs=0)
-    run_training(config)
-    # 27 samples: batches 6, 6, 6, 6, 3, so groups of 2, 2 and 1: nine steps in all.
-    steps = list(dict.fromkeys(seen))
-    expected = [learning_rate_at(s, total=9, warmup=0, kind="cosine", peak=1e-3) for s in range(9)]
-    assert steps == pytest.approx(expected)
-
-
-def test_plan_covers_every_sample_once_in_an_order_of_its_own_each_epoch():
-    rows = np.arange(100, 127)
-    batches = EpochBatches(rows, 6, seed=1)
-    orders = []
-    for epoch in (0, 1):
-        batches.epoch, batches.start = epoch, 0
-        orders.append([item.row for batch in batches for item in batch])
-        assert sorted(orders[-1]) == rows.tolist()
-    assert orders[0] != orders[1]
-    batches.start = 3
-    assert [item.row for batch in batches for item in batch] == orders[1][18:]
-    assert [s.stop - s.start for s in micro_batches(13, 6)] == [6, 7], "never a batch of one"
-    assert group_sizes(5, 2) == [2, 2, 1]
-
-
-def test_ranks_share_a_batch_equally_and_padding_has_no_weight():
-    shares = [rank_share([7, 8, 9, 10, 11], rank, 2) for rank in (0, 1)]
-    assert shares == [[(7, 1.0), (8, 1.0), (9, 1.0)], [(10, 1.0), (11, 1.0), (7, 0.0)]]
-    assert rank_share([7], 1, 2) == [(7, 0.0)]
 
 
 def test_accumulation_equals_one_large_batch(make_store, make_config, tmp_path):
@@ -386,94 +329,3 @@ def test_without_transformers_and_without_stage_one(make_store, tmp_path):
     code = WITHOUT.format(root=str(ROOT), store=str(make_store(logits=True)), out=str(tmp_path / "run"))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
-def test_other_trackers_offline(make_store, make_config, tracker, monkeypatch):
-    pytest.importorskip(tracker)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    store = make_store()
-    config = make_config(store, tracker=tracker, epochs=1)
-    run_training(config)
-    folder = config.out / tracker
-    assert any(path.is_file() for path in folder.rglob("*"))
-    assert any((config.out / "tensorboard").iterdir())
-    number = (config.out / f"{tracker}_run_id").read_text()
-    run_training(make_config(store, tracker=tracker, epochs=2, resume=True))
-    assert (config.out / f"{tracker}_run_id").read_text() == number
-    if tracker == "mlflow":
-        import mlflow
-
-        history = mlflow.MlflowClient(folder.resolve().as_uri()).get_metric_history(number, "train_loss")
-        assert [metric.step for metric in history] == [1, 2], "a resumed run goes on in its own curve"
-
-
-def test_tensorboard_holds_the_records(make_store, make_config):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = make_config(make_store())
-    run_training(config)
-    events = EventAccumulator(str(config.out / "tensorboard"))
-    events.Reload()
-    expected = [line["val_loss"] for line in records(config)]
-    assert [event.value for event in events.Scalars("val_loss")] == pytest.approx(expected)
-    assert [event.step for event in events.Scalars("top1")] == [1, 2]
-
-
-@pytest.mark.parametrize("grid", [0, 4])
-def test_recorded_views_are_replayed_exactly(make_store, make_config, monkeypatch, grid):
-    """Image, target and geometry of a step all belong to the same recorded view."""
-    from train.distillation import Distillation
-
-    seen: list[Any] = []
-    plain = Distillation.prepare
-
-    def prepare(self: Distillation, batch: Any) -> Any:
-        targets = plain(self, batch)
-        if self.plan.recorded:
-            seen.append((batch, targets, self))
-        return targets
-
-    monkeypatch.setattr(Distillation, "prepare", prepare)
-    path = make_store(views=2, grid=grid)
-    config = make_config(path, augment="none", epochs=3)
-    run_training(config)
-    split = open_store(path)["train"]
-    geometry = split.read("views/geometry")
-    chosen = set()
-    for batch, targets, distillation in seen:
-        assert np.array_equal(batch.views, geometry[batch.rows, batch.recorded])
-        chosen |= set(zip(batch.rows.tolist(), batch.recorded.tolist(), strict=True))
-        name = "views/grid" if grid else "views/pooled"
-        stored = split.gather(batch.rows, [name])[name][np.arange(len(batch)), batch.recorded]
-        values = torch.from_numpy(stored).float()
-        if grid:
-            values = values.mean((1, 2))
-        torch.testing.assert_close(
-            targets.pooled, distillation.standardizers["pooled"](values), atol=1e-4, rtol=1e-4
-        )
-    assert len(chosen) > 24, "both views of many samples were shown"
-    resolved = json.loads((config.out / "config.json").read_text())["resolved"]
-    assert resolved["distilled"]["recorded"] is True
-
-
-def test_recorded_view_shows_the_crop_itself(make_store):
-    from train.data import ImageViews, ViewSettings
-    from train.images import ImageReader
-    from train.plan import Item
-    from train.views import AUGMENTATIONS
-
-    split = open_store(make_store(views=2))["train"]
-    reader = ImageReader(split, None)
-    whole = np.asarray(reader.read(3, 32).image)
-    expected = [whole[:16, :16], whole[16:, 16:][:, ::-1]]
-    settings = ViewSettings(
-        image_size=16, policy="squash", augmentation=AUGMENTATIONS["none"], seed=0, recorded_views=2
-    )
-    shown = [ImageViews(reader, settings).show(Item(epoch, 3, 1.0)) for epoch in range(6)]
-    assert {sample["recorded"] for sample in shown} == {0, 1}
-    for sample in shown:
-        assert np.array_equal(sample["image"], expected[sample["recorded"]])

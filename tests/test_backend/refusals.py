@@ -1,0 +1,15 @@
+"""What the platform's entry point says to a command line that it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from backend.errors import OptionError
+from backend.request import read_request
+
+
+def problem(words: list[str]) -> str:
+    with pytest.raises(OptionError) as caught:
+        read_request(words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

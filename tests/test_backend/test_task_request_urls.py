@@ -1,0 +1,147 @@
+"""URLs of the platform, and databases instead of folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backend.request import TaskRequest, read_request
+from tests.test_backend.platform_site import Site
+from tests.test_backend.refusals import problem
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://h/",
+        "file:///etc/passwd",
+        "//h",
+        "h:8080",
+        "http://",
+        "http://user:secret@h/",
+        "http://h/?a=1",
+        "http://h/#a",
+        "http://h:99999/",
+        "http://h:0/",
+        "http://[::1",
+        "http://a b/",
+        "http://169.254.169.254/latest",
+        "http://[fe80::1]/",
+        "http://[::ffff:169.254.169.254]/",
+        "http://2852039166/",
+        "http://0xa9fea9fe/",
+        "http://169.254.43518/",
+        "javascript:alert(1)",
+    ],
+)
+def test_urls_that_are_refused(site: Site, url: str) -> None:
+    text = problem(site.words(api_base_url=url))
+    assert text.startswith("--api_base_url: ")
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:8080/api",
+        "http://127.0.0.1:1",
+        "http://192.168.1.5/api/",
+        "http://10.0.0.1",
+        "https://例子.cn/a",
+        "http://[::1]:80",
+    ],
+)
+def test_urls_of_platforms(site: Site, url: str) -> None:
+    assert read_request(site.words(api_base_url=url)).api_base_url == url.rstrip("/")
+
+
+def test_link_local_when_the_operator_allows_it(site: Site, write: Callable[[str, str], Path]) -> None:
+    config = write("p.yml", "distillation:\n  security:\n    allow-local-urls: true\n")
+    request = read_request(site.words(api_base_url="http://169.254.1.1", platform_config=config))
+    assert request.api_base_url == "http://169.254.1.1"
+
+
+def with_database(site: Site, **options: object) -> TaskRequest:
+    return read_request(site.words(**options))
+
+
+def test_a_database_instead_of_a_folder(site: Site) -> None:
+    url = "mysql+pymysql://user:secret@db:3306/platform?charset=utf8mb4"
+    query = "select path, label\nfrom images where dataset_id = :dataset_id"
+    request = read_request(site.words(dataset_id="9", dataset_url=url, dataset_query=query))
+    assert request.dataset_dir is None
+    assert request.database == {
+        "url": url,
+        "query": "select path, label from images where dataset_id = '9'",
+        "image_root": str(site.datasets),
+    }
+    assert "secret" not in repr(request)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:////etc/passwd",
+        "sqlite:///../x.db",
+        "sqlite://",
+        "sqlite:///file:/etc/passwd?uri=true",
+        "mysql://root@169.254.169.254/x",
+        "mysql://root@2852039166/x",
+        "mysql://h/x?unix_socket=/run/s",
+        "mysql://h/x?read_default_file=/etc/my.cnf",
+        "mysql://h/x?local_infile=1",
+        "postgresql://h/x?host=/tmp",
+        "oracle://h/x",
+        "file:///etc/passwd",
+        "nonsense",
+    ],
+)
+def test_database_urls_that_are_refused(site: Site, url: str) -> None:
+    assert problem(site.words(dataset_url=url, dataset_query="select 1")).startswith("--dataset_url: ")
+
+
+def test_an_sqlite_file_below_the_data_sets_root(site: Site) -> None:
+    url = f"sqlite:///{site.datasets}/images.db"
+    assert read_request(site.words(dataset_url=url, dataset_query="select 1")).database["url"] == url
+
+
+def test_the_yaml_maps_data_sets_to_queries(site: Site, write: Callable[[str, str], Path]) -> None:
+    config = write(
+        "p.yml",
+        """
+distillation:
+  datasets:
+    url: mysql+pymysql://reader:${DB_PASSWORD:pw}@db/platform
+    sql:
+      "12":
+        query: |
+          select file_path, label
+          from image_12
+      "v1.5":
+        url: sqlite:////srv/v15.db
+        query: select 1
+""",
+    )
+    request = read_request(site.words(dataset_id="12", platform_config=config))
+    assert request.database == {
+        "url": "mysql+pymysql://reader:pw@db/platform",
+        "query": "select file_path, label from image_12",
+        "image_root": str(site.datasets),
+    }
+    assert read_request(site.words(dataset_id="v1.5", platform_config=config)).database["query"] == "select 1"
+    assert read_request(site.words(dataset_id="flowers", platform_config=config)).database == {}
+
+
+def test_the_data_set_in_a_query_is_a_literal(site: Site) -> None:
+    query = "select x::text, ':dataset_idx', a from t where d = :dataset_id or e=:dataset_id"
+    request = read_request(site.words(dataset_id="花 9", dataset_url="mysql://h/x", dataset_query=query))
+    assert request.database["query"] == (
+        "select x::text, ':dataset_idx', a from t where d = '花 9' or e='花 9'"
+    )
+
+
+def test_a_query_that_asks_for_an_id_needs_one(site: Site) -> None:
+    words = site.words(dataset_id=None, dataset_url="mysql://h/x", dataset_query="select :dataset_id")
+    assert problem(words).startswith("--dataset_id: ")

@@ -1,0 +1,63 @@
+"""The learning rate over the steps, and the order of the samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from train.engine import loop
+from train.engine.schedule import learning_rate_at, warmup_steps
+from train.plan import EpochBatches, group_sizes, micro_batches, rank_share
+from train.run import run_training
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_schedules_rise_linearly_and_end_at_the_real_last_step(kind):
+    rates = [learning_rate_at(s, total=50, warmup=5, kind=kind, peak=1.0) for s in range(51)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == 1.0
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[50] == pytest.approx(0.0, abs=1e-12)
+    assert 0 < rates[49] < 0.03
+    middle = 5 + 22
+    expected = 0.5 * (1 + np.cos(np.pi * 22 / 45)) if kind == "cosine" else 1 - 22 / 45
+    assert rates[middle] == pytest.approx(expected)
+
+
+def test_constant_rate_and_length_of_the_warm_up():
+    assert learning_rate_at(49, total=50, warmup=0, kind="constant", peak=0.3) == 0.3
+    assert warmup_steps(1.0, 10, 1000) == 10
+    assert warmup_steps(5.0, 10, 50) == 10, "at most a fifth of the run"
+
+
+def test_the_run_really_uses_the_schedule_over_ragged_groups(make_store, make_config, monkeypatch):
+    seen: list[float] = []
+    plain = loop.Loop.learning_rate
+    monkeypatch.setattr(loop.Loop, "learning_rate", lambda s, step: seen.append(plain(s, step)) or seen[-1])
+    config = make_config(make_store(train=27), batch_size=6, grad_accum_steps=2, epochs=3, warmup_epochs=0)
+    run_training(config)
+    # 27 samples: batches 6, 6, 6, 6, 3, so groups of 2, 2 and 1: nine steps in all.
+    steps = list(dict.fromkeys(seen))
+    expected = [learning_rate_at(s, total=9, warmup=0, kind="cosine", peak=1e-3) for s in range(9)]
+    assert steps == pytest.approx(expected)
+
+
+def test_plan_covers_every_sample_once_in_an_order_of_its_own_each_epoch():
+    rows = np.arange(100, 127)
+    batches = EpochBatches(rows, 6, seed=1)
+    orders = []
+    for epoch in (0, 1):
+        batches.epoch, batches.start = epoch, 0
+        orders.append([item.row for batch in batches for item in batch])
+        assert sorted(orders[-1]) == rows.tolist()
+    assert orders[0] != orders[1]
+    batches.start = 3
+    assert [item.row for batch in batches for item in batch] == orders[1][18:]
+    assert [s.stop - s.start for s in micro_batches(13, 6)] == [6, 7], "never a batch of one"
+    assert group_sizes(5, 2) == [2, 2, 1]
+
+
+def test_ranks_share_a_batch_equally_and_padding_has_no_weight():
+    shares = [rank_share([7, 8, 9, 10, 11], rank, 2) for rank in (0, 1)]
+    assert shares == [[(7, 1.0), (8, 1.0), (9, 1.0)], [(10, 1.0), (11, 1.0), (7, 0.0)]]
+    assert rank_share([7], 1, 2) == [(7, 0.0)]
