@@ -91,6 +91,12 @@ ASSETS: dict[str, Asset] = {
         "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
         "GPL-2",
     ),
+    "large-photos": Asset(
+        "debian",
+        "lomiri-wallpapers-16.04=20.04.0-2",
+        "a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
+        "CC-BY-4.0, CC-BY-SA-3.0, CC-BY-SA-4.0",
+    ),
     "labelme-examples": Asset(
         "debian",
         "labelme-examples=5.1.1-1",
