@@ -47,8 +47,9 @@ def demo(
     size = SMALLEST if smallest else NORMAL
     started = time.monotonic()
     check_disk(out)
+    task = "classification" if data is None else task_of(data)  # before anything is written
+    make_folder(out)
     images = data or write_digits(out / "digits", size.images)
-    task = task_of(images)
     weights = fetch_pretrained_weights() if teacher_path is None else None
     for number, step in enumerate(list_steps(out, images, task, teacher_path, weights, size), start=1):
         run_step(number, step)
@@ -103,6 +104,13 @@ def check_disk(out: Path) -> None:
         raise DemoError(
             f"only {free_gb:.1f} GB free in {place}: the demo needs {MIN_FREE_GB:g} GB; choose another --out"
         )
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {out}: cannot be made a folder: {error.strerror}") from None
 
 
 def run_step(number: int, step: Step) -> None:

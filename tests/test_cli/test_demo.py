@@ -43,6 +43,13 @@ def test_data_that_cannot_be_opened_ends_the_demo_before_it_writes(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    done = run_demo(tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr == f"error: --out {tmp_path / 'out'}: cannot be made a folder: File exists\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "student", "metric"),
