@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from console.torch_files import why_unreadable
 from store.format import Manifest
 from train.errors import TrainError
 from train.students.base import Student
@@ -75,8 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: no such checkpoint: expected {BEST} or {LAST} of a run folder"
         ) from None
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+        raise CheckpointError(f"{path}: not a readable checkpoint: {why_unreadable(path, error)}") from None
     if not isinstance(content, dict) or "model_state_dict" not in content or "student" not in content:
         raise CheckpointError(f"{path}: not a checkpoint of this program (no student in it)")
     if content.get("format") != FORMAT:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from console.torch_files import why_unreadable
 from extract.teachers.base import Encoded
 from extract.teachers.checkpoint import one_line
 from extract.teachers.devices import pick_device, pick_dtype
@@ -248,9 +249,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
             return dict(load_file(file))
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and OS errors
-        raise CheckpointError(
-            f"{file} cannot be read as weights ({one_line(error)}): download it again"
-        ) from None
+        raise CheckpointError(f"{file}: weights cannot be read: {why_unreadable(file, error)}") from None
     for key in STATE_DICT_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

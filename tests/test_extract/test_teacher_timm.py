@@ -142,8 +142,8 @@ class Payload:
     ("content", "problem"),
     [
         (None, "no such file; expected a state dict"),
-        (b"", "cannot be read as weights"),
-        (b"<html>not found</html>", "cannot be read as weights"),
+        (b"", "weights cannot be read: it is empty"),
+        (b"<html>not found</html>", "weights cannot be read: not a file of torch.save"),
         ([1, 2], "holds list, expected a state dict"),
         ({"epoch": 3}, "holds dict, expected a state dict"),
         ({}, "does not fit timm:test_efficientnet: .* got nothing; is it another model"),
@@ -166,7 +166,7 @@ def test_weights_that_do_not_fit_are_refused(content: Any, problem: str, tmp_pat
 
 def test_a_malicious_file_is_not_executed(tmp_path: Path) -> None:
     torch.save({"conv_stem.weight": Payload(tmp_path / "trace")}, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+    with pytest.raises(CheckpointError, match="weights cannot be read: it holds more than weights"):
         load(tmp_path / "weights.pth")
     assert not (tmp_path / "trace").exists()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from console.log import get_logger
+from console.torch_files import why_unreadable
 from train.students.base import InitialWeights, Student, StudentError
 from train.students.foreign import to_timm_names
 
@@ -115,14 +116,9 @@ def unpickle(path: Path) -> Any:
     """A torch file without executing anything in it."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StudentError(
-            f"student_path {path} holds more than weights, which would run code when loaded: save its state dict "
-            f"alone, e.g. torch.save(model.state_dict(), FILE) ({reason})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise StudentError(f"student_path {path} is not a readable torch file: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = why_unreadable(path, error)
+        raise StudentError(f"student_path {path}: weights cannot be read: {reason}") from error
 
 
 def find_tensors(content: Any) -> dict[str, Tensor]:
