@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
-import zipfile
 from pathlib import Path
 
-PICKLE_MARK = b"\x80"  # files of torch.save before PyTorch 1.6 begin with it; newer ones are zip files
+# Files of torch.save before PyTorch 1.6 begin as pickles do, newer ones as zip files.
+MARKS = (b"\x80", b"PK\x03\x04")
+
+
+def begins_as_torch_file(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4).startswith(MARKS)
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
     """The reason that `torch.load(path, weights_only=True)` raised `error`.
 
-    Its own text advises to load the file all the same, which would run whatever code is in it.
+    Its own text advises to load the file all the same, which would run whatever code is in it; bytes that are no
+    pickle make it raise anything.
     """
     if isinstance(error, EOFError):
         return "it is empty or cut short"
-    if not isinstance(error, pickle.UnpicklingError):
+    if (
+        isinstance(error, OSError) and error.errno != errno.EINVAL
+    ):  # EINVAL: it looked for the end of a zip file
         return " ".join(str(error).split())[:160] or type(error).__name__
-    with path.open("rb") as file:
-        begins_as_pickle = file.read(1) == PICKLE_MARK
-    if begins_as_pickle or zipfile.is_zipfile(path):
-        return (
-            "it holds more than weights, which would run code when loaded: save its state dict alone, "
-            "torch.save(model.state_dict(), FILE)"
-        )
-    return "not a file of torch.save"
+    if not begins_as_torch_file(path):
+        return "not a file of torch.save"
+    holds_code = isinstance(error, pickle.UnpicklingError) and "truncated" not in str(error)
+    if not holds_code and "TorchScript" not in str(error):
+        return "it is damaged, cut short or not a file of torch.save"
+    return (
+        "it holds more than weights, which would run code when loaded: save its state dict alone, "
+        "torch.save(model.state_dict(), FILE)"
+    )

@@ -200,7 +200,7 @@ def test_pickles_never_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_damaged_and_missing_files_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(StudentError, match="does not exist"):
         build_student("resnet18", num_classes=4, image_size=SIZE, student_path=tmp_path / name)
-    (tmp_path / name).write_bytes(b"not weights at all")
+    (tmp_path / name).write_bytes(b"hello\n")  # the unpickler raises KeyError
     with pytest.raises(StudentError, match="student_path"):
         build_student("resnet18", num_classes=4, image_size=SIZE, student_path=tmp_path / name)
     with pytest.raises(StudentError, match=r"folder without model\.safetensors"):

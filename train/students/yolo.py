@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from console.torch_files import begins_as_torch_file, why_unreadable
 from train.engine.yolo.offline import prepare_ultralytics
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
 from train.students.names import StudentName
 
+ULTRALYTICS_ERROR = "ERROR ❌️ "
 P5_STRIDE = 32
 P5 = 2  # index among the Detect head's inputs P3, P4, P5
 
@@ -144,10 +146,10 @@ def read_yolo_weights(path: Path) -> dict[str, Tensor]:
     try:
         content = read_safely(path)
     except Exception as error:
-        lines = str(error).removeprefix("ERROR ❌️ ").strip().splitlines()
-        # The unpickler's own KeyError and EOFError say nothing that a user could read.
-        damaged = not lines or isinstance(error, (KeyError, EOFError))
-        reason = "damaged, or not saved by torch" if damaged else lines[0]
+        # ultralytics knows best which of its models it cannot read.
+        known = str(error).startswith(ULTRALYTICS_ERROR) and begins_as_torch_file(path)
+        first_line = str(error).removeprefix(ULTRALYTICS_ERROR).strip().partition("\n")[0]
+        reason = first_line if known else why_unreadable(path, error)
         raise StudentError(f"student_path {path} is not a readable YOLO checkpoint: {reason}") from error
     tensors = tensors_in(content)
     if not tensors:
