@@ -18,13 +18,15 @@ def run_extract(options: Mapping[str, Any], file: Path | None, as_json: bool) ->
     """`cli extract`: build the configuration, run, print the result."""
     configure_logging()
     config = build_config(options, file)
-    from extract.measured import note_extraction
+    from extract.measured import note_extraction, note_probe
     from extract.run import run_extraction
 
     with ProgressObserver() as progress:
         result = run_extraction(config, [progress])
     if result.encoded:
         note_extraction(config.out, result.seconds, result.encoded)
+    if result.probe is not None:
+        note_probe(config.out, result.probe)
     if as_json:
         print_json(result.as_dict())
     elif result.estimate is not None:
@@ -108,7 +110,7 @@ def print_estimate(result: Mapping[str, Any]) -> None:
     print(
         f"time: {clock(figures['estimated_seconds'])} (estimated from {figures['timed_samples']} samples: teacher "
         f"{figures['encode_ms_per_image']:.2f} ms, decoding {figures['decode_ms_per_image_and_core']:.2f} ms an image "
-        f"over {figures['decoding_workers']} cores)"
+        f"with {figures['decoding_workers']} decoding)"
     )
     print("dry run: nothing was written")
 
@@ -126,10 +128,10 @@ def run_probe(store: Path, seed: int, as_json: bool) -> None:
     """`cli probe`: write logits/probe, print the accuracies."""
     configure_logging()
     from extract.logits import add_probe
-    from extract.measured import note
+    from extract.measured import note_probe
 
     result = vars(add_probe(store, seed=seed))
-    note(store, probe_top1=result["probe_top1"], knn_top1=result["knn_top1"])
+    note_probe(store, result)
     if as_json:
         print_json({"store": str(store), **result})
     else:
@@ -152,4 +154,12 @@ def print_result(result: Mapping[str, Any]) -> None:
     if result["bad"]:
         print(f"bad images: {result['store']}/bad_images.jsonl")
     if result["complete"]:
-        print(f"next: {train_command(result['store'], result['task'])}")
+        print(f"next: {next_step(result)}")
+
+
+def next_step(result: Mapping[str, Any]) -> str:
+    others = [name for name in result["splits"] if name != "train"]
+    if not others:
+        return "training needs a val split as well: the same command with --val-fraction 0.3 --overwrite"
+    command = train_command(result["store"], result["task"])
+    return command if "val" in others else f"{command} --val-split {others[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,21 +55,22 @@ def print_description(described: dict[str, Any]) -> None:
     teacher, preprocessing = manifest["teacher"], manifest["preprocessing"]
     state = "complete" if described["complete"] else "INCOMPLETE: run the same extraction again to resume"
     print(f"{described['path']}: format version {manifest['format_version']}, {state}")
-    print(
-        f"teacher        {teacher['name']}, {teacher['width']} wide, {teacher['layer']}, {teacher['dtype']}, "
-        f"weights {teacher['fingerprint']}"
-    )
+    print(f"teacher        {teacher['name']}, {teacher['width']} wide, {teacher['dtype']}")
+    print(f"               {teacher['layer']}")
+    print(f"               weights {teacher['fingerprint']}")
     if teacher["random_weights"]:
         print("               random weights: shows the machinery, teaches nothing")
     print(f"preprocessing  {preprocessing['image_size']} px, {preprocessing['resize']}")
     print(f"classes        {len(manifest['class_names'])}, source {manifest['source'] or 'not recorded'}")
     print(f"data           {manifest['data_root'] or 'not recorded'}, digest {manifest['digest'] or '-'}")
     print(f"fingerprint    {described['fingerprint'] or '-'}")
-    print(f"software       {', '.join(f'{name} {number}' for name, number in manifest['software'].items())}")
+    software = ", ".join(f"{name} {number}" for name, number in manifest["software"].items())
+    print(textwrap.fill(software, 80, initial_indent="software       ", subsequent_indent=" " * 15))
     for name, value in manifest["options"].items():
         print(f"option         {name}: {value}")
     if described["bytes_on_disk"] is not None:
         print(f"on disk        {described['bytes_on_disk'] / 1e6:,.1f} MB, everything included")
+    print_measured(described.get("measured", {}))
     for job, splits in described["pending"].items():
         done = ", ".join(f"{name} {have} of {rows}" for name, (have, rows) in splits.items())
         print(f"being written  {job}: {done} rows")
@@ -82,6 +84,12 @@ def print_description(described: dict[str, Any]) -> None:
         print_table(rows, ["array", "shape", "dtype", "bytes a sample", "MB", "stored"])
         for key, reason in split.get("reasons", {}).items():
             print(f"  bad: {key}: {reason}")
+
+
+def print_measured(measured: dict[str, Any]) -> None:
+    """What `cli probe` found out about the features."""
+    if measured.get("probe_top1") is not None:
+        print(f"worth          linear probe {measured['probe_top1']:.1%}, k-NN {measured['knn_top1']:.1%}")
 
 
 def array_row(name: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,9 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     slab, results, decode_s = timed_decoding(task, samples)
     encode_s, frames = timed_encoding(task, teacher, samples, slab, results)
     arrays = {spec.name: bytes_per_sample(spec, task, samples, results, frames) for spec in task.arrays}
+    if config.logits != "none":
+        logits = names.logits_array(config.logits, len(task.manifest.class_names))
+        arrays[logits.name] = float(logits.row_bytes)
     workers = max(1, decode_workers(config, len(config.devices)))
     per_sample = max(encode_s, decode_s / workers) / len(config.devices)
     total = int(sum(arrays.values()) * task.rows)

@@ -88,6 +88,17 @@ def adopt_rows(task: ExtractTask, path: Path) -> tuple[ExtractTask, dict[str, li
     for name, keys in planned.items():
         samples = task.splits[name].samples if name in task.splits else NO_SAMPLES
         splits[name], missing = in_stored_order(samples, keys)
+        moved = [
+            other
+            for other in task.splits
+            if other != name and any(key in task.splits[other].samples.keys for key in missing[:SHOWN])
+        ]
+        if moved:
+            raise DifferentStore(
+                f"{path}: images of its split {name!r} are now in {moved[0]!r} ({listing(missing)}): the data set is "
+                "split otherwise than when the store was made. Give --val-fraction and --split as before, or "
+                "--overwrite to start anew"
+            )
         if missing:
             raise DifferentStore(
                 f"{path}: {len(missing)} images of its split {name!r} are not in {task.manifest.data_root} any "

@@ -7,6 +7,7 @@ extraction was interrupted.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def note_extraction(store: Path, seconds: float, encoded: int) -> None:
         extraction_s=float(before.get("extraction_s", 0.0)) + seconds,
         encoded=int(before.get("encoded", 0)) + encoded,
     )
+
+
+def note_probe(store: Path, result: Mapping[str, Any]) -> None:
+    """Keep what the features are worth (`extract.logits.ProbeResult`)."""
+    note(store, probe_top1=result["probe_top1"], knn_top1=result["knn_top1"])
 
 
 def note(store: Path, **values: Any) -> None:

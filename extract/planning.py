@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from console.log import get_logger
 from extract.config import ConfigError, ExtractConfig
 from extract.decoding import DecodeJob
 from extract.encode import Encoding
@@ -21,6 +22,8 @@ from store import format as names
 from store.format import ArraySpec, Manifest
 from store.keys import KeyTable
 from store.layout import choose_shard_rows, power_of_two_below
+
+log = get_logger("extract")
 
 AUTO_GRID = 16
 AUTO_BATCH = {"cuda": 256, "cpu": 16}
@@ -120,6 +123,10 @@ def check_options(config: ExtractConfig, source: Source, clips: bool) -> None:
         problems.append(f"--logits {config.logits} needs Qwen2.5-VL's language model and images")
     if problems:
         raise ConfigError("; ".join(problems))
+    if config.logits.startswith("zero-shot"):
+        from extract.teachers.qwen2_5_vl import check_zero_shot
+
+        check_zero_shot(str(config.teacher_path))  # before hours of encoding, not after
 
 
 def found_targets(source: Source) -> frozenset[str]:
@@ -141,7 +148,17 @@ def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) 
         return native
     if config.grid == "auto":
         return min(AUTO_GRID, native) if targets & {"boxes", "mask"} else 0
-    return int(config.grid)
+    side = int(config.grid)
+    if side > native:
+        log.warning(
+            "grid %d: the teacher sees %d×%d cells at %d pixels, a larger grid is interpolated and says no more: "
+            "--grid native, or a larger --image-size",
+            side,
+            native,
+            native,
+            config.image_size,
+        )
+    return side
 
 
 def temporal_patch(teacher: Teacher) -> int:

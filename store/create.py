@@ -119,7 +119,9 @@ def check_free(target: Path) -> None:
     if target.is_file():
         raise StoreError(f"{target}: is a file; a store is a folder: choose another path")
     if target.exists() and any(target.iterdir()):
-        raise StoreError(f"{target}: exists and is not empty; choose another path or delete it")
+        raise StoreError(
+            f"{target}: exists and is not empty; a store needs a folder of its own, choose another path"
+        )
 
 
 def check_specs(specs: Sequence[ArraySpec]) -> None:

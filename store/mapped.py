@@ -87,7 +87,9 @@ def open_shard(folder: Path, layout: Layout, shard: int) -> int:
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
-        raise StoreError(f"{where}: shard is missing; restore it or extract again") from error
+        raise StoreError(
+            f"{where}: shard is missing; restore it, or extract anew with --overwrite"
+        ) from error
     index, data = linear_index(layout, rows), layout.data_bytes(rows)
     size = os.fstat(fd).st_size
     problem = None
@@ -97,7 +99,7 @@ def open_shard(folder: Path, layout: Layout, shard: int) -> int:
         problem = "the shard's index is damaged"
     if problem:
         os.close(fd)
-        raise StoreError(f"{where}: {problem}; restore it or extract again")
+        raise StoreError(f"{where}: {problem}; restore it, or extract anew with --overwrite")
     return fd
 
 

@@ -14,6 +14,8 @@ from store.files import read_json, write_json
 from store.format import COMMITS_FOLDER, COMPONENTS, FORMAT_VERSION, KEY_ARRAYS, WORK_FOLDER, Manifest
 from store.layout import Layout
 
+HOW_TO_MAKE = "make one with `cli extract DATA --out STORE`"
+
 ZARR_JSON = "zarr.json"
 
 
@@ -93,10 +95,15 @@ def remove_strays(store: Path, manifest: Manifest) -> None:
 def read_root(store: Path) -> dict[str, Any]:
     """The root's zarr.json. Raises StoreError when there is no store."""
     if store.is_file():
-        raise StoreError(f"{store}: is a file, not a store; for a .h5 file use `cli convert {store} STORE`")
+        hint = (
+            f"make one of it with `cli convert {store} STORE`"
+            if store.suffix in (".h5", ".hdf5")
+            else HOW_TO_MAKE
+        )
+        raise StoreError(f"{store}: is a file, not a store; {hint}")
     if not (store / ZARR_JSON).exists():
         what = "not a store (no zarr.json in it)" if store.is_dir() else "no such store"
-        raise StoreError(f"{store}: {what}; make one with `cli extract DATA --out {store}`")
+        raise StoreError(f"{store}: {what}; {HOW_TO_MAKE}")
     root = read_json(store / ZARR_JSON)
     if not isinstance(root, dict):
         raise StoreError(f"{store}/{ZARR_JSON}: not a Zarr group")

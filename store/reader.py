@@ -73,8 +73,8 @@ def incomplete(location: str, manifest: Manifest) -> StoreError:
     data = manifest.data_root or "DATA"
     progress = "" if is_url(location) else f": {describe_progress(Path(location))}"
     return StoreError(
-        f"{location}: incomplete{progress}; the same command again resumes: "
-        f"cli extract {data} --out {location}"
+        f"{location}: incomplete{progress}; the command that began it resumes it, with all its options: "
+        f"cli extract {data} --out {location} …"
     )
 
 

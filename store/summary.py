@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from store.format import ArraySpec
+from store.files import read_json
+from store.format import MEASURED_FILE, ArraySpec
 from store.job import load_job, pending_jobs, progress
 from store.location import is_url
 from store.reader import Split, Store, open_store
@@ -28,6 +29,9 @@ def describe_store(path: str | os.PathLike[str]) -> dict[str, Any]:
         "splits": {name: describe_split(split) for name, split in store.items()},
         "pending": describe_pending(store),
     }
+    if not is_url(store.location):
+        measured = store.path / MEASURED_FILE
+        described["measured"] = read_json(measured) if measured.exists() else {}
     described["bytes"] = sum(split["bytes"] for split in described["splits"].values())
     described["bytes_on_disk"] = None if is_url(store.location) else bytes_on_disk(store.path)
     return described

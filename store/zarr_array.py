@@ -61,7 +61,9 @@ class ZarrArray:
         for shard in shards.tolist():
             if shard not in self._found:
                 if not self._exists(self.layout.shard_key(shard)):
-                    raise StoreError(f"{self._where(shard)}: shard is missing; restore it or extract again")
+                    raise StoreError(
+                        f"{self._where(shard)}: shard is missing; restore it, or extract anew with --overwrite"
+                    )
                 self._found.add(shard)
         try:
             return read()
@@ -72,7 +74,7 @@ class ZarrArray:
                 except Exception as cause:
                     raise StoreError(
                         f"{self._where(shard)}: cannot be read ({cause}); the shard is truncated or damaged: "
-                        "restore it or extract again"
+                        "restore it, or extract anew with --overwrite"
                     ) from cause
             raise StoreError(f"{self.location}: cannot be read: {error}") from error
 

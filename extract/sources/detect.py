@@ -81,7 +81,13 @@ def open_source(
         source = open_one(path, kind, progress, options)
     if len(source.parts) == 1 and val_fraction > 0:
         (samples,) = source.parts.values()
-        source = replace(source, parts=cut_validation(samples, val_fraction, group_duplicates))
+        parts = cut_validation(samples, val_fraction, group_duplicates)
+        source = replace(source, parts=parts)
+        for name in {"train", "val"} - parts.keys():
+            note = (
+                f"none of the {len(samples):,} images fell into {name} with --val-fraction {val_fraction:g}"
+            )
+            source = replace(source, notes=(*source.notes, note))
     check_unique([key for part in source.parts.values() for key in part.keys], source.root)
     return source
 

@@ -205,3 +205,12 @@ def digest_of_tensor(entry: TensorEntry) -> str:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Names of the files that a local checkpoint's index lists and that are not there; none without an index."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return []
+    listed = set((read_json(index).get("weight_map") or {}).values())
+    return sorted(name for name in listed if not (folder / name).is_file())

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from extract.teachers.base import RANDOM_WEIGHTS_NOTICE, Encoded, Teacher
-from extract.teachers.checkpoint import find_tensors, fingerprint_of, load_tensors, one_line, read_json
+from extract.teachers.checkpoint import (
+    find_tensors,
+    fingerprint_of,
+    load_tensors,
+    missing_files,
+    one_line,
+    read_json,
+)
 from extract.teachers.devices import pick_device, pick_dtype
 from extract.teachers.errors import CheckpointError, TeacherError
 from extract.teachers.hub import checkpoint_folder, hub_client
@@ -280,15 +287,15 @@ def load_zero_shot(
 
 def load_language_model(path: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """Language model, merger and tokenizer of the checkpoint at `path` (folder or hub name)."""
-    from transformers import AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGeneration
+    from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging
 
     from extract.teachers.language_model import LanguageModel
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    tokenizer = load_tokenizer(path)
     try:
         with hub_client():
-            tokenizer = AutoTokenizer.from_pretrained(path)
             loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 path,
                 dtype=dtype,
@@ -296,23 +303,50 @@ def load_language_model(path: str, device: torch.device, dtype: torch.dtype) -> 
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )
-    except Exception as error:  # OS, hub, safetensors, JSON and tokenizer errors alike
-        raise CheckpointError(
-            f"--teacher-path {path}: zero-shot logits need the whole model and its tokenizer, which do not load "
-            f"({one_line(error)}): download the complete checkpoint, or use --logits probe"
-        ) from None
+    except Exception as error:  # OS, hub, safetensors and JSON errors alike
+        raise incomplete_model(path, error) from None
     model, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         absent = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
         raise CheckpointError(
             f"--teacher-path {path}: {len(absent)} tensors of the whole model are missing, first {absent[0]}"
         )
-    start = model.config.vision_start_token_id
+    model.requires_grad_(False).eval()
+    model.model.visual.blocks = torch.nn.ModuleList()  # the teacher's own tower has encoded the images
+    return LanguageModel(model, tokenizer, DynamicCache)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError when there is none, or another model's."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        with hub_client():
+            tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    except Exception as error:  # OS, hub, JSON and tokenizer errors alike
+        raise incomplete_model(path, error) from None
+    start = config.vision_start_token_id
     if tokenizer.encode("<|vision_start|>", add_special_tokens=False) != [start]:
         raise CheckpointError(
             f"--teacher-path {path}: its tokenizer does not know <|vision_start|> as token {start}: "
             "download tokenizer.json and tokenizer_config.json of the same checkpoint"
         )
-    model.requires_grad_(False).eval()
-    model.model.visual.blocks = torch.nn.ModuleList()  # the teacher's own tower has encoded the images
-    return LanguageModel(model, tokenizer, DynamicCache)
+    return tokenizer
+
+
+def incomplete_model(path: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"--teacher-path {path}: zero-shot logits need the whole model and its tokenizer, which do not load "
+        f"({one_line(error)}): download the complete checkpoint, or use --logits probe"
+    )
+
+
+def check_zero_shot(path: str) -> None:
+    """Raises CheckpointError where zero-shot scoring would: without tokenizer, or without files of the language model."""
+    load_tokenizer(path)
+    absent = missing_files(Path(path))
+    if absent:
+        raise CheckpointError(
+            f"--teacher-path {path}: zero-shot logits need the whole model, {len(absent)} of its files are missing, "
+            f"first {absent[0]}: download the complete checkpoint, or use --logits probe"
+        )

@@ -131,7 +131,10 @@ def test_incomplete_store_says_how_far(make_store: Any) -> None:
     write_rows(path, "train", row_range=(0, 64))
     expected = "incomplete: train 64 of 200 rows, val 0 of 10 rows"
     assert [expected in str(finding) for finding in verify_store(path)] == [True]
-    with pytest.raises(StoreError, match=f"{expected}; the same command again resumes: cli extract"):
+    with pytest.raises(
+        StoreError,
+        match=f"{expected}; the command that began it resumes it, with all its options: cli extract",
+    ):
         open_store(path)
 
 
