@@ -12,6 +12,7 @@ import typer
 
 from train.config import TrainConfig, load_config
 from train.errors import ConfigError
+from train.rundir import check_run_folder
 
 PANELS = {
     "Data and student": "task num_classes student_path pretrained data_root train_split val_split dropout freeze_encoder "
@@ -57,6 +58,8 @@ def train(
             raise ConfigError("--gpu-devices and --device both say where to train: give one of them")
         options["device"] = devices_from_numbers(gpu_devices)
     settings = load_config({"store": store, **options}, config)
+    if os.environ.get("RANK", "0") == "0":
+        check_run_folder(settings)
     # ultralytics starts the processes of YOLO students.
     if len(settings.devices) > 1 and "RANK" not in os.environ and settings.student_type != "yolov8":
         from train.engine.launch import launch_ranks

@@ -16,6 +16,7 @@ from train.errors import ConfigError, TrainError
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 OURS = (CONFIG, METRICS, SUMMARY, "best.pt", "last.pt")
+OUR_FOLDERS = ("tensorboard", "control", "ultralytics", "wandb", "mlflow")
 
 #: What may differ between the command that started a run and the one that resumes it.
 FREE_ON_RESUME = frozenset(
@@ -27,7 +28,6 @@ FREE_ON_RESUME = frozenset(
         "workers",
         "resume",
         "overwrite",
-        "control",
         "data_root",
         "tracker",
         "auto_batch",
@@ -46,27 +46,65 @@ PACKAGES = ("torch", "timm", "accelerate", "numpy", "zarr", "peft", "ultralytics
 def prepare_run_folder(config: TrainConfig) -> Path:
     """Create the run folder, or check that the run in it may go on.
 
+    What a start that failed left behind is no run: it is removed, or gone on from (--resume) with any options.
     Raises ConfigError when it holds a run and neither --resume nor --overwrite is given, and when the run to
     resume was started with other options (all that differ are listed).
     """
     folder = config.out
-    taken = folder.exists() and any((folder / name).exists() for name in OURS)
-    if taken and config.overwrite:
-        remove_run(folder)
-    elif taken and not config.resume:
-        raise ConfigError(f"{folder} holds a run already: pass --resume to continue it, or --overwrite")
-    elif folder.exists() and not folder.is_dir():
+    taken = has_results(folder)
+    if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: is a file, expected a folder")
+    if taken and not (config.resume or config.overwrite):
+        raise ConfigError(f"{folder} holds a run already: pass --resume to continue it, or --overwrite")
+    if not config.resume and (taken or has_config(folder)):
+        remove_run(folder)
     make_folder(folder)
-    if config.resume:
+    if config.resume and taken:
         check_same_run(config)
     return folder
+
+
+def check_run_folder(config: TrainConfig) -> None:
+    """Raise ConfigError for a folder that a user can hardly mean: --resume without a run, files of others in it.
+
+    For the command line: a training platform keeps files of its own in the output folder.
+    """
+    folder = config.out
+    started = has_results(folder) or has_config(folder)
+    if config.resume and not started:
+        raise ConfigError(f"--resume: nothing to resume in {folder}: check --out, or leave --resume out")
+    if started or not folder.is_dir():
+        return
+    visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if others := sorted(visible - {METRICS, *OUR_FOLDERS}):
+        raise ConfigError(
+            f"--out {folder}: holds other files ({', '.join(others[:3])}{' …' if others[3:] else ''}), expected a run "
+            "or an empty folder: name a folder of its own"
+        )
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run in the folder has saved anything: a checkpoint, an epoch's line, a summary."""
+    metrics = folder / METRICS
+    written = metrics.exists() and metrics.stat().st_size > 0
+    return written or any((folder / name).exists() for name in (SUMMARY, "best.pt", "last.pt"))
+
+
+def has_config(folder: Path) -> bool:
+    """Whether the folder's config.json is that of a run: other programs have files of that name too."""
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"options", "resolved"} <= content.keys()
 
 
 def make_folder(folder: Path) -> None:
     """Create the folder that --out names. Raises TrainError when that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise TrainError(f"--out {folder}: is a file, expected a folder") from None
     except OSError as error:
         raise TrainError(f"--out {folder}: cannot be created: {error.strerror}") from None
 
@@ -76,7 +114,7 @@ def remove_run(folder: Path) -> None:
     for pattern in (*OURS, "adapters.pt", "checkpoint_epoch_*.pt", "*_run_id"):
         for path in folder.glob(pattern):
             path.unlink()
-    for name in ("tensorboard", "control", "ultralytics", "wandb", "mlflow"):
+    for name in OUR_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -89,7 +127,7 @@ def check_same_run(config: TrainConfig) -> None:
     differing = [
         f"{name} {before[name]} → {now[name]}"
         for name in sorted(before.keys() & now.keys() - FREE_ON_RESUME)
-        if before[name] != now[name]
+        if before[name] != now[name] and (name != "control" or before[name])  # a control may be added
     ]
     if differing:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from console.stop import Stopped, StopRequest
 from train.checkpoint import load_checkpoint
 from train.errors import ConfigError
 from train.run import run_training
+from train.rundir import check_run_folder
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("epoch_time_s",)
@@ -257,6 +259,50 @@ def test_resume_with_other_options_names_them(make_store, make_config):
         ConfigError, match=r"other options.*learning_rate 0.001 → 0.01, temperature 4.0 → 2.0"
     ):
         run_training(make_config(store, epochs=1, resume=True, learning_rate=0.01, temperature=2.0))
+
+
+def test_a_control_may_be_added_but_not_dropped(make_store, make_config, train_log):
+    store = make_store()
+    run_training(make_config(store, epochs=1))
+    run_training(make_config(store, epochs=2, resume=True, control=True))
+    assert "resumed after epoch 1" in train_log.text
+    with pytest.raises(ConfigError, match="control True → False"):
+        run_training(make_config(store, epochs=3, resume=True))
+
+
+def test_a_start_that_failed_does_not_block_the_next(make_store, make_config, monkeypatch):
+    store = make_store()
+
+    def fail(*arguments: object) -> None:
+        raise OSError("unreadable")
+
+    config = make_config(store, epochs=1)
+    for again in ({"learning_rate": 0.01}, {"learning_rate": 0.02, "resume": True}):
+        with monkeypatch.context() as patch:
+            patch.setattr("train.engine.loop.Loop.forward", fail)
+            with pytest.raises(OSError, match="unreadable"):
+                run_training(config)
+        assert (config.out / "config.json").exists()
+        config = make_config(store, epochs=1, **again)
+        check_run_folder(config)
+    assert run_training(config)["complete"]
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "text"),
+    [
+        ("tulip.jpg", {}, "holds other files \\(tulip.jpg\\), expected a run or an empty folder"),
+        ("config.json", {"overwrite": True}, "holds other files"),
+        (".hidden", {}, None),
+        (".hidden", {"resume": True}, "nothing to resume in .*run: check --out, or leave --resume out"),
+        ("config.json", {"resume": True}, "nothing to resume in"),
+    ],
+)
+def test_a_folder_that_nobody_can_mean_is_refused(tmp_path, make_config, file, options, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).touch()
+    with pytest.raises(ConfigError, match=text) if text else contextlib.nullcontext():
+        check_run_folder(make_config("a.zarr", **options))
 
 
 def test_a_finished_run_is_extended_or_left_alone(make_store, make_config):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.test_train.runs import records
+from train.engine.trackers import open_trackers
+from train.errors import TrainError
 from train.run import run_training
 
 
@@ -29,6 +31,17 @@ def test_other_trackers_offline(make_store, make_config, tracker, monkeypatch):
 
         history = mlflow.MlflowClient(folder.resolve().as_uri()).get_metric_history(number, "train_loss")
         assert [metric.step for metric in history] == [1, 2], "a resumed run goes on in its own curve"
+
+
+def test_wandb_without_a_login_says_what_to_do(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**options):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(TrainError, match=r"No API key configured .*`wandb login` .*WANDB_MODE=offline"):
+        open_trackers("wandb", tmp_path, {}, 0)
 
 
 def test_tensorboard_holds_the_records(make_store, make_config):

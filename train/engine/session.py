@@ -133,8 +133,9 @@ class Session:
             parts.accelerator.scaler.load_state_dict(training["scaler"])
         parts.progress.__dict__.update(Progress.from_dict(training["progress"]).__dict__)
         parts.guard.copy_buffers()
-        where = f"epoch {parts.progress.epoch + 1}, step {parts.progress.step}"
-        log.info("%s: resumed after %s", self.folder, where)
+        epoch, step = parts.progress.epoch, parts.progress.step
+        where = f"after epoch {epoch}" if epoch and not step else f"in epoch {epoch + 1}, after step {step}"
+        log.info("%s: resumed %s", self.folder, where)
 
     def finish_epoch(self, record: dict[str, Any]) -> None:
         """Note the epoch, save what it made, tell everybody."""

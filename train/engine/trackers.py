@@ -43,14 +43,20 @@ class WandB:
             import wandb
         except ImportError:
             raise TrainError("--tracker wandb needs the wandb package: pip install wandb") from None
-        self.run: Any = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "qwen-distill"),
-            name=run.name,
-            dir=str(run),
-            config=dict(config),
-            id=earlier_id(run, "wandb"),
-            resume="allow",
-        )
+        try:
+            self.run: Any = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "qwen-distill"),
+                name=run.name,
+                dir=str(run),
+                config=dict(config),
+                id=earlier_id(run, "wandb"),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split()).removesuffix(".")
+            raise TrainError(
+                f"--tracker wandb: {reason} (`wandb login` logs in, WANDB_MODE=offline keeps all in the run folder)"
+            ) from error
         remember_id(run, "wandb", self.run.id)
 
     def log(self, record: Mapping[str, Any], epoch: int) -> None:
