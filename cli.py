@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import inspect
 import os
@@ -52,6 +53,17 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("commands.demo:demo", MORE, "The whole pipeline on real images in a few minutes."),
     "distill": Command("commands.platform:distill", MORE, "What a training platform starts."),
 }
+
+# What the disk refuses is no defect, wherever it happens: one line, as for errors that carry an `exit_code`.
+DISK_ERRORS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "change its permissions or choose another",
+    errno.EPERM: "change its permissions or choose another",
+}
+
+INTERRUPTED = 130  # what typer returns after a Ctrl-C that no command took care of
 
 
 class LazyGroup(TyperGroup):
@@ -138,11 +150,14 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], prog_name=program_name(), standalone_mode=False)
     except Exception as error:
         # An error meant for the user carries `exit_code`; anything else is a defect and keeps its traceback.
-        exit_code = getattr(error, "exit_code", None)
+        refused = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        exit_code = getattr(error, "exit_code", 1 if refused else None)
         if debug or exit_code is None:
             raise
         print(error_line(error), file=sys.stderr, flush=True)
         sys.exit(exit_code)
+    if code == INTERRUPTED:
+        print("error: stopped by Ctrl-C; the same command starts again", file=sys.stderr, flush=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -154,6 +169,9 @@ def program_name() -> str:
 
 def error_line(error: Exception) -> str:
     """What went wrong, on one line; for a misused command line also where its help is."""
+    if isinstance(error, OSError) and not hasattr(error, "exit_code"):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror}: {DISK_ERRORS[error.errno or 0]}, then run the same command again"
     describe = getattr(error, "format_message", None)  # typer's own errors
     context = getattr(error, "ctx", None)
     hint = f" ({context.command_path} --help)" if context is not None else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -43,14 +44,23 @@ def predict(
     import json
 
     from console.output import print_json
+    from console.stop import Stopped, StopRequest
     from train.delivery.predict import PredictionWriter, predict_files
     from train.delivery.records import BadFile
 
     records: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
-    found = predict_files(run, inputs, device=device, batch_size=batch_size, confidence=confidence)
-    with PredictionWriter(out) if out is not None else contextlib.nullcontext() as writer:
-        for item in found:
+    found = predict_files(run, inputs, out=out, device=device, batch_size=batch_size, confidence=confidence)
+    with (
+        StopRequest() as stop,
+        PredictionWriter(out) if out is not None else contextlib.nullcontext() as writer,
+    ):
+        for done, item in enumerate(found):
+            if stop.requested:
+                where = f", in {out}" if out is not None else ""
+                raise Stopped(
+                    f"stopped: {done} files done{where}; the same command starts again", stop.exit_code
+                )
             if isinstance(item, BadFile):
                 bad.append(item._asdict())
                 print(f"skipped {item.file}: {item.reason}", file=sys.stderr, flush=True)
@@ -108,8 +118,10 @@ def quantize(
     ] = QuantizeMode.ptq,
     out: Annotated[Path | None, typer.Option(help="The folder to write. [default: RUN/int8-MODE]")] = None,
     calibration: Annotated[int, typer.Option(min=8, help="Training images to calibrate with.")] = 256,
-    epochs: Annotated[int, typer.Option(min=1, help="qat: epochs of fine-tuning.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="qat: learning rate.")] = 1e-5,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="qat: epochs of fine-tuning. [default: 3]")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="qat: learning rate. [default: 1e-05]")] = None,
     split: Annotated[
         str | None, typer.Option(help="The split to measure on. [default: the run's validation split]")
     ] = None,
@@ -124,13 +136,8 @@ def quantize(
     from console.output import print_json, print_table
     from train.delivery.quantize import QuantizeOptions, quantize_student
 
-    options = QuantizeOptions(
-        mode=mode.value,
-        calibration=calibration,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        split=split,
-    )
+    given = finetuning_options(mode, epochs, learning_rate)
+    options = QuantizeOptions(mode=mode.value, calibration=calibration, split=split, **given)
     summary = quantize_student(run, store, out, options)
     if json_:
         print_json(summary)
@@ -140,3 +147,17 @@ def quantize(
         ["model", "size_mb", "size_ratio", "latency_ms", "speedup", *summary["metric_names"]],
     )
     print(f"written: {summary['path']}")
+
+
+def finetuning_options(mode: QuantizeMode, epochs: int | None, learning_rate: float | None) -> dict[str, Any]:
+    """What was given of `epochs` and `learning_rate`; a usage error where it makes no sense."""
+    named = {"--epochs": epochs, "--learning-rate": learning_rate}
+    given = {option: value for option, value in named.items() if value is not None}
+    if given and mode is QuantizeMode.ptq:
+        raise typer.BadParameter(
+            "nothing is trained in --mode ptq: leave it out or pass --mode qat",
+            param_hint=" and ".join(given),
+        )
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise typer.BadParameter(f"{learning_rate}: expected a number above 0", param_hint="--learning-rate")
+    return {option.removeprefix("--").replace("-", "_"): value for option, value in given.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from console.files import whole_file, writing
 from imaging.decode import decode_image
 from imaging.errors import ImageError
 from imaging.geometry import resize_view
@@ -37,14 +38,20 @@ def write_pictures(path: Path | str, folder: Path, count: int = 16) -> list[Path
     rows = valid[np.unique(np.linspace(0, len(valid) - 1, min(count, len(valid))).astype(np.int64))]
     grids = split.gather(rows, [names.GRID])[names.GRID].astype(np.float32) * split.scale[names.GRID]
     root = Path(store.manifest.data_root) if store.manifest.data_root else None
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     files, panels = [], []
     for row, colours in zip(rows.tolist(), principal_colours(grids), strict=True):
         panels.append(panel(read_image(split, row, root), store.manifest.preprocessing.resize, colours))
         files.append(folder / f"{split.name}-{row:07d}.png")
-        panels[-1].save(files[-1])
-    overview(panels).save(folder / "overview.png")
+        save(panels[-1], files[-1])
+    save(overview(panels), folder / "overview.png")
     return [*files, folder / "overview.png"]
+
+
+def save(image: Image.Image, path: Path) -> None:
+    with whole_file(path) as partial:
+        image.save(partial)
 
 
 def principal_colours(grids: Floats) -> npt.NDArray[np.uint8]:

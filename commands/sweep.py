@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
+    context: typer.Context,
     store: Annotated[str, typer.Argument(help="The store of teacher features: a folder or a URL.")],
     out: Annotated[Path, typer.Option(help="The sweep's folder; the same command again goes on in it.")],
     students: Annotated[str | None, typer.Option(help="Comma-separated students (cli students).")] = None,
@@ -40,7 +41,10 @@ def sweep(
 
     Train many students from one store: students x seeds x option values, each with a control trained without
     the teacher. Finished trials are not repeated; a failed one does not end the sweep. Then: cli report sweep
+
+    Every training option (cli train --help) goes through --set, with one value or several: --set epochs=20
     """
+    refuse_unknown([store, *context.args])
     from console.option_file import read_option_file
     from console.output import print_json
     from train.errors import ConfigError
@@ -65,6 +69,27 @@ def sweep(
         print_states(states, out)
     if any(state.state != "done" for state in states):
         raise typer.Exit(1)
+
+
+# A training option given as one of the sweep's is explained by `refuse_unknown`.
+sweep.context_settings = {"ignore_unknown_options": True, "allow_extra_args": True}  # type: ignore[attr-defined]
+
+
+def refuse_unknown(words: list[str]) -> None:
+    """What the command line holds beside the sweep's own options; only the store may."""
+    from train.config import TrainConfig
+    from train.sweep.config import OWN_OPTIONS
+
+    for number, word in enumerate(words):
+        option, _, value = word.partition("=")
+        name = option.lstrip("-").replace("-", "_")
+        if name in TrainConfig.model_fields.keys() - OWN_OPTIONS and option.startswith("--"):
+            value = value or next((text for text in words[number + 1 :] if not text.startswith("-")), "VALUE")
+            raise typer.BadParameter(f"{option} is an option of cli train: pass it as --set {name}={value}")
+        if option.startswith("-"):
+            raise typer.BadParameter(f"no such option: {option} (cli sweep --help)")
+    if len(words) > 1:
+        raise typer.BadParameter(f"unexpected {words[1]!r} after the store (cli sweep --help)")
 
 
 def parse_sets(items: list[str]) -> dict[str, list[Any]]:
@@ -96,15 +121,17 @@ def print_states(states: list[TrialState], out: Path) -> None:
     ]
     columns = ["trial", "state", "epochs", "metric", "best"]
     print_table(rows, columns if all(state.state == "done" for state in states) else [*columns, "reason"])
-    print(f"next: cli report {out}")
+    if any(state.state == "done" for state in states):
+        print(f"next: cli report {out}")
 
 
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Runs or sweeps, one or several side by side.")],
     out: Annotated[
-        Path | None, typer.Option(help="The HTML file to write. [default: report.html in the first folder]")
+        Path | None,
+        typer.Option(help="HTML file or folder to write. [default: report.html in the first folder]"),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Worst samples to show with pictures; 0: none.")] = 24,
+    samples: Annotated[int, typer.Option(min=0, help="Worst samples to show with pictures; 0: none.")] = 24,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """cli report sweep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from extract.teachers.errors import TeacherError
@@ -17,6 +18,8 @@ def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> P
     Raises:
         TeacherError: when depth is below 1 or the folder holds something else.
     """
+    from safetensors import SafetensorError
+
     from extract.teachers.qwen2_5_vl import RANDOM_WEIGHTS_FILE, save_random_checkpoint
 
     target = Path(folder)
@@ -26,7 +29,21 @@ def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> P
         target.is_dir() and (not any(target.iterdir()) or (target / RANDOM_WEIGHTS_FILE).is_file())
     ):
         raise TeacherError(f"{target} exists and is no tiny teacher: choose another folder")
-    save_random_checkpoint(target, vision=tiny_vision(depth), text=TINY_TEXT, seed=seed)
+    existed = target.exists()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # Written aside: a folder that holds only a part would be taken for a checkpoint.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as aside:
+            save_random_checkpoint(Path(aside), vision=tiny_vision(depth), text=TINY_TEXT, seed=seed)
+            for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == RANDOM_WEIGHTS_FILE):
+                file.replace(target / file.name)
+    except (OSError, SafetensorError) as error:
+        if not existed:
+            shutil.rmtree(target, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise TeacherError(
+            f"{target}: cannot be written: {reason}; choose another place (or make room), then run it again"
+        ) from error
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -101,6 +102,41 @@ def test_an_error_is_one_line_without_traceback(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "nothing.zarr" in line
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "error: No space left on device: free some space, then",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/x/a"),
+            1,
+            "error: /x/a: Read-only file system: choose another folder",
+        ),
+        (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C"),
+    ],
+)
+def test_what_the_system_does_is_one_line(
+    raised: BaseException,
+    code: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(path: str) -> None:
+        raise raised
+
+    monkeypatch.setattr("store.summary.describe_store", refuse)
+    monkeypatch.setattr("sys.argv", ["cli", "inspect", "a.zarr"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == code
+    assert line.startswith(text)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

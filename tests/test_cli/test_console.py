@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from console import progress
+from console.files import OutputError, whole_file
 from console.output import print_json, print_table
 from console.progress import clock, track_progress
 from console.stop import StopRequest
@@ -91,3 +93,19 @@ def test_json_has_plain_values_only(capsys: pytest.CaptureFixture[str]) -> None:
         "count": 3,
         "mean": [1.5, 2.5],
     }
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.html"
+    with whole_file(path) as partial:
+        partial.write_text("first")
+
+    def fill_the_disk() -> None:
+        with whole_file(path) as partial:
+            partial.write_text("sec")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"a\.html: cannot be written: No space left"):
+        fill_the_disk()
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from extract.teachers import CheckpointError, TeacherError, load_teacher
@@ -323,6 +324,19 @@ def test_tiny_teachers_repeat_and_say_what_they_are(tiny_teacher_folder: Path, t
     assert "teaches nothing" in (again / "random_weights.json").read_text()
     (again / "random_weights.json").unlink()
     assert not load(again).spec.random_weights
+
+
+def test_a_tiny_teacher_on_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(folder: Path, **options: Any) -> None:
+        (folder / "config.json").write_text("{}")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("extract.teachers.qwen2_5_vl.save_random_checkpoint", fill_the_disk)
+    with pytest.raises(TeacherError, match=r"tiny: cannot be written: I/O error: No space left on device"):
+        make_tiny_teacher(tmp_path / "tiny")
+    assert not list(tmp_path.iterdir())
 
 
 def test_tiny_teachers_overwrite_only_their_own_kind(tmp_path: Path) -> None:

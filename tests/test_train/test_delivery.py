@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from console.files import OutputError
+from console.stop import Stopped
 from tests.test_train.runs import cli, trained
 from train.checkpoint import load_student_from_run
+from train.delivery.clips import find_clips
 from train.delivery.detect import to_image
 from train.delivery.draw import mask_image
 from train.delivery.export import export_student
@@ -122,13 +127,29 @@ def test_what_cannot_be_delivered_is_one_line(
         ("predict", run_folder, pictures, "--device", "gpu"): "expected auto, cpu, cuda or cuda:N",
         ("predict", tmp_path / "nothing", pictures): "no such run or file",
         ("predict", run_folder, pictures, "--out", tmp_path / "file/x"): "cannot be created",
+        ("predict", run_folder, pictures, "--out", tmp_path / "file"): "is a file, expected a folder",
+        ("predict", run_folder, pictures / "0.png", "--out", pictures): "0.png, an input, and pictures",
         ("export", tmp_path / "nothing"): "no such checkpoint",
-        ("export", run_folder, "--out", tmp_path / "file/x.onnx"): "cannot be created",
+        ("export", run_folder, "--out", tmp_path / "file/x.onnx"): "file: is a file, expected a folder",
         ("export", run_folder, "--images", tmp_path / "empty"): "no image files in it",
+        ("export", run_folder, "--images", tmp_path / "file"): "--images: " + str(tmp_path / "file"),
         ("export", run_folder, "--opset", "3"): "operator set 3",
         ("quantize", run_folder, tmp_path / "nothing.zarr"): "no such store",
         ("quantize", run_folder, store, "--split", "tset"): "no split tset, it has train, val",
-        ("report", tmp_path / "empty"): "neither a run",
+        ("quantize", run_folder, store, "--out", tmp_path / "file"): "is a file, expected a folder",
+        ("quantize", run_folder, store, "--epochs", "7"): "nothing is trained in --mode ptq",
+        (
+            "quantize",
+            run_folder,
+            store,
+            "--mode=qat",
+            "--learning-rate=-1",
+        ): "-1.0: expected a number above 0",
+        ("report", tmp_path / "empty"): "nor a sweep (sweep.json): name what `cli train --out`",
+        ("report", run_folder.parent): f"cli report {run_folder}",
+        ("report", run_folder, "--samples", "-3"): "--samples",
+        ("report", run_folder, "--out", tmp_path / "r.csv"): "expected a file that ends in .html",
+        ("inspect", store, "--pictures", tmp_path / "file"): "file: is a file, expected a folder",
     }
     for arguments, words in tried.items():
         monkeypatch.setattr("sys.argv", ["cli", *map(str, arguments)])
@@ -138,6 +159,51 @@ def test_what_cannot_be_delivered_is_one_line(
         assert ended.value.code in (1, 2), arguments
         assert told[-1].startswith("error: "), arguments
         assert words in told[-1], arguments
+    assert sorted(path.name for path in pictures.iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+def test_a_still_is_no_clip(pictures: Path) -> None:
+    with pytest.raises(DeliveryError, match=r"0\.png: a still image, and this student takes clips"):
+        find_clips([str(pictures / "0.png")])
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.new("RGB", (8, 8))
+    with PredictionWriter(tmp_path / "out") as writer:
+        writer.write(Prediction({"file": "0.png"}, picture))
+        real = writer.records
+
+        class Full:
+            tell, truncate, close = real.tell, real.truncate, real.close
+
+            def write(self, line: bytes) -> int | None:
+                return real.write(line[:5])
+
+        monkeypatch.setattr(writer, "records", Full())
+        with pytest.raises(
+            OutputError, match=r"predictions\.jsonl: cannot be written: No space left on device"
+        ):
+            writer.write(Prediction({"file": "1.png"}, picture))
+    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == ["0.png"]
+
+
+def test_ctrl_c_says_what_was_predicted(
+    run_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from commands.deliver import predict
+
+    real = PredictionWriter.write
+
+    def interrupted(self: PredictionWriter, prediction: Prediction) -> None:
+        real(self, prediction)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(PredictionWriter, "write", interrupted)
+    with pytest.raises(Stopped, match=r"^stopped: 1 files done, in .*out; the same command") as caught:
+        predict(run_folder, [str(pictures)], tmp_path / "out")
+    assert caught.value.exit_code == 130
+    assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

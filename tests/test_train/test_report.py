@@ -116,6 +116,14 @@ def test_pareto_front_keeps_what_nothing_beats() -> None:
 def test_tables_have_every_run_and_its_gain(sweep_folder: Path) -> None:
     made = build_report([sweep_folder], None, samples=0)
     assert made.path == sweep_folder / "report.html"
+    assert (
+        build_report([sweep_folder], sweep_folder.parent, samples=0).path
+        == sweep_folder.parent / "report.html"
+    )
+    assert (
+        build_report([sweep_folder], sweep_folder / "new", samples=0).path == sweep_folder / "new/report.html"
+    )
+    assert not list(sweep_folder.parent.rglob(".partial*"))
     rows = list(csv.DictReader((sweep_folder / "results.csv").open()))
     assert [row["run"] for row in rows] == ["d2", "d1", "d0", "c2", "c1", "c0"]
     assert float(rows[0]["gain_over_control"]) == pytest.approx(0.08)

@@ -17,6 +17,7 @@ from train.delivery.files import expand_inputs
 from train.delivery.model import ModelCard, TrainedModel
 from train.delivery.records import BadFile, Prediction
 from train.delivery.scores import top_classes
+from train.errors import DeliveryError
 
 CLIP_SUFFIXES = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"])
 FRAMES = 16  # of a clip, where the checkpoint does not say
@@ -31,8 +32,15 @@ def find_clips(inputs: Sequence[str]) -> list[Path]:
 
 
 def clips_below(folder: Path) -> list[Path]:
-    """The folder itself when it holds frames, else the videos and frame folders below it; a file is a clip."""
+    """The folder itself when it holds frames, else the videos and frame folders below it; a file is a clip.
+
+    Raises DeliveryError for a still image, which would be shown as a clip without motion.
+    """
     if not folder.is_dir():
+        if folder.suffix.lower() in IMAGE_SUFFIXES - CLIP_SUFFIXES:
+            raise DeliveryError(
+                f"{folder}: a still image, and this student takes clips: name video files or folders of frames"
+            )
         return [folder]
     if frame_files(folder):
         return [folder]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from console.files import whole_file
 from train.delivery.inputs import run_folder, sample_inputs
 from train.delivery.model import ModelCard, TorchModel, open_student
 from train.delivery.program import OPSET, write_onnx, write_torch_export
@@ -57,8 +57,7 @@ def export_student(
     make_folder(path.parent)
     inputs = sample_inputs(run, card, CHECK_IMAGES, images)
     expected = comparable(card, TorchModel(student, card, torch.device("cpu")).run(inputs))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         got = comparable(card, writer_of(format, card)(student, card, partial, inputs, opset))
         difference = float(np.abs(got - expected).max())
         tolerance = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
@@ -67,11 +66,6 @@ def export_student(
                 f"{path.name}: outputs differ by {difference:.3g} from PyTorch on {len(inputs)} real images, allowed "
                 f"{tolerance:.3g}: not written; please report the student {card.student}"
             )
-        os.replace(partial, path)
-    except OSError as error:
-        raise DeliveryError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return Exported(path, format, path.stat().st_size, len(inputs), difference, tolerance)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from imaging.clips import read_clip_frames
 from imaging.decode import decode
+from imaging.errors import ImageError
 from store import open_store
 from train.clips import ClipReader
 from train.config import TrainConfig
@@ -33,15 +34,20 @@ def sample_inputs(run: Path, card: ModelCard, count: int, folder: Path | None = 
 
 
 def folder_pixels(folder: Path, card: ModelCard, count: int) -> list[NDArray[np.uint8]]:
-    """Rendered images or clips below a folder."""
-    if card.task == "sequence":
-        clips = find_clips([str(folder)])[:count]
-        return [
-            clip_pixels(card, read_clip_frames(p, card.frames or FRAMES, pairs=card.frame_pairs))
-            for p in clips
-        ]
-    files = find_images([str(folder)])[:count]
-    return [card.render(decode(path, target_size=card.image_size).image) for path in files]
+    """Rendered images or clips below a folder. Raises DeliveryError naming the one that cannot be read."""
+    clips = card.task == "sequence"
+    files = find_clips([str(folder)]) if clips else find_images([str(folder)])
+    pixels = []
+    for path in files[:count]:
+        try:
+            if clips:
+                frames = read_clip_frames(path, card.frames or FRAMES, pairs=card.frame_pairs)
+                pixels.append(clip_pixels(card, frames))
+            else:
+                pixels.append(card.render(decode(path, target_size=card.image_size).image))
+        except ImageError as error:
+            raise DeliveryError(f"--images: {path}: {error}; remove it or name another folder") from None
+    return pixels
 
 
 def split_pixels(run: Path, card: ModelCard, count: int) -> list[NDArray[np.uint8]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from console.files import whole_file, writing
 from train.delivery.clips import find_clips, predict_clip
 from train.delivery.detect import detect_batch
 from train.delivery.draw import draw_label, draw_mask, mask_image
@@ -19,28 +22,59 @@ from train.delivery.files import find_images
 from train.delivery.model import ModelCard, TrainedModel, batches, class_name, open_model
 from train.delivery.records import BadFile, Prediction, read_image
 from train.delivery.scores import top_classes
+from train.errors import DeliveryError
 from train.rundir import make_folder
 
 RECORDS_FILE = "predictions.jsonl"
 
 
 def predict_files(
-    run: Path, inputs: Sequence[str], *, device: str = "auto", batch_size: int = 16, confidence: float = 0.25
+    run: Path,
+    inputs: Sequence[str],
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    batch_size: int = 16,
+    confidence: float = 0.25,
 ) -> Iterator[Prediction | BadFile]:
     """Predict every image (or clip, for students of clips) that `inputs` name, in their order.
+
+    What is wrong with the arguments is said at once, before the first prediction is asked for.
 
     Args:
         run: a run folder, its best.pt, or an exported ONNX file.
         inputs: image files, folders (searched through), or globs.
+        out: the folder that pictures will be written to: must not be one of the inputs'.
         confidence: detections below it are left out.
     Raises:
-        DeliveryError: unknown run, or inputs without any image.
+        DeliveryError: unknown run, inputs without any image, or inputs that pictures might be written over.
     """
     model = open_model(run, device)
+    files = find_clips(inputs) if model.card.task == "sequence" else find_images(inputs)
+    if out is not None:
+        spare_inputs(files, out)
+    return predict_found(model, files, batch_size, confidence)
+
+
+def spare_inputs(files: Sequence[Path], out: Path) -> None:
+    """Refuse a folder that inputs lie in (or that is one, of frames): a picture is called like its input."""
+    folder = out.resolve()
+    for path in files:
+        if folder in (path.resolve(), path.resolve().parent, path.parent.resolve()):
+            raise DeliveryError(
+                f"--out {out}: holds {path}, an input, and pictures are called like their inputs: choose another "
+                "folder"
+            )
+
+
+def predict_found(
+    model: TrainedModel, found: Sequence[Path], batch_size: int, confidence: float
+) -> Iterator[Prediction | BadFile]:
+    """Predict files in batches, and clips one by one."""
     if model.card.task == "sequence":
-        yield from (predict_clip(model, path) for path in find_clips(inputs))
+        yield from (predict_clip(model, path) for path in found)
         return
-    for files in batches(find_images(inputs), batch_size):
+    for files in batches(found, batch_size):
         if model.card.task == "detection":
             yield from detect_batch(model, files, confidence)
         else:
@@ -84,17 +118,27 @@ class PredictionWriter:
     def __init__(self, folder: Path) -> None:
         make_folder(folder)
         self.folder, self.taken = folder, set[str]()
-        self.records = (folder / RECORDS_FILE).open("w", encoding="utf-8")
+        with writing(folder / RECORDS_FILE):
+            self.records = (folder / RECORDS_FILE).open("wb", buffering=0)
 
     def write(self, prediction: Prediction) -> None:
         """One line, and the picture (for masks also the bare mask); equal names of different folders stay apart."""
         stem = self.name(Path(prediction.record["file"]))
-        prediction.image.save(self.folder / f"{stem}.jpg", quality=90)
+        with whole_file(self.folder / f"{stem}.jpg") as partial:
+            prediction.image.save(partial, quality=90)
         if prediction.mask is not None:
-            prediction.mask.save(self.folder / f"{stem}-mask.png")
+            with whole_file(self.folder / f"{stem}-mask.png") as partial:
+                prediction.mask.save(partial)
         record = {**prediction.record, "picture": f"{stem}.jpg"}
-        self.records.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.records.flush()
+        self.append((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+    def append(self, line: bytes) -> None:
+        """A whole line or none."""
+        end = self.records.tell()
+        with writing(self.folder / RECORDS_FILE):
+            if self.records.write(line) != len(line):  # the disk is full
+                self.records.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def name(self, source: Path) -> str:
         """The source's name, with its folders' where that is taken."""

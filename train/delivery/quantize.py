@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from console.files import whole_file
 from console.log import get_logger
 from store import open_store
 from train.config import TrainConfig
@@ -78,7 +79,8 @@ def quantize_student(
     make_folder(out)
     inputs = calibration_inputs(store, config, card, options.calibration)
     models = {FLOAT: out / f"{FLOAT}.onnx", PTQ: out / f"{PTQ}.onnx"}
-    write_onnx(student, card, models[FLOAT], inputs[:BATCH], OPSET)
+    with whole_file(models[FLOAT]) as partial:
+        write_onnx(student, card, partial, inputs[:BATCH], OPSET)
     ranges = write_ptq(student, card, inputs, models[PTQ])
     if options.mode == "qat":
         models |= {FINETUNED_PTQ: out / f"{FINETUNED_PTQ}.onnx", QAT: out / f"{QAT}.onnx"}
@@ -135,7 +137,8 @@ def write_ptq(student: Student, card: ModelCard, inputs: NDArray[np.float32], pa
     prepared = prepare_int8(LogitsOnly(copy.deepcopy(student)), example, training=False)
     calibrate(prepared, batches(inputs, BATCH))
     ranges = activation_ranges(prepared)
-    write_int8(prepared, card, example, path)
+    with whole_file(path) as partial:
+        write_int8(prepared, card, example, partial)
     return ranges
 
 
@@ -151,7 +154,8 @@ def write_qat(
     trained = run_finetuning(tuning, QuantizedStudent(tuning.student, graph))
     assert isinstance(trained, QuantizedStudent)
     trained.graph.eval()
-    write_int8(trained.graph, card, images, path)
+    with whole_file(path) as partial:
+        write_int8(trained.graph, card, images, partial)
 
 
 class QuantizedStudent(Student):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import datetime
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from console.files import whole_file
 from console.log import get_logger
 from store import Store, open_store
 from store.errors import StoreError
 from store.format import MEASURED_FILE
+from train.errors import ReportError
 from train.report import figures
 from train.report.collect import Collection, Run, collect
 from train.report.compare import SUMMARY_FIELDS, Cost, cost_of, differences, table_rows
@@ -42,13 +43,13 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
 
     Args:
         folders: runs and sweeps.
-        out: the HTML file; None puts report.html into the first folder.
+        out: the HTML file, or a folder to put report.html into; None puts it into the first folder.
         samples: how many of the best run's worst samples to show; 0 leaves them out.
     Raises:
-        ReportError: a folder is neither run nor sweep, or nothing in them has finished.
+        ReportError: a folder is neither run nor sweep, nothing in them has finished, or `out` is no page's name.
     """
+    path = page_path(out) if out is not None else folders[0] / "report.html"
     collection = collect(folders)
-    path = out or folders[0] / "report.html"
     make_folder(path.parent)
     parts = collection.by_task()
     headlines = list(dict.fromkeys(part.headline for part in parts))
@@ -60,9 +61,19 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
         sections.append(Section("Cost of the teacher", cost_text(cost), []))
     subtitle = f"{len(collection.runs)} runs, made {datetime.datetime.now():%Y-%m-%d %H:%M}"
     page = render_page("Distillation report", subtitle, sections, rows, headlines, collection.unfinished)
-    write_text(path, page)
+    with whole_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     write_tables(path.parent, rows)
     return Report(path, rows, [*SHORT_COLUMNS, *headlines, "gain_over_control"])
+
+
+def page_path(out: Path) -> Path:
+    """The HTML file that --out names: itself, or report.html in a folder (what exists as one, or has no suffix)."""
+    if out.is_dir() or not out.suffix:
+        return out / "report.html"
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ReportError(f"--out {out}: expected a file that ends in .html, or a folder")
+    return out
 
 
 def best_run(collection: Collection) -> Run:
@@ -182,12 +193,16 @@ def write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     lead = [name for name in ("sweep", "run", "student", "control", *SUMMARY_FIELDS) if name in names]
     names = [*lead, *(name for name in names if name not in lead)]
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    with (
+        whole_file(folder / "results.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
     columns = {name: column([row.get(name) for row in rows]) for name in names}
-    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "results.parquet")
+    with whole_file(folder / "results.parquet") as partial:
+        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
 
 
 def column(values: list[Any]) -> list[Any]:
@@ -196,9 +211,3 @@ def column(values: list[Any]) -> list[Any]:
     if kinds <= {int, float} or len(kinds) <= 1:
         return [float(value) if kinds == {int, float} and value is not None else value for value in values]
     return [None if value is None else str(value) for value in values]
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

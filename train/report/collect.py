@@ -114,7 +114,12 @@ def explain_missing(folder: Path) -> str:
         return f"{folder}: no such folder; expected a run (cli train) or a sweep (cli sweep)"
     if (folder / "metrics.jsonl").exists() or (folder / "last.pt").exists():
         return f"{folder}: this run has not finished (no summary.json): go on with `cli train … --resume`"
-    return f"{folder}: neither a run (summary.json) nor a sweep (sweep.json)"
+    what = f"{folder}: neither a run (summary.json) nor a sweep (sweep.json)"
+    below = sorted(path.parent for name in ("summary.json", PLAN_FILE) for path in folder.glob(f"*/{name}"))
+    if below:
+        shown = " ".join(map(str, below[:3])) + (" …" if len(below) > 3 else "")
+        return f"{what}: name the {len(below)} in it one by one: cli report {shown}"
+    return f"{what}: name what `cli train --out` or `cli sweep --out` wrote"
 
 
 def no_finished_run(folders: Sequence[Path], unfinished: Sequence[Unfinished]) -> str:
