@@ -44,7 +44,7 @@ def sweep(
 
     Every training option (cli train --help) goes through --set, with one value or several: --set epochs=20
     """
-    refuse_unknown([store, *context.args])
+    refuse_unknown(context, [store, *context.args])
     from console.option_file import read_option_file
     from console.output import print_json
     from train.errors import ConfigError
@@ -75,21 +75,22 @@ def sweep(
 sweep.context_settings = {"ignore_unknown_options": True, "allow_extra_args": True}  # type: ignore[attr-defined]
 
 
-def refuse_unknown(words: list[str]) -> None:
-    """What the command line holds beside the sweep's own options; only the store may."""
-    from train.config import TrainConfig
+def refuse_unknown(context: typer.Context, words: list[str]) -> None:
+    """What the command line holds beside the sweep's own options: only the store may be there."""
+    from train.config import TrainConfig, nearest_names
     from train.sweep.config import OWN_OPTIONS
 
+    own = [option for parameter in context.command.params for option in parameter.opts]
     for number, word in enumerate(words):
         option, _, value = word.partition("=")
         name = option.lstrip("-").replace("-", "_")
-        if name in TrainConfig.model_fields.keys() - OWN_OPTIONS and option.startswith("--"):
+        if option.startswith("--") and name in TrainConfig.model_fields.keys() - OWN_OPTIONS:
             value = value or next((text for text in words[number + 1 :] if not text.startswith("-")), "VALUE")
-            raise typer.BadParameter(f"{option} is an option of cli train: pass it as --set {name}={value}")
+            context.fail(f"{option} is an option of cli train: pass it as --set {name}={value}")
         if option.startswith("-"):
-            raise typer.BadParameter(f"no such option: {option} (cli sweep --help)")
+            context.fail(f"No such option: {option}: {nearest_names(option, own)}")
     if len(words) > 1:
-        raise typer.BadParameter(f"unexpected {words[1]!r} after the store (cli sweep --help)")
+        context.fail(f"unexpected argument {words[1]!r} beside the store")
 
 
 def parse_sets(items: list[str]) -> dict[str, list[Any]]:

@@ -17,8 +17,11 @@ def read_option_file(file: Path, error: type[Exception]) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         content: Any = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as problem:
+    except OSError as problem:
+        raise error(f"configuration {file}: cannot be read: {problem.strerror}") from None
+    except (ValueError, yaml.YAMLError) as problem:
         raise error(f"configuration {file}: {' '.join(str(problem).split())}") from None
     if not isinstance(content, dict):
-        raise error(f"configuration {file}: expected `name: value` lines, got {type(content).__name__}")
+        got = "an empty file" if content is None else type(content).__name__
+        raise error(f"configuration {file}: expected `name: value` lines, got {got}")
     return {str(name).replace("-", "_"): value for name, value in content.items()}

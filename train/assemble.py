@@ -121,13 +121,16 @@ def build_initial_student(config: TrainConfig, data: TrainingData) -> Student:
 
 def student_options(config: TrainConfig) -> dict[str, Any]:
     """Options that only one type of student has; elsewhere an explicit one is an error."""
-    own = {"lstm": ("freeze_encoder", "attention_pooling"), "yolov8": ("distill_layers", "foreground_weight")}
+    own = {
+        "lstm": ("freeze_encoder", "attention_pooling"),
+        "yolov8": ("distill_layers", "foreground_weight", "yolo_settings"),
+    }
     chosen: dict[str, Any] = {}
     for kind, names in own.items():
         for name in names:
             if config.student_type == kind:
                 chosen[name] = getattr(config, name)
-            elif getattr(config, name) != TrainConfig.model_fields[name].default:
+            elif config.differs(name):
                 raise ConfigError(f"{name} is an option of {kind} students, the student is {config.student}")
     if config.dropout:
         if config.student_type not in ("resnet", "vit", "timm"):

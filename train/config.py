@@ -21,6 +21,7 @@ from train.students.names import UnknownStudentError, parse_student_name
 
 Task = Literal["auto", "classification", "segmentation", "sequence", "features", "detection"]
 Source = Literal["option", "file", "recipe"]
+LORA = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias")
 
 
 class TrainConfig(BaseModel):
@@ -185,6 +186,8 @@ class TrainConfig(BaseModel):
             problems.append(
                 "control and distillation_type none: nothing to compare, both train without the teacher"
             )
+        if not self.lora_rank and not self.is_explicit("lora_rank"):
+            problems += [f"{name} has no effect without --lora-rank" for name in LORA if self.differs(name)]
         if self.train_split == self.val_split:
             problems.append(f"train_split and val_split are both {self.val_split}")
         if problems:
@@ -204,6 +207,10 @@ class TrainConfig(BaseModel):
     def is_explicit(self, name: str) -> bool:
         """True when the value of `name` was chosen by an option or a file, not by recipe or default."""
         return self.sources.get(name) in ("option", "file")
+
+    def differs(self, name: str) -> bool:
+        """True when the value of `name` is not the general default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """The same configuration with some values changed; where values came from stays as it is."""
@@ -235,8 +242,11 @@ def describe_problem(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown option {name}: {nearest_names(name, TrainConfig.model_fields)}"
     if item["type"] == "missing":
-        return f"{name}: missing"
+        return f"{name if name == 'store' else '--' + name}: missing"
+    if item["type"] == "too_short":
+        return f"--{name}: expected at least one value, got none"
     text = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    text = text.partition(", unable to parse")[0]  # pydantic says the same thing twice
     value = item.get("input")
     got = f" (got {value})" if isinstance(value, (str, int, float)) else ""
     return f"{name}: {text}{got}" if name else text

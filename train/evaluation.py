@@ -94,7 +94,8 @@ def data_to_evaluate(config: TrainConfig, store: Any, content: dict[str, Any]) -
     if content["task"] == "features":
         raise TrainError(f"{config.out}: a label-free student has no task to evaluate; see its summary.json")
     split = open_split(store, config.val_split, "--split")
-    check_targets(content["task"], split, config.val_split, config.store)
+    advice = f"this student learnt {content['task']}: name a store for that"
+    check_targets(content["task"], split, config.val_split, config.store, advice)
     rows = valid_rows(split, config.val_split, [])
     return TrainingData(
         task=content["task"],

@@ -21,6 +21,7 @@ from train.students.base import StudentSpec
 from train.views import AUGMENTATIONS, Augmentation
 
 CLASS_TASKS = ("classification", "sequence")
+LABEL_FREE = "use --task features to learn without them, or extract a data set that has them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +96,9 @@ def split_options(config: TrainConfig) -> list[tuple[str, str]]:
 def open_split(store: Any, name: str, option: str) -> Any:
     """A split that has rows."""
     if name not in store.splits:
+        made = ", or extract with --val-fraction" if name == "val" else ""
         raise TrainError(
-            f"{store.path}: no split {name}, it has {', '.join(store.splits) or 'none'}: name one with {option}, "
-            "or extract with --val-fraction"
+            f"{store.path}: no split {name}, it has {', '.join(store.splits) or 'none'}: name one with {option}{made}"
         )
     if not len(store[name]):
         raise TrainError(
@@ -106,8 +107,8 @@ def open_split(store: Any, name: str, option: str) -> Any:
     return store[name]
 
 
-def check_targets(task: str, split: Any, name: str, store: str) -> None:
-    """The split must hold what the task learns from."""
+def check_targets(task: str, split: Any, name: str, store: str, advice: str = LABEL_FREE) -> None:
+    """The split must hold what the task learns from, or is measured on; `advice` is the next step when it does not."""
     names = set(split.names)
     needed = {"classification": LABEL, "sequence": LABEL, "segmentation": MASK}.get(task)
     if needed is None:
@@ -118,10 +119,7 @@ def check_targets(task: str, split: Any, name: str, store: str) -> None:
     has = [kind for kind, array in (("labels", LABEL), ("masks", MASK)) if array in names]
     found = ", ".join(has) if has and not unlabelled else "no targets" if not has else "unlabelled rows only"
     what = "class masks" if needed == MASK else "class labels"
-    raise TrainError(
-        f"{store}: {task} needs {what} in split {name}, the store has {found}: "
-        "use --task features to learn without them, or extract a data set that has them"
-    )
+    raise TrainError(f"{store}: {task} needs {what} in split {name}, the store has {found}: {advice}")
 
 
 def valid_rows(split: Any, name: str, notes: list[str]) -> NDArray[np.int64]:

@@ -75,6 +75,17 @@ def test_overview_shows_the_stages_in_order() -> None:
         (["trian"], "unknown command 'trian': did you mean train?", "(cli --help)"),
         (["train"], "Missing argument 'STORE'", "(cli train --help)"),
         (["probe", "a", "--batchsize", "3"], "No such option: --batchsize", "(cli probe --help)"),
+        (
+            ["sweep", "a", "--out", "b", "--epochs", "2"],
+            "--epochs is an option of cli train: pass it as --set epochs=2",
+            "",
+        ),
+        (
+            ["sweep", "a", "--out", "b", "--student", "x"],
+            "No such option: --student: did you mean --students",
+            "",
+        ),
+        (["sweep", "a", "b", "--out", "c"], "unexpected argument 'b' beside the store", "(cli sweep --help)"),
     ],
 )
 def test_a_misused_command_line_is_one_line_and_exit_code_2(

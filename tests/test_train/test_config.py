@@ -89,7 +89,6 @@ def test_all_problems_are_reported_together_with_the_nearest_names():
     with pytest.raises(ConfigError) as caught:
         load_config(
             {
-                "out": "run",
                 "student": "resnet19",
                 "epocs": 3,
                 "batch_size": 0,
@@ -101,12 +100,13 @@ def test_all_problems_are_reported_together_with_the_nearest_names():
     text = str(caught.value)
     for part in (
         "store: missing",
+        "--out: missing",
         "unknown student 'resnet19'",
         "resnet/resnet18",
         "unknown option epocs: did you mean epochs",
         "batch_size: should be greater than or equal to 1 (got 0)",
         "lr_scheduler: should be 'cosine', 'linear' or 'constant' (got cosin)",
-        "learning_rate: should be a valid number",
+        "learning_rate: should be a valid number (got fast)",
         "device: must be auto, cpu, cuda",
     ):
         assert part in text
@@ -130,6 +130,7 @@ def test_contradictions_are_reported_together():
                 "soft_label_weight": 0,
                 "control": True,
                 "distillation_type": "none",
+                "lora_alpha": 4,
             }
         )
     text = str(caught.value)
@@ -139,6 +140,7 @@ def test_contradictions_are_reported_together():
         "mixup_alpha and cutmix_alpha",
         "both 0",
         "control and distillation_type none",
+        "lora_alpha has no effect without --lora-rank",
     ):
         assert part in text
 
@@ -148,8 +150,12 @@ def test_a_broken_file_is_named(tmp_path):
     file.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match=r"options.yaml: expected `name: value` lines, got list"):
         load_config({**NEEDED, "student": "resnet18"}, file)
-    with pytest.raises(ConfigError, match=r"absent\.yaml"):
-        load_config({**NEEDED, "student": "resnet18"}, tmp_path / "absent.yaml")
+    file.write_text("")
+    with pytest.raises(ConfigError, match="got an empty file"):
+        load_config({**NEEDED, "student": "resnet18"}, file)
+    for path, reason in {tmp_path / "absent.yaml": "No such file", tmp_path: "Is a directory"}.items():
+        with pytest.raises(ConfigError, match=rf"configuration {path}: cannot be read: {reason}"):
+            load_config({**NEEDED, "student": "resnet18"}, path)
 
 
 def test_configuration_is_frozen():

@@ -94,6 +94,8 @@ def test_all_problems_are_named_together() -> None:
     assert "learnin_rate" in str(caught.value)
     assert "did you mean learning_rate" in str(caught.value)
     assert "seed is the sweep's own" in str(caught.value)
+    with pytest.raises(ConfigError, match="--students: expected at least one value, got none"):
+        load_sweep_config({**STORE, "students": []})
 
 
 def test_a_value_that_no_trial_can_take_is_refused_before_anything_runs() -> None:

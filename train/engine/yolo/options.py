@@ -94,7 +94,7 @@ def check_options(config: TrainConfig) -> None:
     problems = [
         f"{name} has no effect on YOLO students: {reason}"
         for name, reason in UNSUPPORTED.items()
-        if config.is_explicit(name) and getattr(config, name) != TrainConfig.model_fields[name].default
+        if config.is_explicit(name) and config.differs(name)
     ]
     if config.task not in ("auto", "detection"):
         problems.append(f"task {config.task}: YOLO students do detection")
