@@ -132,6 +132,7 @@ def test_what_cannot_be_delivered_is_one_line(
         ("export", tmp_path / "nothing"): "no such checkpoint",
         ("export", run_folder, "--out", tmp_path / "file/x.onnx"): "file: is a file, expected a folder",
         ("export", run_folder, "--images", tmp_path / "empty"): "no image files in it",
+        ("export", run_folder, "--out", tmp_path / "empty"): "is a folder, expected a file: name one in it",
         ("export", run_folder, "--images", tmp_path / "file"): "--images: " + str(tmp_path / "file"),
         ("export", run_folder, "--opset", "3"): "operator set 3",
         ("quantize", run_folder, tmp_path / "nothing.zarr"): "no such store",

@@ -53,7 +53,10 @@ def export_student(
             tolerance. Nothing is left at `out` then.
     """
     student, card = open_student(run)
-    path = out or run_folder(run) / f"{file_name(card.student)}{SUFFIXES[format]}"
+    default = f"{file_name(card.student)}{SUFFIXES[format]}"
+    path = out or run_folder(run) / default
+    if path.is_dir():
+        raise DeliveryError(f"--out {path}: is a folder, expected a file: name one in it, {path / default}")
     make_folder(path.parent)
     inputs = sample_inputs(run, card, CHECK_IMAGES, images)
     expected = comparable(card, TorchModel(student, card, torch.device("cpu")).run(inputs))

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from console.files import whole_file
+
 POLL_S = 0.25
 STOP_GRACE_S = 15.0  # a training saves and leaves within 4 seconds of SIGTERM
 LAST_LINES = 15
@@ -233,6 +235,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
