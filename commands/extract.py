@@ -219,8 +219,8 @@ def make_tiny_teacher(
     Write a Qwen2.5-VL checkpoint with a small vision tower and random weights: it shows the machinery and teaches
     nothing.
     """
-    from extract.teachers import RANDOM_WEIGHTS_NOTICE
     from extract.teachers.tiny import make_tiny_teacher as make
+    from store.format import RANDOM_WEIGHTS_NOTICE
 
     path = make(folder, depth=depth, seed=seed)
     print(f"{path}: {RANDOM_WEIGHTS_NOTICE}")

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from commands.suggestions import train_command
-from console.log import configure_logging
+from console.log import configure_logging, get_logger
 from console.output import print_json, print_table
 from console.progress import Progress, clock, track_progress
 from extract.config import ConfigError, ExtractConfig, load_config
@@ -129,9 +129,13 @@ def run_probe(store: Path, seed: int, as_json: bool) -> None:
     configure_logging()
     from extract.logits import add_probe
     from extract.measured import note_probe
+    from store import open_store
+    from store.format import RANDOM_WEIGHTS_NOTICE
 
     result = vars(add_probe(store, seed=seed))
     note_probe(store, result)
+    if open_store(store).manifest.teacher.random_weights:
+        get_logger("extract").warning("%s: teacher of %s", store, RANDOM_WEIGHTS_NOTICE)
     if as_json:
         print_json({"store": str(store), **result})
     else:

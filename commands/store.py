@@ -50,6 +50,7 @@ def inspect(
 def print_description(described: dict[str, Any]) -> None:
     """The same as tables and lines."""
     from console.output import print_table
+    from store.format import RANDOM_WEIGHTS_NOTICE
 
     manifest = described["manifest"]
     teacher, preprocessing = manifest["teacher"], manifest["preprocessing"]
@@ -59,7 +60,7 @@ def print_description(described: dict[str, Any]) -> None:
     print(f"               {teacher['layer']}")
     print(f"               weights {teacher['fingerprint']}")
     if teacher["random_weights"]:
-        print("               random weights: shows the machinery, teaches nothing")
+        print(f"               {RANDOM_WEIGHTS_NOTICE}")
     print(f"preprocessing  {preprocessing['image_size']} px, {preprocessing['resize']}")
     print(f"classes        {len(manifest['class_names'])}, source {manifest['source'] or 'not recorded'}")
     print(f"data           {manifest['data_root'] or 'not recorded'}, digest {manifest['digest'] or '-'}")

@@ -8,7 +8,8 @@ import time
 from console.log import get_logger
 from extract.config import ExtractConfig
 from extract.sources import Source, open_source
-from extract.teachers import RANDOM_WEIGHTS_NOTICE, Teacher, load_teacher
+from extract.teachers import Teacher, load_teacher
+from store.format import RANDOM_WEIGHTS_NOTICE
 
 log = get_logger("extract")
 

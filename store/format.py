@@ -51,6 +51,8 @@ KEY_ARRAYS = (KEY_VALUES, KEY_OFFSETS, KEY_HASHES, KEY_ROWS)
 OFFSETS = "offsets"
 NO_LABEL = -1
 IGNORE_INDEX = 255
+# What everything made with a teacher of random weights says.
+RANDOM_WEIGHTS_NOTICE = "random weights: shows the machinery, teaches nothing"
 # Written by the store itself; `StoreWriter.append` takes them as arguments, not as arrays.
 OWN_ARRAYS = (VALID, REASONS)
 # Large rows go straight into their shard files; the rest waits in the commit log until the end.

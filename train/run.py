@@ -15,6 +15,7 @@ import torch
 
 from console.log import get_logger
 from console.stop import StopRequest
+from store.format import RANDOM_WEIGHTS_NOTICE
 from train.assemble import Built, build_training
 from train.checkpoint import BEST, LAST
 from train.config import TrainConfig
@@ -94,6 +95,8 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> d
     accelerator = build_accelerator(config)
     if accelerator.is_main_process:
         prepare_run_folder(config)
+        if store.manifest.teacher.random_weights:
+            log.warning("%s: teacher of %s", config.store, RANDOM_WEIGHTS_NOTICE)
     barrier()
     done = read_summary(config.out)
     if done is not None and config.resume and is_complete(done, config):

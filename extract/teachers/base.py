@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-RANDOM_WEIGHTS_NOTICE = "random weights: shows the machinery, teaches nothing"
-
 
 @dataclass(frozen=True)
 class Encoded:

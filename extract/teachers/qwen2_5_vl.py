@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from extract.teachers.base import RANDOM_WEIGHTS_NOTICE, Encoded, Teacher
+from extract.teachers.base import Encoded, Teacher
 from extract.teachers.checkpoint import (
     find_tensors,
     fingerprint_of,
@@ -29,7 +29,7 @@ from extract.teachers.hub import checkpoint_folder, hub_client
 from extract.teachers.patchify import normalise, patchify
 from extract.teachers.pixels import as_pixels, as_resize_policy, pooled_mean
 from extract.teachers.vision_tower import GridLayout, TowerConfig, VisionTower, grid_layout
-from store.format import Preprocessing, TeacherSpec
+from store.format import RANDOM_WEIGHTS_NOTICE, Preprocessing, TeacherSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image

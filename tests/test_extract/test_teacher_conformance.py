@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.teachers import RANDOM_WEIGHTS_NOTICE, Teacher, TeacherError, list_teachers, load_teacher
+from extract.teachers import Teacher, TeacherError, list_teachers, load_teacher
 from extract.teachers.base import TEACHERS as REGISTRY
 from imaging.geometry import resize_view
+from store.format import RANDOM_WEIGHTS_NOTICE
 
 
 class Case(NamedTuple):

@@ -144,6 +144,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         unlabelled: tuple[int, ...] = (),
         views: int = 0,
         seed: int = 0,
+        random_teacher: bool = False,
     ) -> Path:
         settings = locals() | {}
         path, root = tmp_path / name, tmp_path / f"{name}.images" if images == "none" else None
@@ -152,7 +153,13 @@ def make_store(tmp_path: Path) -> MakeStore:
         )
         arrays += image_arrays(images, side) + ([logits_array("probe", len(CLASSES))] if logits else [])
         manifest = Manifest(
-            teacher=TeacherSpec(name="synthetic", fingerprint="0", layer="colours", width=WIDTH),
+            teacher=TeacherSpec(
+                name="synthetic",
+                fingerprint="0",
+                layer="colours",
+                width=WIDTH,
+                random_weights=random_teacher,
+            ),
             preprocessing=Preprocessing(image_size=side),
             class_names=("background", *CLASSES) if masks else CLASSES if labels else (),
             data_root=str(root) if root else None,

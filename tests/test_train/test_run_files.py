@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from store.format import RANDOM_WEIGHTS_NOTICE
 from train.run import run_training
 
 
@@ -56,3 +57,11 @@ def test_run_writes_every_file_of_the_contract(make_store, make_config, images):
     assert best["class_names"] == ["red", "green", "blue"]
     assert any((folder / "tensorboard").iterdir())
     assert (folder / "control" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_random_teacher_is_said_once(make_store, make_config, train_log, random):
+    summary = run_training(make_config(make_store(random_teacher=random), control=True, epochs=1))
+    assert summary["store"]["random_teacher"] == random
+    said = {record.created for record in train_log.records if RANDOM_WEIGHTS_NOTICE in record.getMessage()}
+    assert len(said) == int(random)

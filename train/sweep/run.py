@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
 from store import open_store
+from store.format import RANDOM_WEIGHTS_NOTICE
 from train.errors import ConfigError
 from train.rundir import SUMMARY, make_folder
 from train.sweep.board import Board, TrialState, read_state
@@ -53,7 +54,10 @@ def run_sweep(config: SweepConfig) -> list[TrialState]:
         ConfigError: an option is not valid for one of the students, or another sweep runs in the folder.
         Stopped: Ctrl-C or SIGTERM; trials that ran have saved their state, the same command goes on.
     """
-    trials = plan_trials(config, open_store(config.store).fingerprint)
+    store = open_store(config.store)
+    trials = plan_trials(config, store.fingerprint)
+    if store.manifest.teacher.random_weights:
+        logger.warning("%s: teacher of %s", config.store, RANDOM_WEIGHTS_NOTICE)
     with StopRequest() as stop, only_sweep(config.out):
         write_plan(config, trials)
         todo = [trial for trial in trials if not is_done(trial_folder(config.out, trial))]
