@@ -196,7 +196,8 @@ def describe_problem(name: str, item: Mapping[str, Any]) -> str:
         return f"unknown option, {hint}"
     if item["type"] == "missing":
         return f"is needed: --{name.replace('_', '-')}"
-    return str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    text = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return text.partition(", unable to parse")[0]  # pydantic says the same thing twice
 
 
 def got(value: object) -> str:

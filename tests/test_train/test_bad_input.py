@@ -79,7 +79,7 @@ def test_missing_and_changed_images_are_named(make_store, make_config, tmp_path)
     path.write_bytes(data + b" ")
     refused(make_config(store), key, "content hash differs")
     path.unlink()
-    refused(make_config(store, overwrite=True), key, "cannot be read", "--data-root")
+    refused(make_config(store), key, "cannot be read", "--data-root")  # a failed start is no run
 
 
 @pytest.mark.parametrize("workers", [0, 1])
