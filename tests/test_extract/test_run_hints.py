@@ -64,8 +64,8 @@ def test_a_grid_finer_than_the_teachers_is_warned_of(
 def test_zero_shot_without_a_tokenizer_is_refused_before_anything_is_encoded(
     extract_options: dict[str, Any], micro_checkpoint: Path
 ) -> None:
+    options = {"teacher": "qwen2.5-vl", "teacher_path": str(micro_checkpoint), "image_size": 56}
     with pytest.raises(CheckpointError, match="tokenizer"):
-        options = {"teacher": "qwen2.5-vl", "teacher_path": str(micro_checkpoint), "image_size": 56}
         extract(extract_options, **options, logits="zero-shot")
     assert not Path(extract_options["out"]).exists()
 
