@@ -11,7 +11,7 @@ import importlib
 import inspect
 import os
 import sys
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 from typer.core import TyperGroup
@@ -126,8 +126,21 @@ app = typer.Typer(
 )
 
 
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print("qwen-distill", version("qwen-distill"))
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
     """Distil Qwen2.5-VL's vision encoder into small, fast vision models.
 
     1. cli extract DATA --out features.zarr --teacher-path Qwen2.5-VL-7B-Instruct

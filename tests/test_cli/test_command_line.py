@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def first_paragraphs(text: str) -> list[str]:
     """Blocks of text between blank lines, each on one line."""
     blocks = re.split(r"\n\s*\n", text.strip())
     return [" ".join(block.split()) for block in blocks]
+
+
+def test_version() -> None:
+    done = run_cli("--version")
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"qwen-distill {importlib.metadata.version('qwen-distill')}\n",
+    )
 
 
 def test_overview_shows_the_stages_in_order() -> None:
