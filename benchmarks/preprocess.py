@@ -4,8 +4,9 @@
 
 One process, one torch thread, CPU time per image, medians of interleaved rounds. Files: JPEG at quality 90 of 640×480
 and 2000×1500 pixels: photographs that were taken at that size or larger, collages of twelve small photos (as much detail
-as the sharpest photographs have), enlarged small photos (as little as a soft one). Baselines: the processor told to make 224×224 pixels of
-every image, and as it is shipped (which keeps up to a million pixels); its torchvision and its Pillow variant.
+as the sharpest photographs have), enlarged small photos (as little as a soft one). Baselines: the processor told to make
+224×224 pixels of every image, and as it is shipped (which keeps up to a million pixels); its torchvision and its Pillow
+variant.
 `floor` is what libjpeg alone takes to read the file at 1/8 size: no decoder of that family can be faster. `just above
 the target` decodes as small as the target allows: as fast as can be, but for detailed files below the fidelity aimed at.
 

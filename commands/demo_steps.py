@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from commands.assets import PRETRAINED_TEACHER
 from commands.suggestions import SUGGESTIONS, Suggestion, option_words
 
 GRID = "4"  # cells a side: the native grid of the pretrained teacher at its size below, half of Qwen's
@@ -69,7 +70,7 @@ def extract_qwen(images: Path, store: Path, teacher_path: Path, suggestion: Sugg
 
 
 def extract_pretrained(images: Path, store: Path, weights: Path | None, suggestion: Suggestion) -> Step:
-    teacher = ["--teacher", "timm:tf_efficientnet_lite2", "--teacher-path", str(weights)]
+    teacher = ["--teacher", PRETRAINED_TEACHER, "--teacher-path", str(weights)]
     logits = ["--logits", "probe"] if suggestion.classes else []
     return Step(
         "Stage one with a really pretrained teacher (EfficientNet-Lite2, ImageNet, also 1280 wide)",

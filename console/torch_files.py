@@ -23,9 +23,8 @@ def why_unreadable(path: Path, error: Exception) -> str:
     """
     if isinstance(error, EOFError):
         return "it is empty or cut short"
-    if (
-        isinstance(error, OSError) and error.errno != errno.EINVAL
-    ):  # EINVAL: it looked for the end of a zip file
+    # EINVAL: the loader looked for the end of a zip file in a file that is too short.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return " ".join(str(error).split())[:160] or type(error).__name__
     if not begins_as_torch_file(path):
         return "not a file of torch.save"

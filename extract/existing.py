@@ -88,28 +88,29 @@ def adopt_rows(task: ExtractTask, path: Path) -> tuple[ExtractTask, dict[str, li
     for name, keys in planned.items():
         samples = task.splits[name].samples if name in task.splits else NO_SAMPLES
         splits[name], missing = in_stored_order(samples, keys)
-        moved = [
-            other
-            for other in task.splits
-            if other != name and any(key in task.splits[other].samples.keys for key in missing[:SHOWN])
-        ]
-        if moved:
-            raise DifferentStore(
-                f"{path}: images of its split {name!r} are now in {moved[0]!r} ({listing(missing)}): the data set is "
-                "split otherwise than when the store was made. Give --val-fraction and --split as before, or "
-                "--overwrite to start anew"
-            )
         if missing:
-            raise DifferentStore(
-                f"{path}: {len(missing)} images of its split {name!r} are not in {task.manifest.data_root} any "
-                f"more ({listing(missing)}): bring them back, or use --overwrite to start anew"
-            )
+            raise explain_missing(path, task, name, missing)
     new = {
         name: [key for key in samples.samples.keys if name not in planned or key not in planned[name]]
         for name, samples in task.splits.items()
         if len(samples.samples) > len(planned.get(name, ()))
     }
     return replace(task, splits=splits), new
+
+
+def explain_missing(path: Path, task: ExtractTask, name: str, missing: list[str]) -> DifferentStore:
+    """The error for samples of a store's split that are not in the data set's split of that name."""
+    for other, samples in task.splits.items():
+        if any(key in samples.samples.keys for key in missing[:SHOWN]):
+            return DifferentStore(
+                f"{path}: images of its split {name!r} are now in {other!r} ({listing(missing)}): the data set is "
+                "split otherwise than when the store was made. Give --val-fraction and --split as before, or "
+                "--overwrite to start anew"
+            )
+    return DifferentStore(
+        f"{path}: {len(missing)} images of its split {name!r} are not in {task.manifest.data_root} any "
+        f"more ({listing(missing)}): bring them back, or use --overwrite to start anew"
+    )
 
 
 def planned_keys(path: Path) -> dict[str, KeyTable]:

@@ -15,7 +15,6 @@ import torch
 
 from console.log import get_logger
 from console.stop import StopRequest
-from store.format import RANDOM_WEIGHTS_NOTICE
 from train.assemble import Built, build_training
 from train.checkpoint import BEST, LAST
 from train.config import TrainConfig
@@ -41,6 +40,7 @@ from train.rundir import (
     read_resolved,
     read_summary,
     store_reference,
+    warn_of_random_teacher,
     write_config,
     write_json,
 )
@@ -95,8 +95,7 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> d
     accelerator = build_accelerator(config)
     if accelerator.is_main_process:
         prepare_run_folder(config)
-        if store.manifest.teacher.random_weights:
-            log.warning("%s: teacher of %s", config.store, RANDOM_WEIGHTS_NOTICE)
+        warn_of_random_teacher(config.store, store)
     barrier()
     done = read_summary(config.out)
     if done is not None and config.resume and is_complete(done, config):

@@ -10,9 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from console.log import get_logger
 from console.output import plain_json
+from store.format import RANDOM_WEIGHTS_NOTICE
 from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError, TrainError
+
+log = get_logger("train")
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 OURS = (CONFIG, METRICS, SUMMARY, "best.pt", "last.pt")
@@ -183,6 +187,12 @@ def is_complete(summary: Mapping[str, Any], config: TrainConfig) -> bool:
     """Whether an earlier summary answers this command: as many epochs, and a control when one is wanted."""
     enough = summary.get("complete", False) and summary.get("epochs", 0) >= config.epochs
     return bool(enough) and (not config.control or "control" in summary)
+
+
+def warn_of_random_teacher(path: str, store: Any) -> None:
+    """Say so where the teacher of the features in `store`, at `path` as the user wrote it, has random weights."""
+    if store.manifest.teacher.random_weights:
+        log.warning("%s: teacher of %s", path, RANDOM_WEIGHTS_NOTICE)
 
 
 def store_reference(store: Any) -> dict[str, Any]:

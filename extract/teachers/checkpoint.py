@@ -77,14 +77,19 @@ def find_tensors(folder: Path, prefixes: tuple[str, ...], wanted: Iterable[str])
     return {name: entry_of(*files[name], headers[files[name][0]]) for name in wanted}
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor → name of its file, as an index file says. Raises CheckpointError when it says nothing."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map: {DOWNLOAD_AGAIN}")
+    return weight_map
+
+
 def files_of_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[Path, str]]:
     """`{name without prefix: (file, stored name)}` of all tensors with one of the prefixes."""
     index = folder / INDEX_FILE
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map: {DOWNLOAD_AGAIN}")
-        stored: dict[str, Path] = {name: folder / file for name, file in weight_map.items()}
+        stored: dict[str, Path] = {name: folder / file for name, file in read_weight_map(index).items()}
     elif (folder / SINGLE_FILE).is_file():
         stored = dict.fromkeys(read_header(folder / SINGLE_FILE), folder / SINGLE_FILE)
     else:
@@ -212,5 +217,4 @@ def missing_files(folder: Path) -> list[str]:
     index = folder / INDEX_FILE
     if not index.is_file():
         return []
-    listed = set((read_json(index).get("weight_map") or {}).values())
-    return sorted(name for name in listed if not (folder / name).is_file())
+    return sorted(name for name in set(read_weight_map(index).values()) if not (folder / name).is_file())

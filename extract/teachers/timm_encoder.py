@@ -249,7 +249,8 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
             return dict(load_file(file))
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and OS errors
-        raise CheckpointError(f"{file}: weights cannot be read: {why_unreadable(file, error)}") from None
+        reason = one_line(error) if file.suffix == ".safetensors" else why_unreadable(file, error)
+        raise CheckpointError(f"{file}: weights cannot be read: {reason}") from None
     for key in STATE_DICT_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
 from store import open_store
-from store.format import RANDOM_WEIGHTS_NOTICE
 from train.errors import ConfigError
-from train.rundir import SUMMARY, make_folder
+from train.rundir import SUMMARY, make_folder, warn_of_random_teacher
 from train.sweep.board import Board, TrialState, read_state
 from train.sweep.config import SweepConfig, Trial, plan_trials
 from train.sweep.worker import (
@@ -56,8 +55,7 @@ def run_sweep(config: SweepConfig) -> list[TrialState]:
     """
     store = open_store(config.store)
     trials = plan_trials(config, store.fingerprint)
-    if store.manifest.teacher.random_weights:
-        logger.warning("%s: teacher of %s", config.store, RANDOM_WEIGHTS_NOTICE)
+    warn_of_random_teacher(config.store, store)
     with StopRequest() as stop, only_sweep(config.out):
         write_plan(config, trials)
         todo = [trial for trial in trials if not is_done(trial_folder(config.out, trial))]

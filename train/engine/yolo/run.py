@@ -15,7 +15,6 @@ from typing import Any
 from console.log import get_logger
 from console.progress import Progress, track_progress
 from console.stop import Stopped, StopRequest
-from store.format import RANDOM_WEIGHTS_NOTICE
 from store.reader import Store, open_store
 from train.checkpoint import LAST
 from train.config import TrainConfig
@@ -31,6 +30,7 @@ from train.rundir import (
     prepare_run_folder,
     read_summary,
     store_reference,
+    warn_of_random_teacher,
     write_config,
     write_json,
 )
@@ -54,8 +54,7 @@ def run_yolo(
     store = open_store(config.store)
     group = Observers(observers)
     folder = prepare_run_folder(config)
-    if store.manifest.teacher.random_weights:
-        log.warning("%s: teacher of %s", config.store, RANDOM_WEIGHTS_NOTICE)
+    warn_of_random_teacher(config.store, store)
     done = read_summary(folder)
     if done is not None and config.resume and is_complete(done, config):
         log.info("%s is complete: nothing left to do", folder)

@@ -1,0 +1,51 @@
+"""Extractions for tests: run, interrupted, and what they left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from console.stop import Stopped, StopRequest
+from extract.config import load_config
+from extract.run import ExtractResult, run_extraction
+from store.reader import Store
+
+
+def extract(options: dict[str, Any], **changes: Any) -> ExtractResult:
+    return run_extraction(load_config(None, {**options, **changes}))
+
+
+def true_features(store: Store, split: str, name: str = "features/pooled") -> np.ndarray:
+    """All rows of an array in true units."""
+    part = store[split]
+    return part.gather(np.arange(len(part)), [name])[name].astype(np.float32) * part.scale[name]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a store but the extractor's own notes (times of files, locks)."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".extract" not in path.parts
+    }
+
+
+class StopAfter:
+    """An observer that asks for a stop once `rows` rows are encoded, as Ctrl-C would."""
+
+    def __init__(self, stop: StopRequest, rows: int) -> None:
+        self.stop, self.rows = stop, rows
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        if done >= self.rows:
+            self.stop.set()
+
+
+def interrupt(options: dict[str, Any], rows: int) -> Stopped:
+    stop = StopRequest()
+    with pytest.raises(Stopped) as stopped:
+        run_extraction(load_config(None, options), [StopAfter(stop, rows)], stop)
+    return stopped.value
