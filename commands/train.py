@@ -27,6 +27,14 @@ PANELS = {
     "checkpoint_minutes",
 }
 
+# What `per_class` holds, by task.
+PER_CLASS_METRICS = {
+    "classification": "recall",
+    "sequence": "recall",
+    "segmentation": "IoU",
+    "detection": "mAP50-95",
+}
+
 
 def train(
     store: Annotated[str, typer.Argument(help="The store of teacher features.", metavar="STORE")],
@@ -145,7 +153,10 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
         for name, value in summary["metrics"].items()
     ]
     columns = ["metric", "distilled", *(["control", "difference"] if control else [])]
-    title = f"{summary['student']} after {summary['epochs_done']} epochs (best: {summary['best_epoch']}), in {out}"
+    title = (
+        f"{summary['student']} after {summary['epochs_done']} epochs (best: {summary['best_epoch']}), "
+        f"{summary.get('validation_samples', 'unknown number of')} validation samples, in {out}"
+    )
     print_table(rows, columns, title)
 
 
@@ -178,6 +189,13 @@ def evaluate(
         return
     rows = [{"metric": name, "value": value} for name, value in result["metrics"].items()]
     print_table(rows, ["metric", "value"], f"{result['student']} on {split} ({result['samples']} samples)")
+    if result["per_class"]:
+        metric = PER_CLASS_METRICS[result["task"]]
+        classes = [
+            {"class": name, metric: "n/a" if value is None else f"{value:.4g}"}
+            for name, value in result["per_class"].items()
+        ]
+        print_table(classes, ["class", metric], "per class (n/a: no samples of it)")
 
 
 def students(

@@ -50,6 +50,7 @@ class Built:
     student: Student
     features: FeatureChoice
     augmentation: str
+    validation_samples: int
     notes: list[str] = field(default_factory=list)
     lora: Any = None
 
@@ -78,7 +79,7 @@ def build_training(
     module, objective = build_module(config, store, data, student, learnt)
     recorded = store.manifest.views if features.recorded else 0
     parts = build_parts(config, store, data, accelerator, stop, module, objective, augmentation, recorded)
-    return Built(parts, student, features, name, notes, lora)
+    return Built(parts, student, features, name, data.validation_samples, notes, lora)
 
 
 def fit_batch(config: TrainConfig, rows: int, accelerator: Accelerator, notes: list[str]) -> TrainConfig:

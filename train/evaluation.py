@@ -20,6 +20,7 @@ from train.errors import TrainError
 from train.objective import Objective
 from train.resolve import TrainingData, check_targets, open_split, valid_rows
 from train.tasks import build_task
+from train.validation import count_validation, warn_of_measured_split
 from train.views import AUGMENTATIONS
 
 
@@ -68,6 +69,7 @@ def evaluate_run(
         }
     )
     data = data_to_evaluate(config, opened, content)
+    warn_of_measured_split(str(store), opened, split, data.task)
     accelerator = build_accelerator(config)
     metrics = measure(student.to(accelerator.device), config, opened, data, accelerator)
     details = {k: v for k, v in metrics.items() if k.startswith("per_class")}
@@ -75,7 +77,7 @@ def evaluate_run(
         "student": student.spec.name,
         "task": data.task,
         "split": split,
-        "samples": len(data.val_rows),
+        "samples": data.validation_samples,
         "metrics": {k: v for k, v in metrics.items() if k not in details},
         "per_class": name_details(details, content["class_names"]),
         "run": str(run),
@@ -104,6 +106,7 @@ def data_to_evaluate(config: TrainConfig, store: Any, content: dict[str, Any]) -
         val_rows=rows,
         train_labels=None,
         val_labels=labels_of(split),
+        validation_samples=count_validation(store, config.val_split, content["task"]),
     )
 
 
@@ -123,7 +126,7 @@ def measure(
         )
 
 
-def name_details(details: dict[str, float], names: list[str]) -> dict[str, float]:
+def name_details(details: dict[str, float], names: list[str]) -> dict[str, float | None]:
     from train.run import name_classes
 
     return name_classes(details, names)

@@ -18,6 +18,7 @@ from train.data import labels_of
 from train.errors import ConfigError, TrainError
 from train.recipes import STUDENT_TASKS
 from train.students.base import StudentSpec
+from train.validation import count_validation
 from train.views import AUGMENTATIONS, Augmentation
 
 CLASS_TASKS = ("classification", "sequence")
@@ -26,7 +27,10 @@ LABEL_FREE = "use --task features to learn without them, or extract a data set t
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What the store offers this run. `rows`: valid rows int64; `labels` int32 [N] of the whole split, or None."""
+    """What the store offers this run. `rows`: valid rows int64; `labels` int32 [N] of the whole split, or None.
+
+    `validation_samples`: how many of `val_rows` the task's metrics are measured on.
+    """
 
     task: str
     num_classes: int
@@ -34,6 +38,7 @@ class TrainingData:
     val_rows: NDArray[np.int64]
     train_labels: NDArray[np.int32] | None
     val_labels: NDArray[np.int32] | None
+    validation_samples: int
     notes: list[str] = field(default_factory=list)
 
 
@@ -85,6 +90,7 @@ def resolve_data(config: TrainConfig, store: Any, task: str) -> TrainingData:
         val_rows=val_rows,
         train_labels=train_labels,
         val_labels=val_labels,
+        validation_samples=count_validation(store, config.val_split, task),
         notes=notes,
     )
 

@@ -44,6 +44,7 @@ from train.rundir import (
     write_config,
     write_json,
 )
+from train.validation import warn_of_splits
 
 log = get_logger("train")
 
@@ -96,6 +97,7 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> d
     if accelerator.is_main_process:
         prepare_run_folder(config)
         warn_of_random_teacher(config.store, store)
+        warn_of_splits(config, store, task)
     barrier()
     done = read_summary(config.out)
     if done is not None and config.resume and is_complete(done, config):
@@ -241,6 +243,7 @@ def summarize(outcome: Outcome, store: Any, data: TrainingData, folder: Path) ->
         "student": built.student.spec.name,
         "task": data.task,
         "num_classes": data.num_classes,
+        "validation_samples": data.validation_samples,
         "epochs": config.epochs,
         "epochs_done": progress.epoch,
         "best_epoch": progress.best_epoch,
@@ -261,10 +264,15 @@ def summarize(outcome: Outcome, store: Any, data: TrainingData, folder: Path) ->
     return summary
 
 
-def name_classes(details: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """`per_class_iou/3` → the name of class 3, where the store names it."""
-    result = {}
-    for key, value in details.items():
-        index = int(key.rpartition("/")[2])
-        result[names[index] if index < len(names) else str(index)] = value
-    return result
+def name_classes(details: Mapping[str, float], names: Sequence[str]) -> dict[str, float | None]:
+    """`per_class_iou/3` → the name of class 3, where the store names it; None: no samples, so undefined.
+
+    Empty for a task that has no metric per class.
+    """
+    values = {int(key.rpartition("/")[2]): value for key, value in details.items()}
+    known = max([len(names), *(index + 1 for index in values)]) if values else 0
+    return {
+        names[index] if index < len(names) else str(index): values.get(index)
+        for index in range(known)
+        if index < len(names) or index in values
+    }

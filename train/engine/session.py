@@ -86,7 +86,11 @@ class Session:
             try:
                 for record in self.loop.run():
                     self.finish_epoch(record)
-                    display.note(epoch_line(record, self.config.epochs, self.best_metric))
+                    display.note(
+                        epoch_line(
+                            record, self.config.epochs, self.best_metric, self.built.validation_samples
+                        )
+                    )
             except Stopped as stopped:
                 self.watch.acknowledge()
                 self.save_last()
@@ -263,10 +267,10 @@ class Session:
         return self.stop_text()
 
 
-def epoch_line(record: Mapping[str, Any], epochs: int, metric: str) -> str:
-    """`epoch 3/20: loss 1.204, val 1.310, top1 0.612, 4.1 s`"""
+def epoch_line(record: Mapping[str, Any], epochs: int, metric: str, samples: int) -> str:
+    """`epoch 3/20: loss 1.204, val 1.310, top1 0.612 (n=341), 4.1 s`; n: validation `samples`"""
     value = record.get(metric)
-    shown = "" if value is None else f", {metric} {value:.4f}"
+    shown = "" if value is None else f", {metric} {value:.4f} (n={samples})"
     val = "" if record["val_loss"] is None else f", val {record['val_loss']:.4f}"
     head = f"epoch {record['epoch']}/{epochs}: loss {record['train_loss']:.4f}{val}{shown}"
     return f"{head}, {record['epoch_time_s']:.1f} s"

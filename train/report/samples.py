@@ -223,7 +223,8 @@ def detection(subject: Subject) -> tuple[list[Scored], list[go.Figure], str]:
             )
             scored.append(Scored(1 - score, caption, picture))
     names = [*(class_name(card, index) for index in range(subject.classes)), NOTHING]
-    bars = {name: float(value) for name, value in (subject.run.summary.get("per_class") or {}).items()}
+    per_class = subject.run.summary.get("per_class") or {}
+    bars = {name: float(value) for name, value in per_class.items() if value is not None}
     drawings = [figures.confusion(confusion.tolist(), names, "Confusion of boxes")]
     if bars:
         drawings.append(figures.class_bars(list(bars), list(bars.values()), "AP50-95"))

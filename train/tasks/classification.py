@@ -12,10 +12,10 @@ from train.tasks.base import Meter
 
 
 class Classification:
-    """Cross-entropy; top-1, top-5, and means over the classes that occur in labels or predictions.
+    """Cross-entropy; top-1, top-5, means over classes, and the recall of each class.
 
-    `macro_precision`, `macro_recall` and `macro_f1` are those means; a class without predictions or without
-    labels counts as 0.
+    `macro_precision`, `macro_recall` and `macro_f1` are means over the classes that have labels: without any, what
+    a class is worth is undefined, not 0. The precision of a class that has labels and is never predicted is 0.
     """
 
     name = "classification"
@@ -61,14 +61,18 @@ class Classification:
         if not samples:
             return {}
         right, predicted, actual = meter.sums[3:].view(3, -1)
-        occurs = (predicted + actual) > 0
+        labeled = actual > 0
         per_class = {
             "macro_precision": right / predicted.clamp_min(1),
             "macro_recall": right / actual.clamp_min(1),
             "macro_f1": 2 * right / (predicted + actual).clamp_min(1),
         }
-        means = {name: float(values[occurs].mean()) for name, values in per_class.items()}
-        return {"top1": top1 / samples, "top5": top5 / samples, **means}
+        means = {name: float(values[labeled].mean()) for name, values in per_class.items()}
+        recall = {
+            f"per_class_recall/{index}": float(per_class["macro_recall"][index])
+            for index in torch.nonzero(labeled).flatten().tolist()
+        }
+        return {"top1": top1 / samples, "top5": top5 / samples, **means, **recall}
 
 
 class SequenceClassification(Classification):

@@ -61,19 +61,19 @@ class Segmentation:
         meter.sums += torch.cat([torch.bincount(part, minlength=self.num_classes) for part in parts])
 
     def metrics(self, meter: Meter) -> dict[str, float]:
-        """Classes that occur neither in labels nor in predictions are left out of the mean."""
+        """Classes without a labeled pixel are left out: what they are worth is undefined, not 0."""
         both, predicted, actual = meter.sums.view(3, -1)
         union = predicted + actual - both
         if not actual.sum():
             return {}
-        overlap = both / union.clamp_min(1)
+        overlap, labeled = both / union.clamp_min(1), actual > 0
         result = {
-            "miou": float(overlap[union > 0].mean()),
+            "miou": float(overlap[labeled].mean()),
             "pixel_accuracy": float(both.sum() / actual.sum()),
-            "macro_precision": float((both / predicted.clamp_min(1))[union > 0].mean()),
-            "macro_recall": float((both / actual.clamp_min(1))[union > 0].mean()),
+            "macro_precision": float((both / predicted.clamp_min(1))[labeled].mean()),
+            "macro_recall": float((both / actual.clamp_min(1))[labeled].mean()),
         }
-        for index in torch.nonzero(union > 0).flatten().tolist():
+        for index in torch.nonzero(labeled).flatten().tolist():
             result[f"per_class_iou/{index}"] = float(overlap[index])
         return result
 

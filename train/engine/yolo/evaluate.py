@@ -13,6 +13,7 @@ from train.checkpoint import load_student_from_run
 from train.config import load_config
 from train.engine.yolo.offline import prepare_ultralytics
 from train.errors import TrainError
+from train.validation import warn_of_measured_split
 
 
 def evaluate_yolo(
@@ -33,12 +34,14 @@ def evaluate_yolo(
     from train.engine.yolo.assemble import device_arguments
     from train.engine.yolo.recorder import METRICS
     from train.engine.yolo.records import open_split
+    from train.engine.yolo.summary import name_precisions
 
     student, content = load_student_from_run(run)
     opened = open_store(store)
     check_same_classes(tuple(opened.manifest.class_names), tuple(content["class_names"]), store, run)
     size = student.spec.image_size
     data = open_split(opened, split, image_size=size, data_root=data_root, distil=False)
+    warn_of_measured_split(str(store), opened, split, "detection")
     options = {"store": store, "student": student.spec.name, "out": run, "device": device}
     config = load_config(options)
     network: Any = student.network
@@ -63,7 +66,7 @@ def evaluate_yolo(
         "split": split,
         "samples": len(data.records),
         "metrics": {name: float(stats[key]) for name, key in METRICS.items()},
-        "per_class": {names[int(i)]: float(box.ap[n]) for n, i in enumerate(box.ap_class_index)},
+        "per_class": name_precisions(box, list(names.values())),
         "run": str(run),
         "store": str(store),
     }

@@ -34,6 +34,7 @@ from train.rundir import (
     write_config,
     write_json,
 )
+from train.validation import warn_of_splits
 
 log = get_logger("train")
 
@@ -55,6 +56,7 @@ def run_yolo(
     group = Observers(observers)
     folder = prepare_run_folder(config)
     warn_of_random_teacher(config.store, store)
+    warn_of_splits(config, store, "detection")
     done = read_summary(folder)
     if done is not None and config.resume and is_complete(done, config):
         log.info("%s is complete: nothing left to do", folder)
@@ -146,7 +148,9 @@ def train_here(
         watch.save = lambda: stopped_message(job.run)
         with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
             job.batch_finished = count_batches(watch, progress, job.run)
-            job.epoch_finished = announce_epochs(recorder.epoch_finished, progress)
+            job.epoch_finished = announce_epochs(
+                recorder.epoch_finished, progress, len(job.splits["val"].records)
+            )
             trainer.train()
     except TrainError as error:
         raise type(error)(last_line(str(error))) from error
@@ -195,14 +199,18 @@ def stopped_message(folder: Path) -> str:
     return f"stopped in the first epoch, of which nothing is saved in {folder}"
 
 
-def announce_epochs(epoch_finished: Callable[[Any], None], progress: Progress) -> Callable[[Any], None]:
+def announce_epochs(
+    epoch_finished: Callable[[Any], None], progress: Progress, samples: int
+) -> Callable[[Any], None]:
+    """After every epoch: record it, and show a line; `samples`: validation images."""
+
     def finished(trainer: Any) -> None:
         epoch_finished(trainer)
         losses = ", ".join(f"{name} {float(value):.3f}" for name, value in trainer.tloss.items())
         values = trainer.metrics
         progress.note(
             f"epoch {trainer.epoch + 1}/{trainer.epochs}: {losses}; mAP50 {values.get('metrics/mAP50(B)', 0):.4f}, "
-            f"mAP50-95 {values.get('metrics/mAP50-95(B)', 0):.4f}"
+            f"mAP50-95 {values.get('metrics/mAP50-95(B)', 0):.4f} (n={samples})"
         )
 
     return finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from train.engine.yolo.recorder import METRICS
 from train.measure import measure_latency
 from train.rundir import store_reference
 from train.students.catalog import count_macs
+from train.validation import count_validation
 
 
 def summarise(
@@ -35,6 +37,7 @@ def summarise(
         "student": student.spec.name,
         "task": "detection",
         "num_classes": student.spec.num_classes,
+        "validation_samples": count_validation(store, config.val_split, "detection"),
         "epochs": config.epochs,
         "epochs_done": len(records),
         "best_epoch": best["epoch"],
@@ -63,9 +66,15 @@ def ending_of(trainer: Any) -> dict[str, Any]:
     }
 
 
-def per_class(trainer: Any) -> dict[str, float]:
-    """mAP50-95 of each class that the validation split has, of ultralytics/best.pt."""
+def per_class(trainer: Any) -> dict[str, float | None]:
+    """mAP50-95 of each class by ultralytics/best.pt; None: undefined, the validation split has no box of the class."""
     box: Any = getattr(getattr(trainer.validator, "metrics", None), "box", None)
-    found = getattr(box, "ap_class_index", [])
-    names = trainer.job.class_names
-    return {names[int(index)]: float(box.ap[place]) for place, index in enumerate(found)}
+    return name_precisions(box, trainer.job.class_names)
+
+
+def name_precisions(box: Any, names: Sequence[str]) -> dict[str, float | None]:
+    """ultralytics' AP of each class by name, None for the classes that it did not meet; empty without any."""
+    found = {
+        int(index): float(box.ap[place]) for place, index in enumerate(getattr(box, "ap_class_index", []))
+    }
+    return {name: found.get(index) for index, name in enumerate(names)} if found else {}

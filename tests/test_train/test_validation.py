@@ -1,0 +1,70 @@
+"""What a run's metrics are measured on is said: few samples, classes that are absent, copies of training images."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from store import open_store
+from store.splits import count_classes, count_kinds, count_shared, split_warnings
+from train.data import Batch
+from train.engine.model import DistilledOutput
+from train.evaluation import evaluate_run
+from train.run import run_training
+from train.tasks import build_task
+
+
+def measure(task, logits, **targets):
+    batch = Batch(
+        np.arange(len(logits)), torch.zeros(1), np.zeros((1, 2, 3)), torch.ones(len(logits)), **targets
+    )
+    meter = task.new_meter(torch.device("cpu"))
+    task.update(meter, DistilledOutput(logits, None, None), batch)
+    return task.metrics(meter)
+
+
+def test_metrics_of_a_class_without_samples_are_undefined_not_zero():
+    """Class 2 is predicted once and never right: there is no sample of it, so its recall is not 0."""
+    labels, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2])
+    logits = torch.nn.functional.one_hot(predicted, 3).float()
+    metrics = measure(build_task("classification", num_classes=3, label_smoothing=0.0), logits, labels=labels)
+    assert metrics["macro_recall"] == pytest.approx((1 + 1 / 2) / 2)
+    assert metrics["per_class_recall/1"] == pytest.approx(1 / 2)
+    assert "per_class_recall/2" not in metrics
+
+
+def test_iou_of_a_class_without_pixels_is_undefined_not_zero():
+    masks, predicted = torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 0, 1, 2]]])
+    logits = torch.nn.functional.one_hot(predicted, 3).permute(0, 3, 1, 2).float()
+    metrics = measure(build_task("segmentation", num_classes=3, label_smoothing=0.0), logits, masks=masks)
+    assert metrics["miou"] == pytest.approx((1 + 1 / 2) / 2)
+    assert "per_class_iou/2" not in metrics
+
+
+def test_summary_and_evaluation_count_labeled_validation_samples(make_store, make_config, caplog):
+    config = make_config(make_store(train=24, val=8, unlabelled=(0, 3)), epochs=1)
+    with caplog.at_level(logging.WARNING):
+        summary = run_training(config)
+    assert summary["validation_samples"] == 6
+    assert json.loads((config.out / "summary.json").read_text())["validation_samples"] == 6
+    assert (
+        "val has 6 samples to measure on, fewer than 30: one sample changes top-1 by 16.7 points"
+        in caplog.text
+    )
+    measured = evaluate_run(config.out, config.store, device="cpu", workers=0)
+    assert measured["samples"] == 6
+    assert measured["per_class"].keys() == {"red", "green", "blue"}
+
+
+def test_absent_classes_are_reported(make_store):
+    store = open_store(make_store(train=6, val=6, one_class=True))
+    assert count_kinds(store["val"]) == {"labeled": 6, "unlabeled": 0, "background": 0, "bad": 0}
+    assert count_classes(store["val"], 3, "label")["samples"].tolist() == [6, 0, 0]
+    assert count_shared(store) == {}
+    texts = split_warnings(store, "train", "val", "label")
+    assert any(text.startswith("val has no sample of 2 of 3 classes (green, blue)") for text in texts)
+    assert any(text.startswith("train has no sample of 2 of 3 classes") for text in texts)
