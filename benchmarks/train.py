@@ -221,6 +221,7 @@ def files_loader(root: Path) -> Callable[[], Iterator[Any]]:
     """Our data set over the same files: read, hash, decode, view, colours, to normalised tensors."""
     from hashlib import blake2b
 
+    from store import Preprocessing
     from train.data import ImageViews, ViewSettings, collate_views
     from train.images import ImageReader
     from train.plan import Item
@@ -239,7 +240,7 @@ def files_loader(root: Path) -> Callable[[], Iterator[Any]]:
             return {names[0]: np.stack([np.frombuffer(digest, np.uint8) for digest in digests])}
 
     settings = ViewSettings(image_size=224, policy="squash", augmentation=AUGMENTATIONS["full"], seed=0)
-    dataset = ImageViews(ImageReader(Files(), root), settings)
+    dataset = ImageViews(ImageReader(Files(), root, Preprocessing(image_size=224)), settings)
     mean, std = torch.tensor([123.7, 116.3, 103.5]), torch.tensor([58.4, 57.1, 57.4])
 
     def start() -> Iterator[Any]:

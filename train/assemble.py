@@ -317,8 +317,7 @@ def build_samples(
     split, manifest = store[name], store.manifest
     root = config.data_root or manifest.data_root
     if config.student_type != "lstm":
-        views = teacher_views(store, name) if manifest.images == "raw" else None
-        return {"dataset": ImageViews(ImageReader(split, root, views), settings)}
+        return {"dataset": ImageViews(ImageReader(split, root, manifest.preprocessing), settings)}
     gather = partial(gather_frames, split) if frames else None
     reader = ClipReader(split, root, *clip_places(split, manifest))
     return {"dataset": ClipViews(reader, settings), "collate": collate_clips, "gather_more": gather}

@@ -113,10 +113,8 @@ class ImageViews(Views):
             view = self.recorded_view(item.row, recorded)
         else:
             view = draw_view(settings.augmentation, generator, base)
-        into_image = view if shown.to_source is None else shown.to_source.inverse().compose(view)
-        pixels = render_image(
-            shown.image, into_image, settings.image_size, draw_colour(settings.augmentation, generator)
-        )
+        colour = draw_colour(settings.augmentation, generator)
+        pixels = render_image(shown.image, shown.into_image(view), settings.image_size, colour)
         sample = {
             "row": item.row,
             "weight": item.weight,

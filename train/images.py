@@ -13,8 +13,8 @@ from PIL import Image
 
 from imaging.decode import MOST_PIXELS, decode
 from imaging.errors import ImageError
-from imaging.geometry import View
-from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES
+from imaging.geometry import View, resize_view
+from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, Preprocessing
 from train.errors import TrainError
 
 
@@ -23,14 +23,19 @@ class DataError(TrainError):
 
 
 class Shown(NamedTuple):
-    """A decoded image, and where it lies in the source: `to_source` maps its coordinates (None: it is the source).
+    """A decoded image and which part of the original it is.
 
-    `size` is (width, height) of the original.
+    `size` is (width, height) of the original; `to_source` maps the image's coordinates to the original's (None: the
+    image is the whole original).
     """
 
     image: Image.Image
     size: tuple[int, int]
     to_source: View | None = None
+
+    def into_image(self, view: View) -> View:
+        """`view` of the original as a view of `image`: to render it, or to draw what was predicted in it."""
+        return view if self.to_source is None else self.to_source.inverse().compose(view)
 
 
 def path_of(key: str, data_root: Path | str | None) -> Path:
@@ -50,12 +55,13 @@ def path_of(key: str, data_root: Path | str | None) -> Path:
 class ImageReader:
     """Reads images and masks of one split; picklable, and safe to use in forked workers.
 
-    `split` is a reader of the store; `data_root` is used when the store holds no images. Files are compared with
-    the stored content hash, so that features never meet another image.
+    `split` is a reader of the store; `data_root` is used when the store holds no images; `preprocessing` is the
+    store's: `images/raw` went through it. Files are compared with the stored content hash, so that features never
+    meet another image.
     """
 
-    def __init__(self, split: Any, data_root: Path | None, teacher_views: Any = None) -> None:
-        self.split, self.data_root, self.teacher_views = split, data_root, teacher_views
+    def __init__(self, split: Any, data_root: Path | None, preprocessing: Preprocessing) -> None:
+        self.split, self.data_root, self.preprocessing = split, data_root, preprocessing
         names = set(split.names)
         self.kind = "jpeg" if IMAGES_ENCODED in names else "raw" if IMAGES_RAW in names else "files"
 
@@ -77,9 +83,10 @@ class ImageReader:
     def read_raw(self, row: int) -> Shown:
         """`images/raw` shows what the teacher saw: its resize policy has been applied already."""
         pixels = self.split.gather(np.array([row]), [IMAGES_RAW])[IMAGES_RAW][0]
-        width, height = self.split.gather(np.array([row]), [SIZES])[SIZES][0]
-        view = View(self.teacher_views[row]) if self.teacher_views is not None else None
-        return Shown(Image.fromarray(pixels), (int(width), int(height)), view)
+        width, height = (int(side) for side in self.split.gather(np.array([row]), [SIZES])[SIZES][0])
+        size = (max(width, 1), max(height, 1))
+        view = resize_view(self.preprocessing.resize, size, self.preprocessing.image_size)
+        return Shown(Image.fromarray(pixels), size, view)
 
     def stored_bytes(self, row: int) -> bytes:
         data = bytes(self.split.ragged(np.array([row]), IMAGES_ENCODED)[0])

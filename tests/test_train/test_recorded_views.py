@@ -56,8 +56,8 @@ def test_recorded_view_shows_the_crop_itself(make_store):
     from train.plan import Item
     from train.views import AUGMENTATIONS
 
-    split = open_store(make_store(views=2))["train"]
-    reader = ImageReader(split, None)
+    store = open_store(make_store(views=2))
+    reader = ImageReader(store["train"], None, store.manifest.preprocessing)
     whole = np.asarray(reader.read(3, 32).image)
     expected = [whole[:16, :16], whole[16:, 16:][:, ::-1]]
     settings = ViewSettings(

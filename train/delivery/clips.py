@@ -16,7 +16,7 @@ from train.delivery.draw import draw_label
 from train.delivery.files import expand_inputs
 from train.delivery.model import ModelCard, TrainedModel
 from train.delivery.records import BadFile, Prediction
-from train.delivery.scores import top_classes
+from train.delivery.scores import top_classes, top_label
 from train.errors import DeliveryError
 
 CLIP_SUFFIXES = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"])
@@ -63,7 +63,5 @@ def predict_clip(model: TrainedModel, path: Path) -> Prediction | BadFile:
         return BadFile(str(path), str(error))
     logits = model.run(card.normalize(clip_pixels(card, images))[None])[0]
     top = top_classes(card, logits)
-    label = f"{top[0]['class']} {top[0]['probability']:.0%}"
-    return Prediction(
-        {"file": str(path), "frames": len(images), "top": top}, draw_label(images[len(images) // 2], label)
-    )
+    picture = draw_label(images[len(images) // 2], top_label(top))
+    return Prediction({"file": str(path), "frames": len(images), "top": top}, picture)

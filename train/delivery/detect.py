@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from train.delivery.draw import Box, draw_boxes
+from train.delivery.draw import Box, Label, draw_boxes
 from train.delivery.model import ModelCard, TrainedModel, class_name
 from train.delivery.records import BadFile, Prediction, read_image
 from train.engine.yolo.offline import prepare_ultralytics
@@ -70,12 +70,12 @@ def describe(card: ModelCard, path: Path, image: Image.Image, found: NDArray[np.
 
 
 def drawn(card: ModelCard, found: NDArray[np.float32]) -> list[Box]:
-    """What `draw_boxes` takes, labelled with class and confidence."""
+    """What `draw_boxes` takes, labeled with class and confidence."""
     return [
         Box(
             (float(row[0]), float(row[1]), float(row[2]), float(row[3])),
-            f"{class_name(card, int(row[5]))} {row[4]:.0%}",
             int(row[5]),
+            Label(class_name(card, int(row[5])), int(row[5]), f"{row[4]:.0%}"),
         )
         for row in found
     ]

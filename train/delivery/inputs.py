@@ -59,7 +59,7 @@ def split_pixels(run: Path, card: ModelCard, count: int) -> list[NDArray[np.uint
         frames = clip_reader(config, store, config.val_split, card)
         return [clip_pixels(card, frames.read(int(row))) for row in rows]
     images = image_reader(config, store, config.val_split)
-    return [card.render(images.read(int(row), card.image_size).image) for row in rows]
+    return [card.show(images.read(int(row), card.image_size)) for row in rows]
 
 
 def clip_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) -> ClipReader:
@@ -72,7 +72,7 @@ def clip_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) ->
 def image_reader(config: TrainConfig, store: Any, split: str) -> ImageReader:
     """Reads the images of a split: from the store, or from the data set's root."""
     root = config.data_root or store.manifest.data_root
-    return ImageReader(store[split], Path(root) if root else None)
+    return ImageReader(store[split], Path(root) if root else None, store.manifest.preprocessing)
 
 
 def run_options(run: Path) -> TrainConfig:

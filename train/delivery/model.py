@@ -19,6 +19,7 @@ from torch import nn
 from imaging.geometry import View
 from train.checkpoint import BEST, load_student_from_run
 from train.errors import DeliveryError
+from train.images import Shown
 from train.rundir import SUMMARY
 from train.students.base import Student
 from train.views import base_view, render_image
@@ -76,6 +77,12 @@ class ModelCard:
     def render(self, image: Image.Image) -> NDArray[np.uint8]:
         """An RGB image as the student sees it, uint8 [S, S, 3]."""
         return render_image(image, self.view_of(image.size), self.image_size)
+
+    def show(self, shown: Shown) -> NDArray[np.uint8]:
+        """An image of a store as the student sees it, uint8 [S, S, 3]: in training, in evaluation and here."""
+        if self.task == "detection":  # ultralytics fits whatever image the store holds
+            return self.render(shown.image)
+        return render_image(shown.image, shown.into_image(self.view_of(shown.size)), self.image_size)
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [..., S, S, 3] → float32 [..., 3, S, S], as the network takes it."""

@@ -17,11 +17,11 @@ from PIL import Image
 from console.files import whole_file, writing
 from train.delivery.clips import find_clips, predict_clip
 from train.delivery.detect import detect_batch
-from train.delivery.draw import draw_label, draw_mask, mask_image
+from train.delivery.draw import IGNORE_INDEX, Label, draw_label, draw_legend, draw_mask, mask_image
 from train.delivery.files import find_images
 from train.delivery.model import ModelCard, TrainedModel, batches, class_name, open_model
 from train.delivery.records import BadFile, Prediction, read_image
-from train.delivery.scores import top_classes
+from train.delivery.scores import top_classes, top_label
 from train.errors import DeliveryError
 from train.rundir import make_folder
 
@@ -98,10 +98,7 @@ def interpret(card: ModelCard, path: Path, image: Image.Image, logits: NDArray[n
     if card.task == "segmentation":
         return segmentation(card, path, image, logits)
     top = top_classes(card, logits)
-    best = top[0]
-    return Prediction(
-        {"file": str(path), "top": top}, draw_label(image, f"{best['class']} {best['probability']:.0%}")
-    )
+    return Prediction({"file": str(path), "top": top}, draw_label(image, top_label(top)))
 
 
 def segmentation(card: ModelCard, path: Path, image: Image.Image, logits: NDArray[np.float32]) -> Prediction:
@@ -109,7 +106,9 @@ def segmentation(card: ModelCard, path: Path, image: Image.Image, logits: NDArra
     classes = mask_image(logits.argmax(0).astype(np.uint8), card.view_of(image.size), image.size)
     counts = np.bincount(np.asarray(classes).ravel(), minlength=256)
     shares = {class_name(card, int(i)): float(counts[i] / counts.sum()) for i in np.flatnonzero(counts)}
-    return Prediction({"file": str(path), "shares": shares}, draw_mask(image, classes), classes)
+    legend = [Label(class_name(card, int(i)), int(i)) for i in np.flatnonzero(counts[:IGNORE_INDEX])]
+    picture = draw_legend(draw_mask(image, classes), legend)
+    return Prediction({"file": str(path), "shares": shares}, picture, classes)
 
 
 class PredictionWriter:

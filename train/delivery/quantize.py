@@ -125,9 +125,7 @@ def calibration_inputs(store: Any, config: TrainConfig, card: ModelCard, count: 
     """Normalised images float32 [B, 3, S, S], evenly spread over the training split."""
     reader = image_reader(config, store, config.train_split)
     rows = spread(np.flatnonzero(store[config.train_split].valid), count)
-    return card.normalize(
-        np.stack([card.render(reader.read(int(row), card.image_size).image) for row in rows])
-    )
+    return card.normalize(np.stack([card.show(reader.read(int(row), card.image_size)) for row in rows]))
 
 
 def write_ptq(student: Student, card: ModelCard, inputs: NDArray[np.float32], path: Path) -> Ranges:

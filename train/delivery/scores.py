@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from train.delivery.draw import Label
 from train.delivery.model import ModelCard, class_name
 
 TOP = 5
@@ -30,3 +31,8 @@ def top_classes(card: ModelCard, logits: NDArray[np.float32]) -> list[dict[str, 
         }
         for index in order
     ]
+
+
+def top_label(top: list[dict[str, Any]]) -> Label:
+    """The most probable class, to be drawn."""
+    return Label(top[0]["class"], top[0]["index"], f"{top[0]['probability']:.0%}")

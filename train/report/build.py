@@ -121,7 +121,7 @@ def task_sections(
     if gallery is not None:
         wide = best.summary.get("task") in ("segmentation", "detection")
         title = f"Where {gallery.run_name} fails"
-        sections.append(Section(title, gallery.text, gallery.figures, gallery.pictures, wide))
+        sections.append(Section(title, gallery.text, gallery.figures, gallery.pictures, wide, gallery.legend))
     return [section for section in sections if section.text or any(section.figures) or section.pictures]
 
 

@@ -23,6 +23,8 @@ COSTS = {
 }
 PERCENT = ",.1%"
 LOG_FROM = 4  # costs that differ by more are shown on a logarithmic axis
+COUNTED_CLASSES = 15  # a confusion matrix of more has its counts in the tooltips alone
+LONGEST_NAME = 24
 FEW_EPOCHS = 20  # so many points of a curve are marked
 
 
@@ -154,26 +156,46 @@ def gain_bars(differences: Sequence[Difference], metric: str) -> go.Figure | Non
     return figure
 
 
-def confusion(matrix: Sequence[Sequence[float]], class_names: Sequence[str], title: str) -> go.Figure:
-    """Rows are true classes, columns predicted ones, each row as shares of one."""
+def confusion(matrix: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> go.Figure:
+    """Rows are true classes, columns predicted ones: colored by the share of the row, with the counts."""
     shares = [[value / max(sum(row), 1) for value in row] for row in matrix]
+    names = short_names(class_names)
+    few = len(names) <= COUNTED_CLASSES
     figure = go.Figure(
         go.Heatmap(
             z=shares,
-            x=list(class_names),
-            y=list(class_names),
+            x=names,
+            y=names,
+            customdata=[list(row) for row in matrix],
+            text=[[compact(value) if value else "" for value in row] for row in matrix] if few else None,
+            texttemplate="%{text}" if few else None,
             colorscale="Blues",
             zmin=0,
             zmax=1,
-            hovertemplate="true %{y}<br>predicted %{x}<br>%{z:.1%}<extra></extra>",
+            hovertemplate="true %{y}<br>predicted %{x}<br>%{customdata:,} (%{z:.1%} of the row)<extra></extra>",
             colorbar={"tickformat": ".0%"},
         )
     )
     figure = finish(figure, "predicted", None)
-    figure.update_layout(title=title, height=min(900, 260 + 22 * len(class_names)))
+    figure.update_layout(title=title, height=min(900, 300 + 24 * len(names)))
     figure.update_yaxes(title="true", autorange="reversed", type="category", automargin=True)
-    figure.update_xaxes(type="category")
+    figure.update_xaxes(type="category", automargin=True)
     return figure
+
+
+def compact(count: int) -> str:
+    """A count in at most five characters: 950, 9.5k, 95k, 9.5M."""
+    for size, letter in ((1_000_000, "M"), (1_000, "k")):
+        if count >= size:
+            share = count / size
+            return f"{share:.1f}{letter}" if share < 9.95 else f"{share:.0f}{letter}"
+    return str(count)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names for an axis: long ones are cut, and kept apart by their number where that makes them equal."""
+    cut = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names]
+    return [name if cut.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(cut)]
 
 
 def class_bars(class_names: Sequence[str], values: Sequence[float], what: str) -> go.Figure:

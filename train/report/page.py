@@ -29,12 +29,24 @@ class Picture(NamedTuple):
         return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
 
 
+class LegendEntry(NamedTuple):
+    """A class and its color in the pictures; None: it is not drawn."""
+
+    name: str
+    color: tuple[int, int, int] | None
+
+    @property
+    def css(self) -> str:
+        return "transparent" if self.color is None else f"rgb{self.color}"
+
+
 class Section(NamedTuple):
     title: str
     text: str
     figures: Sequence[go.Figure | None]
     pictures: Sequence[Picture] = ()
     wide: bool = False  # pictures that show more than one can tell from a small one
+    legend: Sequence[LegendEntry] = ()
 
 
 def render_page(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,30 +15,31 @@ from PIL import Image
 from console.log import get_logger
 from store import Store
 from store.errors import DistillError
-from store.format import BOX_CLASSES, BOXES
 from train.delivery.clips import clip_pixels
 from train.delivery.detect import detect, drawn
-from train.delivery.draw import Box, draw_boxes, draw_mask, mask_image
+from train.delivery.draw import Box, draw_boxes, draw_mask, draw_true_boxes, mask_color, mask_image
 from train.delivery.inputs import clip_reader, image_reader, run_options, spread
 from train.delivery.model import ModelCard, TorchModel, batches, choose_device, class_name, open_student
 from train.delivery.scores import softmax
+from train.images import ImageReader, Shown
 from train.report import figures
 from train.report.collect import Run
-from train.report.page import Picture
+from train.report.page import LegendEntry, Picture
 from train.views import render_mask
 
 logger = get_logger("report")
 
-# The report looks at this many validation samples at most; pictures are shrunk to this many pixels a side.
+# The report looks at this many validation samples at most; pictures are shrunk to so many pixels, and tiny ones
+# enlarged.
 SAMPLES_LOOKED_AT = 2000
 PICTURE_SIDE = 256
+WIDE_PICTURE_SIDE = 480  # with boxes, whose labels have to be read
 BATCH = 32
 IGNORE_INDEX = 255
 CLIP_BATCH = 4
 CONFIDENCE = 0.25
 MATCH_IOU = 0.5
 NOTHING = "nothing"
-TRUTH_COLOUR = (0, 158, 115)
 
 
 class Gallery(NamedTuple):
@@ -46,32 +49,45 @@ class Gallery(NamedTuple):
     text: str
     figures: list[go.Figure]
     pictures: list[Picture]
+    legend: list[LegendEntry]
 
 
 class Subject(NamedTuple):
     """What a scorer looks at: a run's student and the rows of its validation split."""
 
     run: Run
-    model: TorchModel
+    model: Any  # TrainedModel
     reader: Any  # ImageReader; for clips ClipReader
-    split: Any
+    store: Store
+    split_name: str
     rows: NDArray[np.int64]
+    classes: int  # of the student's head
 
     @property
     def card(self) -> ModelCard:
-        return self.model.card
+        card: ModelCard = self.model.card
+        return card
 
     @property
-    def classes(self) -> int:
-        return self.model.student.spec.num_classes
+    def split(self) -> Any:
+        return self.store[self.split_name]
 
 
 class Scored(NamedTuple):
-    """One sample: how bad it is (higher is worse), and its picture with the prediction and the truth."""
+    """One sample: how bad it is (higher is worse), and how its picture with prediction and truth is drawn."""
 
     badness: float
     caption: str
-    image: Image.Image
+    draw: Callable[[], Image.Image]
+
+
+class Findings(NamedTuple):
+    """What a scorer found: the worst samples, worst first, and what is said about all."""
+
+    worst: list[Scored]
+    figures: list[go.Figure]
+    text: str
+    legend: list[LegendEntry]
 
 
 def gallery_of(run: Run, store: Store | None, count: int) -> Gallery | None:
@@ -80,57 +96,70 @@ def gallery_of(run: Run, store: Store | None, count: int) -> Gallery | None:
     if store is None or task not in SCORERS:
         return None
     try:
-        scored, drawings, text = SCORERS[task](subject_of(run, store))
+        found = SCORERS[task](subject_of(run, store), count)
+        pictures = [Picture(encode(item.draw()), item.caption) for item in found.worst]
     except DistillError as error:
         logger.warning("the report shows no samples of %s: %s", run.name, error)
         return None
-    worst = sorted(scored, key=lambda item: -item.badness)[:count]
-    return Gallery(run.name, text, drawings, [Picture(encode(item.image), item.caption) for item in worst])
+    return Gallery(run.name, found.text, found.figures, pictures, found.legend)
 
 
 def subject_of(run: Run, store: Store) -> Subject:
     """Raises DistillError when the run's student or data cannot be read."""
     student, card = open_student(run.folder)
     config = run_options(run.folder)
-    split = store[config.val_split]
-    rows = spread(np.flatnonzero(split.valid), SAMPLES_LOOKED_AT)
+    name = config.val_split
+    rows = spread(np.flatnonzero(store[name].valid), SAMPLES_LOOKED_AT)
     clips = card.task == "sequence"
-    reader: Any = (
-        clip_reader(config, store, config.val_split, card)
-        if clips
-        else image_reader(config, store, config.val_split)
-    )
-    return Subject(run, TorchModel(student, card, choose_device("auto")), reader, split, rows)
+    reader: Any = clip_reader(config, store, name, card) if clips else image_reader(config, store, name)
+    model = TorchModel(student, card, choose_device("auto"))
+    return Subject(run, model, reader, store, name, rows, student.spec.num_classes)
 
 
-def classification(subject: Subject) -> tuple[list[Scored], list[go.Figure], str]:
+def keep_worst(worst: list[Scored], more: list[Scored], count: int) -> list[Scored]:
+    """The `count` worst of both, worst first: what is drawn later holds its prediction in memory until then."""
+    return sorted([*worst, *more], key=lambda item: -item.badness)[:count]
+
+
+def looked_at(subject: Subject, rows: NDArray[np.int64], what: str = "samples") -> str:
+    """How many samples the figures are about, for the reader to judge them by."""
+    total = int(subject.split.valid.sum())
+    some = f"{len(rows):,}" if len(rows) == total else f"{len(rows):,} of {total:,}"
+    return f"{some} validation {what}"
+
+
+def classification(subject: Subject, count: int) -> Findings:
     """Worst by cross-entropy; the confusion matrix beside them. A clip is shown by its middle frame."""
     model, card, reader = subject.model, subject.card, subject.reader
     clips = card.task == "sequence"
     labels = subject.split.read("targets/label")
     rows = subject.rows[labels[subject.rows] >= 0]
     confusion = np.zeros((subject.classes,) * 2, dtype=np.int64)
-    scored = []
+    worst: list[Scored] = []
     for chunk in batches(rows, CLIP_BATCH if clips else BATCH):
         if clips:
-            frames = [reader.read(int(row)) for row in chunk]
-            images = [clip[len(clip) // 2] for clip in frames]
-            pixels = np.stack([clip_pixels(card, clip) for clip in frames])
+            pixels = [clip_pixels(card, reader.read(int(row))) for row in chunk]
         else:
-            images = [reader.read(int(row), PICTURE_SIDE).image for row in chunk]
-            pixels = np.stack([card.render(image) for image in images])
-        probabilities = softmax(model.run(card.normalize(pixels)))
-        for row, image, shares in zip(chunk, images, probabilities, strict=True):
+            pixels = [card.show(reader.read(int(row), card.image_size)) for row in chunk]
+        probabilities = softmax(model.run(card.normalize(np.stack(pixels))))
+        found = []
+        for row, shares in zip(chunk.tolist(), probabilities, strict=True):
             true, got = int(labels[row]), int(shares.argmax())
             confusion[true, got] += 1
             caption = f"{reader.key(row)}: {class_name(card, true)}, predicted {class_name(card, got)} {shares[got]:.0%}"
-            scored.append(Scored(-float(np.log(max(shares[true], 1e-12))), caption, image))
-    what = "clips (their middle frames)" if clips else "samples"
-    return (
-        scored,
-        class_figures(confusion, card),
-        f"The validation {what} with the largest loss, and the confusion of classes.",
-    )
+            loss = -float(np.log(max(shares[true], 1e-12)))
+            found.append(Scored(loss, caption, partial(sample_picture, reader, row, clips)))
+        worst = keep_worst(worst, found, count)
+    what = "clips" if clips else "samples"
+    text = f"The {looked_at(subject, rows, what)} with the largest loss{' (their middle frames)' if clips else ''}"
+    return Findings(worst, class_figures(confusion, card), f"{text}, and the confusion of classes.", [])
+
+
+def sample_picture(reader: Any, row: int, clips: bool) -> Image.Image:
+    if clips:
+        frames = reader.read(row)
+        return fit(frames[len(frames) // 2])
+    return fit(reader.read(row, PICTURE_SIDE).image)
 
 
 def class_figures(confusion: NDArray[np.int64], card: ModelCard) -> list[go.Figure]:
@@ -138,49 +167,70 @@ def class_figures(confusion: NDArray[np.int64], card: ModelCard) -> list[go.Figu
     used = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
     names = [class_name(card, int(index)) for index in used]
     matrix = confusion[np.ix_(used, used)]
-    recall = matrix.diagonal() / np.maximum(matrix.sum(1), 1)
+    true = np.flatnonzero(matrix.sum(1))  # a class without samples has no recall
+    recall = matrix.diagonal()[true] / matrix.sum(1)[true]
     return [
         figures.confusion(matrix.tolist(), names, "Confusion"),
-        figures.class_bars(names, recall.tolist(), "recall"),
+        figures.class_bars([names[index] for index in true], recall.tolist(), "recall"),
     ]
 
 
-def segmentation(subject: Subject) -> tuple[list[Scored], list[go.Figure], str]:
+def segmentation(subject: Subject, count: int) -> Findings:
     """Worst by the mean IoU of the classes in the picture; prediction left, truth right."""
     model, card, reader = subject.model, subject.card, subject.reader
     confusion = np.zeros((subject.classes,) * 2, dtype=np.int64)
-    scored = []
+    worst: list[Scored] = []
     for chunk in batches(subject.rows, BATCH):
-        images = [reader.read(int(row), PICTURE_SIDE).image for row in chunk]
-        logits = model.run(card.normalize(np.stack([card.render(image) for image in images])))
-        for row, image, scores in zip(chunk, images, logits, strict=True):
-            truth = render_mask(reader.read_mask(int(row)), card.view_of(image.size), card.image_size)
-            counts = pixel_confusion(scores.argmax(0), truth, subject.classes)
+        images = [reader.read(int(row), card.image_size) for row in chunk]
+        logits = model.run(card.normalize(np.stack([card.show(image) for image in images])))
+        found = []
+        for row, image, scores in zip(chunk.tolist(), images, logits, strict=True):
+            predicted = scores.argmax(0).astype(np.uint8)
+            truth = render_mask(reader.read_mask(row), card.view_of(image.size), card.image_size)
+            counts = pixel_confusion(predicted, truth, subject.classes)
             confusion += counts
             iou = mean_iou(counts)
-            parts = [
-                draw_mask(image, mask_image(m.astype(np.uint8), card.view_of(image.size), image.size))
-                for m in (scores.argmax(0), truth)
-            ]
-            scored.append(
-                Scored(1 - iou, f"{reader.key(row)}: mIoU {iou:.0%}; predicted, true", side_by_side(parts))
-            )
+            draw = masks_drawer(card, reader, row, (predicted, truth))
+            found.append(Scored(1 - iou, f"{reader.key(row)}: mIoU {iou:.0%}; predicted, true", draw))
+        worst = keep_worst(worst, found, count)
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     used = np.flatnonzero(union)
     names = [class_name(card, int(index)) for index in used]
     values = (confusion.diagonal()[used] / union[used]).tolist()
-    return (
-        scored,
+    return Findings(
+        worst,
         [
             figures.confusion(confusion[np.ix_(used, used)].tolist(), names, "Confusion of pixels"),
             figures.class_bars(names, values, "IoU"),
         ],
-        "The validation pictures with the lowest mean IoU: predicted mask left, true mask right.",
+        f"The {looked_at(subject, subject.rows, 'pictures')} with the lowest mean IoU: predicted mask left, true mask right.",
+        [
+            LegendEntry(name, mask_color(int(index)) if index else None)
+            for index, name in zip(used, names, strict=True)
+        ],
     )
 
 
+def masks_drawer(
+    card: ModelCard, reader: ImageReader, row: int, masks: tuple[NDArray[np.uint8], ...]
+) -> Callable[[], Image.Image]:
+    """Draws class maps [S, S] of the student's input on the stored picture, side by side."""
+
+    def draw() -> Image.Image:
+        shown = reader.read(row, PICTURE_SIDE)
+        picture = fit(shown.image)
+        return side_by_side([draw_mask(picture, mask_on(card, shown, mask, picture.size)) for mask in masks])
+
+    return draw
+
+
+def mask_on(card: ModelCard, shown: Shown, classes: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
+    """A class map [S, S] of the student's input on the stored picture, drawn at `size` (width, height)."""
+    return mask_image(classes, shown.into_image(card.view_of(shown.size)), size)
+
+
 def pixel_confusion(
-    predicted: NDArray[np.int64], truth: NDArray[np.uint8], classes: int
+    predicted: NDArray[np.uint8], truth: NDArray[np.uint8], classes: int
 ) -> NDArray[np.int64]:
     """Counts [C, C] of true against predicted class over the pixels that count."""
     counted = truth != IGNORE_INDEX
@@ -201,47 +251,83 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     return joined
 
 
-def detection(subject: Subject) -> tuple[list[Scored], list[go.Figure], str]:
-    """Worst by missed and invented boxes; truth in green without a label."""
-    card, split = subject.card, subject.split
+def detection(subject: Subject, count: int) -> Findings:
+    """Worst by missed and invented boxes; true boxes in white, without a label."""
+    from train.engine.yolo.records import detection_records
+
+    card, reader = subject.card, subject.reader
+    records = {
+        record.row: record
+        for record in detection_records(subject.store, subject.split, raw=reader.kind == "raw")
+    }
     confusion = np.zeros((subject.classes + 1,) * 2, dtype=np.int64)
-    scored = []
+    worst: list[Scored] = []
     for chunk in batches(subject.rows, BATCH):
-        shown = [subject.reader.read(int(row), 4 * PICTURE_SIDE) for row in chunk]
-        truths = zip(split.ragged(chunk, BOXES), split.ragged(chunk, BOX_CLASSES), strict=True)
-        found = detect(subject.model, [item.image for item in shown], CONFIDENCE)
-        for row, item, boxes, (corners, kinds) in zip(chunk, shown, found, truths, strict=True):
-            scale = np.tile(np.asarray(item.image.size) / np.maximum(item.size, 1), 2)
-            truth, classes = np.asarray(corners, dtype=np.float64) * scale, np.asarray(kinds)
-            confusion += box_confusion(boxes, truth, classes, subject.classes)
-            hits = count_hits(boxes, truth, classes)
+        images = [reader.read(int(row), card.image_size).image for row in chunk]
+        scored = []
+        for row, image, boxes in zip(
+            chunk.tolist(), images, detect(subject.model, images, CONFIDENCE), strict=True
+        ):
+            relative = np.asarray(boxes, dtype=np.float64)
+            relative[:, :4] /= np.array([*image.size, *image.size])
+            record = records[row]
+            truth, classes = corners_of(record.boxes), record.classes.astype(np.int32)
+            # Overlaps are measured in pixels, as the evaluation does: sides of unequal length weigh differently.
+            scale = np.array([record.width, record.height] * 2, dtype=np.float64)
+            measured = np.concatenate([relative[:, :4] * scale, relative[:, 4:]], axis=1).astype(np.float32)
+            confusion += box_confusion(measured, truth * scale, classes, subject.classes)
+            hits = count_hits(measured, truth * scale, classes)
             missed, invented = len(truth) - hits, len(boxes) - hits
             score = 2 * hits / (len(truth) + len(boxes)) if len(truth) + len(boxes) else 1.0
-            caption = f"{subject.reader.key(row)}: {missed} missed, {invented} too many"
-            picture = draw_boxes(
-                draw_boxes(item.image, unlabelled(truth, classes), TRUTH_COLOUR), drawn(card, boxes)
-            )
-            scored.append(Scored(1 - score, caption, picture))
+            caption = f"{reader.key(row)}: {missed} missed, {invented} too many"
+            draw = boxes_drawer(card, reader, row, relative, truth, classes)
+            scored.append(Scored(1 - score, caption, draw))
+        worst = keep_worst(worst, scored, count)
     names = [*(class_name(card, index) for index in range(subject.classes)), NOTHING]
     per_class = subject.run.summary.get("per_class") or {}
     bars = {name: float(value) for name, value in per_class.items() if value is not None}
     drawings = [figures.confusion(confusion.tolist(), names, "Confusion of boxes")]
     if bars:
         drawings.append(figures.class_bars(list(bars), list(bars.values()), "AP50-95"))
-    return (
-        scored,
+    return Findings(
+        worst,
         drawings,
-        f"The validation pictures with the lowest F1 at IoU {MATCH_IOU} and confidence {CONFIDENCE}; true boxes in green, "
-        f"without a label. In the confusion, `{NOTHING}` predicted is missed, true is invented.",
+        f"The {looked_at(subject, subject.rows, 'pictures')} with the lowest F1 at IoU {MATCH_IOU} and confidence "
+        f"{CONFIDENCE}. True boxes are white with a black edge; detections have the color of their class and a label. "
+        f"In the confusion, “{NOTHING}” as the predicted class means missed, as the true class invented.",
+        [],
     )
 
 
-def unlabelled(boxes: NDArray[np.float64], classes: NDArray[np.int32]) -> list[Box]:
-    """True boxes [n, 4], to be drawn without words."""
+def corners_of(boxes: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Center and size [n, 4] → corners [n, 4], both normalized."""
+    center, half = boxes[:, :2].astype(np.float64), boxes[:, 2:].astype(np.float64) / 2
+    return np.concatenate([center - half, center + half], axis=1)
+
+
+def boxes_drawer(
+    card: ModelCard,
+    reader: ImageReader,
+    row: int,
+    found: NDArray[np.float64],
+    truth: NDArray[np.float64],
+    classes: NDArray[np.int32],
+) -> Callable[[], Image.Image]:
+    """Draws detections [n, 6] and true boxes [m, 4], both normalized to the stored picture, on it."""
+
+    def draw() -> Image.Image:
+        picture = fit(reader.read(row, WIDE_PICTURE_SIDE).image, WIDE_PICTURE_SIDE)
+        scale = np.array([*picture.size, *picture.size], dtype=np.float64)
+        pixels = np.concatenate([found[:, :4] * scale, found[:, 4:]], axis=1).astype(np.float32)
+        return draw_boxes(draw_true_boxes(picture, unlabeled(truth * scale, classes)), drawn(card, pixels))
+
+    return draw
+
+
+def unlabeled(boxes: NDArray[np.float64], classes: NDArray[np.int32]) -> list[Box]:
+    """True boxes [n, 4] in pixels, to be drawn without words."""
     corners = [tuple(float(value) for value in box) for box in boxes]
-    return [
-        Box((x0, y0, x1, y1), "", int(kind)) for (x0, y0, x1, y1), kind in zip(corners, classes, strict=True)
-    ]
+    return [Box((x0, y0, x1, y1), int(kind)) for (x0, y0, x1, y1), kind in zip(corners, classes, strict=True)]
 
 
 def box_confusion(
@@ -286,7 +372,7 @@ def box_iou(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np
     return np.asarray(inside / np.maximum(union, 1e-9))
 
 
-SCORERS: dict[str, Any] = {
+SCORERS: dict[str, Callable[[Subject, int], Findings]] = {
     "classification": classification,
     "sequence": classification,
     "segmentation": segmentation,
@@ -294,12 +380,19 @@ SCORERS: dict[str, Any] = {
 }
 
 
-def encode(image: Image.Image) -> bytes:
-    """The picture as JPEG bytes, at most PICTURE_SIDE high; one of a few pixels enlarged without blurring."""
-    shown = image.copy()
-    shown.thumbnail((2 * PICTURE_SIDE, PICTURE_SIDE))
-    if (times := PICTURE_SIDE // (2 * max(shown.size))) > 1:
+def fit(image: Image.Image, side: int = PICTURE_SIDE) -> Image.Image:
+    """The picture as it is shown, at most `side` high and twice as wide; tiny ones enlarged without blurring.
+
+    Done before anything is drawn on it, so that lines and letters keep their size.
+    """
+    shown = image.convert("RGB")
+    shown.thumbnail((2 * side, side))
+    if (times := side // max(shown.size)) > 1:
         shown = shown.resize((shown.width * times, shown.height * times), Image.Resampling.NEAREST)
+    return shown
+
+
+def encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    shown.convert("RGB").save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

@@ -64,7 +64,7 @@ def open_split(
             f"{store.location}: the store has no boxes: YOLO students need a detection data set (cli extract --source "
             "yolo, coco or voc)"
         )
-    reader = ImageReader(split, data_root or root_of(store))
+    reader = ImageReader(split, data_root or root_of(store), store.manifest.preprocessing)
     records = detection_records(store, split, raw=reader.kind == "raw")
     if not records:
         raise TrainError(f"{store.location}: split {name!r} has no valid images")
