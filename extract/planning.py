@@ -27,7 +27,6 @@ log = get_logger("extract")
 
 AUTO_GRID = 16
 AUTO_BATCH = {"cuda": 256, "cpu": 16}
-PEEK = 1000  # samples looked at to find out which targets the data set has
 PARALLEL_SHARDS = 16  # shards that a large data set has at least, so that several devices can share it
 MIN_SHARD_ROWS = 1024
 
@@ -130,15 +129,8 @@ def check_options(config: ExtractConfig, source: Source, clips: bool) -> None:
 
 
 def found_targets(source: Source) -> frozenset[str]:
-    """Which of label, boxes and mask the samples have, by a look at evenly spaced ones."""
-    found = set()
-    for samples in source.splits().values():
-        step = max(1, len(samples) // PEEK)
-        for index in range(0, len(samples), step):
-            sample = samples[index]
-            values = {"label": sample.label, "boxes": sample.boxes, "mask": sample.mask}
-            found |= {name for name, value in values.items() if value is not None}
-    return frozenset(found)
+    """Which of label, boxes and mask any sample of any split has."""
+    return frozenset().union(*(samples.target_kinds() for samples in source.splits().values()))
 
 
 def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) -> int:

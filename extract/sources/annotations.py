@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extract.sources.base import AnnotationError, Boxes, Sample, Samples
+from extract.sources.base import AnnotationError, Boxes, Sample, Samples, kinds_where_any
 
 Names = tuple[str, ...]
 
@@ -63,6 +63,9 @@ class BoxedFiles(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        return kinds_where_any(frozenset(["boxes"]), self, rows)
 
     def build(self, index: int) -> Sample:
         return Sample(key=self._keys[index], image=self.root / self.paths[index], boxes=self.boxes.of(index))

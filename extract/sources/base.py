@@ -137,6 +137,21 @@ class Samples(Sequence[Sample], ABC):
     def build(self, index: int) -> Sample:
         """The sample at `index`, 0 ≤ index < len."""
 
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        """Which of `label`, `boxes` and `mask` any sample has, or any sample at `rows`.
+
+        Decided from every sample: few of a million may be labeled. This looks at each one; layouts that know the
+        answer from their annotations override it.
+        """
+        indices = range(len(self)) if rows is None else rows.tolist()
+        found: set[str] = set()
+        for sample in map(self.build, indices):
+            values = {"label": sample.label, "boxes": sample.boxes, "mask": sample.mask}
+            found |= {name for name, value in values.items() if value is not None}
+            if len(found) == len(values):
+                break
+        return frozenset(found)
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -154,6 +169,23 @@ class Samples(Sequence[Sample], ABC):
 
     def __iter__(self) -> Iterator[Sample]:
         return (self.build(index) for index in range(len(self)))
+
+
+def kinds_of_labels(
+    labels: npt.NDArray[np.int32] | None, rows: npt.NDArray[np.int64] | None
+) -> frozenset[str]:
+    """`target_kinds` of samples whose only targets are `labels` (int32 [N], -1: none)."""
+    if labels is None:
+        return frozenset()
+    chosen = labels if rows is None else labels[rows]
+    return frozenset(["label"] if bool((chosen >= 0).any()) else [])
+
+
+def kinds_where_any(
+    kinds: frozenset[str], samples: Samples, rows: npt.NDArray[np.int64] | None
+) -> frozenset[str]:
+    """`target_kinds` of a layout in which every sample has all of `kinds`."""
+    return kinds if (len(samples) if rows is None else len(rows)) else frozenset()
 
 
 class Selection(Samples):
@@ -176,6 +208,9 @@ class Selection(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        return self.samples.target_kinds(self.rows if rows is None else self.rows[rows])
 
     def build(self, index: int) -> Sample:
         sample = replace(self.samples.build(int(self.rows[index])), key=self._keys[index])

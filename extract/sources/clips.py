@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from extract.sources.base import Sample, Samples, Source, SourceError
+from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
 from extract.sources.folder import class_names_of, label_paths, split_paths
 from extract.sources.listing import Progress, list_files, make_keys
 from imaging.clips import clip_content, read_clip_frames
@@ -50,6 +50,9 @@ class ClipSamples(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        return kinds_of_labels(self.labels, rows)
 
     def build(self, index: int) -> Sample:
         label = None if self.labels is None else int(self.labels[index])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from extract.sources.base import Sample, Samples, Source, SourceError
+from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
 from extract.sources.listing import Progress, list_files, make_key, make_keys
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import IMAGE_SUFFIXES
@@ -30,6 +30,9 @@ class FileSamples(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        return kinds_of_labels(self.labels, rows)
 
     def build(self, index: int) -> Sample:
         return Sample(key=self._keys[index], image=self.root / self.paths[index], label=self.label_of(index))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from extract.sources.annotations import Labels
-from extract.sources.base import Sample, Samples, Source, SourceError
+from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
 from extract.sources.listing import Progress, make_key
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.errors import ImageError
@@ -64,6 +64,9 @@ class Hdf5Samples(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        return kinds_of_labels(self.labels, rows)
 
     def build(self, index: int) -> Sample:
         label = None if self.labels is None or self.labels[index] < 0 else int(self.labels[index])

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from extract.sources.annotations import parse_class_names
-from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError
+from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError, kinds_where_any
 from extract.sources.listing import Progress, list_files, make_keys, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import IMAGE_SUFFIXES, read_file
@@ -78,6 +79,9 @@ class MaskedFiles(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        return kinds_where_any(frozenset(["mask"]), self, rows)
 
     def build(self, index: int) -> Sample:
         image, mask = self.pairs[index]

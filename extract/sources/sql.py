@@ -17,6 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from extract.sources.annotations import Labels, parse_annotation
 from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError
 from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside
@@ -88,6 +91,9 @@ class BlobSamples(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self.table.keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        return self.table.target_kinds(rows)
 
     def build(self, index: int) -> Sample:
         sample = self.table.build(index)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from extract.sources.annotations import (
     BoxTable,
@@ -26,7 +27,16 @@ from extract.sources.annotations import (
     check_classes,
     parse_annotation,
 )
-from extract.sources.base import AnnotationError, Payload, Sample, Samples, Source, SourceError
+from extract.sources.base import (
+    AnnotationError,
+    Payload,
+    Sample,
+    Samples,
+    Source,
+    SourceError,
+    kinds_of_labels,
+    kinds_where_any,
+)
 from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside
 from extract.sources.splitting import SPLIT_NAMES
 from extract.sources.table_files import ParquetCell, TableFile, list_tables, open_table
@@ -81,6 +91,10 @@ class TableSamples(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        boxes = frozenset(["boxes"] if self.boxes is not None else [])
+        return kinds_of_labels(self.labels, rows) | kinds_where_any(boxes, self, rows)
 
     def build(self, index: int) -> Sample:
         image = self.images[index]

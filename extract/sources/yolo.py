@@ -19,10 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 
 from extract.sources.annotations import parse_class_names
-from extract.sources.base import AnnotationError, Boxes, Sample, Samples, Source, SourceError
+from extract.sources.base import (
+    AnnotationError,
+    Boxes,
+    Sample,
+    Samples,
+    Source,
+    SourceError,
+    kinds_where_any,
+)
 from extract.sources.listing import Progress, list_files, make_keys, resolve_inside, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import IMAGE_SUFFIXES
@@ -101,6 +110,9 @@ class YoloSamples(Samples):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
+        return kinds_where_any(frozenset(["boxes"]), self, rows)
 
     def build(self, index: int) -> Sample:
         path = self.paths[index]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from extract.sources import Sample, Source, SourceError, detect_kind, open_source
+from extract.sources.base import Samples
 from imaging.decode import decode_image
 from imaging.masks import decode_mask
 from tests.test_extract.source_datasets import WRITERS, Dataset
@@ -132,3 +133,10 @@ def test_index_out_of_range(dataset: Dataset) -> None:
         samples[len(samples)]
     assert samples[-1].key == samples[len(samples) - 1].key
     assert [sample.key for sample in samples[1:3]] == list(samples.keys)[1:3]
+
+
+def test_kinds_of_targets_are_those_of_all_samples_and_of_any_rows(dataset: Dataset) -> None:
+    for samples in open_dataset(dataset, val_fraction=0.3).splits().values():
+        assert samples.target_kinds() == Samples.target_kinds(samples)
+        for rows in (np.array([], np.int64), np.array([2, 0], np.int64)):
+            assert samples.target_kinds(rows) == Samples.target_kinds(samples, rows)
