@@ -49,9 +49,12 @@ class LossSums(Meter):
         super().__init__(3, device)
         self.losses: dict[str, Tensor] = {}
 
-    def add(self, losses: dict[str, Tensor], batch: Batch, similarity: tuple[Tensor, Tensor]) -> None:
-        samples = sum_over_ranks(batch.weight.sum().double())
-        self.sums += torch.stack([batch.weight.sum().double(), *(value.double() for value in similarity)])
+    def add(self, losses: dict[str, Tensor], batch: Batch, similarity: tuple[Tensor, Tensor] | None) -> None:
+        own = batch.weight.sum().double()
+        samples = sum_over_ranks(own)
+        # Zeros on the same device as the weights: a scalar on the CPU cannot be stacked with sums on a GPU.
+        total, weight = similarity or (own.new_zeros(()), own.new_zeros(()))
+        self.sums += torch.stack([own, total.double(), weight.double()])
         for name, value in losses.items():
             # A loss is this rank's part of the batch's mean already: summed over ranks it is the mean.
             self.losses[name] = self.losses.get(name, torch.zeros_like(samples)) + value.double() * samples
@@ -66,8 +69,8 @@ class LossSums(Meter):
         return {**means, **({"cosine": total / weight} if weight else {})}
 
 
-def cosine(output: DistilledOutput, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Σ weight · cosine between aligned student features and standardised targets, and Σ weight; scalars."""
+def cosine(output: DistilledOutput, targets: Targets) -> tuple[Tensor, Tensor] | None:
+    """Σ weight · cosine between aligned student features and standardized targets, and Σ weight; None without."""
     for student, target, weight in (
         (output.cells, targets.cells, targets.cell_weight),
         (output.pooled, targets.pooled, targets.pooled_weight),
@@ -80,5 +83,4 @@ def cosine(output: DistilledOutput, targets: Targets) -> tuple[Tensor, Tensor]:
         ):
             similarity = functional.cosine_similarity(student.float(), target, dim=-1)
             return (similarity * weight).sum(), weight.sum()
-    zero = torch.zeros(())
-    return zero, zero
+    return None

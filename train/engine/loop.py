@@ -69,6 +69,7 @@ class Loop:
         self.total_steps = len(self.groups) * parts.config.epochs
         self.warmup = warmup_steps(parts.config.warmup_epochs, len(self.groups), self.total_steps)
         self.stop_seen = False
+        self.lap_started = 0.0
         self.unread: list[StepLosses] = []
         self.read_every = 10 if self.device.type == "cuda" else 1
 
@@ -93,15 +94,23 @@ class Loop:
             return
         batches = loader.epoch(progress.epoch, start=sum(self.groups[: progress.step]))
         self.parts.wrapped.train()
+        self.lap_started = time.monotonic()
         for size in sizes:
-            started = time.monotonic()
-            self.step([next(batches) for _ in range(size)], started)
+            self.step([next(batches) for _ in range(size)])
             self.check_stop()
             self.save_within_epoch()
+            # Saving is not training: its time does not count, what it waited for in `settle` does.
+            self.lap_started = time.monotonic()
         with self.parts.guard.lock:
             self.settle()
 
-    def step(self, group: list[Batch], started: float) -> None:
+    def lap(self) -> float:
+        """Seconds since the last call. On a GPU a step only queues work: the sum is right, not each part."""
+        now = time.monotonic()
+        seconds, self.lap_started = now - self.lap_started, now
+        return seconds
+
+    def step(self, group: list[Batch]) -> None:
         """One optimizer step over the micro-batches of `group`."""
         parts, samples = self.parts, sum(float(batch.weight.sum()) for batch in group)
         group = [batch.to(self.device) for batch in group]
@@ -119,7 +128,7 @@ class Loop:
         losses = self.share(totals, samples, self.clip())
         if self.read_every == 1:
             losses.read()
-        self.update(losses, samples, started)
+        self.update(losses, samples)
 
     def forward(self, batch: Batch, targets: Any, counts: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Losses of one micro-batch. Dropout depends on (seed, epoch, step) only, so any step can be repeated."""
@@ -158,15 +167,19 @@ class Loop:
     def settle(self) -> None:
         """Count the losses of the last steps in the epoch's means. The caller holds the guard's lock.
 
+        Reading waits for the device, so this is where the time of its work is counted.
         Raises NotFiniteError for the first step whose loss is not finite.
         """
+        if not self.unread:
+            return
         while self.unread:
             losses, samples, stop = self.unread[0].read()
             self.parts.progress.add_losses(losses, samples)
             self.stop_seen = self.stop_seen or stop
             del self.unread[0]
+        self.parts.progress.seconds += self.lap()
 
-    def update(self, losses: StepLosses, samples: float, started: float) -> None:
+    def update(self, losses: StepLosses, samples: float) -> None:
         """Step, average; weights and progress change together."""
         parts, progress = self.parts, self.parts.progress
         rate = self.learning_rate(progress.global_step)
@@ -177,7 +190,7 @@ class Loop:
             parts.optimizer.zero_grad()
             if parts.average is not None:
                 parts.average.update(parts.module.student)
-            progress.add_step(time.monotonic() - started)
+            progress.add_step(self.lap())
             self.unread.append(losses)
             if len(self.unread) >= self.read_every:
                 self.settle()

@@ -14,17 +14,25 @@ from train.losses.precision import full_precision
 IGNORE_INDEX = 255
 
 
+def pixel_entropy_sum(logits: Tensor, mask: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Σ cross-entropy over counted pixels: logits [B, C, H, W], mask integer [B, H, W]; scalar float32."""
+    with full_precision(logits):
+        # One row per pixel: the 2-D kernel has no deterministic version on CUDA. Summed afterwards, because the
+        # reduction of the 1-D kernel runs in a single block.
+        rows = logits.float().movedim(1, -1).reshape(-1, logits.shape[1])
+        return functional.cross_entropy(
+            rows,
+            mask.reshape(-1).long(),
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+            label_smoothing=label_smoothing,
+        ).sum()
+
+
 def pixel_cross_entropy(logits: Tensor, mask: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean over counted pixels: logits [B, C, H, W], mask integer [B, H, W]; scalar float32, 0 if none count."""
-    with full_precision(logits):
-        total = functional.cross_entropy(
-            logits.float(),
-            mask.long(),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            label_smoothing=label_smoothing,
-        )
-        return total / (mask != IGNORE_INDEX).sum().clamp_min(1)
+    total = pixel_entropy_sum(logits, mask, label_smoothing=label_smoothing)
+    return total / (mask != IGNORE_INDEX).sum().clamp_min(1)
 
 
 def dice_loss(logits: Tensor, mask: Tensor, *, smooth: float = 1.0) -> Tensor:

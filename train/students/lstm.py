@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from train.losses.precision import full_precision
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
 from train.students.names import StudentName
 from train.students.timm_student import create_timm_model
@@ -72,7 +73,15 @@ class ClipLSTM(Student):
         return empty.masked_scatter(mask.unsqueeze(-1), rows)
 
     def _recur(self, encoded: Tensor, lengths: Tensor | None) -> Tensor:
-        """LSTM outputs [B, T, 2·hidden], over packed clips when there are `lengths`; zeros at padding."""
+        """LSTM outputs float32 [B, T, 2·hidden], over packed clips when there are `lengths`; zeros at padding.
+
+        Always computed in float32: autocast runs cuDNN's recurrent layers in float16 even when bfloat16 is asked
+        for, and then there is no gradient scaler that would keep small gradients from becoming zero.
+        """
+        with full_precision(encoded):
+            return self._recur_in_float32(encoded.float(), lengths)
+
+    def _recur_in_float32(self, encoded: Tensor, lengths: Tensor | None) -> Tensor:
         states: Tensor
         if lengths is None:
             states, _ = self.lstm(encoded)

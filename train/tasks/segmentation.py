@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from train.data import Batch
 from train.engine.distributed import differentiable_sum, world_size
 from train.engine.model import DistilledOutput
 from train.losses import IGNORE_INDEX, Mixing
-from train.losses.precision import full_precision
-from train.losses.segmentation import dice_from_sums, dice_sums
+from train.losses.segmentation import dice_from_sums, dice_sums, pixel_entropy_sum
 from train.tasks.base import Meter
 
 
@@ -33,14 +31,7 @@ class Segmentation:
         if output.logits is None:
             return None
         mask = counted_mask(batch)
-        with full_precision(output.logits):
-            entropy = functional.cross_entropy(
-                output.logits.float(),
-                mask,
-                ignore_index=IGNORE_INDEX,
-                reduction="sum",
-                label_smoothing=self.label_smoothing,
-            )
+        entropy = pixel_entropy_sum(output.logits, mask, label_smoothing=self.label_smoothing)
         # Dice is a ratio of sums: they are added up over ranks first, and every rank carries an equal part.
         dice = dice_from_sums(*(differentiable_sum(value) for value in dice_sums(output.logits, mask)))
         images = differentiable_sum(batch.weight.sum())
