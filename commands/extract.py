@@ -38,7 +38,12 @@ def extract(
     ] = None,
     group_duplicates: Annotated[
         bool | None,
-        Option("--group-duplicates", help="Keep equal files in one split.", rich_help_panel=DATA_PANEL),
+        Option(
+            "--group-duplicates/--no-group-duplicates",
+            help="Cut validation by content (reads all twice), or by key alone. [by key, copies kept together]",
+            show_default=False,
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
     source_option: Annotated[
         list[str] | None,

@@ -78,12 +78,14 @@ def audit_store(
     ]
     chosen = choose_rows(store, samples)
     found = find_samples(store, chosen, data)
+    reference = max(store.values(), key=len)
     for split, rows in chosen.items():
         for first in range(0, len(rows), BATCH):
             some = rows[first : first + BATCH]
             compare(
                 audit,
                 store[split],
+                reference,
                 some,
                 encode_again(manifest, teacher, [found[split][row] for row in some]),
             )
@@ -112,7 +114,7 @@ def find_samples(
     root, kind = data or store.manifest.data_root or "", store.manifest.source or "auto"
     splits, options = recorded_source(Path(store.path))
     try:
-        source = open_source(root, kind, split=splits or None, **options)
+        source = open_source(root, kind, split=splits or None, val_fraction=0, **options)
     except DistillError as error:
         if data is not None or store.manifest.images != "jpeg":
             raise NoImages(
@@ -171,13 +173,18 @@ def check_readable(samples: list[Sample], results: list[DecodedSample]) -> None:
             raise NoImages(f"{sample.key} was encoded once, but now: {result.reason}")
 
 
-def compare(audit: Audit, split: Split, rows: list[int], again: Mapping[str, Floats]) -> None:
-    """Add the rows' least cosines to the audit, and a finding for each row below the limits."""
+def compare(
+    audit: Audit, split: Split, reference: Split, rows: list[int], again: Mapping[str, Floats]
+) -> None:
+    """Add the rows' least cosines to the audit, and a finding for each row below the limits.
+
+    `reference`: the split by whose statistics features are standardised; a small one of its own has none to speak of.
+    """
     audit.samples += len(rows)
     for name, fresh in again.items():
         stored = split.gather(rows, [name])[name].astype(np.float32) * split.scale[name]
         plain = cosines(stored, fresh)
-        statistics = split.statistics.get(name)
+        statistics = reference.statistics.get(name)
         if statistics is not None:
             std = np.maximum(statistics.std, 1e-6 * np.abs(statistics.mean) + 1e-12)
             stored, fresh = (stored - statistics.mean) / std, (fresh - statistics.mean) / std

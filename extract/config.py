@@ -38,7 +38,7 @@ class ExtractConfig(BaseModel):
     source: SourceKind = "auto"
     split: dict[str, str] = Field(default_factory=dict)
     val_fraction: float = Field(0.1, ge=0, lt=1)
-    group_duplicates: bool = False
+    group_duplicates: bool | None = None  # None: copies stay together, the rest is split by key
     source_options: dict[str, Any] = Field(default_factory=dict)
     frames: int = Field(16, ge=2)
 

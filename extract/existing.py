@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from extract.config import ExtractConfig
 from extract.planning import NO_SAMPLES, ExtractTask, RowSamples, in_stored_order
 from extract.sources.base import Sample, content_digest
 from imaging.errors import ImageError
@@ -23,6 +24,7 @@ from store.format import Manifest
 from store.job import Job, job_folder, keys_folder, load_job, log_path, pending_jobs
 from store.keys import KeyTable
 from store.mapped import open_keys
+from store.metadata import ZARR_JSON
 from store.reader import open_store
 
 COMPARED = ("teacher", "preprocessing", "class_names", "source", "grid", "views", "images", "options")
@@ -132,16 +134,41 @@ def listing(keys: list[str]) -> str:
 # -- how the data set is opened again: `cli verify` looks for its images -----------------------------
 
 
-def record_source(path: Path, split: Mapping[str, str], options: Mapping[str, Any]) -> None:
-    """Keep `--split` and `--source-option` beside the store's arrays; a database's password is in neither."""
-    write_json(path / FOLDER / SOURCE_FILE, {"split": dict(split), "options": dict(options)})
+def record_source(path: Path, config: ExtractConfig) -> None:
+    """Keep how the data set was opened beside the store's arrays; a database's password is in none of it."""
+    record = {"split": config.split, "options": config.source_options, "val_fraction": config.val_fraction}
+    write_json(path / FOLDER / SOURCE_FILE, record)
 
 
 def recorded_source(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """What `record_source` kept: splits and options, both empty where nothing was."""
+    """What `record_source` kept of splits and options, both empty where nothing was."""
+    record = read_source_record(path)
+    return record.get("split", {}), record.get("options", {})
+
+
+def read_source_record(path: Path) -> dict[str, Any]:
     file = path / FOLDER / SOURCE_FILE
-    record = json.loads(file.read_bytes()) if file.exists() else {"split": {}, "options": {}}
-    return record["split"], record["options"]
+    record: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    return record
+
+
+def recorded_splits(config: ExtractConfig) -> Mapping[str, KeyTable] | None:
+    """The keys of `train` and `val` in the store at `--out`, which stay where they are; None: cut by the rule alone.
+
+    Raises:
+        DifferentStore: when the store was cut with another `--val-fraction`.
+    """
+    path = config.out
+    if config.overwrite or not (path / ZARR_JSON).exists():
+        return None
+    fraction = read_source_record(path).get("val_fraction", config.val_fraction)  # older stores have none
+    if fraction != config.val_fraction:
+        raise DifferentStore(
+            f"{path}: its validation split was cut with --val-fraction {fraction:g}, asked for "
+            f"{config.val_fraction:g}. Give --val-fraction {fraction:g}, or --overwrite to extract everything again"
+        )
+    keys = planned_keys(path)
+    return keys if keys.keys() <= {"train", "val"} else None
 
 
 # -- files: size and time of change at the last run ---------------------------------------------------

@@ -7,6 +7,7 @@ import time
 
 from console.log import get_logger
 from extract.config import ExtractConfig
+from extract.existing import recorded_splits
 from extract.sources import Source, open_source
 from extract.teachers import Teacher, load_teacher
 from store.format import RANDOM_WEIGHTS_NOTICE
@@ -36,6 +37,7 @@ def open_data(config: ExtractConfig) -> Source:
         split=config.split or None,
         val_fraction=config.val_fraction,
         group_duplicates=config.group_duplicates,
+        recorded=lambda: recorded_splits(config),
         progress=ListingLog(),
         **config.source_options,
     )

@@ -7,12 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from console.log import get_logger
 from extract.config import ExtractConfig
 from extract.existing import count_committed, job_of, list_units
 from extract.ledger import write_ledger
 from extract.sources.sql import hide_password
 from store.metadata import ZARR_JSON
 from store.reader import open_store
+from store.splits import store_warnings
+
+log = get_logger("extract")
 
 
 class ExtractObserver(Protocol):
@@ -42,6 +46,7 @@ class ExtractResult:
     images_per_second: float = 0.0
     random_weights: bool = False
     probe: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)  # why results on these splits may be less certain
     estimate: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,6 +72,9 @@ class ExtractResult:
         if self.complete:
             self.bad = len(write_ledger(store.path))
             self.fingerprint = store.fingerprint
+            self.warnings = store_warnings(store)
+            for text in self.warnings:
+                log.warning("%s: %s", self.store, text)
         return self
 
 
@@ -106,7 +114,7 @@ def resume_command(config: ExtractConfig) -> str:
             continue
         option = "--" + name.replace("_", "-").removesuffix("s" if name == "source_options" else "\0")
         if isinstance(value, bool):
-            words.append(option)
+            words.append(option if value else option.replace("--", "--no-", 1))
         elif isinstance(value, dict):
             for key, item in value.items():
                 words += [option, f"{key}={item}"]

@@ -99,7 +99,7 @@ def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> No
         return  # an array job's neighbour has made it, from the same data
     save_snapshots(task.path, task)
     record_threads(task.path, teacher)
-    record_source(task.path, config.split, config.source_options)
+    record_source(task.path, config)
 
 
 def calibrate(task: ExtractTask, teacher: Teacher) -> dict[str, np.ndarray]:

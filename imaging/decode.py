@@ -18,8 +18,11 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -34,6 +37,7 @@ __all__ = [
     "decode",
     "decode_image",
     "image_size",
+    "read_blocks",
     "read_file",
 ]
 
@@ -98,16 +102,38 @@ class Decoded:
 
 def read_file(path: Path | str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """All bytes of a regular file. Raises ImageError when it cannot be read, without ever blocking on a pipe."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise ImageError(f"file of {size:,} bytes: more than the limit of {max_bytes:,}")
+        return file.read()
+
+
+def read_blocks(path: Path | str, block: int) -> bytes:
+    """`block` bytes from the middle and `block` bytes from the end of a regular file, or all of a short one.
+
+    Raises ImageError like `read_file`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= 2 * block:
+            return file.read(2 * block)
+        file.seek((size - block) // 2)
+        middle = file.read(block)
+        file.seek(size - block)
+        return middle + file.read(block)
+
+
+@contextmanager
+def open_regular(path: Path | str) -> Iterator[BinaryIO]:
+    """A regular file for reading. Raises ImageError for anything else, and for what fails while it is open."""
     try:
         # Non-blocking, so that opening a named pipe does not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ImageError("not a regular file")
-            if status.st_size > max_bytes:
-                raise ImageError(f"file of {status.st_size:,} bytes: more than the limit of {max_bytes:,}")
-            return file.read()
+            yield file
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a NUL byte in the name

@@ -148,3 +148,17 @@ def split_warnings(store: Store, train: str, val: str, kind: str | None) -> list
         *class_warnings(store, [val], kind),
         *class_warnings(store, [train], kind, "they cannot be learned"),
     ]
+
+
+def store_warnings(store: Store) -> list[str]:
+    """The same for all splits of a store, whatever is trained from it later."""
+    others = [name for name in store.splits if name != "train"]
+    kind = target_kind(store[store.splits[0]])
+    return [
+        *shared_warnings(store),
+        *(text for name in others for text in size_warnings(store[name], kind)),
+        *class_warnings(store, others, kind),
+        *class_warnings(
+            store, [name for name in store.splits if name == "train"], kind, "they cannot be learned"
+        ),
+    ]

@@ -68,6 +68,13 @@ class LazyMask(Protocol):
 class Frames(Payload, Protocol):
     """The frames of a clip; `read()` gives the bytes of its file or files, for the content's digest."""
 
+    @property
+    def path(self) -> Path: ...
+
+    def stored_bytes(self) -> int:
+        """Bytes of its file or files, which are not read. Raises OSError."""
+        ...
+
     def read_frames(self, count: int, *, pairs: bool, max_pixels: int) -> list[Image.Image]: ...
 
 
@@ -96,6 +103,21 @@ class Sample:
         if content is None:
             raise ValueError(f"sample {self.key!r} has neither image nor frames")
         return content.read()
+
+    @property
+    def file(self) -> Path | None:
+        """The one file that holds the sample; None for rows of a file or database and for folders of frames."""
+        if self.frames is not None:
+            return None if self.frames.path.is_dir() else self.frames.path
+        return self.image if isinstance(self.image, Path) else None
+
+    def stored_bytes(self) -> int | None:
+        """Bytes of the sample, found without reading them; None where that is impossible. Raises OSError."""
+        if self.frames is not None:
+            return self.frames.stored_bytes()
+        if isinstance(self.image, Path):
+            return self.image.stat().st_size
+        return len(self.image) if isinstance(self.image, bytes) else None
 
     def read_boxes(self, size: tuple[int, int]) -> Boxes | None:
         """The boxes, for an upright original of `size` (width, height). Raises AnnotationError."""

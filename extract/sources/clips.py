@@ -7,6 +7,7 @@ names are sorted by code point.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ class Clip:
 
     def read(self) -> bytes:
         return clip_content(self.path)
+
+    def stored_bytes(self) -> int:
+        if not self.path.is_dir():
+            return self.path.stat().st_size
+        with os.scandir(self.path) as entries:
+            return sum(entry.stat().st_size for entry in entries)
 
     def read_frames(self, count: int, *, pairs: bool, max_pixels: int) -> list[Image.Image]:
         return read_clip_frames(self.path, count, pairs=pairs, max_pixels=max_pixels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
@@ -61,7 +61,8 @@ def open_source(
     *,
     split: Mapping[str, str] | None = None,
     val_fraction: float = 0.1,
-    group_duplicates: bool = False,
+    group_duplicates: bool | None = None,
+    recorded: Callable[[], Mapping[str, Container[str]] | None] = lambda: None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Source:
@@ -69,8 +70,9 @@ def open_source(
 
     `kind`: one of `KINDS`, or `auto`. `split`: name → path of data sets of the same layout that are the splits; a
     relative path starts from `path`, else from the working folder. `val_fraction`: what share becomes `val` when
-    there is only one split (0: none). `group_duplicates`: copies of a file stay on one side of that cut. `progress`
-    is called with the number of samples found so far. `options` are the layout's own, see its module.
+    there is only one split (0: none). `group_duplicates`: see `cut_validation`; `recorded` gives its argument of
+    that name, and is called for that cut alone. `progress` is called with the number of samples found so far. `options` are the layout's own,
+    see its module.
     Raises SourceError with what is wrong and what to do.
     """
     if not 0 <= val_fraction < 1:
@@ -81,8 +83,8 @@ def open_source(
         source = open_one(path, kind, progress, options)
     if len(source.parts) == 1 and val_fraction > 0:
         (samples,) = source.parts.values()
-        parts = cut_validation(samples, val_fraction, group_duplicates)
-        source = replace(source, parts=parts)
+        parts, notes = cut_validation(samples, val_fraction, group_duplicates, recorded())
+        source = replace(source, parts=parts, notes=(*source.notes, *notes))
         for name in {"train", "val"} - parts.keys():
             note = (
                 f"none of the {len(samples):,} images fell into {name} with --val-fraction {val_fraction:g}"

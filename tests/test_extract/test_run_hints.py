@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from commands.extracting import next_step
 from commands.store import print_description
@@ -14,7 +18,10 @@ from extract.existing import DifferentStore
 from extract.measured import note_probe
 from extract.run import run_extraction
 from extract.teachers import CheckpointError
+from store.reader import open_store
+from store.splits import count_shared, split_warnings
 from store.summary import describe_store
+from tests.test_extract.source_datasets import picture, save
 
 
 def extract(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -24,18 +31,57 @@ def extract(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def test_a_data_set_that_is_cut_otherwise_is_named_as_that(extract_options: dict[str, Any]) -> None:
     extract(extract_options)
     with pytest.raises(
-        DifferentStore, match=r"images of its split 'train' are now in 'val' .* Give --val-fraction"
+        DifferentStore, match=r"was cut with --val-fraction 0.1, asked for 0.6. Give --val-fr"
     ):
         extract(extract_options, val_fraction=0.6)
 
 
+def test_a_store_of_an_older_version_keeps_its_splits(
+    extract_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made when the hash of the key alone decided, and without a record of --val-fraction."""
+    options = {**extract_options, "group_duplicates": False}
+    with monkeypatch.context() as older:
+        older.setattr("extract.sources.splitting.balance", lambda *arguments: None)
+        before = extract(options)
+    record = Path(before["store"]) / ".extract" / "source.json"
+    record.write_text('{"split": {}, "options": {}}')
+    again = extract(options)
+    assert again["encoded"] == 0
+    assert again["splits"] == before["splits"]
+    assert extract(options, overwrite=True)["splits"]["val"] > before["splits"]["val"]
+
+
+def test_copies_in_splits_of_the_data_set_are_counted(
+    extract_options: dict[str, Any], digit_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "data"
+    for number, file in enumerate(sorted(digit_folder.rglob("*.png"))[:20]):
+        for split in ("train", "val") if number < 3 else ("train",):
+            target = root / split / file.parent.name / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    save(root / "val" / "1" / "own.png", picture(7))
+    result = extract(extract_options, data=str(root))
+    text = "3 of 4 samples of val are exact copies of samples of train"
+    assert text in caplog.text
+    assert any(warning.startswith(text) for warning in result["warnings"])
+    assert any(warning.startswith("val has 4 samples to measure on") for warning in result["warnings"])
+    store = open_store(result["store"])
+    assert count_shared(store) == {("train", "val"): 3}
+    assert split_warnings(store, "train", "val", "label")[0].startswith(text), "training says the same"
+
+
 def test_without_a_validation_split_the_next_step_is_to_cut_one(
-    extract_options: dict[str, Any], caplog: pytest.LogCaptureFixture
+    extract_options: dict[str, Any], digit_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "qwen_distill")
-    result = extract(extract_options, val_fraction=0.001)
-    assert result["splits"].keys() == {"train"}
-    assert "none of the 60 images fell into val with --val-fraction 0.001" in caplog.text
+    image = next(digit_folder.rglob("*.png"))
+    save(tmp_path / "one" / image.name, np.asarray(Image.open(image).convert("RGB")))
+    result = extract(extract_options, data=str(tmp_path / "one"))
+    assert len(result["splits"]) == 1
+    assert re.search(r"none of the 1 images fell into (val|train) with --val-fraction 0.1", caplog.text)
+    result["splits"] = {"train": 1}
     assert next_step(result).endswith("--val-fraction 0.3 --overwrite")
 
 

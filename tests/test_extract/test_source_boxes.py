@@ -320,3 +320,19 @@ def test_yolo_cut_of_a_missing_val_is_by_key(tmp_path: Path) -> None:
         name: list(part.keys) for name, part in open_source(dataset.path, val_fraction=0.5).splits().items()
     }
     assert set(first.splits()) == {"train", "val"}
+
+
+def test_every_class_of_boxes_is_in_both_splits(tmp_path: Path) -> None:
+    """One common class and ten rare ones, two images each: the hash alone leaves most of them out of val."""
+    names = [f"c{number}" for number in range(11)]
+    (tmp_path / "data.yaml").write_text(f"train: images\nnames: [{', '.join(names)}]\n")
+    for number in range(20):
+        save(tmp_path / f"images/{number}.png", picture(number))
+        label = tmp_path / f"labels/{number}.txt"
+        label.parent.mkdir(exist_ok=True)
+        label.write_text(f"0 0.5 0.5 0.5 0.5\n{1 + number // 2} 0.5 0.5 0.25 0.25\n")
+    splits = open_source(tmp_path, val_fraction=0.1).splits()
+    for samples in splits.values():
+        found = {int(number) for sample in samples for number in sample.read_boxes((24, 16)).classes}
+        assert found == set(range(11))
+    assert len(splits["val"]) == 10

@@ -14,6 +14,7 @@ from extract.sources import SourceError, open_source
 from extract.sources import listing as listing_module
 from extract.sources.listing import list_files, make_key
 from extract.sources.splitting import in_validation
+from imaging.decode import read_file
 from imaging.errors import ImageError
 from tests.test_extract.source_datasets import picture, save
 
@@ -42,7 +43,8 @@ def test_without_splits_all_images_are_cut_by_key(tmp_path: Path) -> None:
 def test_new_images_move_none_of_the_old_ones(tmp_path: Path) -> None:
     root = make(tmp_path, *(f"{'ab'[n % 2]}/{n}.png" for n in range(40)))
     before = keys(open_source(root))
-    make(tmp_path, *(f"{'ab'[n % 2]}/0{n}.png" for n in range(40)))
+    for number in range(40):
+        save(root / f"{'ab'[number % 2]}/0{number}.png", picture(1000 + number))
     after = keys(open_source(root))
     for name in before:
         assert set(before[name]) <= set(after[name])
@@ -58,16 +60,81 @@ def test_the_cut_is_close_to_the_fraction_and_frozen() -> None:
 FROZEN_CUT = [8, 17, 28, 32, 40, 45, 47, 54, 57]
 
 
-def test_copies_stay_on_one_side_when_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [None, True])
+def test_copies_stay_on_one_side(tmp_path: Path, group: bool | None) -> None:
+    """By default and by content; one copy is labeled otherwise than its original."""
     for number in range(80):
         save(tmp_path / "ab"[number % 2] / f"{number}.png", picture(number // 4))
-    grouped = open_source(tmp_path, val_fraction=0.4, group_duplicates=True).splits()
-    content = {name: {sample.read() for sample in samples} for name, samples in grouped.items()}
+    source = open_source(tmp_path, val_fraction=0.4, group_duplicates=group)
+    content = {name: {sample.read() for sample in samples} for name, samples in source.splits().items()}
     assert content["train"]
     assert content["val"]
     assert not content["train"] & content["val"]
-    plain = open_source(tmp_path, val_fraction=0.4).splits()
+    if group is None:
+        assert source.notes == (
+            "60 of 80 samples are exact copies of others: each is in the split of its original",
+        )
+    plain = open_source(tmp_path, val_fraction=0.4, group_duplicates=False).splits()
     assert {s.read() for s in plain["train"]} & {s.read() for s in plain["val"]}
+
+
+def test_files_of_different_size_are_not_read_to_find_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only equal sizes are looked into, and only equal blocks lead to whole reads."""
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        data = rng.bytes(20_000) if number % 2 else rng.bytes(30_000 + number)
+        (tmp_path / f"{number}.png").write_bytes(data)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "1.png").read_bytes())
+    read: list[str] = []
+
+    def note(path: Path, *limits: int) -> bytes:
+        read.append(Path(path).name)
+        return read_file(path)
+
+    monkeypatch.setattr("extract.sources.base.read_file", note)
+    source = open_source(tmp_path, val_fraction=0.3)
+    assert sorted(read) == ["1.png", "copy.png"]
+    assert len(source) == 41
+
+
+def test_every_class_is_in_both_splits(tmp_path: Path) -> None:
+    """20 classes of four images: by the hash alone most would have none in val."""
+    names = [f"{number:02d}/{member}.png" for number in range(20) for member in range(4)]
+    root = make(tmp_path, *names, "single/0.png")
+    parts = keys(open_source(root, val_fraction=0.1))
+    alone = {key.partition("/")[0] for key in names if in_validation(key, 0.1)}
+    assert len(alone) < 15
+    for name in parts:
+        assert {key.partition("/")[0] for key in parts[name]} >= {f"{number:02d}" for number in range(20)}
+    assert "single/0.png" in parts["train"] or in_validation("single/0.png", 0.1)
+    everything = keys(open_source(root, val_fraction=0.999))
+    assert {key.partition("/")[0] for key in everything["train"]} >= {f"{number:02d}" for number in range(20)}
+
+
+def test_a_new_image_moves_at_most_one_other_of_its_class(tmp_path: Path) -> None:
+    root = make(tmp_path, *(f"{name}/{n}.png" for name in "abcdef" for n in range(6)))
+    before = keys(open_source(root))
+    for number in range(60):
+        save(root / f"a/new{number}.png", picture(1000 + number))
+    after = keys(open_source(root))
+    moved = set(before["val"]) - set(after["val"])
+    assert len(moved) <= 1
+    assert all(key.startswith("a/") for key in moved)
+    assert {key for key in after["val"] if "new" not in key} <= set(before["val"])
+
+
+def test_recorded_splits_win_over_the_rule(tmp_path: Path) -> None:
+    """A store keeps its splits: also for copies that are new, whose originals are in it."""
+    root = make(tmp_path, *(f"{'ab'[n % 2]}/{n}.png" for n in range(40)))
+    parts = keys(open_source(root, val_fraction=0.3))
+    recorded = {"train": set(parts["val"]), "val": set(parts["train"][:5])}  # the other way round
+    original = parts["train"][0]
+    (root / "a/zzz.png").write_bytes((root / original).read_bytes())
+    again = keys(open_source(root, val_fraction=0.3, recorded=lambda: recorded))
+    assert recorded["train"] <= set(again["train"])
+    assert recorded["val"] | {"a/zzz.png"} <= set(again["val"])
 
 
 def test_val_fraction_zero_keeps_one_split(tmp_path: Path) -> None:
