@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ def add_logits(
 def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     """Write `logits/probe` [N, C] to every split and measure the features.
 
-    A training row's logits come from a probe that saw neither the row nor a copy of its file (k folds, grouped by
-    content); those of other splits from a probe over the training rows.
+    No row's logits come from a probe that saw the row or a copy of its file: k folds over the labelled training rows,
+    grouped by content. Rows without a labelled copy, of any split, get those of a probe over all of them.
 
     Raises:
         NoLabels: when the training split has fewer than two labelled rows.
@@ -92,15 +92,13 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     if usable.sum() < 2 or not store.manifest.class_names:
         raise NoLabels(f"{path}: {int(usable.sum())} labelled rows, a linear probe needs class labels")
     classes = len(store.manifest.class_names)
-    fold = assign_folds(labels, usable, content_groups(train), FOLDS, seed)
+    groups = content_groups(store)
+    fold = np.where(usable, assign_folds(labels, usable, groups[train.name], FOLDS, seed), -1)
     probes = fit_folds(train, labels, fold, classes, seed)
     whole = fit_on(train, np.flatnonzero(usable), labels, classes, seed)
-    predictors = {train.name: fold_predictor(fold, probes, whole)}
-
-    def of_split(split: str) -> Callable[[int, Floats], Floats]:
-        return predictors.get(split, lambda first, features: whole.logits(features))
-
-    write_logits(path, PROBE, classes, lambda split: predict(store[split], of_split(split)))
+    held_out = folds_of_copies(groups, train.name, fold)
+    predictors = {split: fold_predictor(held_out[split], probes, whole) for split in store.splits}
+    write_logits(path, PROBE, classes, lambda split: predict(store[split], predictors[split]))
     return measure(open_store(path), train.name, labels, classes, whole, fold, seed)
 
 
@@ -124,7 +122,7 @@ def fit_on(
 def fold_predictor(
     fold: npt.NDArray[Any], probes: Sequence[Probe], whole: Probe
 ) -> Callable[[int, Floats], Floats]:
-    """Logits of the rows from `first` on: by the probe of their fold; by `whole` where there is no label."""
+    """Logits of the rows from `first` on: by the probe that left out their fold; by `whole` where that is -1."""
 
     def predict_rows(first: int, features: Floats) -> Floats:
         numbers = fold[first : first + len(features)]
@@ -207,11 +205,25 @@ def labels_of(split: Split) -> npt.NDArray[np.int32]:
     return np.full(len(split), names.NO_LABEL, np.int32)
 
 
-def content_groups(split: Split) -> npt.NDArray[np.int64]:
-    """int64 [N]: rows of equal content have equal numbers."""
-    content = split.read(names.CONTENT)
-    digests = np.ascontiguousarray(content).view(np.dtype((np.void, content.shape[1]))).ravel()
-    return np.asarray(np.unique(digests, return_inverse=True)[1]).ravel()
+def content_groups(store: Store) -> dict[str, npt.NDArray[np.int64]]:
+    """Split → int64 [N]: rows of equal content have equal numbers, across splits."""
+    content = {name: np.ascontiguousarray(split.read(names.CONTENT)) for name, split in store.items()}
+    digests = np.concatenate(
+        [rows.view(np.dtype((np.void, rows.shape[1]))).ravel() for rows in content.values()]
+    )
+    numbers = np.asarray(np.unique(digests, return_inverse=True)[1]).ravel()
+    ends = np.cumsum([len(rows) for rows in content.values()])[:-1]
+    return dict(zip(content, np.split(numbers, ends), strict=True))
+
+
+def folds_of_copies(
+    groups: Mapping[str, npt.NDArray[np.int64]], train: str, fold: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
+    """Split → [N]: the fold that holds a labelled copy of each row (or the row itself), -1 where none does."""
+    folds = np.full(max(int(numbers.max(initial=-1)) for numbers in groups.values()) + 1, -1)
+    labelled = fold >= 0
+    folds[groups[train][labelled]] = fold[labelled]
+    return {split: folds[numbers] for split, numbers in groups.items()}
 
 
 def true_features(split: Split, rows: npt.NDArray[np.int64]) -> Floats:

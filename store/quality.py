@@ -127,8 +127,8 @@ def out_of_fold_logits(
     """Logits [N, C] float32, each from a probe that was fitted without that row.
 
     groups: [N] anything comparable; rows of one group (copies of one image, say) share a fold.
-    Rows without a label get the logits of a probe over all labelled rows, which never saw them; rows whose
-    features are not finite get NaN.
+    Rows without a label get the logits of the fold of their group's labelled rows; without any, of a probe over all
+    labelled rows, which never saw them. Rows whose features are not finite get NaN.
     Raises StoreError with fewer than two labelled rows.
     """
     finite = np.isfinite(features).all(axis=1)
@@ -138,11 +138,11 @@ def out_of_fold_logits(
     fold = assign_folds(labels, usable, groups, folds, seed)
     logits = np.full((len(features), classes), np.nan, np.float32)
     for number in range(int(fold.max()) + 1):
-        here = usable & (fold == number)
+        here, seen = finite & (fold == number), usable & (fold != number)
         if here.any():
-            probe = fit_probe(features[usable & ~here], labels[usable & ~here], classes, strength=strength)
+            probe = fit_probe(features[seen], labels[seen], classes, strength=strength)
             logits[here] = probe.logits(features[here])
-    rest = finite & ~usable
+    rest = finite & (fold < 0)
     if rest.any():
         probe = fit_probe(features[usable], labels[usable], classes, strength=strength)
         logits[rest] = probe.logits(features[rest])
@@ -152,7 +152,10 @@ def out_of_fold_logits(
 def assign_folds(
     labels: np.ndarray, usable: np.ndarray, groups: np.ndarray | None, folds: int, seed: int
 ) -> np.ndarray:
-    """[N] int: the fold of each usable row, -1 elsewhere; classes spread evenly, groups kept together."""
+    """[N] int: the fold of each usable row; classes spread evenly, groups kept together.
+
+    Other rows have the fold of the usable rows in their group, -1 without any.
+    """
     units = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1].ravel()
     _, first = np.unique(units[usable], return_index=True)
     chosen = np.flatnonzero(usable)[first]  # one row stands for its group
@@ -162,7 +165,7 @@ def assign_folds(
     number[units[chosen]] = np.arange(len(chosen)) % min(folds, len(chosen))
     if len(chosen) < 2:
         raise StoreError("probe: all labelled rows are copies of one image; nothing to hold out")
-    return np.where(usable, number[units], -1)
+    return np.asarray(number[units])
 
 
 def labelled(features: np.ndarray, labels: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,31 @@ class TestProbe:
             (data / name).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (9, 9), "red" if "1" in name else "blue").save(data / name)
         extract(extract_options, data=str(data), val_fraction=0)
-        groups = content_groups(open_store(extract_options["out"])["train"])
+        groups = content_groups(open_store(extract_options["out"]))["train"]
         assert groups[0] == groups[2] != groups[1] == groups[3]
+
+    def test_unlabeled_copies_of_labeled_images_are_out_of_fold(
+        self, extract_options: dict[str, Any], digit_folder: Path, tmp_path: Path
+    ) -> None:
+        """A table of images with random labels, each twice, the second time without: also in val."""
+        files = sorted(digit_folder.rglob("*.png"))
+        label = np.random.default_rng(1).integers(0, 2, len(files))
+        rows = ["key,path,label,split"]
+        for number, file in enumerate(files):
+            path = file.relative_to(digit_folder)
+            rows.append(f"labeled-{number},{path},{'ab'[label[number]]},train")
+            rows += [f"copy-{split}-{number},{path},,{split}" for split in ("train", "val")]
+        root = tmp_path / "table"
+        shutil.copytree(digit_folder, root)
+        (root / "table.csv").write_text("\n".join(rows) + "\n")
+        extract(extract_options, data=str(root / "table.csv"))
+        add_probe(extract_options["out"])
+        store = open_store(extract_options["out"])
+        for split in ("train", "val"):
+            keys = [f"copy-{split}-{number}" for number in range(len(files))]
+            logits = store[split].read("logits/probe")[store[split].rows_of(keys)]
+            right = float((logits.argmax(axis=1) == label).mean())
+            assert right < 0.75, f"{split}: a probe that saw the labeled copy knows its random label"
 
     def test_again_gives_the_same_and_replaces(self, extract_options: dict[str, Any]) -> None:
         extract(extract_options)

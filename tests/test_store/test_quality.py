@@ -98,3 +98,11 @@ def test_nothing_labelled_is_an_error() -> None:
         out_of_fold_logits(features, labels, 2)
     with pytest.raises(StoreError, match="no labelled row with finite features in train"):
         knn_accuracy(features, labels, features, np.zeros(4, int))
+
+
+def test_unlabeled_copies_are_judged_by_a_probe_that_did_not_see_the_labeled_one() -> None:
+    generator = np.random.default_rng(0)
+    once, labels = generator.standard_normal((100, 300)).astype(np.float32), generator.integers(0, 4, 100)
+    features, known = np.concatenate([once, once]), np.concatenate([labels, np.full(100, -1)])
+    logits = out_of_fold_logits(features, known, 4, groups=np.tile(np.arange(100), 2))
+    assert (logits[100:].argmax(1) == labels).mean() < 0.45
