@@ -77,7 +77,15 @@ def noise(generator: np.random.Generator) -> np.ndarray:
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
-def set_up(store: Path, out: Path, image_size: int, levels: str) -> Any:
+def set_up(
+    store: Path,
+    out: Path,
+    image_size: int,
+    levels: str,
+    student: str = "yolov8/n",
+    device: str = "cpu",
+    batch_size: int = BATCH,
+) -> Any:
     """A trainer that is ready for its first step."""
     from store import open_store
     from train.config import TrainConfig
@@ -89,11 +97,11 @@ def set_up(store: Path, out: Path, image_size: int, levels: str) -> Any:
 
     options: dict[str, Any] = {
         "store": store,
-        "student": "yolov8/n",
+        "student": student,
         "out": out,
         "image_size": image_size,
-        "batch_size": BATCH,
-        "device": "cpu",
+        "batch_size": batch_size,
+        "device": device,
         "workers": 0,
     }
     chosen = {"distillation_type": "none"} if levels == "none" else {"distill_layers": levels}
@@ -107,10 +115,18 @@ def set_up(store: Path, out: Path, image_size: int, levels: str) -> Any:
 def step_time(trainer: Any, batch: dict[str, Any]) -> float:
     """CPU seconds of one step on a copy of `batch` as the loader gives it."""
     started = time.process_time()
-    loss, _ = trainer.model(trainer.preprocess_batch(dict(batch)))
-    loss.sum().backward()
-    trainer.take_step()
+    train_step(trainer, batch)
     return time.process_time() - started
+
+
+def train_step(trainer: Any, batch: dict[str, Any]) -> None:
+    """One step as ultralytics' loop makes it: autocast, scaled loss, optimizer, average of the weights."""
+    from ultralytics.utils.torch_utils import autocast
+
+    with autocast(trainer.amp):
+        loss, _ = trainer.model(trainer.preprocess_batch(dict(batch)))
+    trainer.scaler.scale(loss.sum()).backward()
+    trainer.optimizer_step()
 
 
 def measure(store: Path, work: Path, image_size: int, rounds: int) -> dict[str, Any]:

@@ -253,10 +253,18 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small sizes: tests the script, figures mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes: tests the script, figures mean nothing"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated: %(default)s")
-    parser.add_argument("--total", type=float, default=TOTAL_S, help="seconds for all stages together (%(default)g)")
-    parser.add_argument("--work", type=Path, help="folder for temporary files (default: one below /dev/shm or the temporary folder)")
+    parser.add_argument(
+        "--total", type=float, default=TOTAL_S, help="seconds for all stages together (%(default)g)"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder for temporary files (default: one below /dev/shm or the temporary folder)",
+    )
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     unknown = [name for name in arguments.stages.split(",") if name not in STAGES]

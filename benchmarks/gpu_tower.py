@@ -101,7 +101,9 @@ def copy_rates(settings: Settings, seconds: float) -> dict[str, float]:
         host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         for name, to, start in (("to_device", target, host), ("to_host", host, source)):
             duration = time_calls(
-                lambda to=to, start=start: to.copy_(start, non_blocking=True), settings.device, seconds=seconds
+                lambda to=to, start=start: to.copy_(start, non_blocking=True),
+                settings.device,
+                seconds=seconds,
             )
             found[f"pinned_{name}_gb_s"] = size / duration / 1e9
     return found
@@ -259,7 +261,9 @@ def tower_rate(
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=settings.device)
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = time_calls(lambda: teacher.encode(images), settings.device, seconds=0.2 if settings.quick else 2.0)
+    seconds = time_calls(
+        lambda: teacher.encode(images), settings.device, seconds=0.2 if settings.quick else 2.0
+    )
     if note is not None and settings.cuda:
         note(**{f"peak_gb_{size}": torch.cuda.max_memory_allocated() / 1e9})
         note(**{f"tflops_{size}": tower_flops(teacher, size) * batch / seconds / 1e12})
@@ -271,7 +275,9 @@ def tower_flops(teacher: Qwen25VLTeacher, size: int) -> float:
     config = teacher.tower.config
     tokens = (size // config.patch_size) ** 2
     width, window = config.hidden_size, config.window_patches**2
-    matrices = config.depth * (4 * width**2 + 3 * width * config.intermediate_size) + config.patch_values * width
+    matrices = (
+        config.depth * (4 * width**2 + 3 * width * config.intermediate_size) + config.patch_values * width
+    )
     full = len(config.fullatt_block_indexes)
     attention = 2 * width * (full * tokens + (config.depth - full) * min(window, tokens))
     return 2.0 * tokens * (matrices + attention)
@@ -328,7 +334,10 @@ def check_correctness(settings: Settings, note: Note) -> None:
     del exact
     teacher = open_tower(settings, size, "bfloat16")
     full = teacher.encode(images).grid[:some]
-    note(bfloat16_cosine_p1=token_cosine(full, truth, 0.01), bfloat16_cosine_median=token_cosine(full, truth, 0.5))
+    note(
+        bfloat16_cosine_p1=token_cosine(full, truth, 0.01),
+        bfloat16_cosine_median=token_cosine(full, truth, 0.5),
+    )
     single = torch.cat([teacher.encode(images[index : index + 1]).grid for index in range(min(8, some))])
     note(batch_cosine_p1=token_cosine(single, full[: len(single)], 0.01))
     note(batch_relative=relative(single, full[: len(single)]))
@@ -347,9 +356,7 @@ def exact_float32() -> Iterator[None]:
 
 def photo_pixels(count: int, size: int) -> Tensor:
     """uint8 [count, 3, size, size], cut from a few pictures."""
-    pictures = [
-        np.asarray(Image.open(io.BytesIO(photo(seed, (640, 480))))) for seed in range(min(count, 16))
-    ]
+    pictures = [np.asarray(Image.open(io.BytesIO(photo(seed, (640, 480))))) for seed in range(min(count, 16))]
     generator = np.random.default_rng(0)
     crops = []
     for index in range(count):

@@ -1,0 +1,146 @@
+"""Data for benchmarks/gpu.py: a store for timing training steps, and small data sets of every kind to train on for real."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.gpu_tower import make_checkpoint
+
+if TYPE_CHECKING:
+    from benchmarks.gpu import Settings
+
+WIDTH, CLASSES = 1280, 10
+KINDS = ("classes", "masks", "boxes", "clips")
+
+
+def make_step_store(path: Path, rows: int, side: int, grid: int) -> Path:
+    """Images of `side` pixels and grids in memory-mapped shards, random: for the time of a step, not for its result."""
+    from store import Manifest, Plan, Preprocessing, StoreWriter, TeacherSpec, create_store, finalize_store
+    from store.format import feature_arrays, image_arrays, target_arrays
+
+    arrays = feature_arrays(WIDTH, grid=grid) + target_arrays(label=True) + image_arrays("raw", side)
+    manifest = Manifest(
+        teacher=TeacherSpec(name="random", fingerprint="0", layer="none", width=WIDTH, random_weights=True),
+        preprocessing=Preprocessing(image_size=side),
+        class_names=tuple(f"class{index}" for index in range(CLASSES)),
+        grid=grid,
+        images="raw",
+    )
+    keys = {"train": [f"train/{row}" for row in range(rows)], "val": [f"val/{row}" for row in range(32)]}
+    create_store(path, manifest, Plan(keys, batch_rows=32), arrays)
+    generator = np.random.default_rng(0)
+    for split in keys:
+        with StoreWriter(path, split) as writer:
+            for start, stop in writer.batches():
+                count = stop - start
+                grids = generator.standard_normal((count, grid, grid, WIDTH), np.float32)
+                writer.append(
+                    {
+                        "features/pooled": grids.mean(axis=(1, 2)),
+                        "features/grid": grids,
+                        "sizes": np.full((count, 2), side, np.int32),
+                        "content": generator.integers(0, 255, (count, 16)).astype(np.uint8),
+                        "targets/label": generator.integers(0, CLASSES, count).astype(np.int32),
+                        "images/raw": generator.integers(0, 255, (count, side, side, 3)).astype(np.uint8),
+                    }
+                )
+    finalize_store(path)
+    return path
+
+
+def extract_small(settings: Settings, kind: str) -> Path:
+    """A small data set of a kind, encoded by the tower on the device: pooled, grids, images or frames."""
+    from extract.config import load_config
+    from extract.run import run_extraction
+
+    folder, store = settings.work / "data" / kind, settings.work / f"{kind}.zarr"
+    count = 24 if settings.quick else 64
+    {"classes": write_classes, "masks": write_masks, "boxes": write_boxes, "clips": write_clips}[kind](
+        folder, count
+    )
+    options: dict[str, Any] = {
+        "data": str(folder),
+        "out": store,
+        "source": {"classes": "folder", "masks": "masks", "boxes": "yolo", "clips": "clips"}[kind],
+        "teacher_path": str(make_checkpoint(settings)),
+        "image_size": 56 if settings.quick else 224,
+        "device": settings.device,
+        "grid": 4 if settings.quick else 8,
+        "batch_size": 8,
+        "workers": 0,
+        "val_fraction": 0.25,
+    }
+    if kind == "classes":
+        options |= {"images": "jpeg", "logits": "probe"}
+    if kind == "clips":
+        options |= {"frames": 4}
+    result = run_extraction(load_config(None, options))
+    assert result.complete, f"{kind}: the store is incomplete"
+    assert result.bad == 0, f"{kind}: {result.bad} bad samples"
+    return store
+
+
+def scene(number: int, side: int = 96) -> tuple[Image.Image, np.ndarray, tuple[int, int, int, int]]:
+    """Noise with one colored rectangle: the image, its mask uint8 [side, side] and the rectangle's box (xyxy)."""
+    generator = np.random.default_rng(number)
+    pixels = generator.integers(0, 120, (side, side, 3)).astype(np.uint8)
+    width, height = generator.integers(side // 4, side // 2, 2)
+    left, top = generator.integers(0, side - width), generator.integers(0, side - height)
+    pixels[top : top + height, left : left + width, number % 2] = 230
+    mask = np.zeros((side, side), np.uint8)
+    mask[top : top + height, left : left + width] = 1 + number % 2
+    return Image.fromarray(pixels), mask, (int(left), int(top), int(left + width), int(top + height))
+
+
+def write_classes(folder: Path, count: int) -> None:
+    for number in range(count):
+        path = folder / ("red", "green")[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scene(number)[0].save(path, quality=90)
+
+
+def write_masks(folder: Path, count: int) -> None:
+    (folder / "classes.txt").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "classes.txt").write_text("background\nred\ngreen\n")
+    for number in range(count):
+        image, mask, _ = scene(number)
+        for name, picture in (("images", image), ("masks", Image.fromarray(mask))):
+            path = folder / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+
+
+def write_boxes(folder: Path, count: int) -> None:
+    for number in range(count):
+        image, mask, (left, top, right, bottom) = scene(number)
+        side = mask.shape[0]
+        split = "val" if number % 4 == 0 else "train"
+        for name in ("images", "labels"):
+            (folder / name / split).mkdir(parents=True, exist_ok=True)
+        image.save(folder / "images" / split / f"{number}.jpg", quality=90)
+        numbers = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+        values = " ".join(f"{value / side:.6f}" for value in numbers)
+        (folder / "labels" / split / f"{number}.txt").write_text(f"{number % 2} {values}\n")
+    names = json.dumps(["red", "green"])
+    (folder / "data.yaml").write_text(f"path: .\ntrain: images/train\nval: images/val\nnames: {names}\n")
+
+
+def write_clips(folder: Path, count: int) -> None:
+    for number in range(max(8, count // 4)):
+        clip = folder / ("red", "green")[number % 2] / f"clip{number}"
+        clip.mkdir(parents=True)
+        for frame in range(4):
+            scene(2 * (10 * number + frame) + number % 2)[0].save(clip / f"{frame}.jpg", quality=90)
+
+
+def jpeg_bytes(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] as the bytes of a JPEG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
