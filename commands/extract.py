@@ -123,10 +123,18 @@ def extract(
             help="Images a forward pass, or auto. Halved when memory runs out.", rich_help_panel=MACHINE_PANEL
         ),
     ] = None,
+    compile: Annotated[
+        bool | None,
+        Option(
+            "--compile/--no-compile",
+            help="Run the teacher through torch.compile. [on GPUs, for qwen2.5-vl]",
+            rich_help_panel=MACHINE_PANEL,
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         Option(
-            help="Decoding processes; 0 decodes in a thread. [one per free core]",
+            help="Decoding processes; 0 decodes in a thread. [four of five cores, 16 at most]",
             rich_help_panel=MACHINE_PANEL,
         ),
     ] = None,

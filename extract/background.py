@@ -17,11 +17,16 @@ QUEUED = 2  # batches that may wait for the disk
 
 
 class Block(NamedTuple):
-    """Rows for `StoreWriter.append`, and whom to tell which of them were stored as valid."""
+    """Rows for `StoreWriter.append`, and whom to tell which of them were stored as valid.
+
+    in_stored_form, finite: names of arrays, see `StoreWriter.append`.
+    """
 
     arrays: Mapping[str, Any]
     reasons: Sequence[str]
     stored: Callable[[npt.NDArray[np.bool_]], None]
+    in_stored_form: frozenset[str] = frozenset()
+    finite: frozenset[str] = frozenset()
 
 
 class BackgroundWriter:
@@ -41,7 +46,14 @@ class BackgroundWriter:
         try:
             while (block := self.blocks.get()) is not None:
                 valid = np.array([not reason for reason in block.reasons], dtype=np.bool_)
-                block.stored(self.writer.append(block.arrays, valid=valid, reasons=block.reasons))
+                rows = self.writer.append(
+                    block.arrays,
+                    valid=valid,
+                    reasons=block.reasons,
+                    stored=block.in_stored_form,
+                    finite=block.finite,
+                )
+                block.stored(rows)
             self.writer.close()
         except BaseException as error:  # carried to the thread that waits
             self.error = error

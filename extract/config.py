@@ -58,6 +58,7 @@ class ExtractConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     batch_size: int | Literal["auto"] = "auto"
+    compile: bool | None = None
     workers: int | None = Field(None, ge=0)
     shard_rows: int | None = Field(None, ge=1)
     shard_range: str | None = None

@@ -6,9 +6,9 @@ Shapes: `B` samples, `P` planes a sample (base image and K views, or T frames), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from store.errors import DistillError
 
 log = get_logger("extract")
 
+FINITE = "finite"
 FloatArray = npt.NDArray[np.float32]
 Part = TypeVar("Part")
 
@@ -48,16 +49,18 @@ class Encoding:
 class Pending:
     """A batch that the device may still be working on.
 
+    tensors: the features on the host, or on their way there. finite: bool scalar, whether all of them are finite.
     raw: uint8 [B, S, S, 3], the images as the teacher sees them, when they are to be stored.
     """
 
     tensors: dict[str, Tensor]
+    finite: Tensor
     ready: torch.cuda.Event | None
     raw: npt.NDArray[np.uint8] | None = None
     views: int = 0
 
-    def arrays(self) -> dict[str, FloatArray]:
-        """Wait for the device; float32 arrays by name, rows in the batch's order."""
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Wait for the device; arrays by name, rows in the batch's order."""
         if self.ready is not None:
             self.ready.synchronize()
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
@@ -101,48 +104,88 @@ class AdaptiveBatch:
 
 
 class Encoder:
-    """Runs the teacher over decoded batches."""
+    """Runs the teacher over decoded batches.
 
-    def __init__(self, teacher: Teacher, job: DecodeJob, encoding: Encoding, batch_size: int) -> None:
+    scales: powers of two [D] by array name, as the store has them; with them, features come as they are stored
+    (float16, divided by their scale), without them as float32.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        job: DecodeJob,
+        encoding: Encoding,
+        batch_size: int,
+        scales: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    ) -> None:
         self.teacher, self.job, self.encoding = teacher, job, encoding
         self.parts = AdaptiveBatch(batch_size, teacher.device, job.image_size)
         self.cuda = teacher.device.type == "cuda"
         self.depth = 1 if self.cuda else 0  # batches launched before the first result is asked for
+        # Each new shape is compiled, or planned by cuDNN: short batches are filled up instead.
+        self.fill = self.cuda
+        self.copies = torch.cuda.Stream(teacher.device) if self.cuda else None
+        self.factors = (
+            None
+            if scales is None
+            else {name: torch.from_numpy(1 / scale).to(teacher.device) for name, scale in scales.items()}
+        )
+
+    @property
+    def stores(self) -> bool:
+        """Whether the features come as they are stored."""
+        return self.factors is not None
 
     def launch(self, batch: DecodedBatch) -> Pending:
         """Start the forward passes. The batch's pixels are not needed any more when this returns."""
-        pixels = self.to_device(batch.pixels)
+        pixels = self.to_device(torch.from_numpy(batch.pixels))
         inside = self.coverage(batch)
         with torch.inference_mode():
-            tensors = (
-                self.encode_clips(pixels, inside)
-                if self.encoding.clips
-                else self.encode_images(pixels, inside)
-            )
-            host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
-        ready = None
-        if self.cuda:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
+            tensors, finite = self.encode(pixels, inside)
+            host, ready = self.to_host({**tensors, FINITE: finite})
+        finite = host.pop(FINITE)
         raw = batch.pixels[:, 0].transpose(0, 2, 3, 1).copy() if self.job.images == "raw" else None
-        return Pending(host, ready, raw, self.job.views)
+        return Pending(host, finite, ready, raw, self.job.views)
 
-    def to_device(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
-        """The batch on the teacher's device: through pinned memory and without waiting on CUDA."""
-        tensor = torch.from_numpy(pixels)
+    def encode(self, pixels: Tensor, inside: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Features by name of uint8 [B, P, 3, S, S], and whether all are finite (bool scalar); all on the device."""
+        encode = self.encode_clips if self.encoding.clips else self.encode_images
+        tensors = encode(pixels, inside)
+        if self.factors is not None:
+            tensors = {name: as_stored(tensor, self.factors.get(name)) for name, tensor in tensors.items()}
+        return tensors, torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).all()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on the teacher's device: through pinned memory and without waiting on CUDA."""
         if not self.cuda:
             return tensor
         pinned = torch.empty_like(tensor, pin_memory=True)  # torch keeps and reuses pinned blocks
         pinned.copy_(tensor)
         return pinned.to(self.teacher.device, non_blocking=True)
 
+    def to_host(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The tensors in (pinned) host memory, and the event after which they are there.
+
+        The copies have a stream of their own, so that the next batch does not wait for them.
+        """
+        if self.copies is None:
+            return {name: tensor.to("cpu") for name, tensor in tensors.items()}, None
+        self.copies.wait_stream(torch.cuda.current_stream(self.teacher.device))
+        with torch.cuda.stream(self.copies):
+            host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+            ready = torch.cuda.Event()
+            ready.record(self.copies)
+        for tensor in tensors.values():
+            tensor.record_stream(self.copies)  # its memory is not used again before the copy is done
+        return host, ready
+
     def coverage(self, batch: DecodedBatch) -> Tensor | None:
-        """float32 [B, h, w]: how much of each cell shows the image; None where no policy pads."""
+        """float32 [B, h, w] on the device: how much of each cell shows the image; None where no policy pads."""
         if self.job.resize != "letterbox":
             return None
         h, w = self.teacher.grid_size(self.job.image_size, self.job.image_size)
         cells = [letterbox_coverage(result.size, self.job.image_size, h, w) for result in batch.results]
-        return torch.from_numpy(np.stack(cells))  # the teacher moves it, without waiting for the device
+        return self.to_device(torch.from_numpy(np.stack(cells)))
 
     def encode_images(self, pixels: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
         """pixels: uint8 [B, 1 + K, 3, S, S]."""
@@ -175,13 +218,32 @@ class Encoder:
         """pooled float32 [B, D] and grid float32 [B, g, g, D] of uint8 [B, (frames,) 3, S, S]."""
 
         def encode(some: slice) -> tuple[Tensor, Tensor]:
-            out = self.teacher.encode(images[some], inside=None if inside is None else inside[some])
-            return out.pooled.float(), resample_grid(out.grid.float(), self.encoding.grid)
+            part, weights = images[some], None if inside is None else inside[some]
+            count = len(part)
+            if self.fill and count < self.parts.limit:
+                part = fill_up(part, self.parts.limit, 0)
+                weights = None if weights is None else fill_up(weights, self.parts.limit, 1)
+            out = self.teacher.encode(part, inside=weights)
+            grid = resample_grid(out.grid[:count].float(), self.encoding.grid)
+            return out.pooled[:count].float(), grid
 
         parts = self.parts.run(len(images), encode)
         if len(parts) == 1:
             return parts[0]
         return torch.cat([pooled for pooled, _ in parts]), torch.cat([grid for _, grid in parts])
+
+
+def fill_up(tensor: Tensor, count: int, value: float) -> Tensor:
+    """The tensor [b, ...] with rows of `value` added, [count, ...]."""
+    return torch.cat([tensor, tensor.new_full((count - len(tensor), *tensor.shape[1:]), value)])
+
+
+def as_stored(values: Tensor, factor: Tensor | None) -> Tensor:
+    """float32 features [..., D] times `factor` [D] in float16, as `store.scale.to_stored` does it on the host.
+
+    What does not fit becomes infinite.
+    """
+    return (values if factor is None else values * factor).to(torch.float16)
 
 
 def resample_grid(grid: Tensor, side: int) -> Tensor:

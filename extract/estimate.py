@@ -31,7 +31,7 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     """Sizes from the arrays, times from a few real samples: decoded once, encoded `TIMED_PASSES` times."""
     teacher = open_teacher(config)
     task = make_task(config, open_data(config), teacher)
-    batch_size = batch_rows(config, teacher)
+    batch_size = batch_rows(config, task, teacher)
     samples = calibration_samples(task, min(TIMED_SAMPLES, batch_size))
     slab, results, decode_s = timed_decoding(task, samples)
     encode_s, frames = timed_encoding(task, teacher, samples, slab, results)

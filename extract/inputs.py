@@ -57,6 +57,7 @@ def open_teacher(config: ExtractConfig) -> Teacher:
         dtype=config.dtype,
         image_size=config.image_size,
         resize=config.resize,
+        compile_tower=config.compile,
     )
     log.info("teacher %s on %s, %s", teacher.spec.name, teacher.device, teacher.spec.dtype)
     if teacher.spec.random_weights:
@@ -65,8 +66,11 @@ def open_teacher(config: ExtractConfig) -> Teacher:
 
 
 def decode_workers(config: ExtractConfig, share: int = 1) -> int:
-    """Decoding processes: as asked, or one for each core but one, over `share` devices, 16 at most."""
+    """Decoding processes of one of `share` devices: as asked, or its part of the cores, 16 at most.
+
+    A fifth of the cores, one at least, is left to the threads that launch, copy, checksum and write.
+    """
     if config.workers is not None:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, (cores - 1) // share))
+    return max(1, min(16, (cores - max(1, cores // 5)) // share))

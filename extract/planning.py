@@ -26,7 +26,10 @@ from store.layout import choose_shard_rows, power_of_two_below
 log = get_logger("extract")
 
 AUTO_GRID = 16
-AUTO_BATCH = {"cuda": 256, "cpu": 16}
+CPU_BATCH = 16
+# On a GPU: patches of 14 px in a forward pass (256 images of 224 px, 64 of 448 px), and bytes of decoded pixels.
+CUDA_PATCHES, PATCH_PX = 65_536, 14
+DECODED_BYTES = 512 << 20
 PARALLEL_SHARDS = 16  # shards that a large data set has at least, so that several devices can share it
 MIN_SHARD_ROWS = 1024
 
@@ -205,11 +208,16 @@ def software_versions() -> dict[str, str]:
     return versions
 
 
-def batch_rows(config: ExtractConfig, teacher: Teacher) -> int:
-    """Images of one forward pass, before memory runs out."""
+def batch_rows(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> int:
+    """Samples of a batch: as asked, or as many as keep the device busy without filling its memory."""
     if isinstance(config.batch_size, int):
         return config.batch_size
-    return AUTO_BATCH.get(teacher.device.type, AUTO_BATCH["cpu"])
+    if teacher.device.type != "cuda":
+        return CPU_BATCH
+    size = task.job.image_size
+    by_patches = CUDA_PATCHES * PATCH_PX**2 // size**2
+    by_pixels = DECODED_BYTES // (task.job.planes * 3 * size**2)
+    return max(1, min(by_patches, by_pixels))
 
 
 def shard_rows(config: ExtractConfig, task: ExtractTask) -> int:

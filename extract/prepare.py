@@ -87,10 +87,10 @@ def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> No
     """Write the plan: keys in order, row numbers, batch cuts, scales. Another process may be first."""
     plan = Plan(
         {name: samples.samples.keys for name, samples in task.splits.items()},
-        batch_rows=batch_rows(config, teacher),
+        batch_rows=batch_rows(config, task, teacher),
         shard_rows=shard_rows(config, task),
     )
-    scales = calibrate(task, teacher)
+    scales = calibrate(task, teacher, plan.batch_rows)
     try:
         create_store(task.path, task.manifest, plan, task.arrays, scales=scales)
     except (StoreError, OSError):
@@ -102,8 +102,11 @@ def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> No
     record_source(task.path, config)
 
 
-def calibrate(task: ExtractTask, teacher: Teacher) -> dict[str, np.ndarray]:
-    """Powers of two [D] for every scaled array, from samples spread over the data set."""
+def calibrate(task: ExtractTask, teacher: Teacher, batch_size: int) -> dict[str, np.ndarray]:
+    """Powers of two [D] for every scaled array, from samples spread over the data set.
+
+    batch_size: that of the batches to come, so that a GPU compiles for one shape only.
+    """
     samples = calibration_samples(task, CALIBRATION)
     size = task.job.image_size
     slab = Slab((len(samples), task.job.planes, 3, size, size), shared=False)
@@ -113,7 +116,8 @@ def calibrate(task: ExtractTask, teacher: Teacher) -> dict[str, np.ndarray]:
         return {}
     slab.pixels = slab.pixels[good]
     batch = DecodedBatch(0, [samples[index] for index in good], slab, [], [results[index] for index in good])
-    arrays = Encoder(teacher, task.job, task.encoding, len(good)).launch(batch).arrays()
+    encoder = Encoder(teacher, task.job, task.encoding, max(batch_size, len(good)))
+    arrays = encoder.launch(batch).arrays()
     scaled = {spec.name for spec in task.arrays if spec.scaled}
     return {name: channel_scale(values) for name, values in arrays.items() if name in scaled}
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from console.stop import StopRequest
 from extract.background import BackgroundWriter, Block
 from extract.encode import Encoder, Pending
+from extract.existing import job_of
 from extract.planning import ExtractTask
 from extract.teachers import Teacher
 from extract.workers import DecodedBatch, DecodePool
@@ -49,7 +50,7 @@ class Session:
 
     def __init__(self, task: ExtractTask, teacher: Teacher, batch_size: int, workers: int) -> None:
         self.task = task
-        self.encoder = Encoder(teacher, task.job, task.encoding, batch_size)
+        self.encoder = Encoder(teacher, task.job, task.encoding, batch_size, stored_scales(task))
         self.pool = DecodePool(task.job, batch_size, workers)
         self.report = Report(halved=self.encoder.parts.halved)
         self.background: BackgroundWriter | None = None
@@ -94,7 +95,11 @@ class Session:
         arrays = {**feature_arrays(pending), **sample_arrays(batch, pending)}
         reasons = [result.reason or "" for result in batch.results]
         chosen = {name: arrays[name] for name in writer.array_names}
-        background.put(Block(chosen, reasons, partial(self.note_bad, writer.split, batch, reasons)))
+        features = frozenset(pending.tensors)
+        # Where something is not finite, the writer looks for the rows, and says which channel it is.
+        finite = features if bool(pending.finite) else frozenset()
+        stored = partial(self.note_bad, writer.split, batch, reasons)
+        background.put(Block(chosen, reasons, stored, features, finite))
         self.report.rows += len(reasons)
 
     def note_bad(
@@ -126,6 +131,14 @@ class Session:
 
     def __exit__(self, *details: object) -> None:
         self.close()
+
+
+def stored_scales(task: ExtractTask) -> dict[str, npt.NDArray[np.float32]]:
+    """Scale [D] of every scaled array of the store, by name."""
+    job = job_of(task.path)
+    assert job is not None, "a session encodes rows of an unfinished job"
+    scales = {spec.name: job.scale_of(spec.name) for spec in job.arrays if spec.scaled}
+    return {name: scale for name, scale in scales.items() if scale is not None}
 
 
 def feature_arrays(pending: Pending) -> dict[str, Any]:

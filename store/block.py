@@ -5,7 +5,7 @@ Everything that can be wrong with a block is found here, before a byte is writte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,13 @@ def prepare_block(
     arrays: Mapping[str, Values],
     valid: np.ndarray | None,
     reasons: Sequence[str] | None,
-    stored: bool,
+    stored: bool | Collection[str],
+    finite: Collection[str] = (),
 ) -> Block:
-    """Check a block and bring it into stored form. Raises StoreError for what does not fit."""
+    """Check a block and bring it into stored form; arguments as of `StoreWriter.append`.
+
+    Raises StoreError for what does not fit.
+    """
     specs = {spec.name: spec for spec in job.arrays if spec.name not in OWN_ARRAYS}
     check_names(specs, arrays)
     rows = len(next(iter(arrays.values()))) if arrays else len(valid if valid is not None else ())
@@ -54,11 +58,13 @@ def prepare_block(
     fixed: dict[str, np.ndarray] = {}
     ragged: dict[str, list[np.ndarray]] = {}
     for name, spec in specs.items():
+        as_it_is = stored if isinstance(stored, bool) else name in stored
         if spec.ragged:
-            ragged[name] = check_ragged(spec, arrays[name], rows, job, stored)
+            ragged[name] = check_ragged(spec, arrays[name], rows, job, as_it_is)
         else:
-            fixed[name] = check_fixed(spec, arrays[name], rows, job, stored)
-    mark_overflow(specs, fixed, ragged, flags, texts)
+            fixed[name] = check_fixed(spec, arrays[name], rows, job, as_it_is)
+    unknown = {name: spec for name, spec in specs.items() if name not in finite}
+    mark_overflow(unknown, fixed, ragged, flags, texts)
     blank_invalid(specs, fixed, ragged, flags)
     if job.owns_rows:
         fixed[VALID] = flags

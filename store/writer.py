@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -102,21 +102,23 @@ class StoreWriter:
         *,
         valid: np.ndarray | None = None,
         reasons: Sequence[str] | None = None,
-        stored: bool = False,
+        stored: bool | Collection[str] = False,
+        finite: Collection[str] = (),
     ) -> np.ndarray:
         """Append b rows. Returns valid [b] bool as stored.
 
         arrays: name → [b, ...] for fixed arrays, list of b arrays [n, ...] for ragged ones; every array of
             the job but `valid` and `reasons`. Scaled arrays are given in true units (any float dtype);
-            with `stored=True` as they lie in the store.
+            with `stored=True`, or their name in `stored`, as they are in the store.
         valid: [b] bool, None for all valid. Features of invalid rows are stored as NaN, whatever is given.
         reasons: b texts, empty for valid rows.
+        finite: names of arrays that the caller has found to be finite in stored form; they are not looked at again.
 
         A valid row with a value that float16 cannot hold at its scale becomes invalid, with the reason.
         Raises StoreError for wrong names, shapes, dtypes, too many rows, and for a disk that refuses.
         """
         self._check_usable()
-        block = prepare_block(self.job, arrays, valid, reasons, stored)
+        block = prepare_block(self.job, arrays, valid, reasons, stored, finite)
         if self.next_row + block.rows > self.stop:
             raise StoreError(
                 f"{self.path} {self.split}: {block.rows} rows at row {self.next_row} pass the end of the "

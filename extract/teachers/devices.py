@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from console.log import get_logger
 from extract.teachers.errors import TeacherError
+
+log = get_logger("extract")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,15 +32,46 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the computation; `auto` is bfloat16 on CUDA, float32 elsewhere.
+    """The dtype of the computation; `auto` is bfloat16 on CUDA devices that compute in it, float32 elsewhere.
 
     Raises:
-        TeacherError: for float16, whose range ends at 65504 where some of Qwen's channels go on, and unknown names.
+        TeacherError: for float16, whose range ends at 65504 where some of Qwen's channels go on, for unknown names,
+            and for bfloat16 on a GPU without it.
     """
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+        name = "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
+        if device.type == "cuda" and name == "float32":
+            log.warning("%s: computing in float32, which is several times slower", without_bfloat16(device))
+    elif name == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
+        raise TeacherError(
+            f"--dtype bfloat16: {without_bfloat16(device)}; use --dtype float32 or another GPU"
+        )
     if name not in DTYPES:
         reason = " (some activations exceed float16's range)" if name == "float16" else ""
         raise TeacherError(f"teacher dtype {name} is not possible{reason}: use {' or '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the GPU itself computes in bfloat16: compute capability 8.0 (Ampere) or newer."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def without_bfloat16(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"{device} ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor}) has no bfloat16"
+    )
+
+
+def check_memory(device: torch.device, needed_bytes: int, what: str) -> None:
+    """Raises TeacherError when a GPU has not the memory that `what` needs, before anything is copied to it."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if free < needed_bytes:
+        raise TeacherError(
+            f"{device}: {what} needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} of {total / 1e9:.2f} GB are free: end "
+            "other programs on this GPU (nvidia-smi lists them), or use another --device"
+        )

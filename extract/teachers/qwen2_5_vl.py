@@ -6,6 +6,7 @@ checkpoints). The tower itself runs on `vision_tower.py` and is held to transfor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,12 +24,19 @@ from extract.teachers.checkpoint import (
     one_line,
     read_json,
 )
-from extract.teachers.devices import pick_device, pick_dtype
+from extract.teachers.compiled import CompiledBlocks, preferred_attention
+from extract.teachers.devices import check_memory, pick_device, pick_dtype
 from extract.teachers.errors import CheckpointError, TeacherError
 from extract.teachers.hub import checkpoint_folder, hub_client
 from extract.teachers.patchify import normalise, patchify
 from extract.teachers.pixels import as_pixels, as_resize_policy, pooled_mean
-from extract.teachers.vision_tower import GridLayout, TowerConfig, VisionTower, grid_layout
+from extract.teachers.vision_tower import (
+    GridLayout,
+    TowerConfig,
+    VisionTower,
+    grid_layout,
+    pad_mlp_width,
+)
 from store.format import RANDOM_WEIGHTS_NOTICE, Preprocessing, TeacherSpec
 
 if TYPE_CHECKING:
@@ -56,7 +64,7 @@ class Qwen25VLTeacher:
         preprocessing: Preprocessing,
         *,
         max_pixels: int = MAX_PIXELS,
-        compile_tower: bool = False,
+        compiled: CompiledBlocks | None = None,
     ) -> None:
         weight = tower.patch_embed.proj.weight
         self.tower, self.spec, self.preprocessing, self.max_pixels = tower, spec, preprocessing, max_pixels
@@ -64,7 +72,7 @@ class Qwen25VLTeacher:
         self.temporal_patch_size = tower.config.temporal_patch_size
         self.mean = 255 * torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
         self.std = 255 * torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
-        self.run_tower: Any = torch.compile(tower, fullgraph=True) if compile_tower else tower
+        self.compiled = compiled
         self.layouts: dict[tuple[int, int], GridLayout] = {}
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
@@ -117,10 +125,20 @@ class Qwen25VLTeacher:
             self.layouts[h, w] = grid_layout(self.tower.config, h, w, self.device)
         config = self.tower.config
         values = normalise(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
-        tokens: Tensor = self.run_tower(
-            patchify(values, config.patch_size, config.temporal_patch_size), self.layouts[h, w]
-        )
+        patches = patchify(values, config.patch_size, config.temporal_patch_size)
+        tokens = self.run_tower(patches, self.layouts[h, w])
         return tokens.float().view(pixels.shape[0], h, w, config.hidden_size)
+
+    def run_tower(self, patches: Tensor, layout: GridLayout) -> Tensor:
+        """The tower's tokens [B, N, D]; through the compiled blocks while the compiler works."""
+        with preferred_attention(self.device):
+            if self.compiled is not None:
+                try:
+                    return self.tower(patches, layout)  # type: ignore[no-any-return]
+                except self.compiled.errors as error:
+                    self.compiled.give_up(error)
+                    self.compiled = None
+            return self.tower(patches, layout)  # type: ignore[no-any-return]
 
 
 def load_qwen2_5_vl(
@@ -130,12 +148,14 @@ def load_qwen2_5_vl(
     dtype: str | torch.dtype = "auto",
     image_size: int = 224,
     resize: str = "squash",
-    compile_tower: bool = False,
+    compile_tower: bool | None = None,
+    pad_mlp: bool | None = None,
 ) -> Qwen25VLTeacher:
     """Load the vision tower of the checkpoint at `path`: a folder, or a Hugging Face name.
 
     image_size: pixels of the square's side. Only the files with needed tensors are opened; on a CPU in the
-    stored dtype the weights stay mapped from the files. compile_tower: run it through `torch.compile`.
+    stored dtype the weights stay mapped from the files. compile_tower: run its blocks through `torch.compile`; when
+    that fails, a warning, and they run as they are. pad_mlp: see `pad_mlp_width`. Both are None for: on CUDA devices.
 
     Raises:
         CheckpointError, TeacherError: as `load_teacher`.
@@ -159,8 +179,13 @@ def load_qwen2_5_vl(
                 f"{entry.file}: {entry.stored_name} has shape {list(entry.shape)}, config.json says "
                 f"{list(shapes[name])}: the files do not belong together"
             )
+    size = sum(math.prod(shape) for shape in shapes.values()) * compute.itemsize
+    check_memory(picked, size, f"the vision tower in {str(compute).removeprefix('torch.')}")
     tower.load_state_dict(load_tensors(entries, picked, compute), assign=True)
     tower.requires_grad_(False).eval()
+    on_cuda = picked.type == "cuda"
+    if on_cuda if pad_mlp is None else pad_mlp:
+        pad_mlp_width(tower)
     spec = TeacherSpec(
         name=NAME,
         fingerprint=fingerprint_of(entries, asdict(config)),
@@ -182,7 +207,9 @@ def load_qwen2_5_vl(
         spec,
         preprocessing,
         max_pixels=processor_cap(processor),
-        compile_tower=compile_tower,
+        compiled=CompiledBlocks(tower.blocks)
+        if (on_cuda if compile_tower is None else compile_tower)
+        else None,
     )
     teacher.grid_size(image_size, image_size)
     return teacher

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from console.torch_files import why_unreadable
 from extract.teachers.base import Encoded
 from extract.teachers.checkpoint import one_line
+from extract.teachers.compiled import CompiledModel, warn_of_compiler
 from extract.teachers.devices import pick_device, pick_dtype
 from extract.teachers.errors import CheckpointError, TeacherError
 from extract.teachers.hub import endpoint, hub_client
@@ -35,8 +36,16 @@ STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_
 class TimmTeacher:
     """A timm model without its head; see `extract.teachers.base.Teacher`."""
 
-    def __init__(self, model: nn.Module, spec: TeacherSpec, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: TeacherSpec,
+        preprocessing: Preprocessing,
+        *,
+        compiled: CompiledModel | None = None,
+    ) -> None:
         weight = next(model.parameters())
+        self.compiled = compiled
         self.model, self.spec, self.preprocessing = model, spec, preprocessing
         self.device, self.dtype = weight.device, weight.dtype
         self.temporal_patch_size = 1
@@ -71,7 +80,7 @@ class TimmTeacher:
         # Convolutions run a quarter faster so; and one layout whatever the caller's gives one result to the last bit.
         values = values.contiguous(memory_format=torch.channels_last)
         try:
-            features = self.model.forward_features(values)  # type: ignore[operator]
+            features = self.forward_features(values)
         except (AssertionError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -80,6 +89,16 @@ class TimmTeacher:
                 f"{self.spec.name} cannot encode {size} pixels ({one_line(error)}): another --image-size?"
             ) from error
         return as_grid(features, self.spec.width, self.model, pixels.shape[-2:]).float()
+
+    def forward_features(self, values: Tensor) -> Tensor:
+        """The model's features; through the compiled model while the compiler works."""
+        if self.compiled is not None:
+            try:
+                return self.compiled(values)
+            except self.compiled.errors as error:
+                warn_of_compiler(error)
+                self.compiled = None
+        return self.model.forward_features(values)  # type: ignore[operator,no-any-return]
 
 
 def as_grid(features: Tensor, width: int, model: nn.Module, size: Sequence[int]) -> Tensor:
@@ -116,10 +135,12 @@ def load_timm(
     image_size: int = 224,
     resize: str = "squash",
     random_weights: bool = False,
+    compile_tower: bool | None = None,
 ) -> TimmTeacher:
     """Load the timm model `model_name` with the weights in `path`, or with timm's own from the hub.
 
-    random_weights: neither of them (for trying the machinery); the spec says so.
+    random_weights: neither of them (for trying the machinery); the spec says so. compile_tower: run the model through
+    `torch.compile`; when that fails, a warning, and it runs as it is.
 
     Raises:
         CheckpointError, TeacherError: as `load_teacher`.
@@ -151,7 +172,8 @@ def load_timm(
     )
     model = model.requires_grad_(False).eval().to(picked, compute).to(memory_format=torch.channels_last)
     teacher = TimmTeacher(model, spec, preprocessing)
-    teacher.grid_size(image_size, image_size)
+    teacher.grid_size(image_size, image_size)  # one image: not a shape to compile for
+    teacher.compiled = CompiledModel(model.forward_features) if compile_tower else None  # type: ignore[arg-type]
     return teacher
 
 

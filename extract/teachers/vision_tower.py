@@ -14,7 +14,7 @@ end. Nothing inside the forward pass reads a value back to the host, so it compi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -136,9 +136,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # one kernel on a GPU
 
 
 class Attention(nn.Module):
@@ -183,6 +181,27 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def pad_mlp_width(tower: VisionTower, multiple: int = 64) -> None:
+    """Widen the hidden layer of every MLP to a multiple of `multiple` with units whose weights and biases are 0.
+
+    The published width of 3420 gives rows of 6,840 bytes in bfloat16, which are not aligned to the 16 bytes that the
+    fast matrix kernels of a GPU load at once. The added units are silu(0) · 0 = 0: the output is the same sum.
+    """
+    for block in tower.blocks:
+        mlp = cast(GatedMLP, block.mlp)
+        missing = -mlp.down_proj.in_features % multiple
+        for layer in (mlp.gate_proj, mlp.up_proj):
+            layer.weight = frozen(F.pad(layer.weight, (0, 0, 0, missing)))
+            layer.bias = frozen(F.pad(layer.bias, (0, missing)))
+            layer.out_features += missing
+        mlp.down_proj.weight = frozen(F.pad(mlp.down_proj.weight, (0, missing)))
+        mlp.down_proj.in_features += missing
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 class Block(nn.Module):

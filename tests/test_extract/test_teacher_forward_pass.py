@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.teachers import TeacherError, load_teacher
 from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
-from extract.teachers.vision_tower import TowerConfig, VisionTower
+from extract.teachers.vision_tower import TowerConfig, VisionTower, pad_mlp_width
 from store.format import Preprocessing, TeacherSpec
 
 MAX_OPS = 2500
@@ -125,14 +125,26 @@ def test_every_attention_kernel_gives_the_same(size: tuple[int, int], noise: tor
     assert torch.allclose(flash, plain, atol=1e-4)
 
 
-def test_compiles_as_one_graph() -> None:
+def test_a_wider_mlp_gives_the_same() -> None:
+    teacher = few_dimensional_teacher(depth=3)
+    pixels = torch.randint(
+        0, 256, (2, 3, 112, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    plain, width = teacher.encode(pixels).grid, teacher.tower.config.intermediate_size
+    pad_mlp_width(teacher.tower, 2 * width - 1)
+    assert {block.mlp.down_proj.in_features for block in teacher.tower.blocks} == {2 * width - 1}  # type: ignore[union-attr]
+    assert torch.allclose(teacher.encode(pixels).grid, plain, atol=1e-6)
+
+
+def test_each_block_compiles_as_one_graph() -> None:
     teacher = few_dimensional_teacher(depth=2)
     pixels = torch.randint(
         0, 256, (2, 3, 140, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     plain = teacher.encode(pixels).grid
     torch.compiler.reset()
-    teacher.run_tower = torch.compile(teacher.tower, fullgraph=True, backend="aot_eager")
+    for block in teacher.tower.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
     assert torch.allclose(teacher.encode(pixels).grid, plain, atol=1e-5)
 
 

@@ -1,0 +1,223 @@
+"""What the device does with a batch: stored form, one shape, no reading back, and what happens when it cannot."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from extract.decoding import DecodedSample, DecodeJob
+from extract.encode import Encoder, Encoding
+from extract.planning import batch_rows
+from extract.slabs import Slab
+from extract.sources.base import Sample
+from extract.teachers import TeacherError
+from extract.teachers.base import Encoded
+from extract.teachers.compiled import CompiledBlocks
+from extract.teachers.devices import check_memory, pick_dtype
+from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
+from extract.workers import DecodedBatch
+from store import format as names
+from store.scale import channel_scale, to_stored
+from tests.test_extract.test_teacher_forward_pass import HOST_READS, OpCounter, few_dimensional_teacher
+
+SIZE = 56
+KINDS: dict[str, tuple[dict[str, Any], Encoding]] = {
+    "pooled": ({}, Encoding(grid=0)),
+    "grid": ({}, Encoding(grid=4)),
+    "smaller grid": ({}, Encoding(grid=2)),
+    "letterbox": ({"resize": "letterbox"}, Encoding(grid=2)),
+    "views": ({"views": 2}, Encoding(grid=4, views=2)),
+    "clips": ({"frames": 3, "pair": 2}, Encoding(grid=4, clips=True)),
+}
+
+
+def make_job(**changes: Any) -> DecodeJob:
+    return DecodeJob(**{"image_size": SIZE, "resize": "squash", **changes})
+
+
+def decoded(job: DecodeJob, count: int) -> DecodedBatch:
+    """A decoded batch of random pixels, of images of different sizes."""
+    slab = Slab((count, job.planes, 3, SIZE, SIZE), shared=False)
+    slab.pixels[:] = np.random.default_rng(0).integers(0, 256, slab.pixels.shape)
+    results = [DecodedSample(size=(60 + 20 * index, 50)) for index in range(count)]
+    return DecodedBatch(0, [Sample(str(index)) for index in range(count)], slab, [], results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_form_is_that_of_the_store(kind: str) -> None:
+    """Scaling and rounding on the device gives the bits that the writer computes from float32."""
+    options, encoding = KINDS[kind]
+    job, teacher = make_job(**options), few_dimensional_teacher(depth=2)
+    batch = decoded(job, 3)
+    plain = Encoder(teacher, job, encoding, 3).launch(batch)
+    scales = {name: channel_scale(values) / 8 for name, values in plain.arrays().items()}
+    pending = Encoder(teacher, job, encoding, 3, scales).launch(batch)
+    assert pending.finite
+    for name, values in plain.arrays().items():
+        expected = to_stored(values, scales[name], np.dtype(np.float16))
+        stored = pending.arrays()[name]
+        assert stored.dtype == np.float16
+        assert np.array_equal(stored.view(np.uint16), expected.view(np.uint16)), name
+
+
+def test_what_float16_cannot_hold_is_noticed_on_the_device() -> None:
+    job, teacher, encoding = make_job(), few_dimensional_teacher(depth=2), Encoding(grid=4)
+    batch = decoded(job, 3)
+    arrays = Encoder(teacher, job, encoding, 3).launch(batch).arrays()
+    scales = {name: channel_scale(values) for name, values in arrays.items()}
+    scales[names.GRID][7] /= 2.0**30
+    pending = Encoder(teacher, job, encoding, 3, scales).launch(batch)
+    assert not pending.finite
+    assert np.isinf(pending.arrays()[names.GRID][..., 7]).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoding_reads_nothing_back_from_the_device(kind: str) -> None:
+    """On the meta device every read of a value and every mix of devices raises."""
+    options, encoding = KINDS[kind]
+    job, teacher = make_job(**options), few_dimensional_teacher(depth=9, device="meta")
+    encoder = Encoder(teacher, job, encoding, 4)
+    width = teacher.spec.width
+    scaled = {
+        spec.name
+        for spec in names.feature_arrays(
+            width, grid=encoding.grid or None, views=encoding.views, frames=encoding.clips
+        )
+        if spec.scaled
+    }
+    encoder.factors = {name: torch.ones(width, device="meta") for name in scaled}
+    encoder.fill = True
+    pixels = torch.zeros(3, job.planes, 3, SIZE, SIZE, dtype=torch.uint8, device="meta")
+    inside = torch.ones(3, 4, 4, device="meta") if job.resize == "letterbox" else None
+    with torch.inference_mode():
+        tensors, finite = encoder.encode(pixels, inside)
+    assert scaled <= tensors.keys()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert {tensor.device.type for tensor in [*tensors.values(), finite]} == {"meta"}
+    assert all(len(tensor) == 3 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_reads_of_a_batch(kind: str) -> None:
+    """Of a batch cross to the host: each array once, and one flag; nothing is read as a number."""
+    options, encoding = KINDS[kind]
+    job, teacher = make_job(**options), few_dimensional_teacher(depth=2, device="meta")
+    encoder = Encoder(teacher, job, encoding, 3)
+    encoder.factors = {}
+    pixels = torch.zeros(3, job.planes, 3, SIZE, SIZE, dtype=torch.uint8, device="meta")
+    inside = torch.ones(3, 4, 4, device="meta") if job.resize == "letterbox" else None
+    encoder.encode(pixels, inside)  # the layout of a size is copied once
+    with torch.inference_mode(), OpCounter() as counter:
+        encoder.encode(pixels, inside)
+    assert counter.copies_between_devices == 0
+    assert {name: counter.ops[name] for name in HOST_READS if counter.ops[name]} == {}
+
+
+class RecordingTeacher:
+    """The teacher, and how many images each forward pass had; out of memory beyond `room` of them."""
+
+    def __init__(self, teacher: Qwen25VLTeacher, room: int = 1000) -> None:
+        self.teacher, self.room = teacher, room
+        self.passes: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+    def encode(self, images: Tensor, *, inside: Tensor | None = None) -> Encoded:
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.passes.append(len(images))
+        return self.teacher.encode(images, inside=inside)
+
+
+@pytest.mark.parametrize("kind", ["grid", "letterbox", "views", "clips"])
+def test_a_short_batch_is_filled_up_and_gives_the_same(kind: str) -> None:
+    options, encoding = KINDS[kind]
+    job, teacher = make_job(**options), RecordingTeacher(few_dimensional_teacher(depth=2))
+    batch = decoded(job, 3)
+    encoder = Encoder(teacher, job, encoding, 8)  # type: ignore[arg-type]
+    plain = encoder.launch(batch).arrays()
+    encoder.fill = True
+    teacher.passes.clear()
+    filled = encoder.launch(batch).arrays()
+    assert set(teacher.passes) == {8}
+    assert all(np.allclose(filled[name], plain[name], atol=1e-6) for name in plain)
+
+
+def test_out_of_memory_leaves_one_shape() -> None:
+    job, teacher = make_job(), RecordingTeacher(few_dimensional_teacher(depth=1), room=4)
+    encoder = Encoder(teacher, job, Encoding(grid=4), 16)  # type: ignore[arg-type]
+    encoder.fill = True
+    arrays = encoder.launch(decoded(job, 11)).arrays()
+    assert encoder.parts.halved == [5, 2]
+    assert set(teacher.passes) == {2}
+    assert len(arrays[names.POOLED]) == 11
+
+
+def test_a_compiler_that_fails_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first pass finds out; features come from the code as it is."""
+    import torch._inductor.config
+
+    teacher = few_dimensional_teacher(depth=2)
+    pixels = torch.randint(
+        0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    plain = teacher.encode(pixels).grid
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/c++",))
+    teacher.compiled = CompiledBlocks(teacher.tower.blocks)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(teacher.encode(pixels).grid, plain)
+        assert torch.equal(teacher.encode(pixels).grid, plain)
+    messages = [
+        record.getMessage() for record in caplog.records if "torch.compile failed" in record.getMessage()
+    ]
+    assert len(messages) == 1
+    assert "--no-compile" in messages[0]
+
+
+def fake_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free: int = 80_000_000_000
+) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 16_000_000_000))
+    return torch.device("cuda:0")
+
+
+def test_a_gpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    device = fake_gpu(monkeypatch, (7, 5))
+    assert pick_dtype("auto", device) == torch.float32
+    assert "Tesla T4, compute capability 7.5) has no bfloat16: computing in float32" in caplog.text
+    with pytest.raises(TeacherError, match=r"--dtype bfloat16: cuda:0 \(Tesla T4.*use --dtype float32"):
+        pick_dtype("bfloat16", device)
+    assert pick_dtype("auto", fake_gpu(monkeypatch, (9, 0))) == torch.bfloat16
+
+
+def test_too_little_memory_says_how_much_is_needed_and_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = fake_gpu(monkeypatch, (9, 0), free=400_000_000)
+    with pytest.raises(TeacherError, match=r"needs 1\.26 GB, 0\.40 of 16\.00 GB are free.*--device"):
+        check_memory(device, 1_260_000_000, "the vision tower in bfloat16")
+    check_memory(device, 300_000_000, "the vision tower in bfloat16")
+    check_memory(torch.device("cpu"), 1 << 60, "the vision tower in bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("size", "planes", "rows"), [(224, 1, 256), (448, 1, 64), (112, 1, 1024), (3584, 1, 1), (224, 32, 111)]
+)
+def test_batches_on_a_gpu_have_a_budget_of_tokens(size: int, planes: int, rows: int) -> None:
+    config: Any = SimpleNamespace(batch_size="auto")
+    task: Any = SimpleNamespace(job=SimpleNamespace(image_size=size, planes=planes))
+    teacher: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert batch_rows(config, task, teacher) == rows
+    config.batch_size = 7
+    assert batch_rows(config, task, teacher) == 7
