@@ -18,13 +18,11 @@ def run_extract(options: Mapping[str, Any], file: Path | None, as_json: bool) ->
     """`cli extract`: build the configuration, run, print the result."""
     configure_logging()
     config = build_config(options, file)
-    from extract.measured import note_extraction, note_probe
+    from extract.measured import ExtractionClock, note_probe
     from extract.run import run_extraction
 
-    with ProgressObserver() as progress:
-        result = run_extraction(config, [progress])
-    if result.encoded:
-        note_extraction(config.out, result.seconds, result.encoded)
+    with ProgressObserver() as progress, ExtractionClock(config.out) as timer:
+        result = run_extraction(config, [progress, timer])
     if result.probe is not None:
         note_probe(config.out, result.probe)
     if as_json:

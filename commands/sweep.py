@@ -108,13 +108,14 @@ def parse_sets(items: list[str]) -> dict[str, list[Any]]:
 
 def print_states(states: list[TrialState], out: Path) -> None:
     from console.output import print_table
+    from train.metrics import label_of
 
     rows = [
         {
             "trial": state.name,
             "state": state.state,
             "epochs": state.epoch,
-            "metric": state.metric,
+            "metric": label_of(state.metric) if state.metric else None,
             "best": state.best,
             "reason": state.reason or None,
         }
@@ -127,7 +128,7 @@ def print_states(states: list[TrialState], out: Path) -> None:
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Runs or sweeps, one or several side by side.")],
+    folders: Annotated[list[Path], typer.Argument(help="Runs, sweeps, or folders of them, side by side.")],
     out: Annotated[
         Path | None,
         typer.Option(help="HTML file or folder to write. [default: report.html in the first folder]"),
@@ -141,11 +142,12 @@ def report(
     what distillation gained over the control. Beside it results.csv and results.parquet.
     """
     from console.output import print_json, print_table
+    from train.metrics import label_of
     from train.report.build import build_report
 
     made = build_report(folders, out, samples)
     if json_:
         print_json({"report": made.path, "results": made.rows})
         return
-    print_table(made.rows, made.columns)
+    print_table(made.rows, {name: label_of(name) for name in made.columns})
     print(f"report: {made.path}")

@@ -138,6 +138,7 @@ complete_signature(train)
 def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
     """The result on stdout."""
     from console.output import print_json, print_table
+    from train.metrics import label_of
 
     if as_json:
         print_json(summary)
@@ -145,7 +146,7 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
     control = summary.get("control") or {}
     rows = [
         {
-            "metric": name,
+            "metric": label_of(name),
             "distilled": value,
             "control": control.get("metrics", {}).get(name),
             "difference": control.get("difference", {}).get(name),
@@ -179,6 +180,7 @@ def evaluate(
     from console.log import configure_logging
     from console.output import print_json, print_table
     from train.evaluation import evaluate_run
+    from train.metrics import label_of
 
     configure_logging()
     result = evaluate_run(
@@ -187,7 +189,7 @@ def evaluate(
     if json_:
         print_json(result)
         return
-    rows = [{"metric": name, "value": value} for name, value in result["metrics"].items()]
+    rows = [{"metric": label_of(name), "value": value} for name, value in result["metrics"].items()]
     print_table(rows, ["metric", "value"], f"{result['student']} on {split} ({result['samples']} samples)")
     if result["per_class"]:
         metric = PER_CLASS_METRICS[result["task"]]

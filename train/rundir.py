@@ -19,7 +19,8 @@ from train.errors import ConfigError, TrainError
 log = get_logger("train")
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-OURS = (CONFIG, METRICS, SUMMARY, "best.pt", "last.pt")
+LATENCY = "latency.json"  # measured by `cli report`
+OURS = (CONFIG, METRICS, SUMMARY, LATENCY, "best.pt", "last.pt")
 OUR_FOLDERS = ("tensorboard", "control", "ultralytics", "wandb", "mlflow")
 
 #: What may differ between the command that started a run and the one that resumes it.

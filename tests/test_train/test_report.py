@@ -17,12 +17,14 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from store import open_store
 from train.config import load_config
 from train.errors import ReportError
 from train.report import figures
-from train.report.build import build_report
+from train.report.build import build_report, pass_seconds
 from train.report.collect import collect
 from train.report.compare import cost_of, differences, mean_with_interval, pareto_front
+from train.report.page import marked
 from train.report.samples import box_confusion, box_iou, count_hits
 from train.run import run_training
 
@@ -56,7 +58,14 @@ def fake_trial(
     }
     (run / "summary.json").write_text(json.dumps(summary))
     records = [
-        {"epoch": epoch, "train_loss": 1 / epoch, "val_loss": 1 / epoch, "top1": value * epoch / 2}
+        {
+            "epoch": epoch,
+            "train_loss": 20 / epoch,
+            "hard_loss": 1 / epoch,
+            "val_hard_loss": 1 / epoch,
+            "feature_loss": None if control else 0.5 / epoch,
+            "top1": value * epoch / 2,
+        }
         for epoch in (1, 2)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -230,8 +239,8 @@ def test_tasks_are_not_compared_with_one_another(tmp_path: Path) -> None:
         ("miou", ["mask"]),
     ]
     text = build_report([sweep], None, samples=0).path.read_text()
-    assert "top1 against size, speed and training cost (classification)" in text
-    assert "miou against size, speed and training cost (segmentation)" in text
+    assert "Quality (top-1 accuracy) against size, speed and training cost (classification)" in text
+    assert "Quality (mean IoU) against size, speed and training cost (segmentation)" in text
 
 
 def test_sweeps_stand_side_by_side_and_are_paired_each_for_itself(tmp_path: Path) -> None:
@@ -264,7 +273,7 @@ def test_ceilings_are_drawn_beside_accuracies_only(make_store: Any, tmp_path: Pa
         trial = fake_trial(sweep, "d", 0.5, task=task, metrics={metric: 0.5}, store={"path": str(store)})
         (sweep / "sweep.json").write_text(json.dumps({"config": {"set": {}}, "trials": [trial]}))
         text = build_report([sweep], None, samples=0).path.read_text()
-        assert ("teacher, linear probe 91.0%, teacher, k-NN 87.0%" in html.unescape(text)) == shown
+        assert ("teacher, linear probe 91.00%, teacher, k-NN 87.00%" in html.unescape(text)) == shown
 
 
 def test_the_online_teacher_s_cost_is_each_store_s_pass_times_its_runs_epochs(tmp_path: Path) -> None:
@@ -355,6 +364,142 @@ def test_page_draws_and_sorts_in_a_browser(
         pixels = np.asarray(image.convert("RGB").crop((0, 0, width, 2600))).reshape(-1, 3)
     shades, counts = np.unique(pixels, axis=0, return_counts=True)
     assert shades[counts.argmax()].mean() < 40 if scheme == "dark" else shades[counts.argmax()].mean() > 240
-    for colour in (figures.COLOURS[0], figures.COLOURS[2]):  # marks and curves, and the bar of the gain
-        drawn = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    for color in (figures.COLORS[0], figures.COLORS[2]):  # marks and curves, and the bar of the gain
+        drawn = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == drawn).all(1).sum() > 50
+
+
+def test_losses_are_compared_term_by_term(sweep_folder: Path) -> None:
+    """A control's total weighs its one term by 1, a distilled run's by other weights: the totals share no axis."""
+    collection = collect([sweep_folder])
+    task = figures.curves(collection, "hard_loss")
+    assert task is not None
+    assert {trace.line.dash for trace in task.data} == {"solid", "dot"}
+    assert [list(trace.y) for trace in task.data] == [[1.0, 0.5]] * 6
+    assert task.layout.yaxis.title.text == "task loss, training"
+    term = figures.curves(collection, "feature_loss")
+    assert term is not None
+    assert {trace.line.dash for trace in term.data} == {"solid"}
+    page = build_report([sweep_folder], None, samples=0).path.read_text()
+    assert "loss, weighted" not in page
+
+
+def test_a_gain_that_rounds_to_nothing_is_no_bar_across_the_page(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    trials = [fake_trial(sweep, "d", 0.5 - 6.6e-6), fake_trial(sweep, "c", 0.5, control=True)]
+    (sweep / "sweep.json").write_text(json.dumps({"config": {"set": {}}, "trials": trials}))
+    figure = figures.gain_bars(differences(collect([sweep])), "top1")
+    assert figure is not None
+    low, high = figure.layout.xaxis.range
+    assert (low, high) == (-0.005, 0.005)
+    assert figure.data[0].text[0] == "±0.00%"
+    assert "±0" in figure.layout.xaxis.ticktext
+    assert len(set(figure.layout.xaxis.ticktext)) == len(figure.layout.xaxis.ticktext)
+    assert "±0.00%" in build_report([sweep], None, samples=0).path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(-0.005, 0.005, [-0.004, -0.002, 0.0, 0.002, 0.004]), (-0.01, 0.11, [0.0, 0.02, 0.04, 0.06, 0.08, 0.1])],
+)
+def test_ticks_are_round_and_hold_zero(low: float, high: float, ticks: list[float]) -> None:
+    assert figures.even_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_each_ceiling_s_label_is_at_its_own_line(sweep_folder: Path) -> None:
+    figure = figures.scatter(collect([sweep_folder]), "parameters", {"probe": 0.87, "k-NN": 0.91})
+    assert figure is not None
+    labels = {note.text: (note.y, note.yanchor) for note in figure.layout.annotations}
+    assert labels == {"k-NN 91.00%": (0.91, "bottom"), "probe 87.00%": (0.87, "top")}
+
+
+def test_a_confusion_shows_counts() -> None:
+    figure = figures.confusion([[5, 12000], [0, 1]], ["a", "b"], "Confusion")
+    assert [list(row) for row in figure.data[0].text] == [["5", "12k"], ["", "1"]]
+    assert "%{customdata:,}" in figure.data[0].hovertemplate
+    many = [str(index) for index in range(figures.COUNTED_CLASSES + 1)]
+    assert figures.confusion(np.eye(len(many), dtype=int).tolist(), many, "C").data[0].text is None
+
+
+def test_commands_in_texts_are_code_and_the_rest_is_escaped() -> None:
+    assert str(marked("<b> `cli probe STORE` adds")) == "&lt;b&gt; <code>cli probe STORE</code> adds"
+
+
+def test_the_number_of_validation_samples_is_said(sweep_folder: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "counted"
+    trial = fake_trial(sweep, "d", 0.5, validation_samples=8)
+    (sweep / "sweep.json").write_text(json.dumps({"config": {"set": {}}, "trials": [trial]}))
+    text = html.unescape(build_report([sweep], None, samples=0).path.read_text())
+    assert "Validation samples: 8." in text
+    assert "One sample of 8 is 12.5%" in text
+    assert "Validation samples" not in build_report([sweep_folder], None, samples=0).path.read_text()
+
+
+def test_a_folder_of_runs_and_sweeps_is_searched(
+    sweep_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = tmp_path / "runs"
+    (runs / "deep").mkdir(parents=True)
+    shutil.move(sweep_folder, runs / "deep" / "sweep")
+    for name in ("one", "two"):
+        folder = runs / name
+        fake_trial(tmp_path / "made", name, 0.5)
+        shutil.move(tmp_path / "made" / "trials" / name / "run", folder)
+        (folder / "config.json").write_text("{}")
+    (runs / "one" / "int8-ptq").mkdir()  # cli quantize writes a summary of its own into a run
+    (runs / "one" / "int8-ptq" / "summary.json").write_text("{}")
+    (runs / "started").mkdir()
+    (runs / "started" / "metrics.jsonl").write_text("{}\n")
+    (runs / "features.zarr").mkdir()
+    (runs / "features.zarr" / "zarr.json").write_text("{}")
+    with caplog.at_level("INFO"):
+        found = collect([runs])
+    assert "4 runs and sweeps below it: deep/sweep, one, started, two" in caplog.text
+    assert {run.group for run in found.runs} == {"sweep", "one", "two"}
+    assert [(item.name, item.state) for item in found.unfinished] == [
+        ("gone", "failed"),
+        ("started", "unfinished"),
+    ]
+    with pytest.raises(ReportError, match="none below it"):
+        collect([runs / "features.zarr"])
+
+
+def test_latency_is_measured_once_for_an_architecture_and_kept(
+    make_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.report import latency
+
+    options = {"epochs": 1, "image_size": 32, "batch_size": 8, "workers": 0, "control": True}
+    store, out = make_store(), tmp_path / "run"
+    run_training(load_config({"store": str(store), "student": "timm:test_resnet", "out": out, **options}))
+    calls = []
+    original = latency.measure_latency
+    monkeypatch.setattr(latency, "measure_latency", lambda *a: calls.append(1) or original(*a))
+    made = build_report([out], None, samples=0)
+    first = {row["latency_ms"] for row in made.rows}
+    assert len(calls) == 1
+    assert len(first) == 1
+    assert first != {json.loads((out / "summary.json").read_text())["latency_ms"]}
+    assert "each architecture measured alone for this report on" in made.path.read_text()
+    assert {row["latency_ms"] for row in build_report([out], None, samples=0).rows} == first
+    assert len(calls) == 1
+    kept = json.loads((out / "latency.json").read_text())
+    (out / "latency.json").write_text(json.dumps({**kept, "machine": "another"}))
+    build_report([out], None, samples=0)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("encoded", "known"), [(32, True), (30, True), (8, False)])
+def test_the_teacher_s_pass_counts_where_most_of_it_was_recorded(
+    make_store: Any, tmp_path: Path, encoded: int, known: bool
+) -> None:
+    """A record of the last batch alone holds the start of the program, and must not be scaled up."""
+    store = make_store()
+    (store / ".extract").mkdir(exist_ok=True)
+    (store / ".extract/measured.json").write_text(json.dumps({"extraction_s": 60.0, "encoded": encoded}))
+    seconds = pass_seconds({str(store): open_store(store)})
+    assert seconds == ({str(store): pytest.approx(60.0 * 32 / encoded)} if known else {})
+    trial = fake_trial(tmp_path / "sweep", "d", 0.5, store={"path": str(store)})
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"config": {"set": {}}, "trials": [trial]}))
+    text = build_report([tmp_path / "sweep"], None, samples=0).path.read_text()
+    assert ("n.a.: the extraction of" in text) == (not known)

@@ -14,18 +14,25 @@ from store import Store, open_store
 from store.errors import StoreError
 from store.format import MEASURED_FILE
 from train.errors import ReportError
+from train.metrics import label_of, text_of
 from train.report import figures
 from train.report.collect import Collection, Run, collect
 from train.report.compare import SUMMARY_FIELDS, Cost, cost_of, differences, table_rows
+from train.report.latency import measure_latencies
 from train.report.page import Section, render_page
 from train.report.samples import gallery_of
 from train.rundir import make_folder
 from train.sweep.worker import read_json
+from train.validation import count_validation
 
 logger = get_logger("report")
 
 # Metrics that the teacher's own features have, too.
 ACCURACIES = ("top1", "probe_top1", "knn_top1")
+# Curves beside the metric's, each term on an axis of its own.
+LOSSES = ("val_hard_loss", "hard_loss", "val_feature_loss", "feature_loss", "val_logit_loss", "logit_loss")
+FEW_SAMPLES = 100
+RECORDED_SHARE = 0.9  # of a store's images, for its time to count as measured
 # Columns of the command line's table; results.csv has all of them.
 SHORT_COLUMNS = ("run", "parameters", "epochs_done")
 
@@ -51,16 +58,24 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
     path = page_path(out) if out is not None else folders[0] / "report.html"
     collection = collect(folders)
     make_folder(path.parent)
+    latencies = measure_latencies(collection.runs)
+    collection = collection.with_latencies(latencies.by_run)
     parts = collection.by_task()
     headlines = list(dict.fromkeys(part.headline for part in parts))
     rows = [row for part in parts for row in table_rows(part)]
     stores = open_stores(collection)
-    sections = [section for part in parts for section in task_sections(part, stores, samples, len(parts) > 1)]
-    cost = cost_of(collection.runs, pass_seconds(stores))
-    if cost is not None:
-        sections.append(Section("Cost of the teacher", cost_text(cost), []))
-    subtitle = f"{len(collection.runs)} runs, made {datetime.datetime.now():%Y-%m-%d %H:%M}"
-    page = render_page("Distillation report", subtitle, sections, rows, headlines, collection.unfinished)
+    sections = [
+        section
+        for part in parts
+        for section in task_sections(part, stores, samples, len(parts) > 1, latencies.machine)
+    ]
+    sections += cost_sections(collection.runs, stores)
+    several = f"{len(collection.runs)} run" + ("s" if len(collection.runs) > 1 else "")
+    subtitle = f"{several}, report of {datetime.datetime.now():%Y-%m-%d %H:%M}"
+    introduction = validation_text(collection.runs, stores)
+    page = render_page(
+        "Distillation report", subtitle, introduction, sections, rows, headlines, collection.unfinished
+    )
     with whole_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
     write_tables(path.parent, rows)
@@ -94,7 +109,7 @@ def open_stores(collection: Collection) -> dict[str, Store]:
 
 
 def task_sections(
-    collection: Collection, stores: dict[str, Store], samples: int, name_task: bool
+    collection: Collection, stores: dict[str, Store], samples: int, name_task: bool, machine: str
 ) -> list[Section]:
     """What there is to say of the runs of one task; `name_task` when the page has several."""
     metric, best = collection.headline, best_run(collection)
@@ -108,14 +123,14 @@ def task_sections(
             [figures.gain_bars(differences(collection), metric)],
         ),
         Section(
-            f"{metric} against size, speed and training cost{task}",
-            marks_text(collection, ceilings),
+            f"Quality ({label_of(metric)}) against size, speed and training cost{task}",
+            marks_text(collection, ceilings, machine),
             [figures.scatter(collection, cost, ceilings) for cost in figures.COSTS],
         ),
         Section(
             f"Learning curves{task}",
-            "Solid: distilled; dotted: control.",
-            [figures.curves(collection, name) for name in dict.fromkeys((metric, "val_loss", "train_loss"))],
+            curves_text(collection),
+            [figures.curves(collection, name) for name in (metric, *LOSSES)],
         ),
     ]
     if gallery is not None:
@@ -149,30 +164,92 @@ def teacher_ceilings(collection: Collection, stores: dict[str, Store]) -> dict[s
     return ceilings
 
 
-def marks_text(collection: Collection, ceilings: dict[str, float]) -> str:
+def curves_text(collection: Collection) -> str:
+    """What the lines are; losses are shown term by term, since the total weighs them differently in a control."""
+    controls = any(run.is_control for run in collection.runs)
+    return (
+        f"{'Solid: distilled; dotted: control. ' if controls else ''}Losses are shown by term and without weights, so "
+        "that runs compare: the task loss, and the distillation terms where there are any."
+    )
+
+
+def validation_text(runs: Sequence[Run], stores: dict[str, Store]) -> str:
+    """How many samples the metrics are measured on, and what few of them mean."""
+    counts = sorted({count for run in runs if (count := validation_samples(run, stores)) is not None})
+    if not counts:
+        return ""
+    text = f"Validation samples: {' and '.join(f'{count:,}' for count in counts)}."
+    if counts[0] < FEW_SAMPLES:
+        text += f" One sample of {counts[0]:,} is {1 / max(counts[0], 1):.1%}: small differences mean nothing here."
+    return text
+
+
+def validation_samples(run: Run, stores: dict[str, Store]) -> int | None:
+    """From the summary, or counted in the store for runs of earlier versions; None when neither says it."""
+    if run.summary.get("validation_samples") is not None:
+        return int(run.summary["validation_samples"])
+    split = (run.config.get("options") or {}).get("val_split")
+    store = stores.get(run.store_path)
+    if store is None or split is None or split not in store:
+        return None
+    return count_validation(store, split, str(run.summary.get("task")))
+
+
+def marks_text(collection: Collection, ceilings: dict[str, float], machine: str) -> str:
     """What the marks in the figures of quality against cost mean."""
     words = ["Ringed: the Pareto front, which no other run beats in both."]
     if any(run.is_control for run in collection.runs):
         words.append("Open markers: controls.")
     if ceilings:
-        values = ", ".join(f"{name} {value:.1%}" for name, value in ceilings.items())
+        values = ", ".join(
+            f"{name} {text_of(collection.headline, value)}" for name, value in ceilings.items()
+        )
         words.append(f"Dashed: the teacher's own features ({values}).")
     elif collection.headline in ACCURACIES:
         words.append("`cli probe STORE` adds the accuracy of the teacher's own features.")
+    if any(run.summary.get("latency_ms") for run in collection.runs):
+        words.append(
+            f"Latency: one image (or clip) at a time, each architecture measured alone for this report on {machine}."
+        )
     return " ".join(words)
 
 
-def pass_seconds(stores: dict[str, Store]) -> dict[str, float]:
-    """Time of one teacher pass over each store, where the store says it.
+def cost_sections(runs: Sequence[Run], stores: dict[str, Store]) -> list[Section]:
+    """What the teacher costs, where the stores know how long its pass took; else that they do not."""
+    seconds = pass_seconds(stores)
+    cost = cost_of(runs, seconds)
+    title = "Cost of the teacher"
+    if cost is not None:
+        return [Section(title, cost_text(cost), [])]
+    partly = [path for path in stores if path not in seconds and measured_of(path).get("encoded")]
+    if not partly:
+        return []
+    return [
+        Section(
+            title,
+            f"n.a.: the extraction of {', '.join(partly)} was interrupted, and the time of most of its images was "
+            "not recorded.",
+            [],
+        )
+    ]
 
-    An interrupted extraction counts only the runs that ended, so the measured time an image is what is used.
+
+def measured_of(store: str) -> dict[str, Any]:
+    return read_json(Path(store) / MEASURED_FILE) or {}
+
+
+def pass_seconds(stores: dict[str, Store]) -> dict[str, float]:
+    """Time of one teacher pass over each store, where that was recorded for (nearly) all of its images.
+
+    A process that was killed leaves out what it encoded since its last record.
     """
     seconds: dict[str, float] = {}
     for path, store in stores.items():
-        measured = read_json(Path(path) / MEASURED_FILE) or {}
-        if measured.get("encoded"):
-            images = sum(store.manifest.splits.values())
-            seconds[path] = measured["extraction_s"] / measured["encoded"] * images
+        measured = measured_of(path)
+        images = sum(int(store[name].valid.sum()) for name in store.splits)
+        encoded = int(measured.get("encoded") or 0)
+        if images and encoded >= RECORDED_SHARE * images:
+            seconds[path] = float(measured["extraction_s"]) * max(1.0, images / encoded)
     return seconds
 
 

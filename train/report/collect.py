@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from console.log import get_logger
 from train.errors import ReportError
-from train.sweep.board import HEADLINE_METRICS, read_records
+from train.metrics import HEADLINE_METRICS, headline_of
+from train.rundir import CONFIG, METRICS, SUMMARY
+from train.sweep.board import read_records
 from train.sweep.config import DISTILLATION_OPTIONS
 from train.sweep.run import PLAN_FILE
 from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER, read_json
 
+logger = get_logger("report")
+
+NAMED = 12  # runs and sweeps found below a folder, in the log
+STORE_FILE = "zarr.json"
 MEASURED_OF_THE_RUN = frozenset(
     ["control", "metrics", "best_epoch", "wall_time_s", "images_per_second", "peak_rss_mb", "peak_gpu_mb"]
 )
@@ -65,11 +72,20 @@ class Collection(NamedTuple):
     @property
     def headline(self) -> str:
         """The metric that the report ranks by: the first headline metric that any run has."""
-        for name in HEADLINE_METRICS:
-            if any(name in run.metrics for run in self.runs):
-                return name
-        raise ReportError(
-            "the runs have no metric to compare: expected one of " + ", ".join(HEADLINE_METRICS)
+        name = headline_of(name for run in self.runs for name in run.metrics)
+        if name is None:
+            raise ReportError(
+                "the runs have no metric to compare: expected one of " + ", ".join(HEADLINE_METRICS)
+            )
+        return name
+
+    def with_latencies(self, values: Mapping[Path, float]) -> Collection:
+        """The same runs, their latency as measured for the report (None: not measured)."""
+        return self._replace(
+            runs=[
+                run._replace(summary={**run.summary, "latency_ms": values.get(run.folder)})
+                for run in self.runs
+            ]
         )
 
     def by_task(self) -> list[Collection]:
@@ -80,25 +96,65 @@ class Collection(NamedTuple):
 
 
 def collect(folders: Sequence[Path]) -> Collection:
-    """All runs of `folders`, each a run (summary.json) or a sweep (sweep.json).
+    """All runs of `folders`, each a run (summary.json), a sweep (sweep.json), or a folder with such below it.
 
     Raises:
-        ReportError: a folder is neither, or none of them has a finished run.
+        ReportError: a folder is none of these, or none of them has a finished run.
     """
-    runs: list[Run] = []
-    unfinished: list[Unfinished] = []
-    for folder, group in zip(folders, group_names(folders), strict=True):
+    places = [place for folder in folders for place in places_in(folder)]
+    found: list[Run | Unfinished] = []
+    for folder, group in zip(places, group_names(places), strict=True):
         if (folder / PLAN_FILE).exists():
-            found = list(trials_of(folder, group))
-            runs += [item for item in found if isinstance(item, Run)]
-            unfinished += [item for item in found if isinstance(item, Unfinished)]
-        elif (folder / "summary.json").exists():
-            runs += list(run_with_control(folder, group))
+            found += trials_of(folder, group)
+        elif (folder / SUMMARY).exists():
+            found += run_with_control(folder, group)
         else:
-            raise ReportError(explain_missing(folder))
+            reason = "the training has not finished: continue it with `cli train … --resume`"
+            found.append(Unfinished(group, group, "unfinished", reason, []))
+    runs = [item for item in found if isinstance(item, Run)]
+    unfinished = [item for item in found if isinstance(item, Unfinished)]
     if not runs:
         raise ReportError(no_finished_run(folders, unfinished))
     return Collection(runs, unfinished)
+
+
+def places_in(folder: Path) -> list[Path]:
+    """The folder itself when it is a run or a sweep, else the runs and sweeps below it, which the log names.
+
+    Raises ReportError when there are none.
+    """
+    if (folder / PLAN_FILE).exists() or (folder / SUMMARY).exists():
+        return [folder]
+    if not folder.is_dir() or is_started(folder):
+        raise ReportError(explain_missing(folder))
+    found = list(places_below(folder))
+    if not any((place / name).exists() for place in found for name in (PLAN_FILE, SUMMARY)):
+        raise ReportError(explain_missing(folder))
+    names = [place.relative_to(folder).as_posix() for place in found]
+    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    logger.info("%s: %d runs and sweeps below it: %s", folder, len(found), shown)
+    return found
+
+
+def places_below(folder: Path) -> Iterator[Path]:
+    """Runs (finished or not) and sweeps below a folder, sorted; not searched: those themselves, and stores."""
+    for path in sorted(folder.iterdir()):
+        if (
+            not path.is_dir()
+            or path.is_symlink()
+            or path.name.startswith(".")
+            or (path / STORE_FILE).exists()
+        ):
+            continue
+        is_run = (path / SUMMARY).exists() and (path / CONFIG).exists()
+        if is_run or (path / PLAN_FILE).exists() or is_started(path):
+            yield path
+        else:
+            yield from places_below(path)
+
+
+def is_started(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (METRICS, "last.pt"))
 
 
 def group_names(folders: Sequence[Path]) -> list[str]:
@@ -112,14 +168,14 @@ def group_names(folders: Sequence[Path]) -> list[str]:
 def explain_missing(folder: Path) -> str:
     if not folder.exists():
         return f"{folder}: no such folder; expected a run (cli train) or a sweep (cli sweep)"
-    if (folder / "metrics.jsonl").exists() or (folder / "last.pt").exists():
-        return f"{folder}: this run has not finished (no summary.json): go on with `cli train … --resume`"
-    what = f"{folder}: neither a run (summary.json) nor a sweep (sweep.json)"
-    below = sorted(path.parent for name in ("summary.json", PLAN_FILE) for path in folder.glob(f"*/{name}"))
-    if below:
-        shown = " ".join(map(str, below[:3])) + (" …" if len(below) > 3 else "")
-        return f"{what}: name the {len(below)} in it one by one: cli report {shown}"
-    return f"{what}: name what `cli train --out` or `cli sweep --out` wrote"
+    if not folder.is_dir():
+        return f"{folder}: is a file; expected the folder of a run (cli train) or a sweep (cli sweep)"
+    if is_started(folder):
+        return f"{folder}: this run has not finished (no {SUMMARY}): continue it with `cli train … --resume`"
+    return (
+        f"{folder}: neither a run ({SUMMARY}) nor a sweep ({PLAN_FILE}), and none below it: name what "
+        "`cli train --out` or `cli sweep --out` wrote"
+    )
 
 
 def no_finished_run(folders: Sequence[Path], unfinished: Sequence[Unfinished]) -> str:
@@ -136,7 +192,7 @@ def trials_of(folder: Path, group: str) -> Iterator[Run | Unfinished]:
             continue
         place = folder / "trials" / trial["name"]
         outcome = read_json(place / OUTCOME_FILE) or {}
-        summary = outcome.get("summary") or read_json(place / RUN_FOLDER / "summary.json")
+        summary = outcome.get("summary") or read_json(place / RUN_FOLDER / SUMMARY)
         if summary is None:
             state = str(outcome.get("state", "not started"))
             lines = list(outcome.get("last_lines", []))
@@ -148,7 +204,7 @@ def trials_of(folder: Path, group: str) -> Iterator[Run | Unfinished]:
 
 def run_with_control(folder: Path, group: str) -> Iterator[Run]:
     """A single run, and the control that `--control` trained beside it."""
-    summary = read_json(folder / "summary.json") or {}
+    summary = read_json(folder / SUMMARY) or {}
     yield read_run(folder, group, group, summary, is_control=False, varied={})
     control = summary.get("control")
     if control:
@@ -161,6 +217,6 @@ def run_with_control(folder: Path, group: str) -> Iterator[Run]:
 def read_run(
     folder: Path, group: str, name: str, summary: dict[str, Any], is_control: bool, varied: dict[str, Any]
 ) -> Run:
-    config = read_json(folder / "config.json") or {}
-    records = read_records(folder / "metrics.jsonl")
+    config = read_json(folder / CONFIG) or {}
+    records = read_records(folder / METRICS)
     return Run(group, name, folder, summary, config, records, is_control, varied)

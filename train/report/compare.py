@@ -15,6 +15,7 @@ from train.report.collect import Collection, Run
 SUMMARY_FIELDS = (
     "task",
     "seed",
+    "validation_samples",
     "epochs_done",
     "best_epoch",
     "parameters",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,9 @@ import jinja2
 import plotly.graph_objects as go
 import plotly.io
 import plotly.offline
+from markupsafe import Markup, escape
 
+from train import metrics
 from train.report.collect import Unfinished
 
 TABLE_LIMIT = 2000
@@ -52,6 +54,7 @@ class Section(NamedTuple):
 def render_page(
     title: str,
     subtitle: str,
+    introduction: str,
     sections: Sequence[Section],
     rows: Sequence[dict[str, Any]],
     headlines: Sequence[str],
@@ -65,15 +68,17 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["marked"] = marked
     columns = shown_columns(rows, headlines)
     return environment.get_template("page.html.j2").render(
         title=title,
         subtitle=subtitle,
+        introduction=introduction,
         sections=[
             (section, [figure_html(f) for f in section.figures if f is not None]) for section in sections
         ],
-        columns=columns,
-        rows=[[cell(name, row.get(name), headlines) for name in columns] for row in rows[:TABLE_LIMIT]],
+        headings=[metrics.label_of(name) for name in columns],
+        rows=[[cell(name, row) for name in columns] for row in rows[:TABLE_LIMIT]],
         hidden_rows=max(0, len(rows) - TABLE_LIMIT),
         unfinished=unfinished,
         plotly_library=plotly.offline.get_plotlyjs(),
@@ -84,30 +89,37 @@ def shown_columns(rows: Sequence[dict[str, Any]], headlines: Sequence[str]) -> l
     """Columns that say something: at least one value, the headline metrics early."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     filled = [name for name in names if any(row.get(name) is not None for row in rows)]
+    if not any(row.get("control") for row in rows):
+        filled = [name for name in filled if name != "control"]
     several = len({row.get("sweep") for row in rows}) > 1
     lead = [name for name in ("run", *headlines, "gain_over_control", "sweep") if name in filled]
     shown = [*lead, *(name for name in filled if name not in lead)]
     return shown if several else [name for name in shown if name != "sweep"]
 
 
-def cell(name: str, value: Any, headlines: Sequence[str]) -> dict[str, Any]:
+def cell(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """What is shown and what is sorted by."""
+    value = row.get(name)
     if value is None:
         return {"text": "", "sort": ""}
     if isinstance(value, bool):
         return {"text": "yes" if value else "", "sort": int(value)}
     if isinstance(value, float):
-        text = (
-            f"{value:+.2%}"
-            if name == "gain_over_control"
-            else f"{value:.2%}"
-            if name in headlines
-            else f"{value:,.4g}"
-        )
+        if name == "gain_over_control":
+            ranked = metrics.headline_of(key for key, found in row.items() if found is not None)
+            text = metrics.gain_text(ranked or name, value)
+        else:
+            text = metrics.text_of(name, value)
         return {"text": text, "sort": value}
     if isinstance(value, int):
-        return {"text": f"{value:,}", "sort": value}
+        return {"text": str(value) if name == "seed" else f"{value:,}", "sort": value}
     return {"text": str(value), "sort": str(value)}
+
+
+def marked(text: str) -> Markup:
+    """Text with its `commands` set as code; all else is escaped."""
+    parts = str(escape(text)).split("`")
+    return Markup("".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts)))
 
 
 def figure_html(figure: go.Figure) -> str:

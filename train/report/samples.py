@@ -151,8 +151,11 @@ def classification(subject: Subject, count: int) -> Findings:
             found.append(Scored(loss, caption, partial(sample_picture, reader, row, clips)))
         worst = keep_worst(worst, found, count)
     what = "clips" if clips else "samples"
-    text = f"The {looked_at(subject, rows, what)} with the largest loss{' (their middle frames)' if clips else ''}"
-    return Findings(worst, class_figures(confusion, card), f"{text}, and the confusion of classes.", [])
+    text = (
+        f"The confusion of the classes, and the {what} with the largest loss{' (their middle frames)' if clips else ''}, "
+        f"of {looked_at(subject, rows, what)}."
+    )
+    return Findings(worst, class_figures(confusion, card), text, [])
 
 
 def sample_picture(reader: Any, row: int, clips: bool) -> Image.Image:
@@ -203,7 +206,8 @@ def segmentation(subject: Subject, count: int) -> Findings:
             figures.confusion(confusion[np.ix_(used, used)].tolist(), names, "Confusion of pixels"),
             figures.class_bars(names, values, "IoU"),
         ],
-        f"The {looked_at(subject, subject.rows, 'pictures')} with the lowest mean IoU: predicted mask left, true mask right.",
+        f"The pictures with the lowest mean IoU of {looked_at(subject, subject.rows, 'pictures')}: predicted mask left, "
+        "true mask right.",
         [
             LegendEntry(name, mask_color(int(index)) if index else None)
             for index, name in zip(used, names, strict=True)
@@ -292,8 +296,8 @@ def detection(subject: Subject, count: int) -> Findings:
     return Findings(
         worst,
         drawings,
-        f"The {looked_at(subject, subject.rows, 'pictures')} with the lowest F1 at IoU {MATCH_IOU} and confidence "
-        f"{CONFIDENCE}. True boxes are white with a black edge; detections have the color of their class and a label. "
+        f"The pictures with the lowest F1, at IoU {MATCH_IOU} and confidence {CONFIDENCE}, of "
+        f"{looked_at(subject, subject.rows, 'pictures')}. True boxes are white with a black edge; detections have the color of their class and a label. "
         f"In the confusion, “{NOTHING}” as the predicted class means missed, as the true class invented.",
         [],
     )

@@ -11,11 +11,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from console.progress import clock
+from train.metrics import HEADLINE_METRICS, label_of, text_of
 from train.sweep.config import Trial
 from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER, read_json
-
-# The number that stands for a task's quality, first match wins.
-HEADLINE_METRICS = ("top1", "map50_95", "map50", "miou", "probe_top1", "knn_top1", "cosine")
 
 
 class TrialState(NamedTuple):
@@ -114,17 +112,24 @@ class Board:
 
 
 def line(state: TrialState) -> str:
-    """`resnet18-seed0-1a2b3c4d: running, epoch 3/20, top1 0.6125, 0:41 left`"""
+    """`resnet18-seed0-1a2b3c4d: running, epoch 3/20, top-1 accuracy 61.25%, 0:41 left`"""
     parts = [state.state]
     if state.epoch:
         parts.append(f"epoch {state.epoch}/{state.epochs}" if state.epochs else f"epoch {state.epoch}")
     if state.best is not None:
-        parts.append(f"{state.metric} {state.best:.4f}")
+        parts.append(best_text(state))
     if state.left_s is not None:
         parts.append(f"{clock(state.left_s)} left")
     if state.reason:
         parts.append(state.reason)
     return f"{state.name}: {', '.join(parts)}"
+
+
+def best_text(state: TrialState) -> str:
+    """`top-1 accuracy 61.25%`; empty before the first validation."""
+    if state.metric is None or state.best is None:
+        return ""
+    return f"{label_of(state.metric)} {text_of(state.metric, state.best)}"
 
 
 def table(states: Sequence[TrialState]) -> Any:
@@ -140,7 +145,7 @@ def table(states: Sequence[TrialState]) -> Any:
             state.name,
             Text(state.state, style=colours.get(state.state, "")),
             f"{state.epoch}/{state.epochs or '?'}",
-            "" if state.best is None else f"{state.metric} {state.best:.4f}",
+            best_text(state),
             "" if state.left_s is None else clock(state.left_s),
         )
     return drawn

@@ -1,0 +1,93 @@
+"""What each number of a run is called and how it is written: in tables, on the sweep's board and in reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+Kind = Literal["share", "number", "count", "seconds", "milliseconds", "megabytes"]
+
+
+class Metric(NamedTuple):
+    """One name for people. Shares of one are written in percent; `higher_is_better` None: neither."""
+
+    label: str
+    kind: Kind = "number"
+    higher_is_better: bool | None = True
+
+
+METRICS: dict[str, Metric] = {
+    "top1": Metric("top-1 accuracy", "share"),
+    "top5": Metric("top-5 accuracy", "share"),
+    "macro_precision": Metric("macro precision", "share"),
+    "macro_recall": Metric("macro recall", "share"),
+    "macro_f1": Metric("macro F1", "share"),
+    "map50_95": Metric("mAP50-95", "share"),
+    "map50": Metric("mAP50", "share"),
+    "precision": Metric("precision", "share"),
+    "recall": Metric("recall", "share"),
+    "miou": Metric("mean IoU", "share"),
+    "pixel_accuracy": Metric("pixel accuracy", "share"),
+    "probe_top1": Metric("linear-probe accuracy", "share"),
+    "knn_top1": Metric("k-NN accuracy", "share"),
+    "cosine": Metric("cosine to the teacher"),
+    "train_loss": Metric("training loss, weighted", "number", False),
+    "val_loss": Metric("validation loss, weighted", "number", False),
+    "hard_loss": Metric("task loss, training", "number", False),
+    "val_hard_loss": Metric("task loss, validation", "number", False),
+    "feature_loss": Metric("feature term, training", "number", False),
+    "val_feature_loss": Metric("feature term, validation", "number", False),
+    "logit_loss": Metric("logit term, training", "number", False),
+    "val_logit_loss": Metric("logit term, validation", "number", False),
+    "parameters": Metric("parameters", "count", False),
+    "trainable_parameters": Metric("trained parameters", "count", False),
+    "macs": Metric("multiply-accumulates", "count", False),
+    "latency_ms": Metric("latency", "milliseconds", False),
+    "wall_time_s": Metric("training time", "seconds", False),
+    "images_per_second": Metric("training images/s", "number"),
+    "peak_rss_mb": Metric("peak memory", "megabytes", False),
+    "peak_gpu_mb": Metric("peak GPU memory", "megabytes", False),
+    "validation_samples": Metric("validation samples", "count", None),
+    "epochs_done": Metric("epochs", "count", None),
+    "best_epoch": Metric("best epoch", "count", None),
+    "gain_over_control": Metric("gain over control", "share"),
+}
+
+# The number that stands for a task's quality: the first that a run has. Higher is better for all of them.
+HEADLINE_METRICS = ("top1", "map50_95", "map50", "miou", "probe_top1", "knn_top1", "cosine")
+UNITS = {"milliseconds": " ms", "seconds": " s", "megabytes": " MB"}
+
+
+def metric_of(name: str) -> Metric:
+    """The entry of METRICS; a name that is not in it stands for itself."""
+    return METRICS.get(name) or Metric(name.replace("_", " "), "number", None)
+
+
+def label_of(name: str) -> str:
+    return metric_of(name).label
+
+
+def is_share(name: str) -> bool:
+    return metric_of(name).kind == "share"
+
+
+def headline_of(names: Iterable[str]) -> str | None:
+    """The first headline metric among `names`."""
+    known = set(names)
+    return next((name for name in HEADLINE_METRICS if name in known), None)
+
+
+def text_of(name: str, value: float) -> str:
+    """A value with its unit: 61.25%, 4.1 ms, 11,181,642."""
+    kind = metric_of(name).kind
+    if kind == "share":
+        return f"{value:.2%}"
+    if kind == "count":
+        return f"{value:,.0f}"
+    return f"{value:,.4g}{UNITS.get(kind, '')}"
+
+
+def gain_text(name: str, difference: float) -> str:
+    """A difference with its sign; one that rounds to zero is ±0: its sign would be noise."""
+    text = f"{difference:+.2%}" if is_share(name) else f"{difference:+.4f}"
+    return text if any(digit in text for digit in "123456789") else text.replace(text[0], "±", 1)
