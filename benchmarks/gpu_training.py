@@ -134,7 +134,7 @@ def loop_step(built: Any, change: Callable[[Any], None] | None) -> Callable[[], 
         batch = next(batches)
         if change is not None:
             change(batch)
-        loop.step([batch], time.monotonic())
+        loop.step([batch])
 
     return step
 

@@ -88,7 +88,7 @@ def loop_step(built: Any, change: Callable[[Any], None] = lambda batch: None) ->
     def step() -> None:
         batch = next(batches)
         change(batch)
-        loop.step([batch], time.monotonic())
+        loop.step([batch])
 
     return step
 

@@ -201,9 +201,9 @@ def test_control_has_the_same_weights_order_and_schedule_and_weight_one(make_sto
         orders.append([])
         weights.append(parts.objective.weight("hard_loss"))
 
-    def step(self: Any, group: Any, started: float) -> None:
+    def step(self: Any, group: Any) -> None:
         orders[-1] += [int(row) for batch in group for row in batch.rows]
-        plain_step(self, group, started)
+        plain_step(self, group)
 
     monkeypatch.setattr(loop.Loop, "__init__", init)
     monkeypatch.setattr(loop.Loop, "step", step)
