@@ -161,17 +161,18 @@ def supervise(command: Sequence[str], name: str, deadline_s: float) -> StageResu
     ]
     for reader in readers:
         reader.start()
+    code: int | None = None
     try:
         code = process.wait(deadline_s)
-        if code:
-            result.error = last_error(last_words) or f"exit code {code}"
-        result.ok = code == 0
     except subprocess.TimeoutExpired:
         result.error = f"not finished after {deadline_s:.0f} s"
     finally:
         end_group(process)
-    for reader in readers:
+    for reader in readers:  # they end with the last process that holds the pipes
         reader.join(GRACE_S)
+    result.ok = code == 0
+    if code:
+        result.error = last_error(last_words) or f"exit code {code}"
     result.seconds = round(time.monotonic() - started, 1)
     return result
 
