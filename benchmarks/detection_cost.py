@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from PIL import Image
 
 from console.output import print_json, print_table
@@ -123,10 +124,10 @@ def train_step(trainer: Any, batch: dict[str, Any]) -> None:
     """One step as ultralytics' loop makes it: autocast, scaled loss, optimizer, average of the weights."""
     from ultralytics.utils.torch_utils import autocast
 
-    with autocast(trainer.amp):
+    with autocast(torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp, device=trainer.device.type):
         loss, _ = trainer.model(trainer.preprocess_batch(dict(batch)))
     trainer.scaler.scale(loss.sum()).backward()
-    trainer.optimizer_step()
+    trainer.take_step()
 
 
 def measure(store: Path, work: Path, image_size: int, rounds: int) -> dict[str, Any]:
