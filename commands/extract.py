@@ -77,6 +77,14 @@ def extract(
             rich_help_panel=TEACHER_PANEL,
         ),
     ] = None,
+    bit_depth: Annotated[
+        str | None,
+        Option(
+            help="Bits used of 16-bit gray images: auto (by a sample), full, 8, 12 or 16. [auto]",
+            metavar="BITS",
+            rich_help_panel=TEACHER_PANEL,
+        ),
+    ] = None,
     max_pixels: Annotated[
         int | None,
         Option(

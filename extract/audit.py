@@ -157,6 +157,7 @@ def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) ->
         seed=int(manifest.options.get("seed", 0)),
         frames=frames,
         pair=teacher.temporal_patch_size if frames else 1,
+        bit_depth=manifest.preprocessing.bit_depth,
         max_pixels=MOST_PIXELS,  # the extraction's own limit has let them pass
     )
     slab = Slab((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)

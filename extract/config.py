@@ -47,6 +47,7 @@ class ExtractConfig(BaseModel):
     image_size: int = Field(224, ge=14, le=4096)
     resize: Literal["squash", "letterbox", "center-crop"] = "squash"
     exact_preprocessing: bool = False
+    bit_depth: int | Literal["auto", "full"] = "auto"
     max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1, le=MOST_PIXELS)
 
     grid: int | Literal["auto", "native"] = "auto"
@@ -74,6 +75,13 @@ class ExtractConfig(BaseModel):
     def check_grid(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 0 <= value <= 256:
             raise ValueError("must be auto, native, 0 (no grid) or a side between 1 and 256")
+        return value
+
+    @field_validator("bit_depth")
+    @classmethod
+    def check_bit_depth(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 8 <= value <= 16:
+            raise ValueError("must be auto, full (16) or a number between 8 and 16")
         return value
 
     @field_validator("batch_size")

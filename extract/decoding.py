@@ -17,7 +17,7 @@ from PIL import Image
 from extract.augment import LARGEST_ZOOM, Matrix, sample_views
 from extract.preprocess import decode_for, resize_pixels
 from extract.sources.base import AnnotationError, Boxes, Sample, content_digest
-from imaging.decode import DEFAULT_MAX_PIXELS, Decoded, decode
+from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, Decoded, decode
 from imaging.errors import ImageError
 from imaging.geometry import View
 
@@ -45,6 +45,7 @@ class DecodeJob:
     seed: int = 0
     images: Literal["none", "jpeg", "raw"] = "none"
     max_pixels: int = DEFAULT_MAX_PIXELS
+    bit_depth: int = FULL_DEPTH
 
     @property
     def planes(self) -> int:
@@ -97,7 +98,7 @@ def decode_sample(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSamp
 def decode_still(job: DecodeJob, sample: Sample, data: bytes, planes: Pixels) -> DecodedSample:
     """One image: the base plane, then a plane for each augmented view."""
     needed = job.image_size * (LARGEST_ZOOM if job.views else 1)
-    decoded = decode_for(data, needed, exact=job.exact, max_pixels=job.max_pixels)
+    decoded = decode_for(data, needed, exact=job.exact, max_pixels=job.max_pixels, bit_depth=job.bit_depth)
     planes[0] = resize_pixels(decoded, job.image_size, job.resize, job.interpolation)
     geometry = None
     if job.views:
@@ -110,7 +111,9 @@ def decode_still(job: DecodeJob, sample: Sample, data: bytes, planes: Pixels) ->
 
 def decode_clip(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSample:
     """A clip: one plane for each frame that the teacher sees."""
-    frames = sample.read_frames(job.frames, pairs=job.pair == 2, max_pixels=job.max_pixels)
+    frames = sample.read_frames(
+        job.frames, pairs=job.pair == 2, max_pixels=job.max_pixels, bit_depth=job.bit_depth
+    )
     size = frames[0].size
     for plane, frame in zip(planes, frames, strict=True):
         plane[...] = resize_pixels(Decoded(frame, size), job.image_size, job.resize, job.interpolation)
@@ -127,6 +130,6 @@ def jpeg_bytes(data: bytes, job: DecodeJob) -> bytes:
     if data.startswith(JPEG_MAGIC):
         return data
     buffer = io.BytesIO()
-    image = decode(data, max_pixels=job.max_pixels).image
+    image = decode(data, max_pixels=job.max_pixels, bit_depth=job.bit_depth).image
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()

@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from console.log import get_logger
+from extract.bit_depth import choose_bit_depth
 from extract.config import ConfigError, ExtractConfig
 from extract.decoding import DecodeJob
 from extract.encode import Encoding
 from extract.sources.base import Sample, Samples, Source
 from extract.teachers import Teacher
+from imaging.decode import FULL_DEPTH
 from store import format as names
 from store.format import ArraySpec, Manifest
 from store.keys import KeyTable
@@ -97,6 +100,7 @@ def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> Extrac
         interpolation=teacher.preprocessing.interpolation,
         exact=config.exact_preprocessing,
         max_pixels=config.max_pixels,
+        bit_depth=choose_bit_depth(config, source),
         views=config.views,
         frames=config.frames if clips else 0,
         pair=temporal_patch(teacher) if clips else 1,
@@ -176,9 +180,10 @@ def make_manifest(
     config: ExtractConfig, source: Source, teacher: Teacher, encoding: Encoding, job: DecodeJob
 ) -> Manifest:
     preprocessing = teacher.preprocessing
-    if config.exact_preprocessing:
-        options = {**preprocessing.options, "exact": True}
-        preprocessing = preprocessing.model_copy(update={"options": options})
+    changes: dict[str, Any] = {"exact": True} if config.exact_preprocessing else {}
+    if job.bit_depth != FULL_DEPTH:
+        changes["bit_depth"] = job.bit_depth
+    preprocessing = preprocessing.model_copy(update={"options": {**preprocessing.options, **changes}})
     options = {"seed": config.seed} if config.views else {}
     if job.frames:
         options |= {"frames": job.frames, "frames_per_row": job.pair}

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imaging.decode import DEFAULT_MAX_PIXELS, Decoded, decode
+from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, Decoded, decode
 from imaging.geometry import PADDING_COLOUR, content_rectangle, resize_view
 
 if TYPE_CHECKING:
@@ -58,11 +58,16 @@ def preprocess(
 
 
 def decode_for(
-    data: bytes | Path, image_size: int, *, exact: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+    data: bytes | Path,
+    image_size: int,
+    *,
+    exact: bool = False,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    bit_depth: int = FULL_DEPTH,
 ) -> Decoded:
     """Decode as large as a target of `image_size` needs. Raises ImageError."""
     target = None if exact else DRAFT_MARGIN * image_size
-    return decode(data, target_size=target, max_pixels=max_pixels)
+    return decode(data, target_size=target, max_pixels=max_pixels, bit_depth=bit_depth)
 
 
 def resize_pixels(

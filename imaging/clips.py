@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imaging.decode import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, decode_image, read_file
+from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, IMAGE_SUFFIXES, decode_image, read_file
 from imaging.errors import ImageError
 from imaging.video import decode_frames
 
@@ -66,10 +66,16 @@ def clip_content(path: Path) -> bytes:
 
 
 def read_clip_frames(
-    path: Path, count: int, *, pairs: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+    path: Path,
+    count: int,
+    *,
+    pairs: bool = False,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    bit_depth: int = FULL_DEPTH,
 ) -> list[Image.Image]:
     """`count` RGB frames (with `pairs` 2 · count) of a clip, chosen by `sample_frame_indices`.
 
+    `bit_depth`: of frames that are 16-bit gray images, see `imaging.decode.decode`.
     Raises ImageError naming the frame that cannot be decoded.
     """
     if not path.is_dir():
@@ -82,12 +88,12 @@ def read_clip_frames(
     if not files:
         raise ImageError("no frames in the folder")
     rows = sample_frame_indices(len(files), count, pairs=pairs).reshape(-1).tolist()
-    images = {row: read_frame(files[row], max_pixels) for row in dict.fromkeys(rows)}
+    images = {row: read_frame(files[row], max_pixels, bit_depth) for row in dict.fromkeys(rows)}
     return [images[row] for row in rows]
 
 
-def read_frame(file: Path, max_pixels: int) -> Image.Image:
+def read_frame(file: Path, max_pixels: int, bit_depth: int) -> Image.Image:
     try:
-        return decode_image(file, max_pixels=max_pixels)
+        return decode_image(file, max_pixels=max_pixels, bit_depth=bit_depth)
     except ImageError as error:
         raise ImageError(f"frame {file.name}: {error.reason}") from None

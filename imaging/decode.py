@@ -5,7 +5,8 @@ What is decided here, once, for both stages:
 - The content decides the format, never the file's name; only raster formats are read (no EPS, no PDF).
 - EXIF orientation is applied. Unreadable EXIF counts as none, as in browsers.
 - Transparency is laid on white, as Qwen's own `qwen_vl_utils` does.
-- 16-bit grey is scaled to 8 bits; 32-bit integers and floats are refused: their white is not defined.
+- 16-bit gray is scaled to 8 bits by a stated depth: 2^bit_depth − 1 is white, larger values are white too. 32-bit
+  integers and floats are refused: their white is not defined. Of 16-bit color Pillow reads the upper byte.
 - Of animations and multi-page files, the first frame is taken.
 - A truncated file is an error, never a half grey image; a PNG's checksums are verified. Damage that a format
   cannot notice (changed bytes in a JPEG) goes unnoticed here as well.
@@ -31,12 +32,14 @@ from imaging.errors import ImageError
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
+    "FULL_DEPTH",
     "MOST_PIXELS",
     "Decoded",
     "ImageError",
     "decode",
     "decode_image",
     "image_size",
+    "largest_gray",
     "read_blocks",
     "read_file",
 ]
@@ -46,6 +49,8 @@ DEFAULT_MAX_PIXELS = 89_478_485
 # Where Pillow itself refuses, so no larger cap makes sense.
 MOST_PIXELS = 2 * DEFAULT_MAX_PIXELS
 MAX_FILE_BYTES = 1 << 30
+FULL_DEPTH = 16  # bits of a 16-bit image that are used when nothing else is said
+WIDE_GRAY = "I;16"  # how Pillow's names of 16-bit gray modes begin
 
 # MPO needs no entry: Pillow opens it through JPEG, and has no MPO plugin to look up.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DDS")
@@ -141,19 +146,28 @@ def open_regular(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def decode_image(
-    data: bytes | Path | str, *, target_size: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    data: bytes | Path | str,
+    *,
+    target_size: int | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    bit_depth: int = FULL_DEPTH,
 ) -> Image.Image:
     """The image, upright, RGB; see `decode` for the arguments and errors."""
-    return decode(data, target_size=target_size, max_pixels=max_pixels).image
+    return decode(data, target_size=target_size, max_pixels=max_pixels, bit_depth=bit_depth).image
 
 
 def decode(
-    data: bytes | Path | str, *, target_size: int | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+    data: bytes | Path | str,
+    *,
+    target_size: int | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    bit_depth: int = FULL_DEPTH,
 ) -> Decoded:
     """Decode a file's bytes (or the file at a path).
 
     `target_size`: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with both sides still at least that many
     pixels: much faster, and not bit-equal to the full size. `max_pixels` caps width × height of the original.
+    `bit_depth`: how many bits of a 16-bit gray image are used, 8 to 16.
     Raises ImageError with the reason for anything that cannot be decoded whole.
     """
     raw = data if isinstance(data, bytes) else read_file(data)
@@ -163,7 +177,7 @@ def decode(
             if target_size is not None and image.format in ("JPEG", "MPO"):
                 image.draft(None, (target_size, target_size))
             image.load()
-            return Decoded(_to_rgb(upright(image)), size)
+            return Decoded(_to_rgb(upright(wide_gray(image)), bit_depth), size)
     except ImageError:
         raise
     except Exception as error:
@@ -184,6 +198,30 @@ def image_size(data: bytes | Path | str, *, max_pixels: int = DEFAULT_MAX_PIXELS
         raise ImageError(reason_of(error)) from None
 
 
+def largest_gray(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> int | None:
+    """The largest value of a 16-bit gray image, by which a data set's bit depth is chosen; None for any other image.
+
+    Raises ImageError like `decode`.
+    """
+    try:
+        with open_image(data, max_pixels) as image:
+            if not wide_gray(image).mode.startswith(WIDE_GRAY):
+                return None
+            image.load()
+            return int(np.asarray(image).max())
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(reason_of(error)) from None
+
+
+def wide_gray(image: Image.Image) -> Image.Image:
+    """Pillow reads 16-bit PGM as 32-bit integers of the range 0 to 65535: those as 16-bit gray, others as they are."""
+    if image.mode != "I" or image.format != "PPM":
+        return image
+    return Image.fromarray(np.asarray(image).astype(np.uint16))
+
+
 def open_image(raw: bytes, max_pixels: int) -> Image.Image:
     """The image with its header read, its size checked. Raises ImageError, or whatever Pillow's plugin raises."""
     if not raw:
@@ -193,15 +231,33 @@ def open_image(raw: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(f"too many pixels: the limit is {max_pixels:,} (--max-pixels)") from None
+        raise too_many_pixels(_size_in_header(raw), max_pixels) from None
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"image of {width}×{height} pixels")
     if width * height > max_pixels:
-        raise ImageError(
-            f"too many pixels: {width}×{height} = {width * height:,}, the limit is {max_pixels:,} (--max-pixels)"
-        )
+        raise too_many_pixels(image.size, max_pixels)
     return image
+
+
+def too_many_pixels(size: tuple[int, int] | None, max_pixels: int) -> ImageError:
+    """The error for an image of `size` (width, height), None where it is not known."""
+    shown = "" if size is None else f"{size[0]}×{size[1]} = {size[0] * size[1]:,}, "
+    return ImageError(f"too many pixels: {shown}the limit is {max_pixels:,} (--max-pixels)")
+
+
+def _size_in_header(raw: bytes) -> tuple[int, int] | None:
+    """The size of an image that Pillow's own limit keeps `Image.open` from returning; no pixel is decoded."""
+    for name in FORMATS:
+        factory, accepts = Image.OPEN[name]
+        if accepts is None or accepts(raw[:16]) is not True:
+            continue
+        try:
+            size: tuple[int, int] = factory(io.BytesIO(raw), "").size
+        except Exception:  # a plugin may raise anything, see `decode`
+            continue
+        return size
+    return None
 
 
 def _check_png(raw: bytes) -> None:
@@ -242,14 +298,14 @@ def upright(image: Image.Image) -> Image.Image:
     return image if operation is None else image.transpose(operation)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, bit_depth: int) -> Image.Image:
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
-    if mode.startswith("I;16"):
-        # 65535 → 255, rounded to nearest.
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if mode.startswith(WIDE_GRAY):
+        white = 2**bit_depth - 1
+        gray = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white  # rounded to nearest
+        return Image.fromarray(np.minimum(gray, 255).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
         kind = "32-bit integer" if mode == "I" else "floating-point"
         raise ImageError(f"{kind} pixels have no defined white: convert the file to 8 or 16 bits")

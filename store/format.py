@@ -95,6 +95,11 @@ class Preprocessing(Model):
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     options: dict[str, Any] = {}
 
+    @property
+    def bit_depth(self) -> int:
+        """Bits of a 16-bit gray image that are used: 2^bit_depth − 1 is white. Stores that say nothing use all 16."""
+        return int(self.options.get("bit_depth", 16))
+
 
 class ArraySpec(Model):
     """One array of a split. `row_shape` is the shape without its first axis.

@@ -319,7 +319,7 @@ def build_samples(
     if config.student_type != "lstm":
         return {"dataset": ImageViews(ImageReader(split, root, manifest.preprocessing), settings)}
     gather = partial(gather_frames, split) if frames else None
-    reader = ClipReader(split, root, *clip_places(split, manifest))
+    reader = ClipReader(split, root, *clip_places(split, manifest), manifest.preprocessing.bit_depth)
     return {"dataset": ClipViews(reader, settings), "collate": collate_clips, "gather_more": gather}
 
 

@@ -100,6 +100,7 @@ def describe_student(
             "resize": manifest.preprocessing.resize,
             "mean": list(normalization(student)[0]),
             "std": list(normalization(student)[1]),
+            "bit_depth": manifest.preprocessing.bit_depth,
             **clip_sampling(manifest),
         },
         "config": dict(config),

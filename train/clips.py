@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from imaging.clips import clip_content, read_clip_frames
+from imaging.decode import FULL_DEPTH
 from imaging.errors import ImageError
 from store.format import CONTENT, FRAMES, Manifest
 from train.data import Views, ViewSettings, collate_views
@@ -29,13 +30,18 @@ class ClipReader:
     """Reads the frames of a clip as the extraction chose them; picklable.
 
     `places`: stored rows of each clip, int64 [N]; `frames_per_row`: frames that the teacher saw for each row
-    (2 for Qwen2.5-VL, whose rows stand for frame pairs).
+    (2 for Qwen2.5-VL, whose rows stand for frame pairs). `bit_depth`: of frames that are 16-bit gray images.
     """
 
     def __init__(
-        self, split: Any, data_root: Path | None, places: NDArray[np.int64], frames_per_row: int
+        self,
+        split: Any,
+        data_root: Path | None,
+        places: NDArray[np.int64],
+        frames_per_row: int,
+        bit_depth: int = FULL_DEPTH,
     ) -> None:
-        self.split, self.data_root = split, data_root
+        self.split, self.data_root, self.bit_depth = split, data_root, bit_depth
         self.places, self.frames_per_row = places, frames_per_row
         self.checked: set[int] = set()
 
@@ -45,7 +51,9 @@ class ClipReader:
         path = path_of(key, self.data_root)
         try:
             self.check_content(row, path)
-            return read_clip_frames(path, int(self.places[row]), pairs=self.frames_per_row == 2)
+            return read_clip_frames(
+                path, int(self.places[row]), pairs=self.frames_per_row == 2, bit_depth=self.bit_depth
+            )
         except ImageError as error:
             raise DataError(
                 f"clip {key}: {error.reason} (looked at {path}; --data-root says where clips lie)"

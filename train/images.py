@@ -75,7 +75,12 @@ class ImageReader:
         data = self.stored_bytes(row) if self.kind == "jpeg" else self.file_bytes(row)
         try:
             # The extraction has chosen the cap (--max-pixels); what it took is taken here, too.
-            decoded = decode(data, target_size=target_size, max_pixels=MOST_PIXELS)
+            decoded = decode(
+                data,
+                target_size=target_size,
+                max_pixels=MOST_PIXELS,
+                bit_depth=self.preprocessing.bit_depth,
+            )
         except ImageError as error:
             raise DataError(f"image {self.key(row)}: {error.reason}") from None
         return Shown(decoded.image, decoded.size)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imaging.decode import DEFAULT_MAX_PIXELS, read_file
+from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, read_file
 from store.errors import DistillError
 
 
@@ -75,7 +75,9 @@ class Frames(Payload, Protocol):
         """Bytes of its file or files, which are not read. Raises OSError."""
         ...
 
-    def read_frames(self, count: int, *, pairs: bool, max_pixels: int) -> list[Image.Image]: ...
+    def read_frames(
+        self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int
+    ) -> list[Image.Image]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,12 @@ class Sample:
         return self.mask.read(size)
 
     def read_frames(
-        self, count: int, *, pairs: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+        self,
+        count: int,
+        *,
+        pairs: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        bit_depth: int = FULL_DEPTH,
     ) -> list[Image.Image]:
         """`count` RGB frames spread evenly over the clip, see `sample_frame_indices`; with `pairs` 2 · count
         frames, each chosen one followed by its successor, as Qwen's temporal patch takes them.
@@ -144,7 +151,7 @@ class Sample:
         """
         if self.frames is None:
             raise ValueError(f"sample {self.key!r} is not a clip")
-        return self.frames.read_frames(count, pairs=pairs, max_pixels=max_pixels)
+        return self.frames.read_frames(count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
 
 
 class Samples(Sequence[Sample], ABC):

@@ -43,8 +43,8 @@ class Clip:
         with os.scandir(self.path) as entries:
             return sum(entry.stat().st_size for entry in entries)
 
-    def read_frames(self, count: int, *, pairs: bool, max_pixels: int) -> list[Image.Image]:
-        return read_clip_frames(self.path, count, pairs=pairs, max_pixels=max_pixels)
+    def read_frames(self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int) -> list[Image.Image]:
+        return read_clip_frames(self.path, count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
 
 
 class ClipSamples(Samples):

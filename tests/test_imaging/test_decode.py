@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imaging.decode import ImageError, decode, decode_image, image_size, read_file
+from imaging.decode import ImageError, decode, decode_image, image_size, largest_gray, read_file
 from imaging.masks import decode_mask, encode_mask
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -108,13 +108,33 @@ def test_palettes_with_and_without_transparency() -> None:
     assert decode_image(rgb).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_grey_bits_and_sixteen_bits() -> None:
+def test_gray_bits_and_sixteen_bits() -> None:
     assert decode_image(encode(Image.new("1", (3, 3), 1), "PNG")).getpixel((0, 0)) == (255,) * 3
     assert decode_image(encode(Image.new("L", (3, 3), 77), "PNG")).getpixel((0, 0)) == (77,) * 3
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     for form in ("PNG", "TIFF"):
         seen = np.asarray(decode_image(encode(Image.fromarray(ramp), form)))
         np.testing.assert_array_equal(seen, np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2))
+
+
+def test_the_bit_depth_says_what_is_white() -> None:
+    """The largest value in use is white, not 65535; values above it are white too."""
+    for depth in (8, 10, 12, 16):
+        white = 2**depth - 1
+        ramp = np.array([[0, white // 2, white, min(white + 7, 65535)]], np.uint16)
+        seen = np.asarray(decode_image(encode(Image.fromarray(ramp), "PNG"), bit_depth=depth))[0, :, 0]
+        assert seen.tolist() == [0, 127, 255, 255]
+    assert largest_gray(encode(Image.fromarray(np.array([[3, 235]], np.uint16)), "TIFF")) == 235
+    assert largest_gray(encode(smooth(9, 9), "PNG")) is None
+
+
+def test_sixteen_bit_pgm_is_read_like_png() -> None:
+    values = np.array([[0, 300, 1023, 65535]], np.uint16)
+    data = b"P5\n4 1\n65535\n" + values.astype(">u2").tobytes()
+    np.testing.assert_array_equal(
+        np.asarray(decode_image(data)), np.asarray(decode_image(encode(Image.fromarray(values), "PNG")))
+    )
+    assert largest_gray(data) == 65535
 
 
 def test_sixteen_bit_colour_agrees_with_opencv() -> None:
@@ -188,7 +208,7 @@ def test_pixel_cap_comes_before_decoding() -> None:
 
 def test_bomb_beyond_pillows_own_limit() -> None:
     header = b"P6\n100000 100000\n255\n"
-    with pytest.raises(ImageError, match="too many pixels"):
+    with pytest.raises(ImageError, match=r"too many pixels: 100000×100000 = 10,000,000,000, the limit"):
         decode(header)
 
 

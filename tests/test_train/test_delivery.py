@@ -17,6 +17,7 @@ from PIL import Image
 
 from console.files import OutputError
 from console.stop import Stopped
+from store import open_store
 from tests.test_train.runs import cli, trained
 from train.checkpoint import load_student_from_run
 from train.delivery.clips import find_clips
@@ -29,6 +30,7 @@ from train.delivery.model import METADATA_KEY, ModelCard, OnnxModel, open_model,
 from train.delivery.predict import PredictionWriter, predict_files
 from train.delivery.records import BadFile, Prediction
 from train.errors import DeliveryError
+from train.images import ImageReader
 
 SURE_BOXES = 5
 
@@ -100,6 +102,27 @@ def test_pytorch_and_onnx_predict_the_same(run_folder: Path, pictures: Path) -> 
         assert one["file"] == other["file"]
         assert [c["class"] for c in one["top"]] == [c["class"] for c in other["top"]]
         assert sum(c["probability"] for c in one["top"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_sixteen_bit_images_are_read_by_the_stores_rule(make_store: Any, tmp_path: Path) -> None:
+    """The manifest's bit depth reaches stage two, the checkpoint and the ONNX file: 235 of 65535 is not black."""
+    store = make_store(images="none")
+    root = json.loads((store / "zarr.json").read_text())
+    root["attributes"]["preprocessing"]["options"] = {"bit_depth": 8}
+    (store / "zarr.json").write_text(json.dumps(root))
+    run = trained(store, tmp_path / "run")
+    narrow = np.random.default_rng(0).integers(0, 235, (40, 60), dtype=np.uint8)
+    Image.fromarray(narrow).save(tmp_path / "narrow.png")
+    Image.fromarray(narrow.astype(np.uint16)).save(tmp_path / "wide.png")
+    exported = export_student(run, "onnx")
+    for model in (run, exported.path):
+        found = predict_files(model, [str(tmp_path / "narrow.png"), str(tmp_path / "wide.png")])
+        narrow_top, wide_top = (item.record["top"] for item in found)
+        assert narrow_top == wide_top
+    opened = open_store(store)
+    reader = ImageReader(opened["train"], tmp_path, opened.manifest.preprocessing)
+    reader.file_bytes = lambda row: (tmp_path / "wide.png").read_bytes()  # type: ignore[method-assign]
+    assert np.array_equal(np.asarray(reader.read(0, 32).image)[..., 0], narrow)
 
 
 def test_bad_files_are_named_in_their_place(run_folder: Path, pictures: Path) -> None:

@@ -58,7 +58,9 @@ def predict_clip(model: TrainedModel, path: Path) -> Prediction | BadFile:
     """One clip's most probable classes, of as many frames as the student was trained on; the picture is the middle one."""
     card = model.card
     try:
-        images = read_clip_frames(path, card.frames or FRAMES, pairs=card.frame_pairs)
+        images = read_clip_frames(
+            path, card.frames or FRAMES, pairs=card.frame_pairs, bit_depth=card.bit_depth
+        )
     except (ImageError, OSError) as error:
         return BadFile(str(path), str(error))
     logits = model.run(card.normalize(clip_pixels(card, images))[None])[0]

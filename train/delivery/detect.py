@@ -48,7 +48,7 @@ def detect_batch(
     model: TrainedModel, files: Sequence[Path], confidence: float
 ) -> Iterator[Prediction | BadFile]:
     """Detections in each file of a batch, in order; unreadable ones come out as `BadFile`."""
-    images = [read_image(path, None) for path in files]
+    images = [read_image(path, None, model.card.bit_depth) for path in files]
     good = [image for image in images if isinstance(image, Image.Image)]
     found = iter(detect(model, good, confidence) if good else ())
     for path, image in zip(files, images, strict=True):

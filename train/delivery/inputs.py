@@ -41,10 +41,13 @@ def folder_pixels(folder: Path, card: ModelCard, count: int) -> list[NDArray[np.
     for path in files[:count]:
         try:
             if clips:
-                frames = read_clip_frames(path, card.frames or FRAMES, pairs=card.frame_pairs)
+                frames = read_clip_frames(
+                    path, card.frames or FRAMES, pairs=card.frame_pairs, bit_depth=card.bit_depth
+                )
                 pixels.append(clip_pixels(card, frames))
             else:
-                pixels.append(card.render(decode(path, target_size=card.image_size).image))
+                image = decode(path, target_size=card.image_size, bit_depth=card.bit_depth).image
+                pixels.append(card.render(image))
         except ImageError as error:
             raise DeliveryError(f"--images: {path}: {error}; remove it or name another folder") from None
     return pixels
@@ -66,7 +69,8 @@ def clip_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) ->
     """Reads equally many frames of every clip of a split, from the data set's root."""
     root = config.data_root or store.manifest.data_root
     places = np.full(len(store[split]), card.frames or FRAMES, dtype=np.int64)
-    return ClipReader(store[split], Path(root) if root else None, places, 2 if card.frame_pairs else 1)
+    per_place, depth = 2 if card.frame_pairs else 1, store.manifest.preprocessing.bit_depth
+    return ClipReader(store[split], Path(root) if root else None, places, per_place, depth)
 
 
 def image_reader(config: TrainConfig, store: Any, split: str) -> ImageReader:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from imaging.decode import FULL_DEPTH
 from imaging.geometry import View
 from train.checkpoint import BEST, load_student_from_run
 from train.errors import DeliveryError
@@ -32,7 +33,7 @@ class ModelCard:
     """All that using a student takes besides its weights; travels in ONNX metadata as JSON.
 
     `mean` and `std` are of RGB in [0, 1]; `resize` is the policy that the images are fitted with. Students of clips
-    saw `frames` of each clip, or with `frame_pairs` so many pairs of neighbours.
+    saw `frames` of each clip, or with `frame_pairs` so many pairs of neighbours. `bit_depth`: of 16-bit gray images.
     """
 
     student: str
@@ -44,6 +45,7 @@ class ModelCard:
     std: tuple[float, float, float]
     frames: int | None = None
     frame_pairs: bool = False
+    bit_depth: int = FULL_DEPTH
 
     @classmethod
     def of_checkpoint(cls, content: dict[str, Any]) -> ModelCard:
@@ -58,6 +60,7 @@ class ModelCard:
             std=tuple(shown["std"]),
             frames=shown.get("frames"),
             frame_pairs=bool(shown.get("frame_pairs")),
+            bit_depth=int(shown.get("bit_depth", FULL_DEPTH)),
         )
 
     @classmethod

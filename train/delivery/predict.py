@@ -85,7 +85,7 @@ def predict_batch(model: TrainedModel, files: Sequence[Path]) -> Iterator[Predic
     """Predict one batch; unreadable files come out as `BadFile`, in their place."""
     # A mask is drawn on the picture's own pixels; for a label, a JPEG may be decoded at a fraction of its size.
     target_size = None if model.card.task == "segmentation" else model.card.image_size
-    images = [read_image(path, target_size) for path in files]
+    images = [read_image(path, target_size, model.card.bit_depth) for path in files]
     good = [image for image in images if isinstance(image, Image.Image)]
     pixels = [model.card.render(image) for image in good]
     logits = iter(model.run(model.card.normalize(np.stack(pixels))) if good else ())

@@ -26,9 +26,12 @@ class Prediction(NamedTuple):
     mask: Image.Image | None = None
 
 
-def read_image(path: Path, target_size: int | None) -> Image.Image | BadFile:
-    """The upright RGB image; with `target_size` a JPEG may be decoded at a fraction of its size."""
+def read_image(path: Path, target_size: int | None, bit_depth: int) -> Image.Image | BadFile:
+    """The upright RGB image; with `target_size` a JPEG may be decoded at a fraction of its size.
+
+    `bit_depth`: of 16-bit gray images, as the student's training read them.
+    """
     try:
-        return decode(path, target_size=target_size).image
+        return decode(path, target_size=target_size, bit_depth=bit_depth).image
     except (ImageError, OSError) as error:
         return BadFile(str(path), str(error))

@@ -53,6 +53,7 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
         trainable=trainable if config.lora_rank else None,
         clip_norm=clip_norm(config),
         workers=worker_count(config, arguments),
+        bit_depth=store.manifest.preprocessing.bit_depth,
         state=state,
     )
 

@@ -35,6 +35,7 @@ class TrainingJob:
     student: YoloStudent
     clip_norm: float
     workers: int
+    bit_depth: int  # of 16-bit gray images, as the store was made
     trainable: set[str] | None = None
     state: dict[str, Any] | None = None
     epoch_finished: Callable[[Any], None] = ignore

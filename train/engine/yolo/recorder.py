@@ -43,6 +43,7 @@ def describe_run(job: Any) -> dict[str, Any]:
             "resize": "letterbox",
             "mean": [0.0, 0.0, 0.0],
             "std": [1.0, 1.0, 1.0],
+            "bit_depth": job.bit_depth,
         },
         "config": {**config_to_json(job.config), "lora_rank": 0},
         "merged_lora_rank": job.config.lora_rank,
