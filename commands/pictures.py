@@ -94,7 +94,12 @@ def read_image(split: Split, row: int, root: Path | None) -> Image.Image | None:
         return Image.fromarray(split.gather([row], [names.IMAGES_RAW])[names.IMAGES_RAW][0])
     try:
         if names.IMAGES_ENCODED in split.names:
-            return decode_image(split.ragged([row], names.IMAGES_ENCODED)[0].tobytes(), target_size=SIDE)
+            data = split.ragged([row], names.IMAGES_ENCODED)[0].tobytes()
+            if names.IMAGES_FRAMES in split.names:  # a clip: its middle frame
+                spans = split.gather([row], [names.IMAGES_FRAMES])[names.IMAGES_FRAMES][0].tolist()
+                start, length = spans[len(spans) // 2]
+                data = data[start : start + length]
+            return decode_image(data, target_size=SIDE)
         return decode_image(root / split.keys[row], target_size=SIDE) if root is not None else None
     except ImageError:
         return None

@@ -18,7 +18,8 @@ from extract.sources import open_source
 from extract.sources.base import Sample
 from extract.teachers import Teacher, load_teacher
 from extract.workers import DecodedBatch
-from imaging.decode import MOST_PIXELS
+from imaging.clips import ClipFrame
+from imaging.decode import MOST_PIXELS, decode_image
 from store import format as names
 from store.errors import DistillError
 from store.format import Manifest
@@ -140,9 +141,40 @@ def find_samples(
 
 
 def stored_images(split: Split, rows: list[int]) -> dict[int, Sample]:
-    """Samples of the images that the store holds."""
-    encoded = split.ragged(rows, names.IMAGES_ENCODED)
-    return {row: Sample(split.keys[row], data.tobytes()) for row, data in zip(rows, encoded, strict=True)}
+    """Samples of the images, or of the clips' frames, that the store holds."""
+    encoded = [data.tobytes() for data in split.ragged(rows, names.IMAGES_ENCODED)]
+    if names.IMAGES_FRAMES not in split.names:
+        return {row: Sample(split.keys[row], data) for row, data in zip(rows, encoded, strict=True)}
+    spans = split.gather(np.asarray(rows), [names.IMAGES_FRAMES])[names.IMAGES_FRAMES]
+    return {
+        row: Sample(
+            split.keys[row],
+            frames=StoredClip(
+                Path(split.keys[row]), data, tuple((first, length) for first, length in places.tolist())
+            ),
+        )
+        for row, data, places in zip(rows, encoded, spans, strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class StoredClip:
+    """A clip whose frames are in the store: `data` holds their JPEG bytes at `spans` (start, length)."""
+
+    path: Path
+    data: bytes
+    spans: tuple[tuple[int, int], ...]
+
+    def read(self) -> bytes:
+        return self.data
+
+    def stored_bytes(self) -> int:
+        return len(self.data)
+
+    def read_clip(self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int) -> list[ClipFrame]:
+        """The stored frames: those that the extraction took."""
+        files = [self.data[start : start + length] for start, length in self.spans]
+        return [ClipFrame(decode_image(file, max_pixels=max_pixels), file) for file in files]
 
 
 def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) -> dict[str, Floats]:

@@ -17,6 +17,7 @@ from PIL import Image
 from extract.augment import LARGEST_ZOOM, Matrix, sample_views
 from extract.preprocess import decode_for, resize_pixels
 from extract.sources.base import AnnotationError, Boxes, Sample, content_digest
+from imaging.clips import ClipFrame
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, Decoded, decode
 from imaging.errors import ImageError
 from imaging.geometry import View
@@ -50,7 +51,12 @@ class DecodeJob:
     @property
     def planes(self) -> int:
         """Pixel planes a sample takes in a slab."""
-        return self.frames * self.pair or 1 + self.views
+        return self.clip_frames or 1 + self.views
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames that are taken of each clip; 0 for images."""
+        return self.frames * self.pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ class DecodedSample:
 
     size: (width, height) of the original, upright; (0, 0) when bad. content: blake2b-128 of the file's bytes.
     reason: why the sample is bad, or None. encoded: image bytes to store. geometry: float64 [K, 2, 3].
-    mask: PNG bytes.
+    mask: PNG bytes. spans: of a clip, int64 [T, 2], start and length of each frame in `encoded`.
     """
 
     size: tuple[int, int] = (0, 0)
@@ -67,6 +73,7 @@ class DecodedSample:
     reason: str | None = None
     boxes: Boxes | None = None
     mask: bytes = b""
+    spans: npt.NDArray[np.int64] | None = None
     encoded: bytes = b""
     geometry: Matrix | None = None
 
@@ -111,13 +118,29 @@ def decode_still(job: DecodeJob, sample: Sample, data: bytes, planes: Pixels) ->
 
 def decode_clip(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSample:
     """A clip: one plane for each frame that the teacher sees."""
-    frames = sample.read_frames(
+    frames = sample.read_clip(
         job.frames, pairs=job.pair == 2, max_pixels=job.max_pixels, bit_depth=job.bit_depth
     )
-    size = frames[0].size
+    size = frames[0].image.size
     for plane, frame in zip(planes, frames, strict=True):
-        plane[...] = resize_pixels(Decoded(frame, size), job.image_size, job.resize, job.interpolation)
-    return DecodedSample(size=size)
+        plane[...] = resize_pixels(Decoded(frame.image, size), job.image_size, job.resize, job.interpolation)
+    if job.images != "jpeg":
+        return DecodedSample(size=size)
+    encoded, spans = join_frames(frames, job)
+    return DecodedSample(size=size, encoded=encoded, spans=spans)
+
+
+def join_frames(frames: Sequence[ClipFrame], job: DecodeJob) -> tuple[bytes, npt.NDArray[np.int64]]:
+    """The frames' JPEG bytes one after the other, each different one once, and where each is, int64 [T, 2]."""
+    places: dict[int, tuple[int, int]] = {}
+    parts: list[bytes] = []
+    end = 0
+    for frame in frames:
+        if id(frame.image) not in places:
+            parts.append(encode_jpeg(frame.image) if frame.file is None else jpeg_bytes(frame.file, job))
+            places[id(frame.image)] = end, len(parts[-1])
+            end += len(parts[-1])
+    return b"".join(parts), np.array([places[id(frame.image)] for frame in frames], np.int64)
 
 
 def put_plane(plane: Pixels, image: Image.Image) -> None:
@@ -129,7 +152,10 @@ def jpeg_bytes(data: bytes, job: DecodeJob) -> bytes:
     """What `--images jpeg` stores: a JPEG file as it is, anything else re-encoded at quality 95, 4:4:4."""
     if data.startswith(JPEG_MAGIC):
         return data
+    return encode_jpeg(decode(data, max_pixels=job.max_pixels, bit_depth=job.bit_depth).image)
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image = decode(data, max_pixels=job.max_pixels, bit_depth=job.bit_depth).image
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()

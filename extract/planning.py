@@ -113,7 +113,7 @@ def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> Extrac
         job=job,
         encoding=encoding,
         manifest=make_manifest(config, source, teacher, encoding, job),
-        arrays=make_arrays(config, teacher, encoding, targets),
+        arrays=make_arrays(config, teacher, encoding, targets, job),
     )
 
 
@@ -121,8 +121,10 @@ def check_options(config: ExtractConfig, source: Source, clips: bool) -> None:
     problems = []
     if clips and config.views:
         problems.append("--views needs images, this data set has clips")
-    if clips and config.images != "none":
-        problems.append(f"--images {config.images} needs images, this data set has clips")
+    if clips and config.images == "raw":
+        problems.append(
+            "--images raw needs images, this data set has clips: --images jpeg stores their frames"
+        )
     if config.logits != "none" and not source.class_names:
         problems.append(f"--logits {config.logits} needs class labels, this data set has none")
     if config.logits.startswith("zero-shot") and (config.teacher != "qwen2.5-vl" or clips):
@@ -166,13 +168,13 @@ def temporal_patch(teacher: Teacher) -> int:
 
 
 def make_arrays(
-    config: ExtractConfig, teacher: Teacher, encoding: Encoding, targets: frozenset[str]
+    config: ExtractConfig, teacher: Teacher, encoding: Encoding, targets: frozenset[str], job: DecodeJob
 ) -> list[ArraySpec]:
     width = teacher.spec.width
     return [
         *names.feature_arrays(width, grid=encoding.grid or None, views=encoding.views, frames=encoding.clips),
         *names.target_arrays(label="label" in targets, boxes="boxes" in targets, mask="mask" in targets),
-        *names.image_arrays(config.images, config.image_size),
+        *names.image_arrays(config.images, config.image_size, frames=job.clip_frames),
     ]
 
 

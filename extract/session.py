@@ -92,7 +92,7 @@ class Session:
         self, background: BackgroundWriter, writer: StoreWriter, batch: DecodedBatch, pending: Pending
     ) -> None:
         """Hand a batch to the writer thread, which notes what was bad."""
-        arrays = {**feature_arrays(pending), **sample_arrays(batch, pending)}
+        arrays = {**feature_arrays(pending), **sample_arrays(batch, pending, self.task.job.clip_frames)}
         reasons = [result.reason or "" for result in batch.results]
         chosen = {name: arrays[name] for name in writer.array_names}
         features = frozenset(pending.tensors)
@@ -149,8 +149,11 @@ def feature_arrays(pending: Pending) -> dict[str, Any]:
     return arrays
 
 
-def sample_arrays(batch: DecodedBatch, pending: Pending) -> dict[str, Any]:
-    """Everything about a batch that is not the teacher's; the writer picks what its store has."""
+def sample_arrays(batch: DecodedBatch, pending: Pending, frames: int) -> dict[str, Any]:
+    """Everything about a batch that is not the teacher's; the writer picks what its store has.
+
+    `frames`: of each clip, 0 for images.
+    """
     results = batch.results
     labels = [names.NO_LABEL if sample.label is None else sample.label for sample in batch.samples]
     boxes = [result.boxes for result in results]
@@ -164,6 +167,10 @@ def sample_arrays(batch: DecodedBatch, pending: Pending) -> dict[str, Any]:
         names.IMAGES_ENCODED: [result.encoded for result in results],
         names.IMAGES_RAW: pending.raw,
     }
+    no_frames = np.zeros((frames, 2), np.int64)
+    arrays[names.IMAGES_FRAMES] = np.stack(
+        [no_frames if result.spans is None else result.spans for result in results]
+    )
     views = next((len(result.geometry) for result in results if result.geometry is not None), 0)
     missing = np.full((views or pending.views, 2, 3), np.nan)
     arrays[names.VIEWS_GEOMETRY] = np.stack(

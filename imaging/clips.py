@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,41 @@ def clip_content(path: Path) -> bytes:
     return b"".join(hashlib.blake2b(read_file(file)).digest() for file in frame_files(path))
 
 
+class ClipFrame(NamedTuple):
+    """A frame of a clip, RGB and upright, and the bytes of its file; None for a frame of a video."""
+
+    image: Image.Image
+    file: bytes | None
+
+
+def read_clip(
+    path: Path,
+    count: int,
+    *,
+    pairs: bool = False,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    bit_depth: int = FULL_DEPTH,
+) -> list[ClipFrame]:
+    """`count` frames (with `pairs` 2 · count) of a clip, chosen by `sample_frame_indices`.
+
+    A frame that is taken more than once is the same object each time. `bit_depth`: of frames that are 16-bit gray
+    images, see `imaging.decode.decode`. Raises ImageError naming the frame that cannot be decoded.
+    """
+    if not path.is_dir():
+        images = decode_frames(
+            path,
+            lambda total: sample_frame_indices(total, count, pairs=pairs).reshape(-1),
+            max_pixels=max_pixels,
+        )
+        return [ClipFrame(image, None) for image in images]
+    files = frame_files(path)
+    if not files:
+        raise ImageError("no frames in the folder")
+    rows = sample_frame_indices(len(files), count, pairs=pairs).reshape(-1).tolist()
+    frames = {row: read_frame(files[row], max_pixels, bit_depth) for row in dict.fromkeys(rows)}
+    return [frames[row] for row in rows]
+
+
 def read_clip_frames(
     path: Path,
     count: int,
@@ -73,27 +109,14 @@ def read_clip_frames(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     bit_depth: int = FULL_DEPTH,
 ) -> list[Image.Image]:
-    """`count` RGB frames (with `pairs` 2 · count) of a clip, chosen by `sample_frame_indices`.
-
-    `bit_depth`: of frames that are 16-bit gray images, see `imaging.decode.decode`.
-    Raises ImageError naming the frame that cannot be decoded.
-    """
-    if not path.is_dir():
-        return decode_frames(
-            path,
-            lambda total: sample_frame_indices(total, count, pairs=pairs).reshape(-1),
-            max_pixels=max_pixels,
-        )
-    files = frame_files(path)
-    if not files:
-        raise ImageError("no frames in the folder")
-    rows = sample_frame_indices(len(files), count, pairs=pairs).reshape(-1).tolist()
-    images = {row: read_frame(files[row], max_pixels, bit_depth) for row in dict.fromkeys(rows)}
-    return [images[row] for row in rows]
+    """The images of `read_clip`."""
+    frames = read_clip(path, count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
+    return [frame.image for frame in frames]
 
 
-def read_frame(file: Path, max_pixels: int, bit_depth: int) -> Image.Image:
+def read_frame(file: Path, max_pixels: int, bit_depth: int) -> ClipFrame:
     try:
-        return decode_image(file, max_pixels=max_pixels, bit_depth=bit_depth)
+        data = read_file(file)
+        return ClipFrame(decode_image(data, max_pixels=max_pixels, bit_depth=bit_depth), data)
     except ImageError as error:
         raise ImageError(f"frame {file.name}: {error.reason}") from None

@@ -23,6 +23,9 @@ VALID = "valid"  # [N] bool: false for a bad image, whose features are NaN
 SIZES = "sizes"  # [N, 2] int32: width, height of the original in pixels, after EXIF; 0 when unreadable
 CONTENT = "content"  # [N, 16] uint8: blake2b-128 of the file's bytes
 LABEL = "targets/label"  # [N] int32: class index; -1 for a row without a label
+IMAGES_FRAMES = (
+    "images/frames"  # [N, T, 2] int64: start and length of each frame's JPEG in the clip's encoded bytes
+)
 IMAGES_RAW = "images/raw"  # [N, S, S, 3] uint8
 VIEWS_GEOMETRY = "views/geometry"  # [N, K, 2, 3] float64: view → source, normalised coordinates
 VIEWS_POOLED = "views/pooled"  # [N, K, D] float16
@@ -190,10 +193,13 @@ def target_arrays(*, label: bool = False, boxes: bool = False, mask: bool = Fals
     return specs
 
 
-def image_arrays(images: Literal["none", "jpeg", "raw"], side: int) -> list[ArraySpec]:
-    """The images themselves, when the store is to be enough to train from."""
+def image_arrays(images: Literal["none", "jpeg", "raw"], side: int, frames: int = 0) -> list[ArraySpec]:
+    """The images themselves, when the store is to be enough to train from; `frames` of each sample of clips."""
     if images == "jpeg":
-        return [ArraySpec(name=IMAGES_ENCODED, dtype="uint8", ragged=True)]
+        encoded = ArraySpec(name=IMAGES_ENCODED, dtype="uint8", ragged=True)
+        return [encoded, ArraySpec(name=IMAGES_FRAMES, row_shape=(frames, 2), dtype="int64")][
+            : 2 if frames else 1
+        ]
     if images == "raw":
         return [ArraySpec(name=IMAGES_RAW, row_shape=(side, side, 3), dtype="uint8")]
     return []

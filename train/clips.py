@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from imaging.clips import clip_content, read_clip_frames
-from imaging.decode import FULL_DEPTH
+from imaging.clips import clip_content, read_clip_frames, sample_frame_indices
+from imaging.decode import FULL_DEPTH, MOST_PIXELS, decode_image
 from imaging.errors import ImageError
-from store.format import CONTENT, FRAMES, Manifest
+from store.format import CONTENT, FRAMES, IMAGES_ENCODED, IMAGES_FRAMES, Manifest
 from train.data import Views, ViewSettings, collate_views
 from train.images import DataError, path_of
 from train.plan import Item
@@ -27,7 +27,7 @@ from train.views import base_view, draw_colour, draw_view, render_image, sample_
 
 
 class ClipReader:
-    """Reads the frames of a clip as the extraction chose them; picklable.
+    """Reads the frames of a clip as the extraction chose them, from the store or from the data set; picklable.
 
     `places`: stored rows of each clip, int64 [N]; `frames_per_row`: frames that the teacher saw for each row
     (2 for Qwen2.5-VL, whose rows stand for frame pairs). `bit_depth`: of frames that are 16-bit gray images.
@@ -44,10 +44,13 @@ class ClipReader:
         self.split, self.data_root, self.bit_depth = split, data_root, bit_depth
         self.places, self.frames_per_row = places, frames_per_row
         self.checked: set[int] = set()
+        self.stored = IMAGES_FRAMES in split.names
 
     def read(self, row: int) -> list[Image.Image]:
         """`places[row] · frames_per_row` frames. Raises DataError naming the key."""
         key = self.key(row)
+        if self.stored:
+            return self.read_stored(row)
         path = path_of(key, self.data_root)
         try:
             self.check_content(row, path)
@@ -56,8 +59,31 @@ class ClipReader:
             )
         except ImageError as error:
             raise DataError(
-                f"clip {key}: {error.reason} (looked at {path}; --data-root says where clips lie)"
+                f"clip {key}: {error.reason} (looked at {path}): pass --data-root, or extract with --images jpeg so that the "
+                "store is enough"
             ) from None
+
+    def read_stored(self, row: int) -> list[Image.Image]:
+        """The frames that the store holds; evenly spread ones where fewer are asked for than it has."""
+        data = bytes(self.split.ragged(np.array([row]), IMAGES_ENCODED)[0])
+        spans = self.split.gather(np.array([row]), [IMAGES_FRAMES])[IMAGES_FRAMES][0]
+        places, step = int(self.places[row]), self.frames_per_row
+        held = len(spans) // step if data else 0
+        if places > held:
+            raise DataError(
+                f"clip {self.key(row)}: {places * step} frames are wanted, the store holds {held * step}: extract again "
+                "with --images jpeg and as many --frames"
+            )
+        chosen = sample_frame_indices(held, places)
+        wanted = spans[: held * step].reshape(held, step, 2)[chosen].reshape(-1, 2).tolist()
+        try:
+            images = {
+                start: decode_image(data[start : start + length], max_pixels=MOST_PIXELS)
+                for start, length in dict.fromkeys(map(tuple, wanted))
+            }
+        except ImageError as error:
+            raise DataError(f"clip {self.key(row)}: a stored frame: {error.reason}") from None
+        return [images[start] for start, _ in wanted]
 
     def check_content(self, row: int, path: Path) -> None:
         """Compare with the stored hash, once in each process: a clip's frames may be many files."""

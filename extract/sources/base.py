@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from imaging.clips import ClipFrame
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, read_file
 from store.errors import DistillError
 
@@ -75,9 +76,7 @@ class Frames(Payload, Protocol):
         """Bytes of its file or files, which are not read. Raises OSError."""
         ...
 
-    def read_frames(
-        self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int
-    ) -> list[Image.Image]: ...
+    def read_clip(self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int) -> list[ClipFrame]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +135,14 @@ class Sample:
             return self.mask
         return self.mask.read(size)
 
-    def read_frames(
+    def read_clip(
         self,
         count: int,
         *,
         pairs: bool = False,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         bit_depth: int = FULL_DEPTH,
-    ) -> list[Image.Image]:
+    ) -> list[ClipFrame]:
         """`count` RGB frames spread evenly over the clip, see `sample_frame_indices`; with `pairs` 2 · count
         frames, each chosen one followed by its successor, as Qwen's temporal patch takes them.
 
@@ -151,7 +150,11 @@ class Sample:
         """
         if self.frames is None:
             raise ValueError(f"sample {self.key!r} is not a clip")
-        return self.frames.read_frames(count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
+        return self.frames.read_clip(count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
+
+    def read_frames(self, count: int, **options: Any) -> list[Image.Image]:
+        """The images of `read_clip`, which has the options."""
+        return [frame.image for frame in self.read_clip(count, **options)]
 
 
 class Samples(Sequence[Sample], ABC):

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
 from extract.sources.folder import class_names_of, label_paths, split_paths
 from extract.sources.listing import Progress, list_files, make_keys
-from imaging.clips import clip_content, read_clip_frames
+from imaging.clips import ClipFrame, clip_content, read_clip
 from imaging.decode import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = frozenset(
@@ -43,8 +42,8 @@ class Clip:
         with os.scandir(self.path) as entries:
             return sum(entry.stat().st_size for entry in entries)
 
-    def read_frames(self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int) -> list[Image.Image]:
-        return read_clip_frames(self.path, count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
+    def read_clip(self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int) -> list[ClipFrame]:
+        return read_clip(self.path, count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
 
 
 class ClipSamples(Samples):
