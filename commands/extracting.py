@@ -13,6 +13,8 @@ from console.output import print_json, print_table
 from console.progress import Progress, clock, track_progress
 from extract.config import ConfigError, ExtractConfig, load_config
 
+SHOWN_BAD = 5  # bad samples that a dry run shows
+
 
 def run_extract(options: Mapping[str, Any], file: Path | None, as_json: bool) -> None:
     """`cli extract`: build the configuration, run, print the result."""
@@ -110,6 +112,12 @@ def print_estimate(result: Mapping[str, Any]) -> None:
         f"{figures['encode_ms_per_image']:.2f} ms, decoding {figures['decode_ms_per_image_and_core']:.2f} ms an image "
         f"with {figures['decoding_workers']} decoding)"
     )
+    bad = figures["bad_samples"]
+    print(f"checked: {figures['checked_samples']} samples with their targets, {len(bad)} bad")
+    for item in bad[:SHOWN_BAD]:
+        print(f"  bad: {item['split']} {item['key']}: {item['reason']}")
+    if len(bad) > SHOWN_BAD:
+        print(f"  and {len(bad) - SHOWN_BAD} more")
     print("dry run: nothing was written")
 
 

@@ -1,4 +1,5 @@
-"""`--dry-run`: how large the store will be, whether the disk has room, how long it will take. Writes nothing."""
+"""`--dry-run`: how large the store will be, whether the disk has room, how long it will take, what is wrong with a sample
+of the data. Writes nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from console.log import get_logger
 from extract.config import ExtractConfig
 from extract.decoding import DecodedSample, decode_samples
 from extract.encode import Encoder
@@ -17,12 +19,16 @@ from extract.inputs import decode_workers, open_data, open_teacher
 from extract.outcome import ExtractResult
 from extract.planning import ExtractTask, batch_rows, calibration_samples, make_task
 from extract.slabs import Slab
-from extract.sources.base import Sample
+from extract.sources.base import Sample, Source
+from extract.sources.copies import count_shared
 from extract.teachers import Teacher
 from extract.workers import DecodedBatch
 from store import format as names
 from store.format import ArraySpec
 
+log = get_logger("extract")
+
+CHECKED, LEAST_CHECKED = 64, 8  # samples that are read with their targets, in all and of each split
 TIMED_SAMPLES = 32
 TIMED_PASSES = 3
 
@@ -30,7 +36,8 @@ TIMED_PASSES = 3
 def estimate(config: ExtractConfig) -> ExtractResult:
     """Sizes from the arrays, times from a few real samples: decoded once, encoded `TIMED_PASSES` times."""
     teacher = open_teacher(config)
-    task = make_task(config, open_data(config), teacher)
+    source = open_data(config)
+    task = make_task(config, source, teacher)
     batch_size = batch_rows(config, task, teacher)
     samples = calibration_samples(task, min(TIMED_SAMPLES, batch_size))
     slab, results, decode_s = timed_decoding(task, samples)
@@ -55,6 +62,7 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         "estimated_seconds": per_sample * task.rows,
         "images_per_second": 1 / per_sample,
         "timed_samples": len(samples),
+        **check_samples(task),
     }
     return ExtractResult(
         store=str(config.out),
@@ -63,7 +71,42 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         batch_size=batch_size,
         random_weights=teacher.spec.random_weights,
         estimate=figures,
+        warnings=warn_of_copies(source),
     )
+
+
+def check_samples(task: ExtractTask) -> dict[str, Any]:
+    """`checked_samples`, and `bad_samples` among them: split, key and reason of each.
+
+    Images, boxes and masks of samples that are evenly spread over every split are read exactly as the run will.
+    """
+    bad: list[dict[str, str]] = []
+    checked = 0
+    size = task.job.image_size
+    for name, split in task.splits.items():
+        count = min(len(split), max(LEAST_CHECKED, CHECKED * len(split) // task.rows))
+        rows = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64)).tolist()
+        for row in rows:
+            (sample,) = split.between(row, row + 1)
+            pixels = np.empty((1, task.job.planes, 3, size, size), np.uint8)
+            (result,) = decode_samples(task.job, [sample], pixels)
+            if result.reason is not None:
+                bad.append({"split": name, "key": sample.key, "reason": result.reason})
+        checked += len(rows)
+    return {"checked_samples": checked, "bad_samples": bad}
+
+
+def warn_of_copies(source: Source) -> list[str]:
+    """A warning for each pair of splits that share images, logged and returned."""
+    splits = source.splits()
+    warnings = [
+        f"{count:,} of {len(splits[other]):,} samples of {other} are exact copies of samples of {first}: "
+        f"results on {other} will be too optimistic"
+        for (first, other), count in count_shared(splits).items()
+    ]
+    for text in warnings:
+        log.warning("%s", text)
+    return warnings
 
 
 def timed_decoding(task: ExtractTask, samples: list[Sample]) -> tuple[Slab, list[DecodedSample], float]:

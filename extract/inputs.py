@@ -43,6 +43,8 @@ def open_data(config: ExtractConfig) -> Source:
     )
     for note in source.notes:
         log.info("%s", note)
+    for text in source.warnings:
+        log.warning("%s", text)
     counts = ", ".join(f"{len(samples):,} {name}" for name, samples in source.splits().items())
     log.info("%s: %s data set, %s, %d classes", source.root, source.kind, counts, len(source.class_names))
     return source

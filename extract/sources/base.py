@@ -260,7 +260,7 @@ class Source:
     """An opened data set. `task` is a hint: classification, detection, segmentation, sequence or features.
 
     `class_names` are those of all splits together. `root` says where the data came from, without passwords.
-    `notes` are for the log: decisions the user may want to know of.
+    `notes` are for the log: decisions the user may want to know of. `warnings` are what is probably wrong.
     """
 
     kind: str
@@ -269,6 +269,7 @@ class Source:
     class_names: tuple[str, ...]
     parts: Mapping[str, Samples]
     notes: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
 
     def splits(self) -> dict[str, Samples]:
         """Split name (`train`, `val`, `test`, …) → its samples, in an order that does not change."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
-from extract.sources.folder import class_names_of, label_paths, split_paths
+from extract.sources.folder import class_names_of, label_paths, split_like_classes, split_paths
 from extract.sources.listing import Progress, list_files, make_keys
 from imaging.clips import ClipFrame, clip_content, read_clip
 from imaging.decode import IMAGE_SUFFIXES
@@ -83,7 +83,15 @@ def open_clips(path: Path, *, labelled: bool | None = None, progress: Progress |
         split: ClipSamples(path, members, label_paths(members, depth, index))
         for split, (depth, members) in by_split.items()
     }
-    return Source(kind="clips", root=str(path), task="sequence", class_names=names, parts=parts, notes=notes)
+    return Source(
+        kind="clips",
+        root=str(path),
+        task="sequence",
+        class_names=names,
+        parts=parts,
+        notes=notes,
+        warnings=split_like_classes(names),
+    )
 
 
 def folders_of(files: list[str]) -> list[str]:

@@ -10,8 +10,9 @@ they are unreadable images. Rows of HDF5 files, Parquet files and databases have
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,36 @@ def group_copies(samples: Samples) -> tuple[Rows, str | None]:
 def count_copies(first: Rows) -> int:
     """Samples that repeat another one, from what `group_copies` found."""
     return int((first != np.arange(len(first))).sum())
+
+
+def count_shared(splits: Mapping[str, Samples]) -> dict[tuple[str, str], int]:
+    """(split, other split) → samples of the other one that are exact copies of samples of the first, where there are any."""
+    first, _ = group_copies(Joined(list(splits.values())))
+    ends = np.cumsum([len(samples) for samples in splits.values()])[:-1]
+    groups = dict(zip(splits, np.split(first, ends), strict=True))
+    order = sorted(groups, key=lambda name: name != "train")
+    found = {pair: int(np.isin(groups[pair[1]], groups[pair[0]]).sum()) for pair in combinations(order, 2)}
+    return {pair: count for pair, count in found.items() if count}
+
+
+class Joined(Samples):
+    """The samples of several splits, one after the other."""
+
+    def __init__(self, parts: Sequence[Samples]) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self._keys = [key for part in parts for key in part.keys]
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self._keys
+
+    def target_kinds(self, rows: Rows | None = None) -> frozenset[str]:
+        return frozenset().union(*(part.target_kinds() for part in self.parts))
+
+    def build(self, index: int) -> Sample:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part].build(index - int(self.starts[part]))
 
 
 def size_of(sample: Sample) -> int:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from extract.sources.base import Source, SourceError
 from extract.sources.listing import Progress, check_unique, suffix_of
 from extract.sources.splitting import cut_validation, join_splits
+from imaging.clips import time_order
 
 # Kind → "module:function"; the function takes the path and the layout's own options as keywords.
 KINDS: Mapping[str, str] = {
@@ -51,8 +53,12 @@ SWITCHES: Mapping[str, bool] = {
     "off": False,
 }
 
-# How many files are looked at to tell one layout from another.
-PEEK_FILES = 2_000
+# Options that only one layout has, and that nobody gives for another one.
+MASK_OPTIONS = frozenset(["masks", "ignore", "colors", "mask_suffix"])
+
+# How many files are looked at to tell one layout from another, in all and in one folder: the masks of a large data set
+# are in a folder that comes after that of the images.
+PEEK_FILES, PEEK_IN_FOLDER = 10_000, 500
 
 
 def open_source(
@@ -115,7 +121,7 @@ def open_splits(
 def open_one(path: Path | str, kind: str, progress: Progress | None, options: Mapping[str, Any]) -> Source:
     """One data set as its layout gives it, before any cut."""
     if kind == "auto":
-        kind = detect_kind(path)
+        kind = "masks" if options.keys() & MASK_OPTIONS else detect_kind(path)
     if kind not in KINDS:
         raise SourceError(f"unknown source kind {kind!r}: expected auto, {', '.join(KINDS)}")
     module, function = KINDS[kind].split(":")
@@ -211,12 +217,18 @@ def detect_folder(folder: Path) -> str:
 
 
 def peek_files(folder: Path) -> Iterator[str]:
-    """Some relative paths, folder by folder, in a fixed order; linked folders are followed one level deep."""
+    """Some relative paths, folder by folder, in a fixed order; linked folders are followed one level deep.
+
+    Of a large folder the first names count, numbers by value, so that frames are seen without a gap.
+    """
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         base = os.path.relpath(parent, folder)
         prefix = "" if base == "." else base.replace(os.sep, "/") + "/"
-        yield from (prefix + name for name in sorted(names) if not name.startswith("."))
+        shown = [name for name in names if not name.startswith(".")]
+        if len(shown) > PEEK_IN_FOLDER:
+            shown = nsmallest(PEEK_IN_FOLDER, shown, key=time_order)
+        yield from (prefix + name for name in sorted(shown))
         for name in folders:
             linked = os.path.join(parent, name)
             if os.path.islink(linked):

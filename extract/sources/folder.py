@@ -8,6 +8,7 @@ images, is unlabelled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_
 from extract.sources.listing import Progress, list_files, make_key, make_keys
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import IMAGE_SUFFIXES
+
+SHOWN = 6
+# A folder of masks or labels, alone or after the name of what it belongs to: `annotations`, `trainannot`, `val_masks`.
+MASK_FOLDER = re.compile(
+    r"(train|val|valid|test|images?)?[-_. ]?(annot|annots|annotations?|masks?|labels?|gt)"
+)
 
 
 class FileSamples(Samples):
@@ -57,7 +64,31 @@ def open_folder(path: Path, *, labelled: bool | None = None, progress: Progress 
         for split, (depth, paths) in by_split.items()
     }
     task = "classification" if names else "features"
-    return Source(kind="folder", root=str(path), task=task, class_names=names, parts=parts, notes=notes)
+    return Source(
+        kind="folder",
+        root=str(path),
+        task=task,
+        class_names=names,
+        parts=parts,
+        notes=notes,
+        warnings=split_like_classes(names),
+    )
+
+
+def split_like_classes(names: Sequence[str]) -> tuple[str, ...]:
+    """A warning when class folders are named like splits or like folders of masks, and what to do then."""
+    splits = [name for name in names if name.lower() in SPLIT_NAMES]
+    masks = [name for name in names if MASK_FOLDER.fullmatch(name.lower())]
+    if not splits and len(masks) < 2:
+        return ()
+    odd = [*splits, *masks]
+    shown = ", ".join(odd[:SHOWN]) + (" …" if len(odd) > SHOWN else "")
+    text = f"{len(odd)} of {len(names)} class folders are named like splits or masks ({shown}): "
+    if not splits:
+        return (text + "for masks give --source masks --source-option masks=DIR",)
+    options = " ".join(f"--split {SPLIT_NAMES[name.lower()]}={name}" for name in splits)
+    advice = f"if they are splits, give {options}"
+    return (text + advice + ("; for masks, --source masks --source-option masks=DIR" if masks else ""),)
 
 
 def split_paths(files: list[str]) -> dict[str, tuple[int, list[str]]]:

@@ -1,28 +1,36 @@
-"""Segmentation: images and masks of class ids (palette or grey PNG; 255 means ignore).
+"""Segmentation: images and masks of class ids (palette or gray PNG; 255 means ignore).
 
-`images/` + `masks/` (or `JPEGImages/` + `SegmentationClass/`, see the tables below), each with or without
-`train/`, `val/`, `test/` above or below, or VOC's lists in `ImageSets/Segmentation`; or masks beside their images, told apart by a suffix (`a.jpg`,
-`a_mask.png`). A mask has the stem of its image, perhaps with one of `MASK_SUFFIXES`; an image without a mask is an
-error. Masks that hold nothing but 0 and 255 are taken as background and foreground (`binary`).
-Class names come from `class_names`, from `classes.txt`, else they are the ids that occur.
+- `images/` + `masks/` (or `JPEGImages/` + `SegmentationClass/`, see the tables below), each with or without `train/`,
+  `val/`, `test/` above or below, or VOC's lists in `ImageSets/Segmentation`;
+- a folder and its masks side by side: `train` + `trainannot` (CamVid), `X` + `X_labels`, `X` + `X_masks`, …;
+- masks beside their images, told apart by a suffix (`a.jpg`, `a_mask.png`);
+- masks in a folder of any name: `masks=DIR`.
+
+A mask has the stem of its image, perhaps with one of `MASK_SUFFIXES`; an image without a mask is an error. Masks that
+hold nothing but 0 and 255 are taken as background and foreground (`binary`). `ignore`: class ids, or names of a color
+table, that become 255. `colors`: a file that says which color is which class, see `mask_colors`. Class names come from
+`class_names`, from the color table, from `classes.txt`, else they are the ids that occur; ignored classes at their end
+are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from extract.sources.annotations import parse_class_names
+from extract.sources.annotations import Names, parse_class_names
 from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError, kinds_where_any
 from extract.sources.listing import Progress, list_files, make_keys, suffix_of
+from extract.sources.mask_colors import Color, read_colors
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import IMAGE_SUFFIXES, read_file
 from imaging.errors import ImageError
-from imaging.masks import IGNORE, decode_mask, encode_mask
+from imaging.masks import IGNORE, Mask, decode_mask, encode_mask
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "gt", "SegmentationClass", "SegmentationClassPNG")
@@ -37,34 +45,63 @@ MASK_SUFFIXES = (
     "_seg",
     "_segmentation",
     "_gtFine_labelIds",
+    "_L",
 )
+# `X` + one of these, beside a folder `X`, holds the masks of X's images.
+FOLDER_ENDINGS = (
+    "annot",
+    "annots",
+    "annotations",
+    "labels",
+    "label",
+    "masks",
+    "mask",
+    "gt",
+    "seg",
+    "segmentation",
+)
+LOSSLESS = frozenset([".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm"])  # what masks come in
 NAME_FILES = ("classes.txt", "class_names.txt", "labels.txt")
 
 
 @dataclass(frozen=True, slots=True)
+class MaskRule:
+    """How masks are read. `binary`: 255 means class 1; `ignore`: ids that become 255; `colors`: of each class."""
+
+    num_classes: int
+    binary: bool = False
+    ignore: tuple[int, ...] = ()
+    colors: tuple[Color, ...] | None = None
+
+    def decode(self, path: Path) -> Mask:
+        """Ids uint8 [H, W] with ignored ones as 255, not checked against the classes. Raises AnnotationError."""
+        try:
+            ids = decode_mask(read_file(path), colors=self.colors)
+        except ImageError as error:
+            raise AnnotationError(f"{path}: mask {error.reason}") from None
+        if self.ignore:
+            ids[np.isin(ids, self.ignore)] = IGNORE
+        return (ids == IGNORE).astype(np.uint8) if self.binary else ids
+
+
+@dataclass(frozen=True, slots=True)
 class MaskFile:
-    """One mask. `binary`: 255 means class 1."""
+    """One mask."""
 
     path: Path
-    num_classes: int
-    binary: bool
+    rule: MaskRule
 
     def read(self, size: tuple[int, int] | None) -> bytes:
-        try:
-            ids = decode_mask(read_file(self.path))
-        except ImageError as error:
-            raise AnnotationError(f"{self.path}: mask {error.reason}") from None
+        ids, classes = self.rule.decode(self.path), self.rule.num_classes
         if size is not None and ids.shape != (size[1], size[0]):
             raise AnnotationError(
                 f"{self.path}: mask of {ids.shape[1]}×{ids.shape[0]} pixels, its image has {size[0]}×{size[1]}"
             )
-        if self.binary:
-            ids = (ids == IGNORE).astype(np.uint8)
-        found = ids[(ids >= self.num_classes) & (ids != IGNORE)]
+        found = ids[(ids >= classes) & (ids != IGNORE)]
         if found.size:
             raise AnnotationError(
-                f"{self.path}: class id {int(found.max())}, but there are {self.num_classes} classes "
-                f"(0 to {self.num_classes - 1}, {IGNORE}: ignore)"
+                f"{self.path}: class id {int(found.max())}, but there are {classes} classes (0 to {classes - 1}, "
+                f"{IGNORE}: ignore): correct class_names, or pass ignore={int(found.max())}"
             )
         return encode_mask(ids)
 
@@ -72,8 +109,8 @@ class MaskFile:
 class MaskedFiles(Samples):
     """Images and their masks, both relative to `root`."""
 
-    def __init__(self, root: Path, pairs: Sequence[tuple[str, str]], num_classes: int, binary: bool) -> None:
-        self.root, self.pairs, self.num_classes, self.binary = root, pairs, num_classes, binary
+    def __init__(self, root: Path, pairs: Sequence[tuple[str, str]], rule: MaskRule) -> None:
+        self.root, self.pairs, self.rule = root, pairs, rule
         self._keys = make_keys([image for image, _ in pairs])
 
     @property
@@ -85,8 +122,7 @@ class MaskedFiles(Samples):
 
     def build(self, index: int) -> Sample:
         image, mask = self.pairs[index]
-        lazy = MaskFile(self.root / mask, self.num_classes, self.binary)
-        return Sample(self._keys[index], self.root / image, mask=lazy)
+        return Sample(self._keys[index], self.root / image, mask=MaskFile(self.root / mask, self.rule))
 
 
 def open_masks(
@@ -95,27 +131,109 @@ def open_masks(
     class_names: Sequence[str] | None = None,
     binary: bool | None = None,
     mask_suffix: str | None = None,
+    masks: str | None = None,
+    ignore: Sequence[str] = (),
+    colors: str | None = None,
     progress: Progress | None = None,
 ) -> Source:
     """Open images with masks. `binary`: None finds out from all masks. Raises SourceError."""
     suffixes = MASK_SUFFIXES if mask_suffix is None else (mask_suffix,)
     members = read_lists(path)
-    pairs = pair_files(path, list_files(path, IMAGE_SUFFIXES, progress), suffixes, members)
+    files = list_files(path, IMAGE_SUFFIXES, progress)
+    if masks is None:
+        pairs = pair_files(path, files, suffixes, members)
+    else:
+        pairs = pair_with_folder(path, files, folder_option(path, "masks", masks), suffixes, members)
     splits = split_pairs(pairs, members)
-    names = read_class_names(path, class_names)
+    table = None if colors is None else read_colors(file_option(path, "colors", colors))
+    names = read_class_names(path, class_names) if table is None or class_names is not None else table[0]
+    rule = MaskRule(0, False, ignored_ids(ignore, names), None if table is None else table[1])
+    names, binary, notes = complete_rule(path, pairs, names, binary, rule)
+    rule = replace(rule, num_classes=len(names), binary=binary)
+    parts = {name: MaskedFiles(path, members, rule) for name, members in splits.items()}
+    return Source(
+        kind="masks", root=str(path), task="segmentation", class_names=names, parts=parts, notes=notes
+    )
+
+
+def complete_rule(
+    root: Path, pairs: Sequence[tuple[str, str]], names: Names | None, binary: bool | None, rule: MaskRule
+) -> tuple[Names, bool, tuple[str, ...]]:
+    """Class names without the ignored ones at their end, whether 255 is class 1, and notes.
+
+    Reads all masks where one of the two is open.
+    """
     notes: tuple[str, ...] = ()
+    if binary is None and rule.colors is not None:
+        binary = False
     if names is None or binary is None:
-        found = scan_ids(path, pairs)
+        found = scan_ids(root, pairs, rule)
         if binary is None:
-            binary = found <= {0, IGNORE} and IGNORE in found
+            binary = found <= {0, IGNORE} and IGNORE in found and not rule.ignore
             notes = ("masks hold only 0 and 255: 255 taken as class 1, not as ignore",) if binary else ()
         if names is None:
             count = 2 if binary else max(found - {IGNORE}, default=0) + 1
             names = tuple(str(number) for number in range(count))
-    parts = {name: MaskedFiles(path, members, len(names), binary) for name, members in splits.items()}
-    return Source(
-        kind="masks", root=str(path), task="segmentation", class_names=names, parts=parts, notes=notes
+    while len(names) > 1 and len(names) - 1 in rule.ignore:
+        names = names[:-1]
+    return names, binary, notes
+
+
+def ignored_ids(values: Sequence[str], names: Names | None) -> tuple[int, ...]:
+    """The ids that `ignore` names, by number or by class name. Raises SourceError for anything else."""
+    known = {name.lower(): number for number, name in enumerate(names or ())}
+    ids = []
+    for value in map(str, values):
+        number = int(value) if value.isascii() and value.isdigit() else known.get(value.lower())
+        if number is None or number > IGNORE:
+            raise SourceError(
+                f"source option ignore: got {value!r}, expected class ids of 0 to 255 or class names, like ignore=11,255"
+            )
+        ids.append(number)
+    return tuple(ids)
+
+
+def folder_option(root: Path, name: str, text: str) -> Path:
+    """The folder that a source option names, from the data set's root or as it is written. Raises SourceError."""
+    folder = Path(os.path.normpath(root / text))
+    if not folder.is_dir():
+        raise SourceError(f"source option {name}={text}: {folder} is not a folder")
+    return folder
+
+
+def file_option(root: Path, name: str, text: str) -> Path:
+    """The file that a source option names, from the data set's root or from the working folder. Raises SourceError."""
+    found = next((file for file in (root / text, Path(text)) if file.is_file()), None)
+    if found is None:
+        raise SourceError(f"source option {name}={text}: no such file in {root} or in the working folder")
+    return found
+
+
+def pair_with_folder(
+    root: Path,
+    files: Sequence[str],
+    folder: Path,
+    suffixes: Sequence[str],
+    members: Mapping[str, str] | None,
+) -> list[tuple[str, str]]:
+    """(image, mask) for each image below `root` but outside `folder`, which holds the masks.
+
+    A mask has its image's path, perhaps without the leading folders: `images/train/a.png` → `train/a.png`, `a.png`.
+    """
+    inside = (
+        f"{folder.relative_to(root).as_posix()}/" if folder.is_relative_to(root) and folder != root else None
     )
+    masks = {_stem(file): os.path.relpath(folder / file, root) for file in list_files(folder, IMAGE_SUFFIXES)}
+    images = [file for file in files if inside is None or not file.startswith(inside)]
+
+    def find(image: str) -> str | None:
+        parts = _stem(image).split("/")
+        ends = ("/".join(parts[depth:]) for depth in range(len(parts)))
+        return next(
+            (masks[end + suffix] for end in ends for suffix in suffixes if end + suffix in masks), None
+        )
+
+    return match(root, images, find, members)
 
 
 def pair_files(
@@ -125,43 +243,108 @@ def pair_files(
 
     Raises SourceError for an image without a mask.
     """
-    stems = {_stem(file) for file in files}
+    stems, beside = {_stem(file) for file in files}, paired_folders(files)
     masks: dict[str, str] = {}
     others: list[str] = []
     for file in files:
         stem = _stem(file)
-        beside = any(end and stem.endswith(end) and stem.removesuffix(end) in stems for end in suffixes)
-        if beside or _mask_folder(file) is not None:
+        suffixed = any(end and stem.endswith(end) and stem.removesuffix(end) in stems for end in suffixes)
+        paired = _inside(file, beside)
+        if paired is not None:
+            masks[beside[paired] + stem[len(paired) :]] = file
+        elif suffixed or _mask_folder(file) is not None:
             masks[stem] = file
         else:
             others.append(file)
     # With a folder for images, whatever lies elsewhere (object masks, pictures of masks) is no image.
     images = [file for file in others if _image_folder(file) is not None] or others
+
+    def find(image: str) -> str | None:
+        stem = _stem(image)
+        own = [stem + suffix for suffix in suffixes] if beside else []
+        return next((masks[name] for name in [*_mask_stems(stem, suffixes), *own] if name in masks), None)
+
+    return match(root, images, find, members)
+
+
+def match(
+    root: Path,
+    images: Sequence[str],
+    find: Callable[[str], str | None],
+    members: Mapping[str, str] | None,
+) -> list[tuple[str, str]]:
+    """(image, mask) of each image, or of those in `members`. Raises SourceError for an image without a mask."""
     if members is not None:
         images = [file for file in images if Path(file).stem in members]
-    pairs, missing = [], []
-    for image in images:
-        mask = next((masks[name] for name in _mask_stems(_stem(image), suffixes) if name in masks), None)
-        if mask is None:
-            missing.append(image)
-        else:
-            pairs.append((image, mask))
+    found = [(image, find(image)) for image in images]
+    pairs = [(image, mask) for image, mask in found if mask is not None]
+    missing = [image for image, mask in found if mask is None]
     if missing:
         raise SourceError(
-            f"{len(missing)} of {len(images)} images in {root} have no mask, first {missing[0]!r}: "
-            "a mask has its image's stem, in masks/ or with a suffix like _mask (option mask_suffix)"
+            f"{len(missing)} of {len(images)} images in {root} have no mask, first {missing[0]!r}: a mask has its "
+            "image's stem, in masks/, in a folder of its own (option masks=DIR) or with a suffix like _mask (option "
+            "mask_suffix)"
         )
     if not pairs:
         raise SourceError(
-            f"no images with masks in {root}: expected images/ and masks/, or a.jpg and a_mask.png"
+            f"no images with masks in {root}: expected images/ and masks/, train/ and trainannot/, or a.jpg and a_mask.png"
         )
     return pairs
 
 
+def paired_folders(files: Sequence[str]) -> dict[str, str]:
+    """Folder of masks → folder of their images, both ending with `/`: `trainannot/` → `train/`, `a_labels/` → `a/`.
+
+    Masks are lossless, and each has an image of the same stem: class folders `face` and `face_mask` are no pair.
+    """
+    folders = {file[: place + 1] for file in files for place, letter in enumerate(file) if letter == "/"}
+    twins = {
+        folder: twin for folder in folders for twin in [_image_twin(folder, folders)] if twin is not None
+    }
+    members: dict[str, set[str]] = {folder: set() for pair in twins.items() for folder in pair}
+    lossy: set[str] = set()
+    for file in files if twins else ():
+        for place in [index + 1 for index, letter in enumerate(file) if letter == "/"]:
+            if file[:place] in members:
+                members[file[:place]].add(_stem(file)[place:])
+                if suffix_of(file) not in LOSSLESS:
+                    lossy.add(file[:place])
+    return {
+        folder: twin
+        for folder, twin in sorted(twins.items())
+        if folder not in lossy and _mirrors(members[folder], members[twin])
+    }
+
+
+def _image_twin(folder: str, folders: Container[str]) -> str | None:
+    """`x/trainannot/` → `x/train/`, when that is there."""
+    name = folder.rstrip("/")
+    bases = [name[: -len(end)].rstrip("_-. ") for end in FOLDER_ENDINGS if name.lower().endswith(end)]
+    found = [f"{base}/" for base in bases if base and not base.endswith("/") and f"{base}/" in folders]
+    return min(found, key=len, default=None)
+
+
+def _mirrors(masks: set[str], images: set[str]) -> bool:
+    """Whether nearly every mask has an image: the stem is the same, or the mask's has one of the suffixes."""
+    hits = sum(
+        any(stem.endswith(end) and stem.removesuffix(end) in images for end in MASK_SUFFIXES)
+        for stem in masks
+    )
+    return hits >= 0.9 * len(masks)
+
+
+def _inside(file: str, folders: Container[str]) -> str | None:
+    """The folder of `folders` that holds the file."""
+    places = (index + 1 for index, letter in enumerate(file) if letter == "/")
+    return next((file[:place] for place in places if file[:place] in folders), None)
+
+
 def looks_like_masks(images: Sequence[str]) -> bool:
-    """Whether some of these files are masks: in a folder for masks, with a mirror in one for images, or `_mask`."""
+    """Whether some of these files are masks: in a folder for masks, beside one for images, or with `_mask`."""
     stems = {_stem(file) for file in images}
     if any(_mask_folder(file) for file in images) and any(_image_folder(file) for file in images):
+        return True
+    if paired_folders(images):
         return True
     return any(_stem(f).endswith("_mask") and _stem(f).removesuffix("_mask") in stems for f in images)
 
@@ -194,7 +377,7 @@ def split_pairs(
     return parts
 
 
-def read_class_names(root: Path, given: Sequence[str] | None) -> tuple[str, ...] | None:
+def read_class_names(root: Path, given: Sequence[str] | None) -> Names | None:
     if given is not None:
         return parse_class_names(list(given), "class_names")
     for name in NAME_FILES:
@@ -205,14 +388,11 @@ def read_class_names(root: Path, given: Sequence[str] | None) -> tuple[str, ...]
     return None
 
 
-def scan_ids(root: Path, pairs: Sequence[tuple[str, str]]) -> set[int]:
+def scan_ids(root: Path, pairs: Sequence[tuple[str, str]], rule: MaskRule) -> set[int]:
     """All ids that occur in the masks. Raises AnnotationError for a mask that cannot be read."""
     found = np.zeros(256, np.bool_)
     for _, mask in pairs:
-        try:
-            found[np.unique(decode_mask(read_file(root / mask)))] = True
-        except ImageError as error:
-            raise AnnotationError(f"{root / mask}: mask {error.reason}") from None
+        found[np.unique(rule.decode(root / mask))] = True
     return set(np.flatnonzero(found).tolist())
 
 

@@ -178,7 +178,8 @@ def join_splits(sources: Mapping[str, tuple[Source, str]], root: str) -> Source:
         changed = None if source.class_names == names else classes
         parts[SPLIT_NAMES.get(name, name)] = Selection(samples, np.arange(len(samples)), prefix, changed)
     notes = tuple(dict.fromkeys(note for source, _ in sources.values() for note in source.notes))
-    return replace(first, root=root, class_names=names, parts=parts, notes=notes)
+    warnings = tuple(dict.fromkeys(text for source, _ in sources.values() for text in source.warnings))
+    return replace(first, root=root, class_names=names, parts=parts, notes=notes, warnings=warnings)
 
 
 def samples_of_split(name: str, source: Source) -> Samples:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands.extracting import next_step
+from commands.extracting import next_step, print_estimate
 from commands.store import print_description
 from extract.config import load_config
 from extract.existing import DifferentStore
@@ -21,7 +21,7 @@ from extract.teachers import CheckpointError
 from store.reader import open_store
 from store.splits import count_shared, split_warnings
 from store.summary import describe_store
-from tests.test_extract.source_datasets import picture, save
+from tests.test_extract.source_datasets import mask_of, picture, save
 
 
 def extract(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -125,3 +125,26 @@ def test_inspect_shows_what_the_features_are_worth(
     shown = capsys.readouterr().out
     assert "linear probe 62.5%, k-NN 50.0%" in shown
     assert all(len(line) <= 80 or "/" in line for line in shown.splitlines())  # paths are as long as they are
+
+
+def test_a_dry_run_checks_targets_and_copies_as_the_run_would(
+    extract_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CamVid's own layout with an image of another size than its mask, and one that is in two splits."""
+    root = tmp_path / "street"
+    for number in range(8):
+        split = "train" if number < 6 else "val"
+        save(root / split / f"{number}.png", picture(number if number != 7 else 0))
+        save(root / f"{split}annot" / f"{number}.png", mask_of(number) if number != 3 else mask_of(3)[:-1])
+    result = extract(extract_options, data=str(root), dry_run=True)
+    assert not Path(extract_options["out"]).exists()
+    assert result["estimate"]["checked_samples"] == 8
+    (bad,) = result["estimate"]["bad_samples"]
+    assert (bad["split"], bad["key"]) == ("train", "train/3.png")
+    assert "mask of 24×15 pixels, its image has 24×16" in bad["reason"]
+    assert result["warnings"][0].startswith("1 of 2 samples of val are exact copies of samples of train")
+    print_estimate(result)
+    assert (
+        "checked: 8 samples with their targets, 1 bad\n  bad: train train/3.png: annotation:"
+        in capsys.readouterr().out
+    )

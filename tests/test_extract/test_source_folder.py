@@ -306,3 +306,17 @@ def test_a_selection_is_lazy_about_files_that_vanish(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="No such file"):
         samples[0].read()
     assert np.array_equal(PICTURE, picture(0))
+
+
+def test_class_folders_named_like_splits_are_warned_of(tmp_path: Path) -> None:
+    """With a third folder beside them, `train` and `val` are taken as classes: probably not what was meant."""
+    root = make(tmp_path, "train/1.png", "val/2.png", "extra/3.png", "trainannot/x.jpg", "valannot/y.jpg")
+    source = open_source(root)
+    assert source.class_names == ("extra", "train", "trainannot", "val", "valannot")
+    (warning,) = source.warnings
+    assert warning.startswith(
+        "4 of 5 class folders are named like splits or masks (train, val, trainannot, valannot)"
+    )
+    assert "--split train=train --split val=val" in warning
+    assert "--source masks" in warning
+    assert open_source(make(tmp_path / "plain", "cat/1.png", "dog/2.png", "mask/3.png")).warnings == ()

@@ -103,6 +103,116 @@ def test_mask_errors_name_the_file(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def write_camvid(root: Path, ending: str = "annot", classes: int = 3) -> None:
+    """CamVid's own layout: a folder for each split, its masks in another one beside it."""
+    for number in range(12):
+        split = ("train", "train", "val", "test")[number % 4]
+        save(root / f"{split}/seq/{number:04d}.png", picture(number))
+        ids = np.random.default_rng(number).integers(0, classes, (16, 24), dtype=np.uint8)
+        save(root / f"{split}{ending}/seq/{number:04d}.png", ids)
+
+
+@pytest.mark.parametrize("ending", ["annot", "_labels", "_masks", "Annotations", "-gt"])
+def test_splits_with_masks_beside_them(tmp_path: Path, ending: str) -> None:
+    write_camvid(tmp_path, ending)
+    source = open_source(tmp_path)
+    assert source.kind == "masks"
+    assert {name: len(samples) for name, samples in source.splits().items()} == {
+        "train": 6,
+        "val": 3,
+        "test": 3,
+    }
+    assert source.class_names == ("0", "1", "2")
+    sample = source.splits()["val"][1]
+    assert sample.key == "val/seq/0006.png"
+    expected = np.random.default_rng(6).integers(0, 3, (16, 24), dtype=np.uint8)
+    np.testing.assert_array_equal(decode_mask(sample.read_mask((24, 16)) or b""), expected)
+
+
+def test_classes_that_are_called_like_masks_of_another_stay_classes(tmp_path: Path) -> None:
+    """`face` and `face_mask`: photos of other stems, and photos are no masks."""
+    for number in range(6):
+        save(tmp_path / f"face/{number}.png", picture(number))
+        save(tmp_path / f"face_mask/m{number}.png", picture(10 + number))
+    assert open_source(tmp_path).class_names == ("face", "face_mask")
+
+
+def test_masks_of_a_large_data_set_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first files of the walk are all images: each folder is looked into all the same."""
+    monkeypatch.setattr("extract.sources.detect.PEEK_IN_FOLDER", 3)
+    write_camvid(tmp_path)
+    assert open_source(tmp_path).kind == "masks"
+
+
+def test_ignored_ids(tmp_path: Path) -> None:
+    write_camvid(tmp_path, classes=12)
+    assert len(open_source(tmp_path).class_names) == 12
+    source = open_source(tmp_path, ignore="3,11")
+    assert source.class_names == tuple(str(number) for number in range(11))
+    ids = np.random.default_rng(0).integers(0, 12, (16, 24), dtype=np.uint8)
+    mask = decode_mask(source.splits()["train"][0].read_mask() or b"")
+    np.testing.assert_array_equal(mask, np.where(np.isin(ids, [3, 11]), 255, ids))
+    (tmp_path / "classes.txt").write_text("\n".join(f"class {number}" for number in range(11)))
+    with pytest.raises(AnnotationError, match=r"class id 11, but there are 11 classes .*or pass ignore=11"):
+        open_source(tmp_path).splits()["train"][0].read_mask()
+    with pytest.raises(SourceError, match="ignore: got 'sky', expected class ids"):
+        open_source(tmp_path, ignore="sky")
+
+
+def test_masks_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    for number in range(4):
+        save(tmp_path / f"data/photos/{number}.png", picture(number))
+        save(tmp_path / f"data/drawn by hand/{number}_L.png", mask_of(number))
+        save(tmp_path / f"elsewhere/{number}.png", mask_of(number))
+    inside = open_source(tmp_path / "data", masks="drawn by hand", val_fraction=0)
+    outside = open_source(tmp_path / "data/photos", masks="../../elsewhere", val_fraction=0)
+    for source, key in ((inside, "photos/1.png"), (outside, "1.png")):
+        sample = source.splits()["train"][1]
+        assert sample.key == key
+        np.testing.assert_array_equal(decode_mask(sample.read_mask() or b""), mask_of(1))
+    with pytest.raises(SourceError, match=r"masks=nothing: .*nothing is not a folder"):
+        open_source(tmp_path / "data", masks="nothing")
+
+
+COLORS = ((128, 128, 128), (192, 0, 128), (0, 0, 0))
+TABLES = {
+    "label_colors.txt": "128 128 128\tSky\n192 0 128\t\tArchway\n0 0 0 Void\n",
+    "class_dict.csv": "name,r,g,b\nSky,128,128,128\nArchway,192,0,128\nVoid,0,0,0\n",
+    "colors.json": '{"Sky": [128, 128, 128], "Archway": [192, 0, 128], "Void": [0, 0, 0]}',
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_masks_in_colors(tmp_path: Path, table: str) -> None:
+    for number in range(4):
+        save(tmp_path / f"images/{number}.png", picture(number))
+        save(tmp_path / f"masks/{number}_L.png", np.array(COLORS, np.uint8)[np.minimum(mask_of(number), 2)])
+    (tmp_path / table).write_text(TABLES[table])
+    source = open_source(tmp_path, colors=table, ignore="void", val_fraction=0)
+    assert source.class_names == ("Sky", "Archway")
+    mask = decode_mask(source.splits()["train"][2].read_mask() or b"")
+    np.testing.assert_array_equal(mask, np.where(mask_of(2) >= 2, 255, mask_of(2)))
+    with pytest.raises(AnnotationError, match=r"in colors: expected class ids.*colors=FILE"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("128 128 Sky\n", r"colors.txt:1: '128 128 Sky': expected `R G B name`"),
+        ("128 128 300 Sky\n", r"colors.txt:1: color .* expected three whole numbers of 0 to 255"),
+        ("1 2 3 Sky\n1 2 3 Tree\n", r"color \(1, 2, 3\) stands for several classes: Sky, Tree"),
+        ("", r"0 colors, expected 1 to 255"),
+    ],
+)
+def test_color_tables_that_are_wrong(tmp_path: Path, content: str, message: str) -> None:
+    save(tmp_path / "images/0.png", picture(0))
+    save(tmp_path / "masks/0.png", mask_of(0))
+    (tmp_path / "colors.txt").write_text(content)
+    with pytest.raises(AnnotationError, match=message):
+        open_source(tmp_path, colors="colors.txt")
+
+
 def test_image_without_a_mask(tmp_path: Path) -> None:
     write_masks(tmp_path)
     (tmp_path / "val/masks/8.png").unlink()

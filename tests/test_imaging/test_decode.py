@@ -246,12 +246,22 @@ def test_masks_keep_ids_whatever_the_palette() -> None:
     np.testing.assert_array_equal(decode_mask(encode(bits, "PNG")), ids > 100)
 
 
+def test_masks_in_colors_are_read_by_a_table() -> None:
+    colors = [(128, 128, 128), (0, 0, 192), (64, 128, 64)]
+    ids = np.random.default_rng(0).integers(0, 3, (9, 12))
+    painted = np.array(colors, np.uint8)[ids]
+    for image in (Image.fromarray(painted), Image.fromarray(painted).quantize(3, dither=Image.Dither.NONE)):
+        np.testing.assert_array_equal(decode_mask(encode(image, "PNG"), colors=colors), ids)
+    with pytest.raises(ImageError, match=r"color \(64, 128, 64\) is not in the color table"):
+        decode_mask(encode(Image.fromarray(painted), "PNG"), colors=colors[:2])
+
+
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (Image.fromarray(PIXELS), "a mask in colours"),
+        (Image.fromarray(PIXELS), "in colors: expected class ids"),
         (Image.fromarray(np.array([[0, 256]], np.uint16)), "class ids reach 256"),
-        (Image.new("LA", (2, 2)), "a mask of mode LA"),
+        (Image.new("LA", (2, 2)), "of mode LA"),
     ],
 )
 def test_masks_that_hold_no_ids(image: Image.Image, reason: str) -> None:
