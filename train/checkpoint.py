@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from console.torch_files import why_unreadable
 from store.format import Manifest
@@ -122,11 +121,6 @@ def normalization(student: Student) -> tuple[tuple[float, ...], tuple[float, ...
         if published.get("mean") and published.get("std"):
             return tuple(published["mean"]), tuple(published["std"])
     return IMAGE_MEAN, IMAGE_STD
-
-
-def cpu_state(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The module's state dict as tensors on the CPU."""
-    return {name: value.detach().cpu() for name, value in module.state_dict().items()}
 
 
 def load_student_from_run(run: Path, name: str = BEST) -> tuple[Student, dict[str, Any]]:

@@ -131,7 +131,7 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Also keep checkpoint_epoch_N.pt every N epochs."
     )
     checkpoint_minutes: float = Field(
-        10.0, gt=0, description="Save last.pt at least this often inside an epoch."
+        1.0, ge=0, description="Save last.pt, and a new best.pt, every so many minutes; always at the end."
     )
 
     sources: dict[str, Source] = Field(default_factory=dict, description="Where each value came from.")

@@ -18,7 +18,7 @@ from store import open_store
 from tests.test_train.runs import records
 from train.checkpoint import load_checkpoint
 from train.data import FeatureGatherer
-from train.engine import loop, session
+from train.engine import loop, saving, session
 from train.engine.ema import WeightAverage
 from train.engine.mixing import draw_mixing, mix_images
 from train.engine.optimizer import parameter_groups
@@ -119,7 +119,7 @@ def test_a_snapshot_has_the_buffers_of_the_last_finished_step():
 
 def test_a_snapshot_waits_for_a_checkpoint_that_is_being_written(make_store, make_config, monkeypatch):
     """A signal while a slow disk takes last.pt: two writers of one file would leave a mixture."""
-    plain_run, plain_save = session.Session.run, session.save_checkpoint
+    plain_run, plain_save = session.Session.run, saving.save_checkpoint
     sessions, writers, most, snapshots = [], [], [], []
 
     def run(self):
@@ -144,7 +144,7 @@ def test_a_snapshot_waits_for_a_checkpoint_that_is_being_written(make_store, mak
             writers.remove(path)
 
     monkeypatch.setattr(session.Session, "run", run)
-    monkeypatch.setattr(session, "save_checkpoint", save)
+    monkeypatch.setattr(saving, "save_checkpoint", save)
     config = make_config(make_store())
     run_training(config)
     snapshots[0].join()

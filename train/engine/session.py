@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,11 @@ from console.progress import track_progress
 from console.stop import Stopped
 from store.format import Manifest
 from train.assemble import Built
-from train.checkpoint import (
-    ADAPTERS,
-    BEST,
-    LAST,
-    cpu_state,
-    describe_student,
-    load_checkpoint,
-    save_checkpoint,
-)
+from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint
 from train.config import TrainConfig, config_to_json
-from train.engine.loop import Loop
+from train.engine.loop import Loop, NotFiniteError
 from train.engine.progress import Progress
+from train.engine.saving import CheckpointWriter, Saved, adopt_best
 from train.engine.snapshot import LOCK_S, StopWatch
 from train.engine.trackers import Tracker, open_trackers
 from train.events import Observers
@@ -67,8 +59,8 @@ class Session:
         self.best_metric = built.parts.objective.task.best_metric
         self.loop = Loop(built.parts)
         self.trackers: list[Tracker] = []
-        self.writing = threading.Lock()
-        self.started = self.saved = time.monotonic()
+        self.writer = CheckpointWriter(folder, 60 * config.checkpoint_minutes)
+        self.started = time.monotonic()
         self.wall_before = 0.0
 
     def run(self) -> Progress:
@@ -82,7 +74,7 @@ class Session:
         done = progress.epoch * total + int(progress.samples)
         self.watch.save = self.snapshot
         with self.display(total, done) as display:
-            self.loop.display, self.loop.save_within_epoch = display, self.save_within_epoch
+            self.loop.display, self.loop.save_within_epoch = display, self.save_when_due
             try:
                 for record in self.loop.run():
                     self.finish_epoch(record)
@@ -91,11 +83,17 @@ class Session:
                             record, self.config.epochs, self.best_metric, self.built.validation_samples
                         )
                     )
+                self.save_last(wait=True)
+                self.announce(self.writer.finish())
             except Stopped as stopped:
                 self.watch.acknowledge()
-                self.save_last()
+                self.save_last(wait=True)
                 raise Stopped(self.stop_text(), stopped.exit_code) from None
+            except Exception as error:
+                self.save_after(error)
+                raise
             finally:
+                self.writer.close()
                 self.parts.train_loader.close()
                 self.parts.val_loader.close()
                 for tracker in self.trackers:
@@ -116,6 +114,8 @@ class Session:
         if path.exists():
             self.load(load_checkpoint(path))
         progress = self.parts.progress
+        if self.is_main:
+            adopt_best(self.folder, progress.best_epoch)
         self.wall_before = progress.wall_time_s
         if self.is_main:
             write_metrics(self.folder, progress.history)
@@ -142,7 +142,7 @@ class Session:
         log.info("%s: resumed %s", self.folder, where)
 
     def finish_epoch(self, record: dict[str, Any]) -> None:
-        """Note the epoch, save what it made, tell everybody."""
+        """Note the epoch, save what it made when that is due, tell everybody."""
         details = {name: record.pop(name) for name in list(record) if name.startswith("per_class")}
         metrics = {k: v for k, v in record.items() if k not in NOT_METRICS and not k.startswith("val_")}
         value = metrics.get(self.best_metric)
@@ -152,42 +152,41 @@ class Session:
                 -record["val_loss"] if value is None else value, record["epoch"], metrics, details
             )
             progress.finish_epoch(record)
+            if is_best and self.is_main:
+                self.writer.note_best(self.student_content(record), self.adapters(), record["epoch"])
         if not self.is_main:
             return
-        if is_best:
-            self.save_best(record)
-        self.save_last()
         append_metrics(self.folder, record)
+        self.save_when_due(after_epoch=True)
+        self.save_interval(record)
         for tracker in self.trackers:
             tracker.log(record, record["epoch"])
         self.observers.epoch_end(record)
-        self.save_interval(record)
 
-    def save_best(self, record: Mapping[str, Any]) -> None:
-        """best.pt: the student alone, of averaged weights where there are any."""
-        save_checkpoint(self.folder / BEST, self.student_content(record))
-        if self.config.lora_rank:
-            self.save_adapters()
-        self.observers.checkpoint_saved(self.folder / BEST, record["epoch"], True)
+    def announce(self, saved: Sequence[Saved]) -> None:
+        """Tell of checkpoints that are on disk."""
+        for checkpoint in saved:
+            self.observers.checkpoint_saved(*checkpoint)
 
-    def save_adapters(self) -> None:
-        """adapters.pt: what LoRA trained, without the base weights."""
+    def adapters(self) -> dict[str, Any] | None:
+        """The content of adapters.pt: what LoRA trained, without the base weights; None without LoRA."""
+        if not self.config.lora_rank:
+            return None
         from train.lora import adapter_state
 
         trained = self.parts.module.student
         averaged = self.parts.average.student if self.parts.average is not None else trained
-        state = adapter_state(trained, averaged)
-        save_checkpoint(self.folder / ADAPTERS, {**self.about, "adapter_state_dict": state})
+        return {**self.about, "adapter_state_dict": adapter_state(trained, averaged)}
 
     def save_interval(self, record: Mapping[str, Any]) -> None:
         """Keep every N-th epoch's student as well, when asked for."""
         interval, epoch = self.config.checkpoint_interval, record["epoch"]
         if interval is not None and epoch % interval == 0:
             path = self.folder / f"checkpoint_epoch_{epoch}.pt"
-            save_checkpoint(path, self.student_content(record))
-            self.observers.checkpoint_saved(path, epoch, False)
+            self.writer.save_beside(path, self.student_content(record), epoch)
 
     def student_content(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint of the student alone, of averaged weights where there are any; the tensors are the live ones."""
         parts = self.parts
         student = parts.average.student if parts.average is not None else parts.module.student
         metrics = {k: v for k, v in record.items() if k not in NOT_METRICS}
@@ -196,39 +195,46 @@ class Session:
             "epoch": record["epoch"],
             "accuracy": record.get(self.best_metric),
             "metrics": metrics,
-            "model_state_dict": cpu_state(student),
+            "model_state_dict": student.state_dict(),
             "alignment_head": self.head_state(),
         }
 
     def head_state(self) -> dict[str, Any] | None:
         projector = self.parts.module.projector
-        return None if projector is None else cpu_state(projector)
+        return None if projector is None else projector.state_dict()
 
-    def save_last(self) -> None:
-        """last.pt: everything that the next step needs."""
+    def save_when_due(self, *, after_epoch: bool = False) -> None:
+        """Save last.pt now and then, so that a kill costs `checkpoint_minutes` at most."""
+        if self.is_main and self.writer.due(after_epoch=after_epoch):
+            self.save_last(wait=False)
+        self.announce(self.writer.finished())
+
+    def save_last(self, *, wait: bool) -> None:
+        """last.pt, of the last finished step, on rank 0."""
         # Losses that are not finite must not reach a checkpoint.
         with self.parts.guard.lock:
             self.loop.settle()
-        self.write_last()
+        self.write_last(wait=wait)
 
-    def write_last(self) -> None:
-        """Write last.pt on rank 0; the watching thread waits for a writing that a slow disk holds up."""
+    def write_last(self, *, wait: bool) -> None:
         if self.is_main:
-            with self.writing:
-                self.write_last_alone()
+            self.writer.save(self.run_content(), self.parts.progress.epoch, wait=wait)
+            if wait:
+                self.announce(self.writer.finished())
 
-    def write_last_alone(self) -> None:
+    def run_content(self) -> dict[str, Any]:
+        """Everything that the next step needs; the tensors are the live ones."""
         parts = self.parts
         parts.progress.wall_time_s = self.wall_time()
         average = parts.average and {
-            "state": cpu_state(parts.average.student),
+            "state": parts.average.student.state_dict(),
             "updates": parts.average.updates,
         }
         scaler = parts.accelerator.scaler
-        content = {
+        return {
             **self.about,
             "epoch": parts.progress.epoch,
-            "model_state_dict": cpu_state(parts.module.student),
+            "model_state_dict": parts.module.student.state_dict(),
             "alignment_head": self.head_state(),
             "training": {
                 "optimizer": parts.optimizer.state_dict(),
@@ -237,14 +243,20 @@ class Session:
                 "progress": parts.progress.to_dict(),
             },
         }
-        save_checkpoint(self.folder / LAST, content)
-        self.saved = time.monotonic()
-        self.observers.checkpoint_saved(self.folder / LAST, parts.progress.epoch, False)
 
-    def save_within_epoch(self) -> None:
-        """A long epoch is saved now and then, so that a kill costs minutes only."""
-        if time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes:
-            self.save_last()
+    def save_after(self, error: Exception) -> None:
+        """An error ends the training: keep the last finished step, unless it is the reason or the disk is."""
+        guard = self.parts.guard
+        if isinstance(error, (NotFiniteError, CheckpointError)) or not guard.whole:
+            return
+        if not self.writer.has_saved:
+            return  # a start that failed is no run
+        try:
+            with guard.lock:
+                guard.restore_buffers()
+            self.save_last(wait=True)
+        except Exception as second:  # the first error is the one to report
+            log.warning("%s could not be saved: %s", self.folder / LAST, second)
 
     def wall_time(self) -> float:
         return round(self.wall_before + time.monotonic() - self.started, 3)
@@ -263,7 +275,7 @@ class Session:
             return f"{self.folder}: stopped inside an optimizer step, {LAST} is that of the last save"
         self.loop.settle()
         guard.restore_buffers()
-        self.write_last()
+        self.write_last(wait=True)
         return self.stop_text()
 
 

@@ -38,6 +38,7 @@ class StepGuard:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.lock = threading.Lock()
+        self.whole = True  # false once an error came in the middle of an update
         self.buffers: dict[str, Tensor] = {}
         self.copy_buffers()
 
@@ -45,8 +46,10 @@ class StepGuard:
     def update(self) -> Iterator[None]:
         """Held while weights, optimizer state and progress change together."""
         with self.lock:
+            self.whole = False
             yield
             self.copy_buffers()
+            self.whole = True
 
     def copy_buffers(self) -> None:
         named = dict(self.module.named_buffers())

@@ -1,0 +1,180 @@
+"""When and how a run's checkpoints are written: now and then, from copies, by a thread of its own.
+
+A student that learns for a second an epoch must not write its optimizer's state every second. `last.pt` is written when
+the last writing is some time ago, at the end, and on a stop signal; what happened in between is repeated by a resumed run.
+`best.pt` is written together with it: its file is complete beside the old one before `last.pt` names it as the best, and
+takes the old one's place afterwards. So whatever moment the process is killed at, `adopt_best` finds the pair again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.checkpoint import ADAPTERS, BEST, LAST, load_checkpoint, save_checkpoint, sync_folder
+
+NEXT_BEST = f".{BEST}.next"
+#: Copies of a run's state that may wait for the disk at once.
+WAITING = 2
+
+Content = Mapping[str, Any]
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is complete on disk; `epoch` counts from 1."""
+
+    path: Path
+    epoch: int
+    is_best: bool
+
+
+class HostCopy:
+    """A copy of plain values and tensors as they are now, on the host; `content()` waits for the device."""
+
+    def __init__(self, content: Content) -> None:
+        self.events: list[torch.cuda.Event] = []
+        self.copied = copy_to_host(content)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            event = torch.cuda.Event()
+            event.record()
+            self.events.append(event)
+
+    def content(self) -> dict[str, Any]:
+        for event in self.events:
+            event.synchronize()
+        return self.copied
+
+
+def copy_to_host(value: Any) -> Any:
+    """The same structure with copies of its tensors in host memory; copies from a GPU may still be under way."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return value.clone() if value.device.type == "cpu" else value.to("cpu", non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: copy_to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copy_to_host(item) for item in value)
+    return value
+
+
+class Best(NamedTuple):
+    """Copies of the best student so far, and of its LoRA adapters alone where it has some."""
+
+    student: HostCopy
+    adapters: HostCopy | None
+    epoch: int
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run folder in the background.
+
+    Errors of the writing thread come out of the next call of `submit`, `save`, `finished` or `finish`.
+    """
+
+    def __init__(self, folder: Path, every_s: float) -> None:
+        self.folder, self.every_s = folder, every_s
+        self.saved_at, self.has_saved = time.monotonic(), False
+        self.best: Best | None = None
+        self.disk = threading.Lock()  # the watching thread may write while the background thread does
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self.pending: deque[Future[list[Saved]]] = deque()
+        self.reports: list[Saved] = []
+
+    def due(self, *, after_epoch: bool) -> bool:
+        """Whether it is time for `last.pt`: after the first epoch, and every `every_s` seconds."""
+        self.collect()
+        if self.pending:
+            return False
+        if not self.has_saved and after_epoch:
+            return True
+        return time.monotonic() - self.saved_at >= self.every_s
+
+    def note_best(self, student: Content, adapters: Content | None, epoch: int) -> None:
+        """Keep a copy of the best student so far, for the next `save`."""
+        self.best = Best(HostCopy(student), None if adapters is None else HostCopy(adapters), epoch)
+
+    def save(self, last: Content, epoch: int, *, wait: bool) -> None:
+        """Write `last.pt` from a copy, and `best.pt` where a better student has been noted since.
+
+        wait: return when both are on disk.
+        """
+        best, self.best = self.best, None
+        self.saved_at, self.has_saved = time.monotonic(), True
+        copied = HostCopy(last)
+        if wait:
+            self.reports += self.write_pair(copied, epoch, best)
+        else:
+            self.submit(lambda: self.write_pair(copied, epoch, best))
+
+    def save_beside(self, path: Path, content: Content, epoch: int) -> None:
+        """Write another checkpoint, from a copy, in the background."""
+        copied = HostCopy(content)
+
+        def write() -> list[Saved]:
+            with self.disk:
+                save_checkpoint(path, copied.content())
+            return [Saved(path, epoch, False)]
+
+        self.submit(write)
+
+    def write_pair(self, last: HostCopy, epoch: int, best: Best | None) -> list[Saved]:
+        with self.disk:
+            if best is not None:
+                save_checkpoint(self.folder / NEXT_BEST, best.student.content())
+            save_checkpoint(self.folder / LAST, last.content())
+            saved = [Saved(self.folder / LAST, epoch, False)]
+            if best is not None:
+                os.replace(self.folder / NEXT_BEST, self.folder / BEST)
+                sync_folder(self.folder)
+                saved.insert(0, Saved(self.folder / BEST, best.epoch, True))
+                if best.adapters is not None:
+                    save_checkpoint(self.folder / ADAPTERS, best.adapters.content())
+        return saved
+
+    def submit(self, work: Callable[[], list[Saved]]) -> None:
+        """Hand work to the background thread; waits while the disk is behind."""
+        self.collect()
+        while len(self.pending) >= WAITING:
+            self.reports += self.pending.popleft().result()
+        self.pending.append(self.pool.submit(work))
+
+    def collect(self) -> None:
+        """Take in what is done. Raises CheckpointError of the background thread."""
+        while self.pending and self.pending[0].done():
+            self.reports += self.pending.popleft().result()
+
+    def finished(self) -> list[Saved]:
+        """The checkpoints completed since the last call."""
+        self.collect()
+        reports, self.reports = self.reports, []
+        return reports
+
+    def finish(self) -> list[Saved]:
+        """Wait for everything; the checkpoints completed since the last call of `finished`."""
+        while self.pending:
+            self.reports += self.pending.popleft().result()
+        return self.finished()
+
+    def close(self) -> None:
+        """Let go of the thread, when what it has been given is written. Raises nothing: the run ends by another error."""
+        self.pool.shutdown(wait=True)
+
+
+def adopt_best(folder: Path, best_epoch: int) -> None:
+    """Complete what a killed process has left: `last.pt` names the best epoch, its `best.pt` may be still beside the old one."""
+    written = folder / NEXT_BEST
+    if not written.exists():
+        return
+    if load_checkpoint(written)["epoch"] == best_epoch:
+        os.replace(written, folder / BEST)
+    else:
+        written.unlink()
