@@ -23,7 +23,7 @@ PANELS = {
     "Distillation": "distillation_type hard_label_weight soft_label_weight feature_weight logit_weight "
     "feature_loss_type feature_target distill_loss_type temperature teacher_logits align_feature align_head views",
     "LoRA": "lora_rank lora_alpha lora_dropout lora_target_modules lora_bias",
-    "The run": "device workers seed deterministic auto_batch control resume overwrite tracker checkpoint_interval "
+    "The run": "device workers seed deterministic auto_batch control control_only resume overwrite tracker checkpoint_interval "
     "checkpoint_minutes",
 }
 

@@ -73,9 +73,10 @@ def build_training(
     student = build_initial_student(config, data)
     lora = apply_lora_options(student, config.model_dump(), trained=False)
     features = resolve_features(config, store[config.train_split], data.task, student.spec, notes)
-    check_mixing(config, data.task, features)
+    # The control is shown what its distilled counterpart is shown: `features` decides on the images of both.
     name, augmentation = resolve_augmentation(config, features, notes)
     learnt = FeatureChoice() if control else features
+    check_mixing(config, data.task, learnt)
     module, objective = build_module(config, store, data, student, learnt)
     recorded = store.manifest.views if features.recorded else 0
     parts = build_parts(config, store, data, accelerator, stop, module, objective, augmentation, recorded)

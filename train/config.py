@@ -122,6 +122,9 @@ class TrainConfig(BaseModel):
     deterministic: bool = Field(False, description="Only deterministic kernels (slower on GPUs).")
     auto_batch: bool = Field(False, description="Out of memory: halve the batch, double the accumulation.")
     control: bool = Field(False, description="Also train the same student without the teacher.")
+    control_only: bool = Field(
+        False, description="Train the control alone: the images and schedule of these options, no teacher."
+    )
     resume: bool = Field(False, description="Continue the run in the run folder.")
     overwrite: bool = Field(False, description="Delete what is in the run folder first.")
     tracker: Literal["tensorboard", "wandb", "mlflow"] = Field(
@@ -186,6 +189,8 @@ class TrainConfig(BaseModel):
             problems.append(
                 "control and distillation_type none: nothing to compare, both train without the teacher"
             )
+        if self.control and self.control_only:
+            problems.append("control and control_only exclude each other: a control has no control")
         if not self.lora_rank and not self.is_explicit("lora_rank"):
             problems += [f"{name} has no effect without --lora-rank" for name in LORA if self.differs(name)]
         if self.train_split == self.val_split:

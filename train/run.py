@@ -89,7 +89,7 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> d
     from store import open_store
 
     task = resolve_task(config)
-    if config.control and task == "features":
+    if (config.control or config.control_only) and task == "features":
         raise ConfigError("control: without a task loss there is nothing to compare with")
     store: Any = open_store(config.store)
     data = resolve_data(config, store, task)
@@ -104,7 +104,7 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> d
         log.info("%s is complete: nothing left to do", config.out)
         return done
     set_determinism(config.deterministic)
-    main = train_student(config, store, data, watch, observers, config.out)
+    main = train_student(config, store, data, watch, observers, config.out, control=config.control_only)
     summary = summarize(main, store, data, config.out)
     if config.control:
         summary["control"] = run_control(config, store, data, watch, main)

@@ -145,6 +145,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         views: int = 0,
         seed: int = 0,
         random_teacher: bool = False,
+        resize: str = "squash",
     ) -> Path:
         settings = locals() | {}
         path, root = tmp_path / name, tmp_path / f"{name}.images" if images == "none" else None
@@ -160,7 +161,7 @@ def make_store(tmp_path: Path) -> MakeStore:
                 width=WIDTH,
                 random_weights=random_teacher,
             ),
-            preprocessing=Preprocessing(image_size=side),
+            preprocessing=Preprocessing(image_size=side, resize=resize),
             class_names=("background", *CLASSES) if masks else CLASSES if labels else (),
             data_root=str(root) if root else None,
             grid=grid or None,

@@ -47,8 +47,7 @@ def test_distillation_options_share_one_control_per_student_and_seed() -> None:
     assert len(controls) == 2
     assert len(trials) == 2 + 8
     for control in controls:
-        assert control.options["distillation_type"] == "none"
-        assert control.options["hard_label_weight"] == 1.0
+        assert control.options["control_only"] is True
         assert "temperature" not in control.options
     by_seed = {control.options["seed"]: control.name for control in controls}
     for trial in trials:

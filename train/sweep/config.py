@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from train.config import TrainConfig, config_to_json, describe_problem, nearest_names
 from train.errors import ConfigError
 
-# Options that only a distilled training has: two trials that differ in nothing else share one control.
+# Options of the losses: trials that differ in nothing else, and are shown the same images, share one control.
 DISTILLATION_OPTIONS = frozenset(
     {
         "distillation_type",
@@ -35,7 +35,9 @@ DISTILLATION_OPTIONS = frozenset(
     }
 )
 # Options that the sweep itself sets for each trial.
-OWN_OPTIONS = frozenset({"store", "student", "out", "seed", "control", "resume", "overwrite", "sources"})
+OWN_OPTIONS = frozenset(
+    {"store", "student", "out", "seed", "control", "control_only", "resume", "overwrite", "sources"}
+)
 
 
 class SweepConfig(BaseModel):
@@ -163,11 +165,17 @@ def combinations(config: SweepConfig) -> Iterator[dict[str, Any]]:
 
 
 def control_of(options: Mapping[str, Any], config: SweepConfig, store_fingerprint: str) -> Trial | None:
-    """The same training on the task loss alone; none where there is no task loss (task `features`)."""
+    """The control of `cli train --control` as a trial; none where there is no task loss (task `features`).
+
+    Of the distillation options only one decides on the images (`train.resolve.resolve_augmentation`): whether features
+    are learned at all, which `logit` and `none` do not.
+    """
     if options.get("task") == "features":
         return None
     kept = {name: value for name, value in options.items() if name not in DISTILLATION_OPTIONS}
-    kept |= {"distillation_type": "none", "hard_label_weight": 1.0}
+    if options.get("distillation_type") in ("logit", "none"):
+        kept["distillation_type"] = options["distillation_type"]
+    kept["control_only"] = True
     return Trial(trial_name(kept, config, store_fingerprint, "-control"), kept, True, None)
 
 

@@ -50,6 +50,9 @@ def run_yolo(
     prepare_ultralytics()
     check_options(config)
     check_own_process()
+    if config.control_only:
+        # ultralytics' augmentations do not depend on what is distilled, so this is the control of `--control`.
+        config = config.replace(distillation_type="none")
     if config.distillation_type == "hybrid":
         log.info("distillation_type hybrid: YOLO students learn features; there is no logit term")
     store = open_store(config.store)
