@@ -206,6 +206,8 @@ def build_parts(
 ) -> Parts:
     """Loaders, optimizer and wrappers around module and objective."""
     module.to(accelerator.device)
+    if accelerator.device.type == "cuda":
+        use_channels_last(module)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if objective.distillation is not None:
@@ -226,7 +228,7 @@ def build_parts(
     )
     optimizer = build_optimizer(module, config.optimizer, config.learning_rate, config.weight_decay)
     if config.compile:
-        module.compile_student()
+        module.compile_student(-(-config.batch_size // accelerator.num_processes))
     wrapped = accelerator.prepare_model(module)
     average = WeightAverage(module.student, config.ema_decay) if config.ema_decay is not None else None
     return Parts(
@@ -245,6 +247,16 @@ def build_parts(
         average=average,
         stop=stop,
     )
+
+
+def use_channels_last(module: nn.Module) -> None:
+    """Convolutions in the memory format that tensor cores take; images come in it anyway (`build_normalizer`).
+
+    Convolutions alone: other four-dimensional parameters (position tables) may be reshaped by views.
+    """
+    for child in module.modules():
+        if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d)):
+            child.weight.data = child.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def validation_objective(
@@ -302,6 +314,7 @@ def build_loader(
         gatherer=FeatureGatherer(split, arrays, depth, accelerator.device),
         labels=data.train_labels if training else data.val_labels,
         workers=config.workers if config.workers is not None else default_workers(accelerator.device),
+        carry=None if objective.distillation is None else objective.distillation.transport,
         **build_samples(config, store, name, settings, frames=wants_frames(objective)),
     )
 
@@ -329,7 +342,8 @@ def build_normalizer(student: Student, device: torch.device) -> Callable[[Tensor
     mean, std = (torch.tensor(values, device=device) * 255 for values in normalization(student))
 
     def normalize(images: Tensor) -> Tensor:
-        """uint8 [..., S, S, 3] → float32 [..., 3, S, S]."""
-        return ((images.float() - mean) / std).movedim(-1, -3).contiguous()
+        """uint8 [..., S, S, 3] → float32 [..., 3, S, S]; on a GPU a view of channel-last memory."""
+        normal = (images - mean).div_(std).movedim(-1, -3)
+        return normal if device.type == "cuda" else normal.contiguous()
 
     return normalize

@@ -60,7 +60,7 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="Clip student and alignment head together; 0: off.")
     image_size: int = Field(224, ge=8, le=4096, description="Side of the student's input, pixels.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Mixed precision; auto on GPUs."
+        "auto", description="Mixed precision; auto on GPUs. fp32 on a GPU uses TF32."
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Evaluate and keep averaged weights.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the task's cross-entropy.")
@@ -117,7 +117,9 @@ class TrainConfig(BaseModel):
 
     # The machine and the run
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 or a list like cuda:0,cuda:1.")
-    workers: int | None = Field(None, ge=0, description="Processes that decode images; default: by the CPU.")
+    workers: int | None = Field(
+        None, ge=0, description="Processes that decode images; default: by this process's share of the cores."
+    )
     seed: int = Field(0, ge=0, description="Of initial weights, data order, augmentation and dropout.")
     deterministic: bool = Field(False, description="Only deterministic kernels (slower on GPUs).")
     auto_batch: bool = Field(False, description="Out of memory: halve the batch, double the accumulation.")

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from console.cores import core_share
 from imaging.geometry import View
 from store.errors import DistillError
-from store.format import LABEL, VIEWS_GEOMETRY
+from store.format import LABEL, VIEWS_GEOMETRY, VIEWS_GRID, VIEWS_POOLED
 from train.images import ImageReader
 from train.plan import EpochBatches, Item
 from train.views import (
@@ -40,8 +40,10 @@ class Batch:
 
     `rows` int64 [B]; `images` uint8 [B, S, S, 3] (clips [B, T, S, S, 3] with `lengths` int64 [B]);
     `views` float64 [B, 2, 3] into the source image; `recorded` int64 [B], the recorded view shown, else None;
-    `weight` float32 [B], 0 for padding; `labels` int64 [B]; `masks` int64 [B, S, S];
-    `features`: stored values by array name.
+    `weight` float32 [B], 0 for padding; `labels` int64 [B]; `masks` uint8 [B, S, S], 255 ignored;
+    `features`: stored values by array name, of recorded views the one shown; `transport`: how stored grids are
+    carried to the student's cells, by name (see `train.transport.TransportWeights`); `samples`: Σ weight, known on the
+    host, so that nothing has to wait for a device to tell it. `rows`, `views`, `recorded` and `lengths` stay on the host.
     """
 
     rows: NDArray[np.int64]
@@ -53,18 +55,41 @@ class Batch:
     lengths: Tensor | None = None
     recorded: NDArray[np.int64] | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
+    transport: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples is None:
+            self.samples = float(self.weight.sum())
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def tensors(self) -> dict[tuple[str, str], Tensor]:
+        """What belongs on the device, by (field, name in it)."""
+        plain = {(name, ""): getattr(self, name) for name in ("images", "weight", "labels", "masks")}
+        named = {
+            (name, key): value
+            for name in ("features", "transport")
+            for key, value in getattr(self, name).items()
+        }
+        return {name: value for name, value in (plain | named).items() if value is not None}
+
+    def with_tensors(self, tensors: Mapping[tuple[str, str], Tensor]) -> Batch:
+        """A batch with these in the place of its `tensors()`."""
+        changed: dict[str, Any] = {"features": {}, "transport": {}}
+        for (name, key), value in tensors.items():
+            if key:
+                changed[name][key] = value
+            else:
+                changed[name] = value
+        return replace(self, **changed)
+
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
-        for name in ("images", "weight", "labels", "masks"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value.to(device, non_blocking=True))
-        self.features = {name: value.to(device, non_blocking=True) for name, value in self.features.items()}
-        return self
+        """The batch with its tensors on `device`."""
+        return self.with_tensors(
+            {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,41 +188,47 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
+#: Arrays that hold K recorded views a sample.
+VIEW_ARRAYS = (VIEWS_GRID, VIEWS_POOLED)
+
+
 class FeatureGatherer:
     """Gathers stored arrays by row into buffers that are used again and again.
 
-    `depth` is how many batches are in use at once (the micro-batches of one step). For a GPU the buffers are pinned
-    and the copy starts at once; the loop runs ahead of the GPU, so a buffer is filled again only after its copy.
+    `depth` is how many batches are in use at once: the micro-batches of one step, or those that are being copied to
+    a GPU, for which the buffers are pinned.
     """
 
     def __init__(self, split: Any, names: Sequence[str], depth: int, device: torch.device) -> None:
         self.split, self.names, self.device = split, list(names), device
+        self.depth = depth
         self.buffers: list[dict[str, Tensor]] = [{} for _ in range(depth)]
-        self.copied: list[torch.cuda.Event | None] = [None] * depth
         self.turn = 0
 
-    def gather(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Stored values of `rows` [B] by array name (true ones of packed arrays); valid until `depth` more gathers."""
+    def gather(self, rows: NDArray[np.int64], recorded: NDArray[np.int64] | None = None) -> dict[str, Tensor]:
+        """Stored values of `rows` [B] by array name (true ones of packed arrays); valid until `depth` more gathers.
+
+        `recorded` int64 [B]: of arrays that hold K recorded views a sample, the one to take. It is chosen here, on
+        the host: all K would be copied to the device for one that is used.
+        """
         if not self.names:
             return {}
         turn, self.turn = self.turn, (self.turn + 1) % len(self.buffers)
-        buffers, copied = self.buffers[turn], self.copied[turn]
-        if copied is not None:
-            copied.synchronize()
+        buffers = self.buffers[turn]
         self.make_room(buffers, len(rows))
-        out = {name: buffer[: len(rows)].numpy() for name, buffer in buffers.items()}
+        # A tensor's numpy() shares its memory, but does not know that it is pinned: give out the tensor itself.
+        rooms = {name: buffer[: len(rows)] for name, buffer in buffers.items()}
+        out = {name: room.numpy() for name, room in rooms.items()}
         gathered = self.split.gather_features(rows, self.names, out=out if out else None)
         if not buffers:
             self.adopt(buffers, gathered)
-        values = {name: torch.from_numpy(gathered[name]) for name in self.names}
-        return self.copy_to_gpu(values, turn) if self.device.type == "cuda" else values
-
-    def copy_to_gpu(self, values: dict[str, Tensor], turn: int) -> dict[str, Tensor]:
-        """Start the copies, and note when they are done."""
-        moved = {name: value.to(self.device, non_blocking=True) for name, value in values.items()}
-        self.copied[turn] = event = torch.cuda.Event()
-        event.record()
-        return moved
+        values = {
+            name: rooms[name] if name in rooms else torch.from_numpy(gathered[name]) for name in self.names
+        }
+        if recorded is None:
+            return values
+        chosen = (torch.arange(len(rows)), torch.from_numpy(recorded))
+        return {name: value[chosen] if name in VIEW_ARRAYS else value for name, value in values.items()}
 
     def make_room(self, buffers: dict[str, Tensor], count: int) -> None:
         """A larger batch than before gets new buffers."""
@@ -223,9 +254,12 @@ class BatchLoader:
         workers: int,
         collate: Any = collate_views,
         gather_more: Callable[[NDArray[np.int64], Tensor], dict[str, Tensor]] | None = None,
+        carry: Callable[[Batch], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.batches, self.gatherer, self.labels = batches, gatherer, labels
-        self.gather_more = gather_more
+        self.gather_more, self.carry = gather_more, carry
+        self.prefetcher: Any = None
+        self.engine: Any = None
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -238,15 +272,38 @@ class BatchLoader:
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of `epoch` from number `start` on."""
+        """The micro-batches of `epoch` from number `start` on; for a GPU they are on the device already.
+
+        One epoch at a time: the one before ends here.
+        """
+        self.stop_prefetching()
         self.batches.epoch, self.batches.start = epoch, start
-        for decoded in self.loader:
-            if isinstance(decoded, DistillError):
-                raise decoded
-            yield self.join(decoded)
+        # Workers start here, in the main thread: a process must not fork from one that copies to a GPU.
+        host = self.joined(iter(self.loader))
+        if self.gatherer.device.type != "cuda":
+            return host
+        from train.prefetch import CopyStream, Prefetcher
+
+        if self.engine is None:
+            self.engine = CopyStream(self.gatherer.device, self.gatherer.depth)
+        self.prefetcher = Prefetcher(host, self.engine, self.gatherer.depth)
+        return iter(self.prefetcher)
+
+    def joined(self, decoded: Iterator[Any]) -> Iterator[Batch]:
+        """Decoded images with all that belongs to them, on the host."""
+        for item in decoded:
+            if isinstance(item, DistillError):
+                raise item
+            yield self.join(item)
+
+    def stop_prefetching(self) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+            self.prefetcher = None
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the prefetch thread and the worker processes."""
+        self.stop_prefetching()
         iterator = getattr(self.loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
@@ -256,20 +313,24 @@ class BatchLoader:
         """Add labels and stored features to decoded images, by row."""
         rows = decoded["rows"].numpy()
         recorded = decoded["recorded"].numpy()
-        features = self.gatherer.gather(rows)
+        shown = recorded if (recorded >= 0).all() else None
+        features = self.gatherer.gather(rows, shown)
         if self.gather_more is not None:
             features |= self.gather_more(rows, decoded["lengths"])
-        return Batch(
+        batch = Batch(
             rows=rows,
             images=decoded["images"],
             views=decoded["views"].numpy(),
             weight=decoded["weight"],
             labels=None if self.labels is None else torch.from_numpy(self.labels[rows].astype(np.int64)),
-            masks=decoded["masks"].long() if "masks" in decoded else None,
+            masks=decoded.get("masks"),
             lengths=decoded.get("lengths"),
-            recorded=recorded if (recorded >= 0).all() else None,
+            recorded=shown,
             features=features,
         )
+        if self.carry is not None:
+            batch.transport = self.carry(batch)
+        return batch
 
 
 def start_worker(worker: int) -> None:
@@ -285,9 +346,13 @@ def start_worker(worker: int) -> None:
 
 
 def default_workers(device: torch.device) -> int:
-    """Worker processes: a GPU wants all cores for decoding, on the CPU half of them must be left to the student."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores) if device.type == "cuda" else min(4, cores // 2)
+    """Worker processes of this process's share of the cores.
+
+    A GPU wants nearly all of them for decoding: two are left to the loop and its prefetch thread. On a CPU half of
+    them belong to the student.
+    """
+    cores = core_share()
+    return max(1, min(16, cores - 2)) if device.type == "cuda" else min(4, cores // 2)
 
 
 def labels_of(split: Any) -> NDArray[np.int32] | None:

@@ -19,9 +19,16 @@ from train.data import Batch
 from train.engine.distributed import gather_rows, world_size
 from train.engine.model import DistilledOutput
 from train.errors import TrainError
-from train.losses import Mixing, feature_loss, logit_loss, relational_loss
+from train.losses import Mixing, feature_loss, logit_loss, mix, relational_loss
 from train.projector import TargetStandardizer
-from train.transport import Geometry, Transported, region_mean, relate_views, transport_grid
+from train.transport import (
+    Geometry,
+    TransportWeights,
+    apply_transport,
+    region_mean,
+    relate_views,
+    transport_weights,
+)
 
 Counts = Mapping[str, Tensor]
 
@@ -116,14 +123,14 @@ class Distillation(nn.Module):
     def prepare_pooled(self, batch: Batch, targets: Targets) -> None:
         """Without a grid: the stored row of the whole image (or of the recorded view)."""
         stored = batch.features[VIEWS_POOLED if self.plan.recorded else POOLED]
-        if self.plan.recorded:
-            stored = pick_view(stored, batch)
         targets.pooled = self.standardizers["pooled"](stored)
         targets.pooled_weight = batch.weight
 
     def prepare_grid(self, batch: Batch, targets: Targets) -> None:
         """Carry the grid to the student's cells; the pooled target is their mean."""
-        transported = self.carry(batch)
+        # The matrices came with the batch (`transport`).
+        grid = batch.features[VIEWS_GRID if self.plan.recorded else GRID]
+        transported = apply_transport(grid, batch.transport)
         sample_weight = batch.weight.view(-1, 1, 1)
         if self.plan.cells:
             targets.cells = self.standardizers["cells"](transported.cells)
@@ -133,13 +140,20 @@ class Distillation(nn.Module):
             targets.pooled = self.standardizers["pooled"](mean)
             targets.pooled_weight = batch.weight * (share > 0)
 
-    def carry(self, batch: Batch) -> Transported:
+    def transport(self, batch: Batch) -> TransportWeights:
+        """How the grids of a batch that is still on the host are carried to the student's cells; empty without grids.
+
+        The loader calls this where it gathers features, so that the matrices reach a GPU together with them.
+        """
+        if self.plan.frames or not (self.plan.distils_features and self.plan.grid):
+            return {}
         height, width = self.plan.cell_shape or (4, 4)
-        if self.plan.recorded:
-            return transport_grid(pick_view(batch.features[VIEWS_GRID], batch), None, height, width)
-        assert self.teacher_views is not None
-        geometry: Geometry = relate_views(batch.views, self.teacher_views[batch.rows])
-        return transport_grid(batch.features[GRID], geometry, height, width)
+        tokens = batch.features[VIEWS_GRID if self.plan.recorded else GRID].shape[1:3]
+        geometry: Geometry | None = None
+        if not self.plan.recorded:
+            assert self.teacher_views is not None
+            geometry = relate_views(batch.views, self.teacher_views[batch.rows])
+        return transport_weights(geometry, height, width, (tokens[0], tokens[1]))
 
     def prepare_frames(self, batch: Batch, targets: Targets) -> None:
         """Clips: one row per frame, already spread over the student's frames by the clip loader."""
@@ -156,14 +170,11 @@ class Distillation(nn.Module):
         terms: dict[str, Tensor] = {}
         if self.plan.distils_features:
             terms["feature_loss"] = self.feature_term(output, targets, counts, mixing)
-        if targets.logits is not None and output.logits is not None and targets.logit_weight is not None:
+        student = output.logits
+        if targets.logits is not None and student is not None and targets.logit_weight is not None:
             terms["logit_loss"] = mix(
                 lambda target, weight: logit_loss(
-                    output.logits,
-                    target,
-                    self.plan.temperature,
-                    weight,
-                    counts["logit"],  # type: ignore[arg-type]
+                    student, target, self.plan.temperature, weight, counts["logit"]
                 ),
                 targets.logits,
                 targets.logit_weight,
@@ -206,22 +217,6 @@ class Distillation(nn.Module):
         weight = gather_rows(targets.pooled_weight)
         loss = relational_loss(gather_rows(output.pooled), gather_rows(targets.pooled), weight)
         return loss * weight.sum() / (counts["pooled"].clamp_min(1e-12) * world_size())
-
-
-def mix(term: Any, target: Tensor, weight: Tensor, mixing: Mixing | None) -> Tensor:
-    """`term(target, weight)`; under MixUp and CutMix against both targets, weighted as the images are."""
-    if mixing is None:
-        return term(target, weight)  # type: ignore[no-any-return]
-    share = mixing.weight.view(-1, *[1] * (weight.ndim - 1)).to(weight.dtype)
-    partner = term(target[mixing.partner], weight[mixing.partner] * (1 - share))
-    return term(target, weight * share) + partner  # type: ignore[no-any-return]
-
-
-def pick_view(stored: Tensor, batch: Batch) -> Tensor:
-    """[B, K, …] → [B, …]: the recorded view that each image shows."""
-    assert batch.recorded is not None
-    index = torch.from_numpy(batch.recorded).to(stored.device)
-    return stored[torch.arange(len(index), device=stored.device), index]
 
 
 def standardized_arrays(plan: DistillationPlan, split: Any) -> dict[str, tuple[str, str]]:

@@ -23,6 +23,7 @@ from train.engine.machine import (
     MEMORY_ADVICE,
     OutOfMemoryError,
     build_accelerator,
+    explain_device_error,
     is_out_of_memory,
     peak_memory,
     set_determinism,
@@ -132,7 +133,10 @@ def train_student(
             return train_once(config, store, data, watch, observers, folder, control=control, asked=asked)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
-                raise
+                known = explain_device_error(error)
+                if known is None:
+                    raise
+                raise known from error
             if not config.auto_batch or config.batch_size < 2:
                 raise OutOfMemoryError(f"{MEMORY_ADVICE} (batch_size {config.batch_size})") from error
         # The watch still holds the training that failed, and with it all its memory.

@@ -8,6 +8,7 @@ Points outside the source image, or outside the teacher's view, do not count; `w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,12 @@ class Transported(NamedTuple):
 
     cells: Tensor
     weight: Tensor
+
+
+#: Tensors by name. `weight` float32 [B, h, w] as in `Transported`, and either `rows` [B, h, g] with `columns`
+#: [B, w, g] (views that do not turn: both axes on their own) or `tokens` [B, h·w, g·g]. Made on the host by
+#: `transport_weights`; B is 1 where all samples have the same.
+TransportWeights = Mapping[str, Tensor]
 
 
 class Geometry(NamedTuple):
@@ -57,12 +64,30 @@ def transport_grid(grid: Tensor, geometry: Geometry | None, height: int, width: 
 
     `geometry` None: the student sees exactly what the teacher saw.
     """
+    weights = transport_weights(geometry, height, width, (grid.shape[1], grid.shape[2]))
+    return apply_transport(grid, {name: value.to(grid.device) for name, value in weights.items()})
+
+
+def transport_weights(
+    geometry: Geometry | None, height: int, width: int, tokens: tuple[int, int]
+) -> TransportWeights:
+    """How grids of `tokens` (rows, columns) are carried to `height` × `width` cells; tensors on the host."""
     if geometry is None:
-        identity = np.broadcast_to(np.eye(2, 3), (len(grid), 2, 3))
+        identity = np.eye(2, 3)[None]
         geometry = Geometry(identity, identity)
     if is_axis_parallel(geometry):
-        return transport_axes(grid, geometry, height, width)
-    return transport_points(grid, geometry, height, width)
+        return axis_parallel_weights(geometry, height, width, tokens)
+    return turned_weights(geometry, height, width, tokens)
+
+
+def apply_transport(grid: Tensor, weights: TransportWeights) -> Transported:
+    """Carry `grid` [B, g, g, D] (any float type) on the device of both."""
+    values, weight = grid.float(), weights["weight"].expand(len(grid), -1, -1)
+    if "tokens" in weights:
+        cells = torch.matmul(weights["tokens"], values.flatten(1, 2))
+        return Transported(cells.unflatten(1, weight.shape[1:]), weight)  # type: ignore[no-untyped-call]
+    tall = torch.matmul(weights["rows"], values.flatten(2)).unflatten(2, values.shape[2:])  # type: ignore[no-untyped-call]
+    return Transported(torch.matmul(weights["columns"].unsqueeze(1), tall), weight)
 
 
 def is_axis_parallel(geometry: Geometry) -> bool:
@@ -71,18 +96,20 @@ def is_axis_parallel(geometry: Geometry) -> bool:
     return not any(values.any() for values in off_diagonal)
 
 
-def transport_axes(grid: Tensor, geometry: Geometry, height: int, width: int) -> Transported:
+def axis_parallel_weights(
+    geometry: Geometry, height: int, width: int, tokens: tuple[int, int]
+) -> TransportWeights:
     """Crops, flips and resizes: one small matrix per axis and sample."""
-    rows, row_share = axis_weights(geometry, axis=1, cells=height, tokens=grid.shape[1], like=grid)
-    columns, column_share = axis_weights(geometry, axis=0, cells=width, tokens=grid.shape[2], like=grid)
-    tall = torch.einsum("bhi,bijd->bhjd", rows, grid.float())
-    cells = torch.matmul(columns.unsqueeze(1), tall)
-    return Transported(cells, row_share.unsqueeze(2) * column_share.unsqueeze(1))
+    rows, row_share = axis_weights(geometry, axis=1, cells=height, tokens=tokens[0])
+    columns, column_share = axis_weights(geometry, axis=0, cells=width, tokens=tokens[1])
+    return {
+        "rows": rows,
+        "columns": columns,
+        "weight": row_share.unsqueeze(2) * column_share.unsqueeze(1),
+    }
 
 
-def axis_weights(
-    geometry: Geometry, *, axis: int, cells: int, tokens: int, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def axis_weights(geometry: Geometry, *, axis: int, cells: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Weights [B, cells, tokens] (each row sums to 1, or 0 outside) and the share inside [B, cells]."""
     points = cell_points(cells, tokens)
     teacher, source = (matrix[:, axis, axis, None] * points + matrix[:, axis, 2, None] for matrix in geometry)
@@ -90,12 +117,12 @@ def axis_weights(
     hats = hat_weights(teacher, tokens) * content_tokens(geometry, axis, tokens)[:, None, :] * seen[..., None]
     by_cell = hats.reshape(len(hats), cells, -1, tokens).sum(axis=2)
     share = seen.reshape(len(seen), cells, -1).mean(axis=2)
-    return normalise_weights(by_cell, share, like)
+    return normalize_weights(by_cell, share)
 
 
-def transport_points(grid: Tensor, geometry: Geometry, height: int, width: int) -> Transported:
-    """Any affine view: weights over all tokens for each cell, then one batched matrix product."""
-    tokens_y, tokens_x = grid.shape[1:3]
+def turned_weights(geometry: Geometry, height: int, width: int, tokens: tuple[int, int]) -> TransportWeights:
+    """Any affine view: weights over all tokens for each cell."""
+    tokens_y, tokens_x = tokens
     points = np.stack(np.meshgrid(cell_points(width, tokens_x), cell_points(height, tokens_y)), axis=-1)
     teacher, source = (
         np.einsum("yxc,bkc->byxk", points, matrix[:, :, :2]) + matrix[:, None, None, :, 2]
@@ -104,18 +131,18 @@ def transport_points(grid: Tensor, geometry: Geometry, height: int, width: int) 
     seen = np.all(is_inside(teacher) & is_inside(source), axis=-1)
     across = hat_weights(teacher[..., 0], tokens_x) * content_tokens(geometry, 0, tokens_x)[:, None, None, :]
     down = hat_weights(teacher[..., 1], tokens_y) * content_tokens(geometry, 1, tokens_y)[:, None, None, :]
-    split = (len(grid), height, points.shape[0] // height, width, points.shape[1] // width)
-    by_cell = np.einsum(
-        "bhswti,bhswtj->bhwij",
-        (down * seen[..., None]).reshape(*split, tokens_y),
-        across.reshape(*split, tokens_x),
-        optimize=True,
-    ).reshape(len(grid), height * width, -1)
-    share = seen.reshape(split).mean(axis=(2, 4)).reshape(len(grid), -1)
-    weights, weight = normalise_weights(by_cell, share, grid)
-    cells = torch.bmm(weights, grid.float().flatten(1, 2))
-    shape = (len(grid), height, width)
-    return Transported(cells.reshape(*shape, -1), weight.reshape(shape))
+    batch, tall, wide = len(teacher), points.shape[0] // height, points.shape[1] // width
+
+    def by_cell(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[B, h·tall, w·wide, tokens] → [B, h·w, tall·wide, tokens]: the points of each cell together."""
+        apart = values.reshape(batch, height, tall, width, wide, -1)
+        return apart.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * width, tall * wide, -1)
+
+    # Σ over a cell's points of (row weight · column weight): one matrix product per cell and sample.
+    products = np.matmul(by_cell(down * seen[..., None]).swapaxes(-1, -2), by_cell(across))
+    share = by_cell(seen[..., None].astype(np.float64)).mean(axis=(2, 3))
+    weights, weight = normalize_weights(products.reshape(batch, height * width, -1), share)
+    return {"tokens": weights, "weight": weight.reshape(batch, height, width)}
 
 
 def cell_points(cells: int, tokens: int) -> NDArray[np.float64]:
@@ -145,18 +172,16 @@ def is_inside(position: NDArray[np.float64]) -> NDArray[np.bool_]:
     return (position >= -1e-9) & (position <= 1 + 1e-9)
 
 
-def normalise_weights(
-    weights: NDArray[np.float64], share: NDArray[np.float64], like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows that sum to 1, as float32 on the grid's device; a cell without any token gets weight 0."""
+def normalize_weights(weights: NDArray[np.float64], share: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """Rows that sum to 1, as float32; a cell without any token gets weight 0."""
     total = weights.sum(axis=-1)
     share = np.where(total > 0, share, 0.0)
     rows = weights / np.where(total > 0, total, 1.0)[..., None]
-    return as_float32(rows, like), as_float32(share, like)
+    return as_float32(rows), as_float32(share)
 
 
-def as_float32(values: NDArray[np.float64], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(like.device, non_blocking=True)
+def as_float32(values: NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
 def region_mean(transported: Transported) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_train.runs import records
+from train.assemble import use_channels_last
 from train.data import Batch
 from train.distillation import Targets
 from train.engine import loop
 from train.engine.evaluate import LossSums, cosine
+from train.engine.machine import OutOfMemoryError, choose_device, choose_precision
 from train.engine.model import DistilledOutput
+from train.engine.optimizer import match_layout
+from train.errors import TrainError
 from train.losses.segmentation import pixel_entropy_sum
 from train.run import run_training
 from train.students import build_student
@@ -26,7 +30,9 @@ def test_validation_without_features_keeps_its_sums_on_the_device() -> None:
     """Controls, `cli evaluate`, and distillation types none and logit have no cosine."""
     device = torch.device("meta")
     weight = torch.ones(4, device=device)
-    batch = Batch(np.arange(4), torch.zeros(4, 8, 8, 3, device=device), np.zeros((4, 2, 3)), weight)
+    batch = Batch(
+        np.arange(4), torch.zeros(4, 8, 8, 3, device=device), np.zeros((4, 2, 3)), weight, samples=4.0
+    )
     sums = LossSums(device)
     output = DistilledOutput(torch.zeros(4, 3, device=device), None, None)
     sums.add({"loss": torch.zeros((), device=device)}, batch, cosine(output, Targets()))
@@ -44,7 +50,7 @@ def test_images_per_second_counts_the_time_that_the_device_takes(
         return plain_read(self)
 
     def train_epoch(self: Any) -> None:
-        self.read_every = 10
+        self.reads_late = True
         plain_epoch(self)
 
     monkeypatch.setattr(loop.StepLosses, "read", read)
@@ -101,3 +107,113 @@ def test_segmentation_uses_no_kernel_without_a_deterministic_version(smoothing: 
         logits, mask, ignore_index=255, reduction="sum", label_smoothing=smoothing
     )
     torch.testing.assert_close(pixel_entropy_sum(logits, mask, label_smoothing=smoothing), expected)
+
+
+def test_losses_of_the_newest_step_stay_unread_on_a_gpu(
+    make_store: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the newest step would wait until the GPU has nothing left to do."""
+    left: list[int] = []
+    plain_settle, plain_init = loop.Loop.settle, loop.Loop.__init__
+
+    def init(self: Any, parts: Any) -> None:
+        plain_init(self, parts)
+        self.reads_late = True
+
+    def settle(self: Any, leave: int = 0) -> None:
+        plain_settle(self, leave)
+        left.append(len(self.unread))
+
+    monkeypatch.setattr(loop.Loop, "__init__", init)
+    monkeypatch.setattr(loop.Loop, "settle", settle)
+    monkeypatch.setattr(loop, "READ_EVERY", 3)
+    config = make_config(make_store(), epochs=1, batch_size=2)
+    run_training(config)
+    assert left[:4] == [1, 1, 1, 0], (
+        "12 steps: read at 4, 7 and 10 but for the newest, all at the end of the epoch"
+    )
+
+
+def test_states_get_the_layout_of_their_parameters() -> None:
+    """Fused kernels walk parameter, gradient and states by one index; a CPU run's states are contiguous."""
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    expected = state["exp_avg"].clone()
+    state["exp_avg"] = state["exp_avg"].contiguous()
+    match_layout(optimizer)
+    assert state["exp_avg"].stride() == weight.stride()
+    assert torch.equal(state["exp_avg"], expected)
+
+
+def test_convolutions_become_channels_last_and_nothing_else() -> None:
+    student: Any = build_student("timm:test_resnet", num_classes=3, image_size=32)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    use_channels_last(student)
+    kernels = [
+        m.weight for m in student.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size != (1, 1)
+    ]
+    assert kernels
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("CUDA error: an illegal memory access was encountered\nCompile with ...", "nvidia-smi"),
+        (
+            "cumsum_cuda_kernel does not have a deterministic implementation, but you set ...",
+            "without --deterministic",
+        ),
+    ],
+)
+def test_a_device_error_is_one_line(
+    make_store: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch, text: str, part: str
+) -> None:
+    def step(self: Any, group: Any) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(loop.Loop, "step", step)
+    with pytest.raises(TrainError, match=part) as caught:
+        run_training(make_config(make_store()))
+    assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(TrainError, match=r"Tesla T4 has compute capability 7\.5.*use fp16 or fp32"):
+        choose_precision("bf16", torch.device("cuda"))
+    assert choose_precision("auto", torch.device("cuda")) == "fp16"
+
+
+def test_a_gpu_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(TrainError, match=r"device cuda:7: this machine shows 2 CUDA devices"):
+        choose_device("cuda:7")
+
+
+@pytest.mark.parametrize("auto_batch", [False, True])
+def test_out_of_memory_gives_advice_or_halves_the_batch(
+    make_store: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch, auto_batch: bool
+) -> None:
+    plain = loop.Loop.step
+
+    def step(self: Any, group: Any) -> None:
+        if len(group[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        plain(self, group)
+
+    monkeypatch.setattr(loop.Loop, "step", step)
+    config = make_config(make_store(), epochs=1, auto_batch=auto_batch)
+    if not auto_batch:
+        with pytest.raises(OutOfMemoryError, match=r"half the --batch-size.*\(batch_size 8\)"):
+            run_training(config)
+        return
+    summary = run_training(config)
+    assert (summary["batch_size"], summary["grad_accum_steps"]) == (4, 2)

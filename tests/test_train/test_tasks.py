@@ -16,6 +16,7 @@ from train.data import Batch
 from train.engine.model import DistilledOutput
 from train.errors import TrainError
 from train.evaluation import evaluate_run
+from train.losses import Mixing
 from train.run import run_training
 from train.tasks import TASKS, build_task
 
@@ -62,6 +63,26 @@ def test_classification_metrics_by_hand():
     assert metrics["top5"] == 1
     # F1 of class 0: P 1, R 1/2; class 1: P 1/3, R 1; class 2: 0.
     assert metrics["macro_f1"] == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+
+
+def test_unlabeled_halves_of_mixed_images_teach_nothing():
+    """Each half counts with its own label; the normalizer is the same as without mixing."""
+    task = build_task("classification", num_classes=3, label_smoothing=0.0)
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    # The first is unlabeled, the last is padding.
+    batch = batch_of(weight=torch.tensor([1.0, 1, 1, 0]), labels=torch.tensor([-1, 2, 1, 0]))
+    mixing = Mixing(torch.tensor([1, 0, 3, 2]), torch.full((4,), 0.7))
+    counts = task.counts(batch)
+    loss = task.loss(DistilledOutput(logits, None, None), batch, counts, mixing)
+    log = logits.log_softmax(1)
+    # Image 0 shows 0.3 of sample 1, image 1 0.7 of itself, image 2 0.7 of itself, image 3 0.3 of sample 2.
+    expected = -(0.3 * log[0, 2] + 0.7 * log[1, 2] + 0.7 * log[2, 1] + 0.3 * log[3, 1]) / 2
+    torch.testing.assert_close(loss, expected)
+    assert counts["hard"] == 2
+    loss.backward()
+    alone = batch_of(weight=torch.ones(4), labels=torch.full((4,), -1))
+    nothing = task.loss(DistilledOutput(logits, None, None), alone, task.counts(alone), mixing)
+    assert nothing.item() == 0.0
 
 
 def test_segmentation_metrics_by_hand():

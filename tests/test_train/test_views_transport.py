@@ -11,12 +11,13 @@ from imaging.geometry import View, cell_centres, resize_view
 from train.transport import (
     Geometry,
     Transported,
+    apply_transport,
+    axis_parallel_weights,
     region_mean,
     relate_views,
     resize_matrices,
-    transport_axes,
     transport_grid,
-    transport_points,
+    turned_weights,
 )
 from train.views import (
     AUGMENTATIONS,
@@ -148,7 +149,10 @@ def test_both_ways_agree_on_axis_parallel_views():
     grid = torch.randn(3, 6, 6, 4)
     views = np.stack([CHAINS[name].matrix for name in ("crop", "flip", "flip, crop, crop")])
     geometry = relate_views(views, np.stack([np.eye(2, 3)] * 3))
-    fast, general = transport_axes(grid, geometry, 4, 5), transport_points(grid, geometry, 4, 5)
+    fast, general = (
+        apply_transport(grid, make(geometry, 4, 5, (6, 6)))
+        for make in (axis_parallel_weights, turned_weights)
+    )
     torch.testing.assert_close(fast.cells, general.cells)
     torch.testing.assert_close(fast.weight, general.weight)
 

@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from train.engine.buffers import copy_all
 from train.students.base import Student
 
 
@@ -25,5 +26,4 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = [p.detach() for p in self.student.parameters()]
         torch._foreach_lerp_(averages, [p.detach() for p in student.parameters()], 1 - decay)
-        for average, value in zip(self.student.buffers(), student.buffers(), strict=True):
-            average.copy_(value)
+        copy_all(self.student.buffers(), student.buffers())

@@ -26,20 +26,37 @@ def evaluate(
     autocast: Callable[[], torch.autocast | object],
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means of the losses under `val_…` names, the task's metrics, and `cosine` where features are distilled."""
+    """Means of the losses under `val_…` names, the task's metrics, and `cosine` where features are distilled.
+
+    Only the end of it reads from the device (`means`, `metrics`); `add_up` never waits.
+    """
+    meter, sums = add_up(module, batches, objective, device, normalize, autocast, check_stop)
+    meter.reduce()
+    return {**sums.means(), **objective.task.metrics(meter)}
+
+
+def add_up(
+    module: DistilledStudent,
+    batches: Iterable[Batch],
+    objective: Objective,
+    device: torch.device,
+    normalize: Callable[[Tensor], Tensor],
+    autocast: Callable[[], torch.autocast | object],
+    check_stop: Callable[[], None] = lambda: None,
+) -> tuple[Meter, LossSums]:
+    """The task's meter and the sums of the losses over all batches, on the device."""
     module.eval()
     meter, sums = objective.task.new_meter(device), LossSums(device)
     for batch in batches:
         check_stop()
-        batch.to(device)
+        batch = batch.to(device)
         targets = objective.prepare(batch)
         counts = add_counts([objective.counts(batch, targets)])
         with autocast():  # type: ignore[attr-defined]
             output = module(normalize(batch.images), batch.lengths)
         sums.add(objective.losses(output, batch, targets, counts), batch, cosine(output, targets))
         objective.task.update(meter, output, batch)
-    meter.reduce()
-    return {**sums.means(), **objective.task.metrics(meter)}
+    return meter, sums
 
 
 class LossSums(Meter):

@@ -29,6 +29,9 @@ from train.errors import TrainError
 from train.objective import Objective, add_counts
 from train.plan import group_sizes
 
+#: Steps on a GPU between two readings of their losses: each makes the CPU wait for the step before the newest.
+READ_EVERY = 10
+
 
 class NotFiniteError(TrainError):
     """A loss became NaN or infinite; the text names epoch, step and term."""
@@ -71,7 +74,7 @@ class Loop:
         self.stop_seen = False
         self.lap_started = 0.0
         self.unread: list[StepLosses] = []
-        self.read_every = 10 if self.device.type == "cuda" else 1
+        self.reads_late = self.device.type == "cuda"
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Yield one record per epoch; `progress` counts an epoch as finished once the caller has taken it."""
@@ -112,7 +115,7 @@ class Loop:
 
     def step(self, group: list[Batch]) -> None:
         """One optimizer step over the micro-batches of `group`."""
-        parts, samples = self.parts, sum(float(batch.weight.sum()) for batch in group)
+        parts, samples = self.parts, sum(batch.samples or 0.0 for batch in group)
         group = [batch.to(self.device) for batch in group]
         targets = [parts.objective.prepare(batch) for batch in group]
         counts = add_counts([parts.objective.counts(*pair) for pair in zip(group, targets, strict=True)])
@@ -126,7 +129,7 @@ class Loop:
             for name, value in terms.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
         losses = self.share(totals, samples, self.clip())
-        if self.read_every == 1:
+        if not self.reads_late:
             losses.read()
         self.update(losses, samples)
 
@@ -153,26 +156,25 @@ class Loop:
 
     def share(self, totals: dict[str, Tensor], samples: float, norm: Tensor | None) -> StepLosses:
         """Sum the step's losses and samples over all ranks, in one exchange; a stop of any rank stops all."""
-        progress = self.parts.progress
-        host = torch.tensor([samples, float(self.parts.stop.requested)], dtype=torch.float64)
-        values = torch.cat(
-            [
-                torch.stack([value.double() for value in totals.values()]),
-                host.to(self.device, non_blocking=True),
-            ]
-        )
+        progress, names = self.parts.progress, tuple(totals)
+        values = torch.stack([value.float() for value in totals.values()]).double()
+        # Filled on the device: a copy of two numbers from the host would be one more thing to wait for.
+        known = [samples, float(self.parts.stop.requested)]
+        filled = [torch.full((1,), value, dtype=values.dtype, device=self.device) for value in known]
+        if norm is not None:
+            filled.append(norm.detach().double().view(1))
         where = f"epoch {progress.epoch + 1}, step {progress.step + 1}"
-        return StepLosses(where, tuple(totals), sum_over_ranks(values), norm)
+        return StepLosses.of(where, names, sum_over_ranks(torch.cat([values, *filled])))
 
-    def settle(self) -> None:
-        """Count the losses of the last steps in the epoch's means. The caller holds the guard's lock.
+    def settle(self, leave: int = 0) -> None:
+        """Count the losses of the last steps but `leave` in the epoch's means. The caller holds the guard's lock.
 
         Reading waits for the device, so this is where the time of its work is counted.
         Raises NotFiniteError for the first step whose loss is not finite.
         """
-        if not self.unread:
+        if len(self.unread) <= leave:
             return
-        while self.unread:
+        while len(self.unread) > leave:
             losses, samples, stop = self.unread[0].read()
             self.parts.progress.add_losses(losses, samples)
             self.stop_seen = self.stop_seen or stop
@@ -192,8 +194,11 @@ class Loop:
                 parts.average.update(parts.module.student)
             progress.add_step(self.lap())
             self.unread.append(losses)
-            if len(self.unread) >= self.read_every:
+            if not self.reads_late:
                 self.settle()
+            elif len(self.unread) > READ_EVERY:
+                # The newest step stays unread: waiting for it would leave the GPU without work.
+                self.settle(leave=1)
         if self.display is not None:
             self.display.advance(int(samples) * world_size())
 
@@ -248,21 +253,36 @@ class Loop:
 
 
 class StepLosses(NamedTuple):
-    """The losses of one step on the device: float64 `values` by name, then samples and stop; the gradient's `norm`."""
+    """The losses of one step, float64 `values` by name, then samples, stop, and the gradient's norm where it is known.
+
+    `values` are on their way to the host; `arrived` (None on a CPU) tells when they are there.
+    """
 
     where: str
     names: tuple[str, ...]
     values: Tensor
-    norm: Tensor | None
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, where: str, names: tuple[str, ...], values: Tensor) -> StepLosses:
+        """Queue the copy to the host. Copied only when it is read, it would wait for the steps queued since."""
+        if values.device.type != "cuda":
+            return cls(where, names, values, None)
+        host, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)
+        arrived.record()
+        return cls(where, names, host, arrived)
 
     def read(self) -> tuple[dict[str, float], float, bool]:
         """Losses by name, samples, and whether a rank was asked to stop. Raises NotFiniteError."""
-        *losses, samples, stop = self.values.tolist()
-        values = dict(zip(self.names, losses, strict=True))
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        found = self.values.tolist()
+        values = dict(zip(self.names, found, strict=False))
         check_finite(values, self.where)
-        if self.norm is not None:
-            # A finite loss may have gradients that are not; the weights must not take them.
-            check_finite({"gradient norm": float(self.norm)}, self.where)
+        samples, stop, *norm = found[len(self.names) :]
+        # A finite loss may have gradients that are not; the weights must not take them.
+        for value in norm:
+            check_finite({"gradient norm": value}, self.where)
         return values, samples, stop > 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from train.config import TrainConfig
 from train.errors import TrainError
@@ -19,6 +20,10 @@ MEMORY_ADVICE = (
     "out of memory: in this order, try half the --batch-size with twice the --grad-accum-steps (--auto-batch does "
     "that by itself), a smaller --image-size, a smaller student"
 )
+
+
+#: How texts of errors begin that come from a device rather than from the program.
+DEVICE_ERRORS = ("CUDA error", "NCCL error", "CUDA driver error", "cuDNN error")
 
 
 class OutOfMemoryError(TrainError):
@@ -46,6 +51,16 @@ def choose_precision(name: str, device: torch.device) -> str:
         if device.type != "cuda":
             return "no"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if (
+        name == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise TrainError(
+            f"precision bf16: {torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, bfloat16 "
+            "needs 8.0 or later: use fp16 or fp32"
+        )
     if name == "fp16" and device.type != "cuda":
         raise TrainError(f"precision fp16 needs a CUDA GPU, the device is {device.type}: use bf16 or fp32")
     return "no" if name == "fp32" else name
@@ -63,7 +78,21 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     else:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=choose_precision(config.precision, device))
+    use_tensor_cores(device)
+    # On GPUs batch norm is synchronized: every rank has the same statistics already.
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=device.type != "cuda")
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=choose_precision(config.precision, device),
+        kwargs_handlers=[buffers],
+    )
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """TF32 for what is computed in float32 on a GPU: factors of 10 bits mantissa, sums in float32, several times as fast."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def set_determinism(enabled: bool) -> None:
@@ -93,6 +122,24 @@ def peak_resident_mb() -> float:
             return int(line.split()[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def explain_device_error(error: BaseException) -> TrainError | None:
+    """An error for the user where the device or one of its kernels is the cause; None for anything else."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "does not have a deterministic implementation" in first:
+        name = first.split(" does not")[0]
+        return TrainError(
+            f"deterministic: {name} has no deterministic CUDA kernel: train without --deterministic, or choose another "
+            "student"
+        )
+    kind = getattr(torch, "AcceleratorError", ())  # PyTorch 2.8 and later
+    if not (isinstance(error, kind) or first.startswith(DEVICE_ERRORS)):
+        return None
+    return TrainError(
+        f"the device failed ({first}): check it with nvidia-smi and dmesg, then continue from the last checkpoint with "
+        "--resume"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

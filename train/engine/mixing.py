@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from train.losses import Mixing
+from train.transfer import to_device
 
 Box = tuple[int, int, int, int]
 
@@ -21,7 +22,7 @@ def draw_mixing(mixup_alpha: float, cutmix_alpha: float, images: Tensor) -> tupl
     Random numbers come from torch's generator, which the loop has seeded for this step.
     """
     batch, height, width = len(images), images.shape[-2], images.shape[-1]
-    partner = torch.randperm(batch).to(images.device)
+    partner = to_device(torch.randperm(batch), images.device)
     alpha = mixup_alpha or cutmix_alpha
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     box = None

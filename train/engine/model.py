@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from train.projector import channels_last_rows, pooled_rows
 from train.students.base import Student, StudentOutput
+from train.transfer import to_device
 
 
 class DistilledOutput(NamedTuple):
@@ -32,14 +33,20 @@ class DistilledStudent(nn.Module):
         self.wants_cells, self.wants_pooled = cells, pooled
         # In a list, and so out of the module tree: compiling must not change the names in state dicts.
         self.compiled: list[Callable[..., StudentOutput]] = []
+        self.compiled_batch = 0
 
-    def compile_student(self) -> None:
-        """From now on run the student through torch.compile."""
-        self.compiled = [torch.compile(self.student)]
+    def compile_student(self, batch_size: int) -> None:
+        """From now on run batches of `batch_size` through torch.compile.
+
+        Others, the short last one of an epoch, run as they are: each size would be compiled again, and a graph of
+        dynamic size is slower for all.
+        """
+        self.compiled, self.compiled_batch = [torch.compile(self.student, dynamic=False)], batch_size
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> DistilledOutput:
         """`images` float [B, 3, S, S], clips [B, T, 3, S, S] with `lengths` int64 [B]."""
-        run = self.compiled[0] if self.compiled else self.student
+        compiled = self.compiled and len(images) == self.compiled_batch
+        run = self.compiled[0] if compiled else self.student
         logits, features = run(images) if lengths is None else run(images, lengths)
         if self.projector is None:
             return DistilledOutput(logits, None, None)
@@ -58,6 +65,6 @@ def pool_cells(cells: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def frame_mask(lengths: Tensor, features: Tensor) -> Tensor:
-    """Bool [B, T], true where a frame is real."""
-    frames = torch.arange(features.shape[1], device=features.device)
-    return frames.unsqueeze(0) < lengths.to(features.device).unsqueeze(1)
+    """Bool [B, T] on the device of `features`, true where a frame is real."""
+    mask = torch.arange(features.shape[1], device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
+    return to_device(mask, features.device)

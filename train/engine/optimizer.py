@@ -25,6 +25,22 @@ def build_optimizer(
     return kind(groups, lr=learning_rate, fused=fused)
 
 
+@torch.no_grad()
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give each state tensor the strides of its parameter, which fused kernels require.
+
+    A checkpoint of a CPU run has contiguous states, convolutions on a GPU are channel-last.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: with decay, and without (vectors, biases, and `no_weight_decay()` of any submodule)."""
     spared = undecayed_names(module)

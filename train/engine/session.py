@@ -15,6 +15,7 @@ from train.assemble import Built
 from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint
 from train.config import TrainConfig, config_to_json
 from train.engine.loop import Loop, NotFiniteError
+from train.engine.optimizer import match_layout
 from train.engine.progress import Progress
 from train.engine.saving import CheckpointWriter, Saved, adopt_best
 from train.engine.snapshot import LOCK_S, StopWatch
@@ -130,6 +131,7 @@ class Session:
         if parts.module.projector is not None:
             parts.module.projector.load_state_dict(content["alignment_head"])
         parts.optimizer.load_state_dict(training["optimizer"])
+        match_layout(parts.optimizer)
         if parts.average is not None and training["average"] is not None:
             parts.average.student.load_state_dict(training["average"]["state"])
             parts.average.updates = training["average"]["updates"]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from console.stop import SIGNALS, Stopped, StopRequest
 from store.errors import DistillError
+from train.engine.buffers import copy_all
 
 #: Seconds that the loop gets to finish its step and save by itself.
 GRACE_S = 1.5
@@ -56,14 +57,13 @@ class StepGuard:
         if self.buffers.keys() != named.keys():
             self.buffers = {name: value.detach().clone() for name, value in named.items()}
             return
-        for name, value in named.items():
-            self.buffers[name].copy_(value)
+        copy_all(self.buffers.values(), (named[name] for name in self.buffers))
 
     @torch.no_grad()
     def restore_buffers(self) -> None:
         """Put the buffers of the last finished step back; the step that runs is given up. Hold the lock."""
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(self.buffers[name])
+        named = dict(self.module.named_buffers())
+        copy_all(named.values(), (self.buffers[name] for name in named))
 
 
 def nothing_to_save() -> str:

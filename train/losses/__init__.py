@@ -1,6 +1,6 @@
 """Losses as pure functions: float32 inside, no gradient into targets, invariant to the order of the batch."""
 
-from train.losses.classification import Mixing, classification_losses
+from train.losses.classification import Mixing, classification_losses, mix
 from train.losses.feature import FEATURE_LOSSES, feature_distances, feature_loss, weighted_mean
 from train.losses.logit import logit_divergences, logit_loss
 from train.losses.relational import cosine_similarities, relational_loss
@@ -17,6 +17,7 @@ __all__ = [
     "feature_loss",
     "logit_divergences",
     "logit_loss",
+    "mix",
     "pixel_cross_entropy",
     "relational_loss",
     "segmentation_loss",

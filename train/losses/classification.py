@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,25 +20,26 @@ class Mixing(NamedTuple):
     partner: Tensor
     weight: Tensor
 
-    def blend(self, own: Tensor, partners: Tensor) -> Tensor:
-        """Per-sample losses [B] against own and partner's targets → their mixture [B]."""
-        weight = self.weight.to(own.dtype)
-        return weight * own + (1 - weight) * partners
 
-
-def classification_losses(
-    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, mixing: Mixing | None = None
+def mix(
+    term: Callable[[Tensor, Tensor], Tensor], target: Tensor, weight: Tensor, mixing: Mixing | None
 ) -> Tensor:
-    """Cross-entropy of every sample: logits [B, C], labels int64 [B] → float32 [B].
+    """`term(target, weight)`, a weighted mean; under MixUp and CutMix against both targets.
 
-    With `mixing` the losses against both labels are blended by the weights with which the images were.
+    Each half has its own weight: what the image shows of a sample times that sample's `weight` [B, …], which is 0
+    for padding and for samples without the target. `partner` is a permutation and every image is mixed by the same
+    share, so the weights of both halves add up to Σ weight: the normalizer of the unmixed batch stays exact.
     """
+    if mixing is None:
+        return term(target, weight)
+    share = mixing.weight.view(-1, *[1] * (weight.ndim - 1)).to(weight.dtype)
+    partner = term(target[mixing.partner], weight[mixing.partner] * (1 - share))
+    return term(target, weight * share) + partner
+
+
+def classification_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of every sample: logits [B, C], labels int64 [B] → float32 [B]."""
     with full_precision(logits):
-        scores = logits.float()
-        own = functional.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
-        if mixing is None:
-            return own
-        others = functional.cross_entropy(
-            scores, labels[mixing.partner], reduction="none", label_smoothing=label_smoothing
+        return functional.cross_entropy(
+            logits.float(), labels, reduction="none", label_smoothing=label_smoothing
         )
-        return mixing.blend(own, others)

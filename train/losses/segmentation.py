@@ -49,8 +49,9 @@ def dice_sums(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(logits):
         counted = (mask != IGNORE_INDEX).unsqueeze(1)
         probabilities = logits.float().softmax(1) * counted
-        truth = functional.one_hot(mask.long().masked_fill(mask == IGNORE_INDEX, 0), classes)
-        truth = truth.permute(0, 3, 1, 2).float() * counted
+        numbers = torch.arange(classes, dtype=mask.dtype, device=mask.device).view(1, -1, 1, 1)
+        # 255 is none of them: ignored pixels are true of no class.
+        truth = ((mask.unsqueeze(1) == numbers) & counted).float()
         dims = (0, 2, 3)
         return (probabilities * truth).sum(dims), (probabilities + truth).sum(dims), truth.sum(dims)
 

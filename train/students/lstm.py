@@ -12,6 +12,7 @@ from train.losses.precision import full_precision
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
 from train.students.names import StudentName
 from train.students.timm_student import create_timm_model
+from train.transfer import to_device
 
 HIDDEN_SIZES = {"small": 256, "medium": 512, "large": 1024}
 ENCODER = "resnet50"
@@ -55,22 +56,29 @@ class ClipLSTM(Student):
 
         Without `lengths` nothing is packed, which is what tracing and export need; the results are the same.
         """
-        mask = None if lengths is None else frame_mask(lengths, images.shape[1]).to(images.device)
-        encoded = self._encode(images, mask)
+        valid = None if lengths is None else frame_mask(lengths.cpu(), images.shape[1])
+        mask = None if valid is None else to_device(valid, images.device)
+        encoded = self._encode(images, valid)
         if not self.spec.num_classes and not self.freeze_encoder:
             return StudentOutput(None, encoded)
         states = self._recur(encoded, lengths)
         logits = self.head(self._pool(states, mask)) if self.spec.num_classes else None
         return StudentOutput(logits, states if self.freeze_encoder else encoded)
 
-    def _encode(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Encode the valid frames only; [B, T, 2048], zeros at padding."""
+    def _encode(self, images: Tensor, valid: Tensor | None) -> Tensor:
+        """Encode the valid frames only (`valid` bool [B, T] on the CPU); [B, T, 2048], zeros at padding."""
+        frames, places = images.flatten(0, 1), None
+        if valid is not None:
+            # Places are found on the CPU: a boolean mask on a GPU would make the host wait for their number.
+            places = to_device(valid.flatten().nonzero().squeeze(1), images.device)
+            frames = frames.index_select(0, places)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            rows: Tensor = self.encoder(images.flatten(0, 1) if mask is None else images[mask])
-        if mask is None:
-            return rows.unflatten(0, images.shape[:2])  # type: ignore[no-untyped-call, no-any-return]
-        empty = rows.new_zeros(*mask.shape, rows.shape[-1])
-        return empty.masked_scatter(mask.unsqueeze(-1), rows)
+            rows: Tensor = self.encoder(frames)
+        if places is not None:
+            rows = rows.new_zeros(images.shape[0] * images.shape[1], rows.shape[-1]).index_copy(
+                0, places, rows
+            )
+        return rows.unflatten(0, images.shape[:2])  # type: ignore[no-untyped-call, no-any-return]
 
     def _recur(self, encoded: Tensor, lengths: Tensor | None) -> Tensor:
         """LSTM outputs float32 [B, T, 2·hidden], over packed clips when there are `lengths`; zeros at padding.
@@ -86,10 +94,13 @@ class ClipLSTM(Student):
         if lengths is None:
             states, _ = self.lstm(encoded)
             return states
-        packed = pack_padded_sequence(encoded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        # Sorted here, because pack_padded_sequence would copy the order to a GPU and wait for it.
+        ordered, order = lengths.cpu().sort(descending=True)
+        there, back = (to_device(index, encoded.device) for index in (order, order.argsort()))
+        packed = pack_padded_sequence(encoded.index_select(0, there), ordered, batch_first=True)
         out, _ = self.lstm(packed)
         states, _ = pad_packed_sequence(out, batch_first=True, total_length=encoded.shape[1])
-        return states
+        return states.index_select(0, back)
 
     def _pool(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """Mean over valid frames, or attention weights that sum to 1 over them; [B, 2·hidden]."""

@@ -28,6 +28,15 @@ class Meter:
         self.sums = sum_over_ranks(self.sums)
 
 
+def count_classes(classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
+    """How often each class occurs where `counted` is true: int64 and bool [N] → int64 [num_classes].
+
+    What `bincount` gives, which on a GPU makes the host wait for the highest class.
+    """
+    zeros = torch.zeros(num_classes, dtype=torch.int64, device=classes.device)
+    return zeros.scatter_add_(0, classes, counted.long())
+
+
 class Task(Protocol):
     """One way to learn from labels. `best_metric` (higher is better) decides which checkpoint is best."""
 

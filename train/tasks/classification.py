@@ -7,8 +7,8 @@ from torch import Tensor
 
 from train.data import Batch
 from train.engine.model import DistilledOutput
-from train.losses import Mixing, classification_losses, weighted_mean
-from train.tasks.base import Meter
+from train.losses import Mixing, classification_losses, mix, weighted_mean
+from train.tasks.base import Meter, count_classes
 
 
 class Classification:
@@ -30,14 +30,17 @@ class Classification:
     def loss(
         self, output: DistilledOutput, batch: Batch, counts: dict[str, Tensor], mixing: Mixing | None
     ) -> Tensor | None:
-        """Samples without a label (-1) are learnt from the teacher alone."""
+        """Samples without a label (-1) are learned from the teacher alone, mixed with others too."""
         if output.logits is None or batch.labels is None:
             return None
-        labels = batch.labels.clamp_min(0)
-        losses = classification_losses(
-            output.logits, labels, label_smoothing=self.label_smoothing, mixing=mixing
-        )
-        return weighted_mean(losses, sample_weight(batch), counts["hard"])
+        logits, smoothing = output.logits, self.label_smoothing
+
+        def term(labels: Tensor, weight: Tensor) -> Tensor:
+            losses = classification_losses(logits, labels, label_smoothing=smoothing)
+            return weighted_mean(losses, weight, counts["hard"])
+
+        # Clamped labels have weight 0.
+        return mix(term, batch.labels.clamp_min(0), sample_weight(batch), mixing)
 
     def new_meter(self, device: torch.device) -> Meter:
         # samples, top-1 hits, top-5 hits, then true positives, predictions and labels of each class
@@ -46,15 +49,20 @@ class Classification:
     def update(self, meter: Meter, output: DistilledOutput, batch: Batch) -> None:
         if output.logits is None or batch.labels is None:
             return
-        known = sample_weight(batch) > 0
-        labels, scores = batch.labels[known], output.logits[known].float()
-        best = scores.topk(min(5, self.num_classes), dim=1).indices
-        hits = best == labels.unsqueeze(1)
-        predicted = best[:, 0]
-        head = torch.stack([known.sum(), hits[:, 0].sum(), hits.any(1).sum()])
-        parts = (labels[hits[:, 0]], predicted, labels)
-        counts = [torch.bincount(part, minlength=self.num_classes) for part in parts]
-        meter.sums += torch.cat([head, *counts])
+        # Every sample is counted, the unknown ones as 0: picking the known ones out would make the host wait.
+        known, labels = sample_weight(batch) > 0, batch.labels.clamp_min(0)
+        best = output.logits.float().topk(min(5, self.num_classes), dim=1).indices
+        hits = (best == labels.unsqueeze(1)) & known.unsqueeze(1)
+        predicted, right = best[:, 0], hits[:, 0]
+        head = torch.stack([known.sum(), right.sum(), hits.any(1).sum()])
+        meter.sums += torch.cat(
+            [
+                head,
+                count_classes(labels, right, self.num_classes),
+                count_classes(predicted, known, self.num_classes),
+                count_classes(labels, known, self.num_classes),
+            ]
+        )
 
     def metrics(self, meter: Meter) -> dict[str, float]:
         samples, top1, top5 = (float(value) for value in meter.sums[:3])

@@ -10,7 +10,7 @@ from train.engine.distributed import differentiable_sum, world_size
 from train.engine.model import DistilledOutput
 from train.losses import IGNORE_INDEX, Mixing
 from train.losses.segmentation import dice_from_sums, dice_sums, pixel_entropy_sum
-from train.tasks.base import Meter
+from train.tasks.base import Meter, count_classes
 
 
 class Segmentation:
@@ -30,7 +30,7 @@ class Segmentation:
     ) -> Tensor | None:
         if output.logits is None:
             return None
-        mask = counted_mask(batch)
+        mask = counted_mask(batch).long()
         entropy = pixel_entropy_sum(output.logits, mask, label_smoothing=self.label_smoothing)
         # Dice is a ratio of sums: they are added up over ranks first, and every rank carries an equal part.
         dice = dice_from_sums(*(differentiable_sum(value) for value in dice_sums(output.logits, mask)))
@@ -45,11 +45,11 @@ class Segmentation:
     def update(self, meter: Meter, output: DistilledOutput, batch: Batch) -> None:
         if output.logits is None:
             return
-        mask = counted_mask(batch)
-        known = mask != IGNORE_INDEX
-        labels, predicted = mask[known], output.logits.argmax(1)[known]
-        parts = (labels[predicted == labels], predicted, labels)
-        meter.sums += torch.cat([torch.bincount(part, minlength=self.num_classes) for part in parts])
+        mask = counted_mask(batch).long().flatten()
+        known, predicted = mask != IGNORE_INDEX, output.logits.argmax(1).flatten()
+        labels = mask.masked_fill(~known, 0)
+        counted = ((labels, known & (predicted == labels)), (predicted, known), (labels, known))
+        meter.sums += torch.cat([count_classes(*pair, self.num_classes) for pair in counted])
 
     def metrics(self, meter: Meter) -> dict[str, float]:
         """Classes without a labeled pixel are left out: what they are worth is undefined, not 0."""
@@ -70,6 +70,6 @@ class Segmentation:
 
 
 def counted_mask(batch: Batch) -> Tensor:
-    """The class mask int64 [B, H, W] in which padding samples are ignored everywhere."""
+    """The class mask uint8 [B, H, W] in which padding samples are ignored everywhere."""
     assert batch.masks is not None
     return batch.masks.masked_fill((batch.weight == 0).view(-1, 1, 1), IGNORE_INDEX)

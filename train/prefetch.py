@@ -1,0 +1,154 @@
+"""Batches on the GPU before the loop asks for them: a thread gathers and copies while the GPU computes.
+
+The copies run on a stream of their own, from pinned memory, so neither the CPU nor the GPU waits for them. On a
+CPU nothing of this is used.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from train.data import Batch
+
+#: Batches that wait on the device for the loop.
+AHEAD = 2
+#: Seconds that closing waits for a batch that is being decoded.
+CLOSE_S = 10.0
+
+
+class CopyEngine(Protocol):
+    """Copies batches to a device in the background."""
+
+    def start(self, batch: Batch) -> tuple[Batch, Any]:
+        """Called in the thread: the batch on the device, its copies queued; and what tells that they are done."""
+
+    def wait(self, ticket: Any) -> None:
+        """Called in the thread: wait until the copies are done, so that their source may be filled again."""
+
+    def hand_over(self, batch: Batch, ticket: Any) -> None:
+        """Called by the loop: what it queues from now on sees the batch."""
+
+
+class CopyStream:
+    """The copy engine of a CUDA device: a second stream, and buffers of pinned memory that are used in turn."""
+
+    def __init__(self, device: torch.device, slots: int) -> None:
+        self.device = torch.device(
+            "cuda", torch.cuda.current_device() if device.index is None else device.index
+        )
+        self.stream = torch.cuda.Stream(self.device)
+        self.slots: deque[dict[tuple[str, str], Tensor]] = deque({} for _ in range(slots))
+
+    def start(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        buffers = self.slots[0]
+        self.slots.rotate(-1)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            moved = {
+                name: pinned(value, name, buffers).to(self.device, non_blocking=True)
+                for name, value in batch.tensors().items()
+            }
+            event = torch.cuda.Event(blocking=True)
+            event.record(self.stream)
+        return batch.with_tensors(moved), event
+
+    def wait(self, ticket: torch.cuda.Event) -> None:
+        ticket.synchronize()
+
+    def hand_over(self, batch: Batch, ticket: torch.cuda.Event) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(ticket)
+        # The memory belongs to the copy stream: without this it could be reused while the loop's kernels read it.
+        for value in batch.tensors().values():
+            value.record_stream(stream)
+
+
+def pinned(value: Tensor, name: tuple[str, str], buffers: dict[tuple[str, str], Tensor]) -> Tensor:
+    """`value` in pinned memory: itself where it is pinned already, else copied into the buffer of that name."""
+    if value.is_pinned():
+        return value
+    known = buffers.get(name)
+    if known is None or known.dtype != value.dtype or known.numel() < value.numel():
+        known = buffers[name] = torch.empty(value.numel(), dtype=value.dtype, pin_memory=True)
+    room = known[: value.numel()].view(value.shape)
+    return room.copy_(value)
+
+
+class Failure(NamedTuple):
+    """An error of the thread, raised where the loop asks for the next batch."""
+
+    error: BaseException
+
+
+class Prefetcher:
+    """Runs an iterator of host batches in a thread and hands out its batches on the device, in order.
+
+    `slots`: how many batches the iterator can give before it fills the memory of the first one again.
+    """
+
+    def __init__(self, batches: Iterator[Batch], engine: CopyEngine, slots: int) -> None:
+        self.host, self.engine, self.slots = batches, engine, slots
+        self.ready: queue.Queue[tuple[Batch, Any] | Failure | None] = queue.Queue(AHEAD)
+        self.closed = threading.Event()
+        self.finished = False
+        self.thread = threading.Thread(target=self.work, name="prefetch", daemon=True)
+        self.thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.finished:
+            raise StopIteration
+        item = self.ready.get()
+        if isinstance(item, tuple) and not isinstance(item, Failure):
+            self.engine.hand_over(*item)
+            return item[0]
+        self.finished = True
+        if item is None:
+            raise StopIteration
+        raise item.error
+
+    def work(self) -> None:
+        """The thread: gather, copy, queue, until the batches end, one fails, or the loop gives up."""
+        copies: deque[Any] = deque()
+        try:
+            while not self.closed.is_set():
+                if len(copies) == self.slots:
+                    # The next batch is put where this one was.
+                    self.engine.wait(copies.popleft())
+                batch = next(self.host, None)
+                if batch is None:
+                    break
+                moved, ticket = self.engine.start(batch)
+                copies.append(ticket)
+                del batch
+                self.put((moved, ticket))
+            # The next epoch fills the same memory.
+            for ticket in copies:
+                self.engine.wait(ticket)
+            self.put(None)
+        except BaseException as error:
+            self.put(Failure(error))
+
+    def put(self, item: tuple[Batch, Any] | Failure | None) -> None:
+        """Wait for room, but not for a loop that has given up."""
+        while not self.closed.is_set():
+            try:
+                return self.ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def close(self) -> None:
+        """End the thread and let go of the batches that were not asked for."""
+        self.closed.set()
+        self.finished = True
+        self.thread.join(CLOSE_S)
+        while not self.ready.empty():
+            self.ready.get_nowait()
