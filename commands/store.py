@@ -18,14 +18,19 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 def inspect(
     store: StorePath,
     pictures: Annotated[
-        Path | None, typer.Option(help="Write pictures of the grids (principal components) to this folder.")
+        Path | None,
+        typer.Option(
+            help="Write pictures to this folder: images with their true labels, boxes and masks, and grids "
+            "(principal components).",
+            metavar="DIR",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 16,
     json: AsJson = False,
 ) -> None:
     """cli inspect flowers.zarr
 
-    Show what is in a store: splits, arrays, sizes, manifest, how far it is.
+    Show what is in a store: samples by kind and class, splits, arrays, sizes, manifest, how far it is.
 
     cli inspect flowers.zarr --pictures pictures
 
@@ -35,6 +40,14 @@ def inspect(
     from store.summary import describe_store
 
     described = describe_store(store)
+    if described["complete"]:
+        from commands.contents import describe_contents
+        from store.reader import open_store
+
+        contents = describe_contents(open_store(store))
+        for name, split in contents["splits"].items():
+            described["splits"][name] |= split
+        described["warnings"] = contents["warnings"]
     if pictures is not None:
         from commands.pictures import write_pictures
 
@@ -49,6 +62,7 @@ def inspect(
 
 def print_description(described: dict[str, Any]) -> None:
     """The same as tables and lines."""
+    from commands.contents import print_contents
     from console.output import print_table
     from store.format import RANDOM_WEIGHTS_NOTICE
 
@@ -62,6 +76,8 @@ def print_description(described: dict[str, Any]) -> None:
     if teacher["random_weights"]:
         print(f"               {RANDOM_WEIGHTS_NOTICE}")
     print(f"preprocessing  {preprocessing['image_size']} px, {preprocessing['resize']}")
+    for name, value in preprocessing["options"].items():
+        print(f"               {name}: {value}")
     print(f"classes        {len(manifest['class_names'])}, source {manifest['source'] or 'not recorded'}")
     print(f"data           {manifest['data_root'] or 'not recorded'}, digest {manifest['digest'] or '-'}")
     print(f"fingerprint    {described['fingerprint'] or '-'}")
@@ -75,6 +91,7 @@ def print_description(described: dict[str, Any]) -> None:
     for job, splits in described["pending"].items():
         done = ", ".join(f"{name} {have} of {rows}" for name, (have, rows) in splits.items())
         print(f"being written  {job}: {done} rows")
+    print_contents(described)
     for name, split in described["splits"].items():
         bad = split.get("invalid_rows", 0)
         print(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands.pictures import principal_colours, write_pictures
+from commands.pictures import principal_colors, write_pictures
 from extract.audit import NoImages, audit_store
 from extract.config import load_config
 from extract.run import run_extraction
@@ -108,13 +108,26 @@ class TestPictures:
     def test_equal_tokens_have_equal_colours(self) -> None:
         tokens = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
         where = np.array([[[0, 1], [2, 0]]])
-        colours = principal_colours(tokens[where])
+        colours = principal_colors(tokens[where])
         assert (colours[0, 0, 0] == colours[0, 1, 1]).all()
         assert (colours[0, 0, 0] != colours[0, 0, 1]).any()
 
-    def test_a_store_without_grids_says_how_to_get_them(
+    def test_a_store_without_grids_shows_images_and_their_classes(
         self, extract_options: dict[str, Any], tmp_path: Path
     ) -> None:
         run_extraction(load_config(None, extract_options))
-        with pytest.raises(StoreError, match="--grid 16"):
+        files = write_pictures(extract_options["out"], tmp_path / "pictures", 6)
+        names = {file.name.partition("-")[0] for file in files[:-1]}
+        assert names == {"train", "val"}, "samples of every split"
+        with Image.open(files[0]) as picture:
+            assert picture.size == (224, 224)
+            assert np.asarray(picture)[-16:].max() > 150, "the class's name, white on a dark band"
+
+    def test_without_grids_and_images_it_says_how_to_get_them(
+        self, extract_options: dict[str, Any], digit_folder: Path, tmp_path: Path
+    ) -> None:
+        data = shutil.copytree(digit_folder, tmp_path / "moved")
+        run_extraction(load_config(None, {**extract_options, "data": str(data)}))
+        shutil.rmtree(data)
+        with pytest.raises(StoreError, match="--images jpeg or --grid 16"):
             write_pictures(extract_options["out"], tmp_path / "pictures")
