@@ -31,13 +31,28 @@ class GatheredGrids:
     """Grids of the distinct sources of a batch: `grids` [U, g, g, D] as stored, `index` int64 [B, K] into them.
 
     `views` float32 [U, 2, 3] take normalised source coordinates to normalised grid coordinates; `content` float32
-    [U, 4] bounds the cells that show the source and not padding, as first x, first y, last x, last y.
+    [U, 4] bounds the cells that show the source and not padding, as first x, first y, last x, last y. `ready`: on a
+    GPU, the event after which the copies are there.
     """
 
     grids: Tensor
     index: Tensor
     views: Tensor
     content: Tensor
+    ready: torch.cuda.Event | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.grids, self.index, self.views, self.content
+
+    def wait(self) -> GatheredGrids:
+        """The same, usable by what is launched from now on; the host does not wait."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.grids.device)
+            stream.wait_event(self.ready)
+            for tensor in self.tensors:
+                tensor.record_stream(stream)  # made on the copying stream, used on this one
+        return self
 
 
 class TeacherTargets:
@@ -64,6 +79,9 @@ class TeacherTargets:
         self.resize = resize
         self.teacher_size = teacher_size
         self.sources_per_cell = sources_per_cell
+        self.device = torch.device("cpu")
+        self.copies: torch.cuda.Stream | None = None
+        self.centres: dict[tuple[int, int], Tensor] = {}
         # One thread, so that reading overlaps the student's forward pass and batches stay in order.
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-grids")
 
@@ -72,7 +90,10 @@ class TeacherTargets:
         return self
 
     def to(self, device: torch.device) -> TeacherTargets:
+        """Targets are made on `device` from now on; on a GPU the grids are copied by a stream of their own."""
         self.standardizer.to(device)
+        self.device, self.centres = device, {}
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         return self
 
     def prefetch(self, batch: dict[str, Any]) -> None:
@@ -85,7 +106,19 @@ class TeacherTargets:
         inverse = np.searchsorted(distinct, np.where(rows >= 0, rows, distinct[0]))
         grids = torch.from_numpy(self.gather(distinct))
         views, content = self.teacher_views(distinct, grids.shape[1], grids.shape[2])
-        return GatheredGrids(grids, torch.from_numpy(inverse.reshape(rows.shape)), views, content)
+        return self.upload(
+            GatheredGrids(grids, torch.from_numpy(inverse.reshape(rows.shape)), views, content)
+        )
+
+    def upload(self, read: GatheredGrids) -> GatheredGrids:
+        """What was read, on the device: one copy of each array a batch, through pinned memory."""
+        if self.copies is None:
+            return GatheredGrids(*(tensor.to(self.device) for tensor in read.tensors))
+        with torch.cuda.stream(self.copies):
+            moved = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in read.tensors]
+            ready = torch.cuda.Event()
+            ready.record(self.copies)
+        return GatheredGrids(*moved, ready)
 
     def teacher_views(self, rows: NDArray[np.int64], height: int, width: int) -> tuple[Tensor, Tensor]:
         """Maps float32 [U, 2, 3] source → grid, and the content's cell bounds float32 [U, 4]."""
@@ -112,19 +145,25 @@ class TeacherTargets:
         pending = batch.get(PENDING)
         rows = batch[SOURCE_ROWS]
         read = pending.result() if isinstance(pending, Future) else self.read(rows.cpu().numpy())
+        read = read.wait()
         values = batch[SOURCE_PLACEMENTS].float()
-        device = values.device
-        index = read.index.to(device)
         # As many points a side as teacher cells fall into a student's cell, so that none is skipped.
         finer = max(1, -(-max(read.grids.shape[1:3]) // max(height, width)))
-        points, share = source_points(values, height * finer, width * finer)
-        share = share * (rows.to(device) >= 0)[..., None]
-        views, content = read.views.to(device)[index], read.content.to(device)[index]
+        points, share = source_points(values, self.centres_of(height * finer, width * finer))
+        share = share * (rows >= 0)[..., None]
+        views, content = read.views[read.index], read.content[read.index]
         points = points @ views[..., :2].transpose(-1, -2) + views[..., None, :, 2]
         share = share * inside(points, 0.0, 1.0)
-        cells, weights = self.neighbours(read.grids, index, points, content, share)
+        cells, weights = self.neighbours(read.grids, read.index, points, content, share)
         layout = (height, finer, width, finer)
-        return self.mixed(read.grids.to(device), by_cell(cells, layout), by_cell(weights, layout), finer)
+        return self.mixed(read.grids, by_cell(cells, layout), by_cell(weights, layout), finer)
+
+    def centres_of(self, height: int, width: int) -> Tensor:
+        """Centres of `height` × `width` cells, float32 [height·width, 2] on the device; made once a size."""
+        if (height, width) not in self.centres:
+            centres = torch.from_numpy(cell_centres(height, width)).float().view(-1, 2)
+            self.centres[height, width] = centres.to(self.device)
+        return self.centres[height, width]
 
     def neighbours(
         self, grids: Tensor, index: Tensor, points: Tensor, content: Tensor, share: Tensor
@@ -166,13 +205,12 @@ def content_cells(view: View, height: int, width: int) -> tuple[float, float, fl
     return float(first[0]), float(first[1]), float(last[0]), float(last[1])
 
 
-def source_points(values: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where the centres of `height` × `width` cells lie in each source.
+def source_points(values: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the centres [P, 2] of cells are in each source.
 
-    `values` [B, K, PACKED_WIDTH] → normalised source coordinates [B, K, height·width, 2] and the source's share
-    of the cell [B, K, height·width], 0 where it is not visible.
+    `values` [B, K, PACKED_WIDTH] → normalised source coordinates [B, K, P, 2] and the source's share of the cell
+    [B, K, P], 0 where it is not visible.
     """
-    centres = torch.from_numpy(cell_centres(height, width)).to(values).view(-1, 2)
     homogeneous = functional.pad(centres, (0, 1), value=1.0)
     projected = homogeneous @ values[..., :9].unflatten(-1, (3, 3)).transpose(-1, -2)
     divisor = projected[..., 2:]
@@ -195,17 +233,20 @@ def bilinear_neighbours(points: Tensor, content: Tensor, height: int, width: int
 
     Points are clamped to the cells in `content` [B, K, 4], so that padding never mixes in.
     """
-    count = torch.tensor([width, height], device=points.device, dtype=points.dtype)
-    place = torch.nan_to_num(points, nan=0.0, posinf=1.0, neginf=0.0) * count - 0.5
-    place = torch.minimum(torch.maximum(place, content[..., None, :2]), content[..., None, 2:])
-    base = place.floor()
-    fraction = place - base
-    following = torch.minimum(base + 1, content[..., None, 2:])
-    x0, y0, x1, y1 = base[..., 0], base[..., 1], following[..., 0], following[..., 1]
-    fx, fy = fraction[..., 0], fraction[..., 1]
+    # Each axis with its own number: a tensor of both would be copied from the host.
+    x0, x1, fx = axis_neighbours(points[..., 0], content[..., None, 0], content[..., None, 2], width)
+    y0, y1, fy = axis_neighbours(points[..., 1], content[..., None, 1], content[..., None, 3], height)
     cells = torch.stack([y0 * width + x0, y0 * width + x1, y1 * width + x0, y1 * width + x1], -1).long()
     weights = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], -1)
     return cells, weights
+
+
+def axis_neighbours(points: Tensor, first: Tensor, last: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis: the cell at or before each point, the one after it, and how far the point is between them."""
+    place = torch.nan_to_num(points, nan=0.0, posinf=1.0, neginf=0.0) * count - 0.5
+    place = torch.minimum(torch.maximum(place, first), last)
+    base = place.floor()
+    return base, torch.minimum(base + 1, last), place - base
 
 
 def foreground_weights(batch: Mapping[str, Any], height: int, width: int, factor: float) -> Tensor:

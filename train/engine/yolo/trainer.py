@@ -29,6 +29,7 @@ from train.errors import TrainError
 
 ULTRALYTICS_FOLDER = "ultralytics"
 OOM_RETRIES = 3  # how often ultralytics' loop halves the batch
+READ_EVERY = 10  # optimizer steps on a GPU between two looks at their gradient norms
 
 
 class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
@@ -69,6 +70,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         self.wdir = self.save_dir
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
         self.batches_done = self.batches_pending = 0
+        self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.train_seconds = 0.0
         self.evaluating_export = False
         self.export_metrics: dict[str, float] = {}
@@ -170,6 +172,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         self.epoch_began = time.perf_counter()
 
     def on_train_epoch_end(self) -> None:
+        self.check_finite()  # waits for the device, so that the time is that of the whole epoch
         self.train_seconds = time.perf_counter() - self.epoch_began
 
     def optimizer_step(self) -> None:
@@ -193,13 +196,25 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=self.job.clip_norm)
         # With loss scaling an overflow is ordinary: the scaler skips the step.
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            raise not_finite("gradient" if torch.isfinite(self.loss) else "loss", self.epoch)
+        if not self.scaler.is_enabled():
+            self.unread.append((norm, self.loss.detach()))
+        if len(self.unread) >= (READ_EVERY if self.device.type == "cuda" else 1):
+            self.check_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.model)
+
+    def check_finite(self) -> None:
+        """Read the gradient norms of the last steps; the host waits for the device.
+
+        Raises TrainError for the first one that is not finite, before anything of the epoch is saved.
+        """
+        steps, self.unread = self.unread, []
+        for norm, loss in steps:
+            if not torch.isfinite(norm):
+                raise not_finite("gradient" if torch.isfinite(loss) else "loss", self.epoch)
 
     def run_callbacks(self, event: str) -> None:
         """ultralytics' callbacks, and our method of that name when there is one."""

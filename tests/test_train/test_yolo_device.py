@@ -1,0 +1,129 @@
+"""The distillation term of YOLO students as a GPU sees it: one copy of each array a batch, nothing read back."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train.projector import TargetStandardizer
+
+pytest.importorskip("ultralytics")
+WIDTH, IMAGES, SOURCES = 6, 2, 3
+SIDES = {"P3": 8, "P4": 4, "P5": 2}
+HOST_READS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+
+
+class Crossings(TorchDispatchMode):
+    """Counts copies between devices and reads of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        devices = {item.device for item in (*args, *kwargs.values(), out) if isinstance(item, Tensor)}
+        self.copies += len(devices) > 1
+        self.reads += func.name().partition(".")[0] in HOST_READS
+        return out
+
+
+def make_targets(**options: Any) -> Any:
+    from train.engine.yolo.targets import TeacherTargets
+
+    generator = np.random.default_rng(0)
+    return TeacherTargets(
+        lambda rows: generator.normal(size=(len(rows), 4, 4, WIDTH)).astype(np.float16),
+        np.array([[64, 48]] * 9),
+        TargetStandardizer(np.zeros(WIDTH), np.ones(WIDTH)),
+        resize="letterbox",
+        teacher_size=(64, 64),
+        **options,
+    )
+
+
+def make_batch() -> dict[str, Any]:
+    """Mosaics of three sources each, with a box."""
+    from train.engine.yolo.geometry import UNIT_SQUARE, Placement, packed_placements
+
+    placements = [Placement(row, UNIT_SQUARE * 64 - (16 * row, 0)) for row in range(SOURCES)]
+    rows, values = packed_placements(placements, 64, 64)
+    return {
+        "img": torch.zeros(IMAGES, 3, 64, 64),
+        "source_rows": torch.from_numpy(rows).repeat(IMAGES, 1),
+        "source_placements": torch.from_numpy(values).repeat(IMAGES, 1, 1),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]]),
+        "batch_idx": torch.zeros(1),
+        "cls": torch.zeros(1, 1),
+    }
+
+
+def make_term(kind: str) -> Any:
+    from train.engine.yolo.model import Distillation
+
+    return Distillation(
+        dict.fromkeys(SIDES, 5), WIDTH, kind=kind, hard_weight=1.0, soft_weight=1.0, foreground=2.0, align=True,
+        align_head="linear",
+    )  # fmt: skip
+
+
+def on_meta(batch: dict[str, Any], targets: Any) -> dict[str, Any]:
+    """The batch after preprocessing, on the meta device, its grids read and copied there."""
+    from train.engine.yolo.targets import PENDING
+
+    targets.to(torch.device("meta"))
+    read = targets.read(batch["source_rows"].numpy())
+    assert {tensor.device.type for tensor in read.tensors} == {"meta"}
+    moved = {name: value.to("meta") for name, value in batch.items()}
+    moved[PENDING] = Future()
+    moved[PENDING].set_result(read)
+    return moved
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine", "smooth_l1"])
+@pytest.mark.parametrize("sources_per_cell", [1, 2])
+def test_the_term_stays_on_the_device(kind: str, sources_per_cell: int) -> None:
+    """Forward and backward on the meta device, where a mix of devices and every read of a value raises."""
+    targets, term = make_targets(sources_per_cell=sources_per_cell), make_term(kind).to("meta")
+    batch = on_meta(make_batch(), targets)
+    maps = [torch.zeros(IMAGES, 5, side, side, device="meta", requires_grad=True) for side in SIDES.values()]
+    with Crossings() as first:
+        term(maps, batch, targets).backward()
+    assert first.reads == 0
+    assert first.copies <= len(SIDES)  # the centres of each level's cells, once
+    assert all(values.grad is not None for values in maps)
+    with Crossings() as counter:
+        term(maps, batch, targets).backward()
+    assert (counter.copies, counter.reads) == (0, 0)
+
+
+def test_each_array_of_a_batch_is_copied_once() -> None:
+    targets, batch = make_targets(), make_batch()
+    targets.to(torch.device("meta"))
+    with Crossings() as counter:
+        read = targets.read(batch["source_rows"].numpy())
+    assert counter.copies == len(read.tensors) == 4
+    assert counter.reads == 0
+
+
+def test_a_norm_that_is_not_finite_is_noticed_before_anything_is_saved() -> None:
+    """On a GPU norms are read every few steps; on a CPU at once."""
+    from train.engine.yolo.trainer import StoreTrainer
+    from train.errors import TrainError
+
+    trainer = StoreTrainer.__new__(StoreTrainer)
+    trainer.epoch = 3
+    trainer.unread = [(torch.tensor(1.0), torch.tensor(2.0)), (torch.tensor(float("nan")), torch.tensor(2.0))]
+    with pytest.raises(TrainError, match="the gradient is not finite in epoch 4"):
+        trainer.check_finite()
+    trainer.unread = [(torch.tensor(float("nan")), torch.tensor(float("inf")))]
+    with pytest.raises(TrainError, match="the loss is not finite in epoch 4"):
+        trainer.check_finite()
+    assert trainer.unread == []
