@@ -16,6 +16,7 @@ from PIL import Image
 
 from extract.augment import LARGEST_ZOOM, Matrix, sample_views
 from extract.preprocess import decode_for, resize_pixels
+from extract.sources.annotations import clip_boxes
 from extract.sources.base import AnnotationError, Boxes, Sample, content_digest
 from imaging.clips import ClipFrame
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, Decoded, decode
@@ -65,13 +66,14 @@ class DecodedSample:
 
     size: (width, height) of the original, upright; (0, 0) when bad. content: blake2b-128 of the file's bytes.
     reason: why the sample is bad, or None. encoded: image bytes to store. geometry: float64 [K, 2, 3].
-    mask: PNG bytes. spans: of a clip, int64 [T, 2], start and length of each frame in `encoded`.
+    mask: PNG bytes. dropped_boxes: how many boxes had no area inside the image. spans: of a clip, int64 [T, 2], start and length of each frame in `encoded`.
     """
 
     size: tuple[int, int] = (0, 0)
     content: bytes = bytes(16)
     reason: str | None = None
     boxes: Boxes | None = None
+    dropped_boxes: int = 0
     mask: bytes = b""
     spans: npt.NDArray[np.int64] | None = None
     encoded: bytes = b""
@@ -90,8 +92,11 @@ def decode_sample(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSamp
         data = sample.read()
         content = content_digest(data)
         result = decode_clip(job, sample, planes) if job.frames else decode_still(job, sample, data, planes)
-        boxes = sample.read_boxes(result.size)
-        return replace(result, content=content, boxes=boxes, mask=sample.read_mask(result.size) or b"")
+        boxes, dropped = sample.read_boxes(result.size), 0
+        if boxes is not None:
+            boxes, dropped = clip_boxes(boxes, result.size)
+        mask = sample.read_mask(result.size) or b""
+        return replace(result, content=content, boxes=boxes, dropped_boxes=dropped, mask=mask)
     except ImageError as error:
         reason = error.reason
     except AnnotationError as error:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from console.log import get_logger
 from console.stop import StopRequest
 from extract.background import BackgroundWriter, Block
 from extract.encode import Encoder, Pending
@@ -20,6 +21,8 @@ from extract.teachers import Teacher
 from extract.workers import DecodedBatch, DecodePool
 from store import format as names
 from store.writer import StoreWriter
+
+log = get_logger("extract")
 
 Rows = tuple[int, int]
 OVERFLOW = "its features are not finite or too large for float16 at the store's scale"
@@ -38,9 +41,10 @@ class BadSample:
 
 @dataclass
 class Report:
-    """What a session did so far: rows encoded, the bad ones, batch sizes that memory forced."""
+    """What a session did so far: rows encoded, the bad ones, boxes dropped, batch sizes that memory forced."""
 
     rows: int = 0
+    dropped_boxes: int = 0
     bad: list[BadSample] = field(default_factory=list)
     halved: list[int] = field(default_factory=list)
 
@@ -101,6 +105,7 @@ class Session:
         stored = partial(self.note_bad, writer.split, batch, reasons)
         background.put(Block(chosen, reasons, stored, features, finite))
         self.report.rows += len(reasons)
+        self.report.dropped_boxes += sum(result.dropped_boxes for result in batch.results)
 
     def note_bad(
         self, split: str, batch: DecodedBatch, reasons: list[str], valid: npt.NDArray[np.bool_]
@@ -125,6 +130,12 @@ class Session:
 
     def close(self) -> None:
         self.pool.close()
+        if self.report.dropped_boxes:
+            log.warning(
+                "%s: %d boxes without area inside their image were dropped; their images keep the other boxes",
+                self.task.path,
+                self.report.dropped_boxes,
+            )
 
     def __enter__(self) -> Self:
         return self

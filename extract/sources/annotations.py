@@ -93,6 +93,14 @@ def clip_box(
     return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
 
+def clip_boxes(boxes: Boxes, size: tuple[int, int]) -> tuple[Boxes, int]:
+    """The boxes' parts inside an image of `size` (width, height), and how many had none and were dropped."""
+    low, high = boxes.values[:, :2], boxes.values[:, 2:]
+    values = np.concatenate([np.maximum(low, 0), np.minimum(high, np.float32(size))], axis=1)
+    kept = (values[:, 2:] > values[:, :2]).all(axis=1)
+    return Boxes(values[kept], boxes.classes[kept]), int(len(kept) - kept.sum())
+
+
 def parse_class_names(value: Any, where: str) -> Names:
     """Names from a list, or from a dictionary number → name whose numbers are 0 … C − 1. Raises AnnotationError."""
     if isinstance(value, Mapping):

@@ -36,8 +36,8 @@ from extract.sources.listing import Progress, list_files, make_keys, resolve_ins
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import IMAGE_SUFFIXES
 
-# How far a box may stick out of the image through rounding, as a fraction of its side.
-_OVERSHOOT = 0.01
+# A coordinate beyond this is no fraction of an image's side that went astray: the file has pixels.
+_NO_FRACTION = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class YoloBoxes:
 
 
 def parse_line(line: str, num_classes: int, where: str) -> tuple[float, float, float, float, float]:
-    """(class, x1, y1, x2, y2), normalised and clipped to the image. Raises AnnotationError."""
+    """(class, x1, y1, x2, y2) in fractions of the image, which the box may leave. Raises AnnotationError."""
     fields = line.split()
     try:
         number, *values = (float(field) for field in fields)
@@ -87,17 +87,14 @@ def parse_line(line: str, num_classes: int, where: str) -> tuple[float, float, f
         raise AnnotationError(f"{where}: {line.strip()!r}: numbers must be finite")
     if len(values) == 4:
         x, y, width, height = values
-        if width <= 0 or height <= 0:
-            raise AnnotationError(f"{where}: box of width {width} and height {height}: both must be above 0")
         box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     else:
         box = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
-    if min(box) < -_OVERSHOOT or max(box) > 1 + _OVERSHOOT:
+    if max(abs(value) for value in box) > _NO_FRACTION:
         raise AnnotationError(
-            f"{where}: box {line.strip()!r} leaves the image: coordinates are fractions of its sides"
+            f"{where}: box {line.strip()!r}: coordinates are fractions of the image's sides, not pixels"
         )
-    x1, y1, x2, y2 = (min(1.0, max(0.0, value)) for value in box)
-    return number, x1, y1, x2, y2
+    return number, *box
 
 
 class YoloSamples(Samples):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from store import open_store
 from tests.test_train.yolo_data import Row, make_store, scene, scenes
@@ -94,3 +95,21 @@ def test_raw_images_have_the_boxes_of_the_teachers_view(tmp_path: Path) -> None:
     (record,) = detection_records(store, store["train"], raw=True)
     assert (record.width, record.height) == (112, 112)
     assert np.allclose(record.boxes, [[0.5, 0.5, 0.5, 0.25]], atol=0.01)
+
+
+def test_both_splits_are_standardized_by_the_training_splits_statistics(tmp_path: Path) -> None:
+    """As in the main loop: training and validation distances are to the same targets."""
+    from train.config import TrainConfig
+    from train.engine.yolo.assemble import open_splits
+
+    def features(split: str, row: int, image: np.ndarray) -> np.ndarray:
+        return np.random.default_rng(row).normal(5 if split == "val" else 0, 1, (4, 4, 6)).astype(np.float32)
+
+    rows = {"train": scenes(6, 0), "val": scenes(4, 1)}
+    path = make_store(tmp_path / "store", rows, grid_features=features)
+    config = TrainConfig(store=path, student="yolov8/n", out=tmp_path / "run", image_size=64)  # type: ignore[arg-type]
+    splits = open_splits(config, open_store(path), 1)
+    gains = [splits[mode].targets.standardizer for mode in ("train", "val")]  # type: ignore[union-attr]
+    assert torch.equal(gains[0].shift, gains[1].shift)
+    assert torch.equal(gains[0].gain, gains[1].gain)
+    assert gains[0].shift.abs().max() < 1

@@ -67,6 +67,7 @@ def open_splits(config: TrainConfig, store: Store, sources_per_cell: int) -> dic
             image_size=config.image_size,
             data_root=config.data_root,
             distil=config.distillation_type != "none",
+            statistics_of=config.train_split,
             sources_per_cell=sources_per_cell,
         )
         for mode, name in (("train", config.train_split), ("val", config.val_split))

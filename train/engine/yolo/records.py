@@ -50,10 +50,12 @@ def open_split(
     image_size: int,
     data_root: Path | None,
     distil: bool,
+    statistics_of: str | None = None,
     sources_per_cell: int = 1,
 ) -> DetectionSplit:
-    """Records, images and, with `distil`, targets of a split.
+    """Records, images and, with `distil`, targets of a split, standardized by the statistics of `statistics_of`.
 
+    That is the training split, for the validation split too: both distances are to the same targets. None: `name`.
     Raises TrainError when the split, its boxes, its images or (with `distil`) its grid are missing.
     """
     if name not in store:
@@ -68,7 +70,10 @@ def open_split(
     records = detection_records(store, split, raw=reader.kind == "raw")
     if not records:
         raise TrainError(f"{store.location}: split {name!r} has no valid images")
-    targets = teacher_targets(store, split, reader.kind == "raw", sources_per_cell) if distil else None
+    targets = None
+    if distil:
+        learnt = store[statistics_of or name]
+        targets = teacher_targets(store, split, learnt, reader.kind == "raw", sources_per_cell)
     return DetectionSplit(records, SourceImages(reader, image_size), targets)
 
 
@@ -138,14 +143,19 @@ def clean_boxes(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArra
     return centred[kept].astype(np.float32), kept
 
 
-def teacher_targets(store: Store, split: Split, raw: bool, sources_per_cell: int) -> TeacherTargets:
-    """Targets from the stored grid. Raises TrainError when there is none, or no statistics of it."""
+def teacher_targets(
+    store: Store, split: Split, learnt: Split, raw: bool, sources_per_cell: int
+) -> TeacherTargets:
+    """Targets from the stored grid, with the statistics of the split `learnt`.
+
+    Raises TrainError when there is no grid, or no statistics of it.
+    """
     if GRID not in split.names:
         raise TrainError(
             f"{store.location}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
             "with --distillation-type none)"
         )
-    statistics = split.statistics.get(GRID)
+    statistics = learnt.statistics.get(GRID)
     if statistics is None:
         raise TrainError(f"{store.location}: no statistics of {GRID}: run the extraction to its end")
     preprocessing = store.manifest.preprocessing
