@@ -269,7 +269,7 @@ class StepLosses(NamedTuple):
         if values.device.type != "cuda":
             return cls(where, names, values, None)
         host, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(values.device))
         return cls(where, names, host, arrived)
 
     def read(self) -> tuple[dict[str, float], float, bool]:

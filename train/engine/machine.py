@@ -81,11 +81,15 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     use_tensor_cores(device)
     # On GPUs batch norm is synchronized: every rank has the same statistics already.
     buffers = DistributedDataParallelKwargs(broadcast_buffers=device.type != "cuda")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=choose_precision(config.precision, device),
         kwargs_handlers=[buffers],
     )
+    if accelerator.device.type == "cuda" and accelerator.device.index is not None:
+        # Streams and events that name no device belong to the current one.
+        torch.cuda.set_device(accelerator.device)
+    return accelerator
 
 
 def use_tensor_cores(device: torch.device) -> None:
