@@ -23,12 +23,18 @@ class QuantizeMode(StrEnum):
 
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder, its best.pt, or an exported .onnx file.")],
-    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs (quoted) or clips.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, videos, folders, globs (quoted) or clips.")],
     out: Annotated[
         Path | None, typer.Option(help="Write predictions.jsonl and pictures into this folder.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 16,
     confidence: Annotated[float, typer.Option(min=0, max=1, help="Detections below it are left out.")] = 0.25,
+    every: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of videos, every Nth frame. [default: all]")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.001, help="Of videos, about so many frames of each second.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a line a file.")
@@ -36,31 +42,43 @@ def predict(
 ) -> None:
     """cli predict runs/resnet18 photos/ --out predictions
 
-    Run a trained student on images, folders, globs or clips. Each file is one line of JSON on stdout; with
-    --out also a picture with the label, boxes or mask drawn. Files that cannot be read are named and skipped,
-    and the exit code is then 1.
+    Run a trained student on images, videos, folders, globs or clips. Each file is one line of JSON on stdout,
+    each frame of a video one with its time in seconds; with --out also a picture (or an annotated video) with
+    the label, boxes or mask drawn. Files that cannot be read are named and skipped, and the exit code is then 1.
     """
     import contextlib
     import json
 
     from console.output import print_json
     from console.stop import Stopped, StopRequest
-    from train.delivery.predict import PredictionWriter, predict_files
+    from train.delivery.predict import PredictionWriter, Sampling, predict_files
     from train.delivery.records import BadFile
 
     records: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
-    found = predict_files(run, inputs, out=out, device=device, batch_size=batch_size, confidence=confidence)
+    begun: set[str] = set()
+    found = predict_files(
+        run,
+        inputs,
+        out=out,
+        device=device,
+        batch_size=batch_size,
+        confidence=confidence,
+        sampling=Sampling(every, fps),
+    )
     with (
         StopRequest() as stop,
         PredictionWriter(out) if out is not None else contextlib.nullcontext() as writer,
     ):
-        for done, item in enumerate(found):
+        for item in found:
+            file = item.file if isinstance(item, BadFile) else item.record["file"]
             if stop.requested:
                 where = f", in {out}" if out is not None else ""
+                done = len(begun - {file})  # a video's frames come one by one
                 raise Stopped(
                     f"stopped: {done} files done{where}; the same command starts again", stop.exit_code
                 )
+            begun.add(file)
             if isinstance(item, BadFile):
                 bad.append(item._asdict())
                 print(f"skipped {item.file}: {item.reason}", file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
-"""Chosen frames of a video file, through PyAV."""
+"""Frames of a video file, through PyAV: chosen ones, or all in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,61 @@ from PIL import Image
 
 from imaging.decode import DEFAULT_MAX_PIXELS
 from imaging.errors import ImageError
+
+VIDEO_SUFFIXES = frozenset(
+    [".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".ts"]
+)
+USUAL_RATE = Fraction(25)  # frames a second, where a file does not say
+
+
+class VideoFrame(NamedTuple):
+    """A frame, RGB and upright: its position from 0, its time in seconds, and the video's frames a second."""
+
+    number: int
+    time_s: float
+    image: Image.Image
+    rate: Fraction
+
+
+def iterate_frames(
+    path: Path,
+    *,
+    every: int = 1,
+    frames_per_second: float | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> Iterator[VideoFrame]:
+    """Every `every`th frame from the first, or about `frames_per_second` of each second; one is held at a time.
+
+    Raises ImageError for what is no video, and after the last frame for a damaged one: some of its frames are missing.
+    """
+    import av
+
+    if not path.is_file():
+        raise ImageError("cannot be read: no such file" if not path.exists() else "not a regular file")
+    number, due = -1, 0.0
+    try:
+        total = _count_packets(path, av)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = Fraction(stream.average_rate or stream.guessed_rate or USUAL_RATE)
+            start = 0.0
+            for number, frame in enumerate(container.decode(stream)):
+                _check_pixels(frame, max_pixels)
+                time_s = number / float(rate) if frame.time is None else float(frame.time)
+                start = time_s if number == 0 else start  # some files begin later than 0
+                if frames_per_second is None:
+                    wanted = number % every == 0
+                else:
+                    wanted = time_s - start >= due - 1e-6
+                    due += 1 / frames_per_second if wanted else 0
+                if wanted:
+                    yield VideoFrame(number, time_s - start, _upright(frame), rate)
+    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise ImageError(
+            f"not a video that can be decoded: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if number + 1 < total:
+        raise ImageError(f"damaged video: {total} frames in the file, {number + 1} could be decoded")
 
 
 def decode_frames(
@@ -63,15 +119,17 @@ def _decode_rows(
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         for number, frame in enumerate(container.decode(stream)):
-            if frame.width * frame.height > max_pixels:
-                raise ImageError(
-                    f"too many pixels: frames of {frame.width}×{frame.height}, limit {max_pixels:,}"
-                )
+            _check_pixels(frame, max_pixels)
             if number in rows:
                 found[number] = _upright(frame)
             if number >= last:
                 break
     return found, number + 1
+
+
+def _check_pixels(frame: Any, max_pixels: int) -> None:
+    if frame.width * frame.height > max_pixels:
+        raise ImageError(f"too many pixels: frames of {frame.width}×{frame.height}, limit {max_pixels:,}")
 
 
 def _upright(frame: Any) -> Image.Image:

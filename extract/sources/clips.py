@@ -21,10 +21,7 @@ from extract.sources.folder import class_names_of, label_paths, split_like_class
 from extract.sources.listing import Progress, list_files, make_keys
 from imaging.clips import ClipFrame, clip_content, read_clip
 from imaging.decode import IMAGE_SUFFIXES
-
-VIDEO_SUFFIXES = frozenset(
-    [".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".ts"]
-)
+from imaging.video import VIDEO_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ def test_what_cannot_be_delivered_is_one_line(
     (tmp_path / "file").write_text("")
     store = make_store("s.zarr")
     tried = {
-        ("predict", run_folder, tmp_path / "empty"): "no image files in it",
+        ("predict", run_folder, tmp_path / "empty"): "no image or video files in it",
         ("predict", run_folder, pictures, "--device", "gpu"): "expected auto, cpu, cuda or cuda:N",
         ("predict", tmp_path / "nothing", pictures): "no such run or file",
         ("predict", run_folder, pictures, "--out", tmp_path / "file/x"): "cannot be created",

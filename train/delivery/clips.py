@@ -12,6 +12,7 @@ from PIL import Image
 from imaging.clips import frame_files, read_clip_frames
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.errors import ImageError
+from imaging.video import VIDEO_SUFFIXES
 from train.delivery.draw import draw_label
 from train.delivery.files import expand_inputs
 from train.delivery.model import ModelCard, TrainedModel
@@ -19,7 +20,7 @@ from train.delivery.records import BadFile, Prediction
 from train.delivery.scores import top_classes, top_label
 from train.errors import DeliveryError
 
-CLIP_SUFFIXES = frozenset([".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"])
+CLIP_SUFFIXES = VIDEO_SUFFIXES | {".gif"}
 FRAMES = 16  # of a clip, where the checkpoint does not say
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 
 from train.delivery.draw import Box, Label, draw_boxes
 from train.delivery.model import ModelCard, TrainedModel, class_name
-from train.delivery.records import BadFile, Prediction, read_image
+from train.delivery.records import Prediction
 from train.engine.yolo.offline import prepare_ultralytics
 
 IOU_THRESHOLD = 0.7  # ultralytics' default for predicting
@@ -42,17 +42,6 @@ def to_image(boxes: NDArray[np.float32], card: ModelCard, size: tuple[int, int])
     corners = boxes[:, :4].reshape(-1, 2) / card.image_size
     inside = np.clip(view.apply(corners) * scale, 0, scale)
     return np.concatenate([inside.reshape(-1, 4), boxes[:, 4:6]], axis=1).astype(np.float32)
-
-
-def detect_batch(
-    model: TrainedModel, files: Sequence[Path], confidence: float
-) -> Iterator[Prediction | BadFile]:
-    """Detections in each file of a batch, in order; unreadable ones come out as `BadFile`."""
-    images = [read_image(path, None, model.card.bit_depth) for path in files]
-    good = [image for image in images if isinstance(image, Image.Image)]
-    found = iter(detect(model, good, confidence) if good else ())
-    for path, image in zip(files, images, strict=True):
-        yield image if isinstance(image, BadFile) else describe(model.card, path, image, next(found))
 
 
 def describe(card: ModelCard, path: Path, image: Image.Image, found: NDArray[np.float32]) -> Prediction:

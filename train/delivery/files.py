@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from imaging.decode import IMAGE_SUFFIXES
+from imaging.video import VIDEO_SUFFIXES
 from train.errors import DeliveryError
 
 
@@ -41,6 +42,24 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     Raises DeliveryError for an input that names nothing.
     """
     return expand_inputs(inputs, images_below, "image files", "images")
+
+
+def find_pictures(inputs: Sequence[str]) -> list[Path]:
+    """The image and video files that `inputs` name, as `find_images`. Raises DeliveryError."""
+    return expand_inputs(inputs, pictures_below, "image or video files", "images or videos")
+
+
+def pictures_below(path: Path) -> list[Path]:
+    """Image and video files below a folder, sorted; a file stands for itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and p.is_file()
+    )
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def images_below(path: Path) -> list[Path]:

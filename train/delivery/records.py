@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,21 @@ class BadFile(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """`record` is plain JSON; `image` is the file's picture with the prediction drawn on it."""
+    """`record` is plain JSON; `image` is the file's picture with the prediction drawn on it.
+
+    `video_rate`: frames a second to show the pictures of a video's frames with. None: the picture of an image or clip.
+    """
 
     record: dict[str, Any]
     image: Image.Image
     mask: Image.Image | None = None
+    video_rate: Fraction | None = None
+
+
+class VideoSummary(NamedTuple):
+    """What is said of a whole video after its frames; `record` is plain JSON."""
+
+    record: dict[str, Any]
 
 
 def read_image(path: Path, target_size: int | None, bit_depth: int) -> Image.Image | BadFile:
