@@ -37,7 +37,12 @@ PER_CLASS_METRICS = {
 
 
 def train(
-    store: Annotated[str, typer.Argument(help="The store of teacher features.", metavar="STORE")],
+    store: Annotated[
+        str | None,
+        typer.Argument(
+            help="The store of teacher features; --resume knows it.", metavar="STORE", show_default=False
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML, TOML or JSON file of options; options win.")
     ] = None,
@@ -56,7 +61,7 @@ def train(
 
     cli train flowers.zarr --student timm:mobilenetv4_conv_small --out runs/mobile --config recipe.yaml
 
-    cli train flowers.zarr --student resnet18 --out runs/resnet18 --resume
+    cli train --resume --out runs/resnet18
     """
     from console.log import configure_logging
 

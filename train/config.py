@@ -227,16 +227,47 @@ class TrainConfig(BaseModel):
 def load_config(options: Mapping[str, Any], file: Path | None = None) -> TrainConfig:
     """The configuration of `options` (`None` is absent) over those of a YAML, TOML or JSON file.
 
+    With `resume`, options that are not given are those of the run in the folder `out`.
+
     Raises:
         ConfigError: with every problem: unknown names (and the nearest valid one) and bad values.
     """
     chosen = {name: value for name, value in options.items() if value is not None}
     from_file = read_option_file(file, ConfigError) if file is not None else {}
-    sources = {**dict.fromkeys(from_file, "file"), **dict.fromkeys(chosen, "option")}
+    given = {**from_file, **chosen}
+    before = options_to_resume(given)
+    sources = {
+        **before.pop("sources", {}),
+        **dict.fromkeys(from_file, "file"),
+        **dict.fromkeys(chosen, "option"),
+    }
     try:
-        return TrainConfig(**{**from_file, **chosen, "sources": sources})
+        return TrainConfig(**{**before, **given, "sources": sources})
     except ValidationError as error:
         raise ConfigError("; ".join(describe_problems(error.errors()))) from None
+
+
+def options_to_resume(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the run that `given` resumes, and their `sources`; empty without `resume` or without a run."""
+    from train.rundir import has_results, read_options
+
+    if given.get("resume") not in (True, "true", "True") or "out" not in given:
+        return {}
+    folder = Path(str(given["out"]))
+    if {"store", "student"} <= given.keys() and not has_results(folder):
+        return {}  # a start that failed: one of its options may be the reason
+    before = read_options(folder)
+    if before is None:
+        if {"store", "student"} <= given.keys():
+            return {}
+        raise ConfigError(
+            f"--resume: nothing to resume in {folder}: check --out, or leave --resume out and name STORE and --student"
+        )
+    # An option that has been removed since has no effect any more.
+    known = {name: value for name, value in before.items() if name in TrainConfig.model_fields}
+    dropped = {"out", "resume", "overwrite"}
+    sources = {name: source for name, source in known.pop("sources", {}).items() if name not in dropped}
+    return {**{name: value for name, value in known.items() if name not in dropped}, "sources": sources}
 
 
 def describe_problems(items: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -249,7 +280,7 @@ def describe_problem(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown option {name}: {nearest_names(name, TrainConfig.model_fields)}"
     if item["type"] == "missing":
-        return f"{name if name == 'store' else '--' + name}: missing"
+        return f"{'STORE' if name == 'store' else '--' + name}: missing"
     if item["type"] == "too_short":
         return f"--{name}: expected at least one value, got none"
     text = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")

@@ -36,6 +36,7 @@ from train.events import Observer, Observers
 from train.resolve import TrainingData, resolve_data, resolve_task
 from train.rundir import (
     SUMMARY,
+    check_same_distillation,
     is_complete,
     prepare_run_folder,
     read_resolved,
@@ -96,7 +97,7 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> d
     data = resolve_data(config, store, task)
     accelerator = build_accelerator(config)
     if accelerator.is_main_process:
-        prepare_run_folder(config)
+        prepare_run_folder(config, store)
         warn_of_random_teacher(config.store, store)
         warn_of_splits(config, store, task)
     barrier()
@@ -183,7 +184,10 @@ def train_once(
     built = build_training(config, store, data, accelerator, watch.stop, control=control)
     if accelerator.is_main_process:
         announce(built, control)
-        write_config(folder, asked, resolved(built, data, control), store_reference(store))
+        choices = resolved(built, data, control)
+        if config.resume and (folder / LAST).exists():
+            check_same_distillation(folder, choices)
+        write_config(folder, asked, choices, store_reference(store))
     config = built.parts.config
     progress = Session(built, config, folder, store.manifest, data.task, observers, watch).run()
     return Outcome(built, progress, config)

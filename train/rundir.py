@@ -48,12 +48,12 @@ FREE_ON_RESUME = frozenset(
 PACKAGES = ("torch", "timm", "accelerate", "numpy", "zarr", "peft", "ultralytics")
 
 
-def prepare_run_folder(config: TrainConfig) -> Path:
-    """Create the run folder, or check that the run in it may go on.
+def prepare_run_folder(config: TrainConfig, store: Any) -> Path:
+    """Create the run folder, or check that the run in it may be resumed.
 
-    What a start that failed left behind is no run: it is removed, or gone on from (--resume) with any options.
+    What a start that failed left behind is no run: it is removed, or resumed (--resume) with any options.
     Raises ConfigError when it holds a run and neither --resume nor --overwrite is given, and when the run to
-    resume was started with other options (all that differ are listed).
+    resume was started with other options or with another store (all that differs is listed).
     """
     folder = config.out
     taken = has_results(folder)
@@ -66,6 +66,7 @@ def prepare_run_folder(config: TrainConfig) -> Path:
     make_folder(folder)
     if config.resume and taken:
         check_same_run(config)
+        check_same_store(config, store_reference(store))
     return folder
 
 
@@ -128,7 +129,7 @@ def check_same_run(config: TrainConfig) -> None:
     path = config.out / CONFIG
     if not path.exists():
         return
-    before, now = json.loads(path.read_text()).get("options", {}), config_to_json(config)
+    before, now = read_json(path).get("options", {}), config_to_json(config)
     differing = [
         f"{name} {before[name]} → {now[name]}"
         for name in sorted(before.keys() & now.keys() - FREE_ON_RESUME)
@@ -138,6 +139,64 @@ def check_same_run(config: TrainConfig) -> None:
         raise ConfigError(
             f"--resume {config.out}: other options than the run was started with: {', '.join(differing)}"
         )
+
+
+def check_same_store(config: TrainConfig, store: Mapping[str, Any]) -> None:
+    """Raise ConfigError when the run learned from other data so far; a store that only moved is the same."""
+    before = read_json(config.out / CONFIG).get("store", {})
+    if before.get("fingerprint") in (None, store["fingerprint"]):
+        return
+    compared = ("teacher", "splits", "class_names")  # runs of older versions recorded the first alone
+    differing = [
+        f"{name} {before[name]} → {store[name]}" for name in compared if differs(name, before, store)
+    ]
+    raise ConfigError(
+        f"--resume {config.out}: {store['path']} is not the data that the run was started with "
+        f"({'; '.join(differing) or 'images, targets or preprocessing differ'}; fingerprint {before['fingerprint'][:8]} → "
+        f"{store['fingerprint'][:8]}): resume with the store as it was, or start another run with another --out"
+    )
+
+
+def differs(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return name in before and before[name] != now[name]
+
+
+def check_same_distillation(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Raise ConfigError when `auto` options come to something else than before, as after `cli probe` added logits."""
+    before = read_resolved(folder)
+    compared = {name: (before.get(name), resolved[name]) for name in ("augment", "distilled")}
+    differing = []
+    for name, (old, new) in compared.items():
+        if isinstance(old, dict) and isinstance(new, dict):
+            differing += [
+                f"{key} {old[key]} → {new[key]}" for key in old if key in new and old[key] != new[key]
+            ]
+        elif old != new and old is not None:
+            differing.append(f"{name} {old} → {new}")
+    if differing:
+        raise ConfigError(
+            f"--resume {folder}: the store offers other targets than when the run was started ({', '.join(differing)}): "
+            "name the earlier ones (--distillation-type, --teacher-logits), or start another run with another --out"
+        )
+
+
+def read_options(folder: Path) -> dict[str, Any] | None:
+    """The options that the run in the folder was started with; None where there is no run.
+
+    The store is named by its full path, so that the run can be resumed from another working directory.
+    """
+    if not has_config(folder):
+        return None
+    content = read_json(folder / CONFIG)
+    options: dict[str, Any] = dict(content["options"])
+    if path := content.get("store", {}).get("path"):
+        options["store"] = path
+    return options
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def write_config(
@@ -155,7 +214,7 @@ def write_config(
 
 def read_resolved(folder: Path) -> dict[str, Any]:
     """What a run's options were resolved to, from its config.json."""
-    resolved: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["resolved"]
+    resolved: dict[str, Any] = read_json(folder / CONFIG)["resolved"]
     return resolved
 
 
@@ -178,10 +237,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The content of summary.json; None when the run has not ended."""
     path = folder / SUMMARY
-    if not path.exists():
-        return None
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+    return read_json(path) if path.exists() else None
 
 
 def is_complete(summary: Mapping[str, Any], config: TrainConfig) -> bool:
@@ -204,6 +260,8 @@ def store_reference(store: Any) -> dict[str, Any]:
         "teacher": store.manifest.teacher.name,
         "teacher_fingerprint": store.manifest.teacher.fingerprint,
         "random_teacher": store.manifest.teacher.random_weights,
+        "splits": {name: len(split) for name, split in store.items()},
+        "class_names": list(store.manifest.class_names),
     }
 
 

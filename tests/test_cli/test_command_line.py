@@ -82,7 +82,7 @@ def test_overview_shows_the_stages_in_order() -> None:
     ("arguments", "message", "hint"),
     [
         (["trian"], "unknown command 'trian': did you mean train?", "(cli --help)"),
-        (["train"], "Missing argument 'STORE'", "(cli train --help)"),
+        (["train"], "STORE: missing; --student: missing; --out: missing", ""),
         (["probe", "a", "--batchsize", "3"], "No such option: --batchsize", "(cli probe --help)"),
         (
             ["sweep", "a", "--out", "b", "--epochs", "2"],

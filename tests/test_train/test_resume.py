@@ -17,6 +17,7 @@ import torch
 
 from console.stop import Stopped, StopRequest
 from train.checkpoint import load_checkpoint
+from train.config import load_config
 from train.errors import ConfigError
 from train.run import run_training
 from train.rundir import check_run_folder
@@ -267,7 +268,73 @@ def test_a_control_may_be_added_but_not_dropped(make_store, make_config, train_l
     run_training(make_config(store, epochs=2, resume=True, control=True))
     assert "resumed after epoch 1" in train_log.text
     with pytest.raises(ConfigError, match="control True → False"):
-        run_training(make_config(store, epochs=3, resume=True))
+        run_training(make_config(store, epochs=3, resume=True, control=False))
+
+
+def test_resume_needs_no_option_but_the_folder(tmp_path, make_store, make_config, monkeypatch):
+    """Store and student too come from config.json, whatever the working directory is; sources are kept."""
+    store = make_store(train=21)
+    options = {"epochs": 2, "dropout": 0.2, "ema_decay": 0.9, "seed": 3, "temperature": 2.0}
+    whole = make_config(store, **options, out=tmp_path / "whole")
+    run_training(whole)
+    monkeypatch.chdir(tmp_path)
+    given = make_config(store.name, **options, out=tmp_path / "parts")
+    with pytest.raises(Stopped):
+        run_training(given, stop=StopAfter(4))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resumed = load_config({"out": tmp_path / "parts", "resume": True})
+    assert (resumed.temperature, resumed.batch_size) == (2.0, 8)
+    assert resumed.is_explicit("batch_size")
+    assert not resumed.is_explicit("weight_decay")
+    run_training(resumed)
+    assert_same_run(whole.out, given.out)
+    with pytest.raises(ConfigError, match=r"other options.*temperature 2.0 → 3.0"):
+        run_training(load_config({"out": given.out, "resume": True, "temperature": 3.0, "epochs": 3}))
+
+
+def test_a_store_of_other_data_is_refused_on_resume(tmp_path, make_store, make_config):
+    store = make_store()
+    run_training(make_config(store, epochs=1))
+    moved = tmp_path / "moved.zarr"
+    store.rename(moved)
+    run_training(make_config(moved, epochs=2, resume=True))
+    before = records_text(tmp_path / "run")
+    appended = make_store("appended.zarr", train=26)
+    with pytest.raises(ConfigError, match=r"appended.zarr is not the data.*'train': 24.*'train': 26.*--out"):
+        run_training(make_config(appended, epochs=3, resume=True))
+    changed = make_store("changed.zarr", seed=1)
+    with pytest.raises(ConfigError, match="images, targets or preprocessing differ"):
+        run_training(make_config(changed, epochs=3, resume=True))
+    assert records_text(tmp_path / "run") == before
+
+
+def test_targets_that_were_added_since_are_not_mixed_in(make_store, make_config):
+    """`cli probe` adds logits and changes no image: `auto` options would come to something else."""
+    from store import add_arrays
+    from store.format import logits_array
+
+    store = make_store()
+    run_training(make_config(store, epochs=1, distillation_type="hybrid"))
+    fill_logits(store, add_arrays(store, [logits_array("probe", 3)]))
+    with pytest.raises(ConfigError, match=r"logits None → probe.*--distillation-type"):
+        run_training(make_config(store, epochs=2, resume=True))
+
+
+def fill_logits(store, job):
+    import numpy as np
+
+    from store import StoreWriter, finalize_store, open_store
+
+    for split in open_store(store).splits:
+        with StoreWriter(store, split, job=job) as writer:
+            for start, stop in writer.batches():
+                writer.append({"logits/probe": np.zeros((stop - start, 3), np.float16)})
+    finalize_store(store, job=job)
+
+
+def records_text(run):
+    return (run / "metrics.jsonl").read_text()
 
 
 def test_a_start_that_failed_does_not_block_the_next(make_store, make_config, monkeypatch):

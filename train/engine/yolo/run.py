@@ -57,7 +57,7 @@ def run_yolo(
         log.info("distillation_type hybrid: YOLO students learn features; there is no logit term")
     store = open_store(config.store)
     group = Observers(observers)
-    folder = prepare_run_folder(config)
+    folder = prepare_run_folder(config, store)
     warn_of_random_teacher(config.store, store)
     warn_of_splits(config, store, "detection")
     done = read_summary(folder)
