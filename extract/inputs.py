@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 
+from console.cores import core_share
 from console.log import get_logger
 from extract.config import ExtractConfig
 from extract.existing import recorded_splits
@@ -74,5 +74,5 @@ def decode_workers(config: ExtractConfig, share: int = 1) -> int:
     """
     if config.workers is not None:
         return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_share()
     return max(1, min(16, (cores - max(1, cores // 5)) // share))

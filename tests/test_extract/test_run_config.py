@@ -9,6 +9,7 @@ import pytest
 
 from commands.extracting import build_config
 from extract.config import ConfigError, load_config, parse_max_bad, parse_shard_range
+from extract.inputs import decode_workers
 from extract.outcome import resume_command
 
 
@@ -118,3 +119,15 @@ def test_the_resume_command_holds_no_password() -> None:
 def test_a_pair_without_equals_sign_is_refused() -> None:
     with pytest.raises(ConfigError, match="--split val: expected NAME=VALUE"):
         build_config({"data": "d", "out": "s", "split": ["val"]}, None)
+
+
+@pytest.mark.parametrize(
+    ("cores", "share", "workers"),
+    [(1, 1, 1), (2, 1, 1), (4, 1, 3), (8, 1, 7), (16, 1, 13), (16, 2, 6), (64, 1, 16), (4, 8, 1)],
+)
+def test_decoders_leave_cores_to_the_other_threads(
+    monkeypatch: pytest.MonkeyPatch, cores: int, share: int, workers: int
+) -> None:
+    monkeypatch.setattr("extract.inputs.core_share", lambda: cores)
+    assert decode_workers(load_config(None, {"data": "d", "out": "o"}), share) == workers
+    assert decode_workers(load_config(None, {"data": "d", "out": "o", "workers": 7}), share) == 7

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from store_samples import WIDTH, files_of, small_arrays, small_block, small_manifest, write_rows
@@ -22,6 +23,7 @@ from store import (
     open_store,
 )
 from store.commits import read_commits
+from store.files import crc32c
 from store.format import logits_array
 from store.verify import verify_store
 
@@ -316,3 +318,26 @@ def test_commits_come_after_rows_or_seconds(make_store: Any) -> None:
         assert writer.next_row == 1024
         writer.append(block)
         assert committed(path, 1032)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4 << 20, (4 << 20) + 1, 9_000_000])
+def test_a_checksum_in_pieces_is_that_of_the_whole(size: int) -> None:
+    data = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    whole = int(google_crc32c.extend(7, data.tobytes()))
+    assert crc32c(data, 7) == crc32c(data.tobytes(), 7) == whole
+    assert crc32c(data[: size // 2 * 2].view(np.float16), 7) == crc32c(data[: size // 2 * 2].tobytes(), 7)
+
+
+def test_a_checksum_of_a_shard_lets_other_threads_run() -> None:
+    """google_crc32c keeps the interpreter's lock for as long as one call takes."""
+    sizes: list[int] = []
+    whole = google_crc32c.extend
+
+    def noted(start: int, data: memoryview) -> int:
+        sizes.append(len(data))
+        return int(whole(start, data))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(google_crc32c, "extend", noted)
+        crc32c(np.zeros(9 << 20, np.uint8))
+    assert sizes == [4 << 20, 4 << 20, 1 << 20]
