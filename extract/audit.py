@@ -195,7 +195,12 @@ def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) ->
     slab = Slab((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
     results = decode_samples(job, samples, slab.pixels)
     check_readable(samples, results)
-    encoding = Encoding(grid=manifest.grid or 0, views=manifest.views, clips=frames > 0)
+    encoding = Encoding(
+        grid=manifest.grid or 0,
+        views=manifest.views,
+        clips=frames > 0,
+        area=manifest.options.get(names.GRID_RULE) == names.AREA,
+    )
     encoder = Encoder(teacher, job, encoding, len(samples))
     arrays = encoder.launch(DecodedBatch(0, samples, slab, [], results)).arrays()
     return {name: array for name, array in arrays.items() if name != names.FRAMES}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,11 +39,16 @@ class OutOfMemory(DistillError):
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is stored of each sample's features, besides pooled: grid side (0: none), views, frames."""
+    """What is stored of each sample's features, besides pooled: grid side (0: none), views, frames.
+
+    area: a smaller grid whose side does not divide the teacher's is averaged exactly by area. False is adaptive
+    pooling, whose cells overlap: the rule of stores that record no `grid_resampling`. `cli verify` needs it for them.
+    """
 
     grid: int
     views: int = 0
     clips: bool = False
+    area: bool = True
 
 
 @dataclass
@@ -224,7 +230,7 @@ class Encoder:
                 part = fill_up(part, self.parts.limit, 0)
                 weights = None if weights is None else fill_up(weights, self.parts.limit, 1)
             out = self.teacher.encode(part, inside=weights)
-            grid = resample_grid(out.grid[:count].float(), self.encoding.grid)
+            grid = resample_grid(out.grid[:count].float(), self.encoding.grid, area=self.encoding.area)
             return out.pooled[:count].float(), grid
 
         parts = self.parts.run(len(images), encode)
@@ -246,22 +252,47 @@ def as_stored(values: Tensor, factor: Tensor | None) -> Tensor:
     return (values if factor is None else values * factor).to(torch.float16)
 
 
-def resample_grid(grid: Tensor, side: int) -> Tensor:
+def resample_grid(grid: Tensor, side: int, *, area: bool = True) -> Tensor:
     """A grid [B, h, w, D] as [B, g, g, D]: cells averaged by area when shrinking, bilinear when growing.
 
     side 0 means the grid is not stored: an empty tensor [B, 0, 0, D] keeps the device from copying it.
+    area: see `Encoding`.
     """
     batch, h, w, width = grid.shape
     if side == 0:
         return grid.new_empty(batch, 0, 0, width)
     if (h, w) == (side, side):
         return grid
+    if area and averages_unevenly(side, h, w):
+        rows = area_weights(side, h, grid.device)
+        columns = rows if h == w else area_weights(side, w, grid.device)
+        shrunk = (rows @ grid.reshape(batch, h, w * width)).view(batch * side, w, width)
+        return (columns @ shrunk).view(batch, side, side, width)
     maps = grid.permute(0, 3, 1, 2)
     if side <= min(h, w):
         maps = F.adaptive_avg_pool2d(maps, side)
     else:
         maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
     return maps.permute(0, 2, 3, 1).contiguous()
+
+
+def averages_unevenly(side: int, h: int, w: int) -> bool:
+    """Whether a grid of `side` is smaller than h × w and its cells' edges cut through the teacher's cells."""
+    return 0 < side <= min(h, w) and (h % side > 0 or w % side > 0)
+
+
+@lru_cache(maxsize=16)
+def area_weights(side: int, cells: int, device: torch.device) -> Tensor:
+    """float32 [g, n]: the share of each of `g` equal parts of an axis that each of its `n` equal cells covers.
+
+    Rows sum to 1. Parts do not overlap, so that a stored cell stands for its own part of the image alone, as stage two
+    assumes. Kept on the device: a copy for each batch would wait for it.
+    """
+    parts = torch.arange(side, dtype=torch.float64)[:, None] / side
+    starts = torch.arange(cells, dtype=torch.float64)[None] / cells
+    ends = torch.minimum(parts + 1 / side, starts + 1 / cells)
+    overlap = (ends - torch.maximum(parts, starts)).clamp_min(0) * side
+    return overlap.to(torch.float32).to(device)
 
 
 def letterbox_coverage(size: tuple[int, int], image_size: int, h: int, w: int) -> FloatArray:

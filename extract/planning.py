@@ -17,7 +17,7 @@ from console.log import get_logger
 from extract.bit_depth import choose_bit_depth
 from extract.config import ConfigError, ExtractConfig
 from extract.decoding import DecodeJob
-from extract.encode import Encoding
+from extract.encode import Encoding, averages_unevenly
 from extract.sources.base import Sample, Samples, Source
 from extract.teachers import Teacher
 from imaging.decode import FULL_DEPTH
@@ -189,6 +189,9 @@ def make_manifest(
     options = {"seed": config.seed} if config.views else {}
     if job.frames:
         options |= {"frames": job.frames, "frames_per_row": job.pair}
+    # Only where the rule makes a difference: stores that were begun before it can be resumed otherwise.
+    if averages_unevenly(encoding.grid, *teacher.grid_size(config.image_size, config.image_size)):
+        options |= {names.GRID_RULE: names.AREA}
     return Manifest(
         teacher=teacher.spec,
         preprocessing=preprocessing,

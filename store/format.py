@@ -51,6 +51,11 @@ KEY_ROWS = "keys/rows"  # [N] int64: the row of each hash
 
 KEY_ARRAYS = (KEY_VALUES, KEY_OFFSETS, KEY_HASHES, KEY_ROWS)
 
+# In the manifest's options where the stored grid's side does not divide the teacher's: how it was made smaller. Absent
+# from stores of adaptive pooling, whose cells overlap, as `--grid 7` was before.
+GRID_RULE = "grid_resampling"
+AREA = "area"
+
 OFFSETS = "offsets"
 NO_LABEL = -1
 IGNORE_INDEX = 255
