@@ -65,7 +65,7 @@ class GridLayout(NamedTuple):
     """Everything that depends only on the grid's size; made once per size, kept on the device.
 
     order: int64 [N], raster index of the token at each sorted place. inverse: int64 [N], its inverse.
-    cos, sin: float32 [N, 1, 1, head_dim], rotary angles in sorted order.
+    cos, sin: float32 [N, 1, 1, head_dim], see `rotary_angles`, in sorted order.
     groups: the windows by shape; together they cover 0..N.
     """
 
@@ -110,21 +110,24 @@ def rotary_angles(config: TowerConfig, rows: Tensor, columns: Tensor) -> tuple[T
     """cos and sin, each float32 [N, 1, 1, head_dim], of two-dimensional rotary positions.
 
     The first half of a head's frequencies turns with the row, the second with the column; the table is repeated
-    for the two halves that `rotate` exchanges (arXiv 2104.09864, in the axial form of Qwen2-VL, 2409.12191).
+    for the two halves that `rotate` exchanges (arXiv 2104.09864, in the axial form of Qwen2-VL, 2409.12191). The first
+    half of sin is negated, so that `rotate` needs no negated copy.
     """
     spatial = config.head_dim // 2
     exponents = torch.arange(0, spatial, 2, dtype=torch.float32) / spatial
     frequencies = 1.0 / (config.rope_theta**exponents)
     half = torch.cat([rows[:, None].float() * frequencies, columns[:, None].float() * frequencies], dim=-1)
-    angles = torch.cat([half, half], dim=-1)[:, None, None, :]
-    return angles.cos(), angles.sin()
+    cos, sin = half.cos(), half.sin()
+    return torch.cat([cos, cos], dim=-1)[:, None, None, :], torch.cat([-sin, sin], dim=-1)[:, None, None, :]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B, N, 2, A, head_dim] by the rotary angles, computed in float32."""
+    """Turn x [B, N, 2, A, head_dim] by the rotary angles, computed in float32.
+
+    The halves are exchanged by `roll`: compiled, it is read in place, where `cat` of the halves writes a float32 copy.
+    """
     x32 = x.float()
-    first, second = x32.chunk(2, dim=-1)
-    return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return (x32 * cos + x32.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.teachers import TeacherError, load_teacher
 from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
-from extract.teachers.vision_tower import TowerConfig, VisionTower, pad_mlp_width
+from extract.teachers.vision_tower import TowerConfig, VisionTower, grid_layout, pad_mlp_width, rotate
 from store.format import Preprocessing, TeacherSpec
 
 MAX_OPS = 2500
@@ -146,6 +146,26 @@ def test_each_block_compiles_as_one_graph() -> None:
     for block in teacher.tower.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     assert torch.allclose(teacher.encode(pixels).grid, plain, atol=1e-5)
+
+
+def reference_rotation(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """The textbook form: each pair (first half, second half) turned by its angle."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = x.float() * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+    return turned.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_have_the_bits_of_the_textbook_form(dtype: torch.dtype) -> None:
+    config = TowerConfig()
+    layout = grid_layout(config, 4, 6)
+    rows, columns = layout.order // 6, layout.order % 6
+    spatial = config.head_dim // 2
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, spatial, 2, dtype=torch.float32) / spatial)
+    half = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
+    x = torch.randn(2, 24, 2, 16, config.head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = reference_rotation(x, torch.cat([half, half], dim=-1)[:, None, None])
+    assert torch.equal(rotate(x, layout.cos, layout.sin), expected)
 
 
 def test_the_layout_is_computed_once_per_size() -> None:
