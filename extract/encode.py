@@ -72,6 +72,50 @@ class Pending:
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
 
 
+class DeviceCopies:
+    """Copies between the host and a device that neither the host nor the device's computation waits for.
+
+    On CUDA they go through pinned memory (torch keeps and reuses pinned blocks), on a stream for each direction. On a
+    CPU tensors stay where they are. depth: batches to launch before the first one's results are waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.depth = 1 if self.cuda else 0
+        if self.cuda:
+            self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; on CUDA the host's may be overwritten when this returns."""
+        if not self.cuda:
+            return tensor
+        pinned = torch.empty_like(tensor, pin_memory=True)
+        pinned.copy_(tensor)
+        compute = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.up):
+            there = pinned.to(self.device, non_blocking=True)
+        compute.wait_stream(self.up)
+        there.record_stream(
+            compute
+        )  # allocated on another stream: its memory stays until the computation is done
+        return there
+
+    def to_host(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The tensors in host memory, and the event after which they are there (None: now)."""
+        if not self.cuda:
+            return {name: tensor.to("cpu") for name, tensor in tensors.items()}, None
+        self.down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.down):
+            host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+            # Blocking: the thread that waits sleeps. By default it polls, and takes a core from the decoders.
+            ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            ready.record(self.down)
+        for tensor in tensors.values():
+            tensor.record_stream(self.down)
+        return host, ready
+
+
 class AdaptiveBatch:
     """Does work on a batch in parts of at most `limit` images, half as many whenever memory runs out.
 
@@ -127,10 +171,9 @@ class Encoder:
         self.teacher, self.job, self.encoding = teacher, job, encoding
         self.parts = AdaptiveBatch(batch_size, teacher.device, job.image_size)
         self.cuda = teacher.device.type == "cuda"
-        self.depth = 1 if self.cuda else 0  # batches launched before the first result is asked for
         # Each new shape is compiled, or planned by cuDNN: short batches are filled up instead.
         self.fill = self.cuda
-        self.copies = torch.cuda.Stream(teacher.device) if self.cuda else None
+        self.copies = DeviceCopies(teacher.device)
         self.factors = (
             None
             if scales is None
@@ -144,11 +187,11 @@ class Encoder:
 
     def launch(self, batch: DecodedBatch) -> Pending:
         """Start the forward passes. The batch's pixels are not needed any more when this returns."""
-        pixels = self.to_device(torch.from_numpy(batch.pixels))
+        pixels = self.copies.to_device(torch.from_numpy(batch.pixels))
         inside = self.coverage(batch)
         with torch.inference_mode():
             tensors, finite = self.encode(pixels, inside)
-            host, ready = self.to_host({**tensors, FINITE: finite})
+            host, ready = self.copies.to_host({**tensors, FINITE: finite})
         finite = host.pop(FINITE)
         raw = batch.pixels[:, 0].transpose(0, 2, 3, 1).copy() if self.job.images == "raw" else None
         return Pending(host, finite, ready, raw, self.job.views)
@@ -161,37 +204,13 @@ class Encoder:
             tensors = {name: as_stored(tensor, self.factors.get(name)) for name, tensor in tensors.items()}
         return tensors, torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).all()
 
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """The tensor on the teacher's device: through pinned memory and without waiting on CUDA."""
-        if not self.cuda:
-            return tensor
-        pinned = torch.empty_like(tensor, pin_memory=True)  # torch keeps and reuses pinned blocks
-        pinned.copy_(tensor)
-        return pinned.to(self.teacher.device, non_blocking=True)
-
-    def to_host(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """The tensors in (pinned) host memory, and the event after which they are there.
-
-        The copies have a stream of their own, so that the next batch does not wait for them.
-        """
-        if self.copies is None:
-            return {name: tensor.to("cpu") for name, tensor in tensors.items()}, None
-        self.copies.wait_stream(torch.cuda.current_stream(self.teacher.device))
-        with torch.cuda.stream(self.copies):
-            host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
-            ready = torch.cuda.Event()
-            ready.record(self.copies)
-        for tensor in tensors.values():
-            tensor.record_stream(self.copies)  # its memory is not used again before the copy is done
-        return host, ready
-
     def coverage(self, batch: DecodedBatch) -> Tensor | None:
         """float32 [B, h, w] on the device: how much of each cell shows the image; None where no policy pads."""
         if self.job.resize != "letterbox":
             return None
         h, w = self.teacher.grid_size(self.job.image_size, self.job.image_size)
         cells = [letterbox_coverage(result.size, self.job.image_size, h, w) for result in batch.results]
-        return self.to_device(torch.from_numpy(np.stack(cells)))
+        return self.copies.to_device(torch.from_numpy(np.stack(cells)))
 
     def encode_images(self, pixels: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
         """pixels: uint8 [B, 1 + K, 3, S, S]."""

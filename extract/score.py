@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from console.stop import Stopped, StopRequest
 from extract.config import ZERO_SHOT, ConfigError, ExtractConfig
-from extract.encode import AdaptiveBatch
+from extract.encode import AdaptiveBatch, DeviceCopies
 from extract.existing import adopt_rows
 from extract.inputs import decode_workers, open_data, open_teacher
 from extract.outcome import ExtractObserver, logits_stop_message
@@ -25,7 +27,7 @@ from extract.watchdog import Watchdog
 from extract.workers import DecodePool
 from store.extend import add_arrays
 from store.finalize import finalize_store
-from store.format import logits_array
+from store.format import LOGITS, logits_array
 from store.writer import StoreWriter
 
 
@@ -66,21 +68,47 @@ def add_zero_shot(
 def score_split(
     config: ExtractConfig, task: ExtractTask, writer: StoreWriter, scorer: ZeroShotScorer, watchdog: Watchdog
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """Logits float32 [B, C] of the rows that are not written yet; NaN for bad images."""
+    """Logits float32 [B, C] of the rows that are not written yet; NaN for bad images.
+
+    On CUDA the device scores the next batch while the last one's logits are copied and written.
+    """
     samples = task.splits[writer.split]
     cuts = ((first, samples.between(first, end)) for first, end in writer.batches())
+    device = scorer.teacher.device
+    copies = DeviceCopies(device)
+    launched: deque[Scores] = deque()
     with DecodePool(task.job, writer.job.batch_rows, decode_workers(config)) as pool:
         watchdog.give_up = lambda timeout_s: pool.abandon()
-        parts = AdaptiveBatch(writer.job.batch_rows, scorer.teacher.device, config.image_size)
+        parts = AdaptiveBatch(writer.job.batch_rows, device, config.image_size)
         for batch in pool.batches(cuts):
-            images = torch.from_numpy(batch.pixels[:, 0].copy())
-            pool.release(batch)
-            logits = parts.run(len(images), partial(score_part, scorer, images))
-            values = torch.cat(logits).numpy()
-            values[[result.reason is not None for result in batch.results]] = np.nan
-            yield values
+            images = copies.to_device(torch.from_numpy(batch.pixels[:, 0]))
+            logits = torch.cat(parts.run(len(images), partial(score_part, scorer, images)))
+            host, ready = copies.to_host({LOGITS: logits})
+            bad = [result.reason is not None for result in batch.results]
+            pool.release(batch)  # its pixels were copied, or on a CPU scored
+            launched.append(Scores(host[LOGITS], ready, bad))
+            if len(launched) > copies.depth:
+                yield launched.popleft().values()
+        for scores in launched:
+            yield scores.values()
+
+
+class Scores(NamedTuple):
+    """Logits [B, C] of a batch that the device may still be working on, and which of its images are bad."""
+
+    logits: Tensor
+    ready: torch.cuda.Event | None
+    bad: list[bool]
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """Wait for the device; float32 [B, C], NaN for bad images."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        values: npt.NDArray[np.float32] = self.logits.numpy()
+        values[self.bad] = np.nan
+        return values
 
 
 def score_part(scorer: ZeroShotScorer, images: Tensor, some: slice) -> Tensor:
-    """Logits float32 [b, C] on the host of some of the images, uint8 [B, 3, S, S]."""
-    return scorer.score_images(images[some]).float().cpu()
+    """Logits float32 [b, C] on the device of some of the images, uint8 [B, 3, S, S]."""
+    return scorer.score_images(images[some]).float()

@@ -88,7 +88,7 @@ class Session:
                 break
             launched.append((batch, self.encoder.launch(batch)))
             self.pool.release(batch)
-            if len(launched) > self.encoder.depth:
+            if len(launched) > self.encoder.copies.depth:
                 yield launched.popleft()
         yield from launched
 
