@@ -11,6 +11,7 @@ import logging
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,11 +61,23 @@ def run_on_cluster(
     """Encode all shards with the workers of `config.scheduler`, or with one process for each device here.
 
     Raises:
-        ClusterError, Stopped, and what the tasks raise.
+        ClusterError, Stopped, and what the tasks raise. TeacherError: a device that is not there.
     """
     config = absolute(config)
+    if config.scheduler is None:
+        check_devices(
+            config
+        )  # before a process for each is started, not when the last one gets its first shard
     with Watchdog(stop, lambda: stop_message(config), ORDERLY_S), cluster_client(config) as client:
         return Coordinator(config, client, observers, stop).run()
+
+
+def check_devices(config: ExtractConfig) -> None:
+    """Raises TeacherError when one of the devices is not there."""
+    from extract.teachers.devices import pick_device
+
+    for device in config.devices:
+        pick_device(device)
 
 
 def absolute(config: ExtractConfig) -> ExtractConfig:
@@ -126,11 +139,18 @@ class Coordinator:
         self.run_id = uuid.uuid4().hex[:8]
         self.resources = {GPU: 1} if self.has_gpu_resource() else {}
         self.stop_file = config.out / FOLDER / STOP_FILE
+        self.share = self.workers_per_host()
         self.bad = 0
 
     def has_gpu_resource(self) -> bool:
         workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
         return any(GPU in worker.get("resources", {}) for worker in workers)
+
+    def workers_per_host(self) -> int:
+        """The most workers that one machine has: they share its cores for decoding."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        hosts = Counter(str(worker.get("host", address)) for address, worker in workers.items())
+        return max(hosts.values(), default=1)
 
     def run(self) -> ExtractResult:
         result = ExtractResult(store=str(self.config.out))
@@ -169,7 +189,8 @@ class Coordinator:
         self.tell(done)
         started = time.monotonic()
         futures = {
-            self.submit(f"{unit[0]}-{unit[1]}", encode_unit, self.options, unit): unit for unit in units
+            self.submit(f"{unit[0]}-{unit[1]}", encode_unit, self.options, unit, self.share): unit
+            for unit in units
         }
         for report in self.reports(futures):
             result.add(report.rows, 0.0, report.halved)

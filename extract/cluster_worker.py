@@ -58,12 +58,10 @@ class WorkerState:
         self.teacher: Teacher | None = None
         self.task: ExtractTask | None = None
         self.session: Session | None = None
-        self.share = 1  # workers that share this machine's cores
 
     def open(self, options: dict[str, Any]) -> tuple[ExtractConfig, ExtractTask, Teacher]:
         """Data set and teacher of these options, from the last task where possible."""
         config = ExtractConfig(**options)
-        self.share = len(config.devices)
         config = config.model_copy(update={"device": own_device(config), "scheduler": None})
         if self.options != options or self.task is None or self.teacher is None:
             configure_logging(logging.WARNING)
@@ -105,14 +103,14 @@ def extend_on_worker(options: dict[str, Any]) -> bool:
         return extend(task) is not None
 
 
-def encode_unit(options: dict[str, Any], unit: Unit) -> UnitReport:
-    """Encode one shard; waits for a lock that a lost worker has left."""
+def encode_unit(options: dict[str, Any], unit: Unit, share: int) -> UnitReport:
+    """Encode one shard; waits for a lock that a lost worker has left. share: workers that use this machine's cores."""
     with STATE.lock:
         config, task, teacher = STATE.open(options)
         job, stop = job_of(config.out), FileStop(config.out / FOLDER / STOP_FILE)
         if job is None or stop.requested:
             return UnitReport(0, [], [])
-        session = worker_session(config, task, teacher, job.batch_rows)
+        session = worker_session(config, task, teacher, job.batch_rows, share)
         report = session.report
         rows, bad, halved = report.rows, len(report.bad), len(report.halved)
         session.encode(open_writer(config, unit), stop)
@@ -129,7 +127,9 @@ def release(options: dict[str, Any]) -> None:
             STATE.lock.release()
 
 
-def worker_session(config: ExtractConfig, task: ExtractTask, teacher: Teacher, batch_rows: int) -> Session:
+def worker_session(
+    config: ExtractConfig, task: ExtractTask, teacher: Teacher, batch_rows: int, share: int
+) -> Session:
     """The worker's session over the store's planned rows; made anew when rows were appended."""
     planned = sum(len(keys) for keys in planned_keys(config.out).values())
     if STATE.session is None or STATE.session.task.rows != planned:
@@ -137,7 +137,7 @@ def worker_session(config: ExtractConfig, task: ExtractTask, teacher: Teacher, b
             STATE.session.close()
         use_threads(config.out, teacher)
         adopted, _ = adopt_rows(task, config.out)
-        STATE.session = Session(adopted, teacher, batch_rows, decode_workers(config, STATE.share))
+        STATE.session = Session(adopted, teacher, batch_rows, decode_workers(config, share))
     return STATE.session
 
 

@@ -6,7 +6,8 @@ Shapes: `B` samples, `P` planes a sample (base image and K views, or T frames), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch import Tensor
 from console.log import get_logger
 from extract.decoding import DecodeJob
 from extract.teachers import Teacher
+from extract.teachers.devices import device_error
 from extract.teachers.pixels import cells_inside
 from extract.workers import DecodedBatch
 from imaging.geometry import resize_view
@@ -61,14 +63,16 @@ class Pending:
 
     tensors: dict[str, Tensor]
     finite: Tensor
+    device: torch.device
     ready: torch.cuda.Event | None
     raw: npt.NDArray[np.uint8] | None = None
     views: int = 0
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Wait for the device; arrays by name, rows in the batch's order."""
-        if self.ready is not None:
-            self.ready.synchronize()
+        with explained_errors(self.device):
+            if self.ready is not None:
+                self.ready.synchronize()
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
 
 
@@ -187,14 +191,14 @@ class Encoder:
 
     def launch(self, batch: DecodedBatch) -> Pending:
         """Start the forward passes. The batch's pixels are not needed any more when this returns."""
-        pixels = self.copies.to_device(torch.from_numpy(batch.pixels))
-        inside = self.coverage(batch)
-        with torch.inference_mode():
+        with explained_errors(self.teacher.device), torch.inference_mode():
+            pixels = self.copies.to_device(torch.from_numpy(batch.pixels))
+            inside = self.coverage(batch)
             tensors, finite = self.encode(pixels, inside)
             host, ready = self.copies.to_host({**tensors, FINITE: finite})
         finite = host.pop(FINITE)
         raw = batch.pixels[:, 0].transpose(0, 2, 3, 1).copy() if self.job.images == "raw" else None
-        return Pending(host, finite, ready, raw, self.job.views)
+        return Pending(host, finite, self.teacher.device, ready, raw, self.job.views)
 
     def encode(self, pixels: Tensor, inside: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Features by name of uint8 [B, P, 3, S, S], and whether all are finite (bool scalar); all on the device."""
@@ -256,6 +260,18 @@ class Encoder:
         if len(parts) == 1:
             return parts[0]
         return torch.cat([pooled for pooled, _ in parts]), torch.cat([grid for _, grid in parts])
+
+
+@contextmanager
+def explained_errors(device: torch.device) -> Iterator[None]:
+    """Turn what CUDA raises for a GPU that failed into one line. Raises TeacherError."""
+    try:
+        yield
+    except RuntimeError as error:
+        explained = device_error(error, device)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def fill_up(tensor: Tensor, count: int, value: float) -> Tensor:

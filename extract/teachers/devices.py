@@ -31,6 +31,24 @@ def pick_device(device: str | torch.device) -> torch.device:
     return picked
 
 
+def device_error(error: RuntimeError, device: torch.device) -> TeacherError | None:
+    """What to say of an error that CUDA itself raised (a GPU that fell off the bus, a driver that failed); else None.
+
+    Out of memory is none of them: it is handled by smaller batches.
+    """
+    text = " ".join(str(error).split())
+    accelerator_error: type[RuntimeError] | None = getattr(torch, "AcceleratorError", None)  # torch 2.8
+    raised_by_cuda = "CUDA error" in text or (
+        accelerator_error is not None and isinstance(error, accelerator_error)
+    )
+    if device.type != "cuda" or isinstance(error, torch.OutOfMemoryError) or not raised_by_cuda:
+        return None
+    return TeacherError(
+        f"{device} failed ({text[:160]}): check it with nvidia-smi, or use another --device; committed rows are kept, "
+        "run the same command again"
+    )
+
+
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the computation; `auto` is bfloat16 on CUDA devices that compute in it, float32 elsewhere.
 

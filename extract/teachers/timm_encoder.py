@@ -19,7 +19,7 @@ from console.torch_files import why_unreadable
 from extract.teachers.base import Encoded
 from extract.teachers.checkpoint import one_line
 from extract.teachers.compiled import CompiledModel, warn_of_compiler
-from extract.teachers.devices import pick_device, pick_dtype
+from extract.teachers.devices import device_error, pick_device, pick_dtype
 from extract.teachers.errors import CheckpointError, TeacherError
 from extract.teachers.hub import endpoint, hub_client
 from extract.teachers.patchify import normalise
@@ -84,6 +84,8 @@ class TimmTeacher:
         except (AssertionError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            if isinstance(error, RuntimeError) and (failed := device_error(error, self.device)) is not None:
+                raise failed from error  # the GPU, not the image's size
             size = f"{pixels.shape[-1]}×{pixels.shape[-2]}"
             raise TeacherError(
                 f"{self.spec.name} cannot encode {size} pixels ({one_line(error)}): another --image-size?"
