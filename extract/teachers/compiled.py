@@ -31,6 +31,9 @@ def preferred_attention(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(PREFERRED, set_priority=True)
 
 
+MOST_VERSIONS = 32
+
+
 class CompiledBlocks:
     """The blocks of a tower, compiled one by one, in place.
 
@@ -41,8 +44,10 @@ class CompiledBlocks:
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         self.errors = compiler_errors()
         self.blocks = list(blocks)
+        allow_halving()
         for block in self.blocks:
-            block.compile(dynamic=False)
+            # fullgraph: beyond the limit of shapes an error, and so our warning, where blocks would run slowly unseen
+            block.compile(dynamic=False, fullgraph=True)
 
     def give_up(self, error: Exception) -> None:
         """Run the blocks as they are from now on."""
@@ -64,9 +69,19 @@ class CompiledModel:
 
 def compiler_errors() -> tuple[type[Exception], ...]:
     """What `torch.compile` raises when the compiler is missing or fails; being out of memory is none of them."""
-    from torch._dynamo.exc import TorchDynamoException  # a second of imports
+    from torch._dynamo import exc  # a second of imports
 
-    return (TorchDynamoException,)
+    return (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
+
+
+def allow_halving() -> None:
+    """Let all batch sizes that out-of-memory halving can reach be compiled: torch gives up after 8 versions of a function.
+
+    A block has two versions for each size: with windows, and over the whole image.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, MOST_VERSIONS)
 
 
 def warn_of_compiler(error: Exception) -> None:

@@ -221,3 +221,51 @@ def test_batches_on_a_gpu_have_a_budget_of_tokens(size: int, planes: int, rows: 
     assert batch_rows(config, task, teacher) == rows
     config.batch_size = 7
     assert batch_rows(config, task, teacher) == 7
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile that captures graphs but generates no code."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_module(self, backend="eager", **options),
+    )
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_halving_with_compiled_blocks_keeps_one_shape_at_a_time() -> None:
+    """256 images down to 1 are nine sizes: one more than torch compiles of a function by default."""
+    from torch._dynamo.utils import counters
+
+    job, teacher = make_job(), RecordingTeacher(few_dimensional_teacher(depth=8))
+    teacher.teacher.compiled = CompiledBlocks(teacher.teacher.tower.blocks)
+    encoder = Encoder(teacher, job, Encoding(grid=4), 256)  # type: ignore[arg-type]
+    encoder.fill = True
+    counters.clear()
+    while encoder.parts.limit > 1:
+        encoder.launch(decoded(job, 2))
+        encoder.parts.halve(encoder.parts.limit)
+    encoder.launch(decoded(job, 2))
+    assert teacher.teacher.compiled is not None, "the compiler was given up"
+    assert set(teacher.passes) == {256 >> step for step in range(9)}
+    assert counters["stats"]["unique_graphs"] == 9  # at 56 pixels both kinds of block have the same window
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_too_many_shapes_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch._dynamo.config
+
+    from extract.teachers import compiled
+
+    monkeypatch.setattr(compiled, "MOST_VERSIONS", 1)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    teacher = few_dimensional_teacher(depth=2)
+    teacher.compiled = CompiledBlocks(teacher.tower.blocks)
+    for size in (28, 56, 84, 112):
+        assert teacher.encode(torch.zeros(2, 3, size, size, dtype=torch.uint8)).grid.shape[1] == size // 14
+    assert caplog.text.count("torch.compile failed") == 1
