@@ -21,8 +21,10 @@ from extract.teachers.base import Encoded
 from extract.teachers.compiled import CompiledBlocks
 from extract.teachers.devices import check_memory, pick_dtype
 from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
+from extract.teachers.timm_encoder import TimmTeacher
 from extract.workers import DecodedBatch
 from store import format as names
+from store.format import Preprocessing, TeacherSpec
 from store.scale import channel_scale, to_stored
 from tests.test_extract.test_teacher_forward_pass import HOST_READS, OpCounter, few_dimensional_teacher
 
@@ -31,6 +33,7 @@ KINDS: dict[str, tuple[dict[str, Any], Encoding]] = {
     "pooled": ({}, Encoding(grid=0)),
     "grid": ({}, Encoding(grid=4)),
     "smaller grid": ({}, Encoding(grid=2)),
+    "uneven grid": ({}, Encoding(grid=3)),
     "letterbox": ({"resize": "letterbox"}, Encoding(grid=2)),
     "views": ({"views": 2}, Encoding(grid=4, views=2)),
     "clips": ({"frames": 3, "pair": 2}, Encoding(grid=4, clips=True)),
@@ -115,6 +118,32 @@ def test_copies_and_reads_of_a_batch(kind: str) -> None:
     encoder.encode(pixels, inside)  # the layout of a size is copied once
     with torch.inference_mode(), OpCounter() as counter:
         encoder.encode(pixels, inside)
+    assert counter.copies_between_devices == 0
+    assert {name: counter.ops[name] for name in HOST_READS if counter.ops[name]} == {}
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
+@pytest.mark.parametrize("resize", ["squash", "letterbox"])
+def test_timm_teachers_read_nothing_back(name: str, resize: str) -> None:
+    """On the meta device reads and mixed devices raise; scaled, checked and cast there, with nothing copied across."""
+    import timm
+
+    model = timm.create_model(name, **({"img_size": 96} if "vit" in name else {})).eval().to("meta")
+    width = int(model.num_features)
+    spec = TeacherSpec(name=f"timm:{name}", fingerprint="", layer="", width=width, random_weights=True)
+    teacher = TimmTeacher(model, spec, Preprocessing(image_size=96))
+    h, w = teacher.grid_size(96, 96)
+    encoder = Encoder(teacher, make_job(image_size=96, resize=resize), Encoding(grid=2), 4)
+    encoder.factors = {name: torch.ones(width, device="meta") for name in (names.POOLED, names.GRID)}
+    encoder.fill = True
+    pixels = torch.zeros(3, 1, 3, 96, 96, dtype=torch.uint8, device="meta")
+    inside = torch.ones(3, h, w, device="meta") if resize == "letterbox" else None
+    with torch.inference_mode():
+        encoder.encode(pixels, inside)  # weights of an uneven grid are copied once
+        with OpCounter() as counter:
+            tensors, finite = encoder.encode(pixels, inside)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert {tensor.device.type for tensor in [*tensors.values(), finite]} == {"meta"}
     assert counter.copies_between_devices == 0
     assert {name: counter.ops[name] for name in HOST_READS if counter.ops[name]} == {}
 
