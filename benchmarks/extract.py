@@ -1,6 +1,6 @@
 """`cli extract` against the bare forward passes of the same batches; bytes of each storage choice; memory.
 
-    python benchmarks/extract.py [--quick] [--json] [--only overhead] [--rounds 5] [--images 50000]
+    python benchmarks/extract.py [--quick] [--json] [--only overhead|memory|host] [--rounds 5] [--images 50000]
 
 Overhead: JPEG files of 640×480 made from real photos, a random Qwen2.5-VL tower of a few blocks (deep enough that
 decoding is under 5 % of it). The bare pass of each batch runs right after the extraction has encoded it, so that both
@@ -10,18 +10,24 @@ ends with the last commit (fsync included).
 Memory: resident memory of the process and its decoders, sampled while many small JPEG files are encoded by a small
 convolutional teacher; flat means that the last fifth needs no more than the second.
 
+Host: CPU time per image and stage of what is left to the host beside a GPU, one core each, medians over rounds: decode,
+collate, prepare (scale, cast and check; float32 features as they came before, and features in stored form as a GPU
+delivers them now), checksum, and the writer's whole `append` with its file writes and syncs.
+
 The figures for an H100 are arithmetic, not a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +43,31 @@ from commands.assets import asset
 from console.output import print_json, print_table
 from extract.config import load_config
 from extract.decoding import DecodeJob, decode_samples
+from extract.encode import Pending
 from extract.outcome import ExtractResult
 from extract.run import run_extraction
+from extract.session import sample_arrays
+from extract.slabs import Slab
 from extract.sources import open_source
 from extract.teachers import Teacher, load_teacher
 from extract.teachers.tiny import make_tiny_teacher
-from store.format import feature_arrays, image_arrays, logits_array
+from extract.workers import DecodedBatch
+from store import format as names
+from store.block import prepare_block
+from store.create import create_store
+from store.files import crc32c
+from store.format import (
+    Manifest,
+    Preprocessing,
+    TeacherSpec,
+    feature_arrays,
+    image_arrays,
+    logits_array,
+    target_arrays,
+)
+from store.plan import Plan
+from store.scale import channel_scale, to_stored
+from store.writer import StoreWriter
 
 SIZE, BATCH = 224, 4
 BOUND = 1.10
@@ -221,6 +246,75 @@ def measure_memory(work: Path, images: int) -> dict[str, Any]:
     }
 
 
+# -- host -----------------------------------------------------------------------------------------------
+
+HOST_ROWS, HOST_GRID = 64, 16
+FEATURES = (names.POOLED, names.GRID)
+
+
+def measure_host(work: Path, rounds: int, rows: int) -> dict[str, float]:
+    """CPU ms per image of each stage; `writer` and `prepare` from float32 and from stored form."""
+    times: dict[str, list[float]] = {}
+
+    def timed(stage: str, function: Callable[[], Any]) -> Any:
+        began = time.process_time()
+        result = function()
+        times.setdefault(stage, []).append(1000 * (time.process_time() - began) / rows)
+        return result
+
+    make_photos(work / "host", rows, (640, 480))
+    samples = open_source(work / "host", val_fraction=0).splits()["train"][:]
+    slab = Slab((rows, 1, 3, SIZE, SIZE), shared=False)
+    job = DecodeJob(image_size=SIZE, resize="squash")
+    decode_samples(job, samples[:2], slab.pixels[:2])
+    specs = [*feature_arrays(WIDTH, grid=HOST_GRID), *target_arrays(label=True)]
+    shapes = {spec.name: (rows, *spec.row_shape) for spec in specs}
+    features = {
+        name: np.random.default_rng(0).standard_normal(shapes[name], np.float32) * 100 for name in FEATURES
+    }
+    scales = {name: channel_scale(values) for name, values in features.items()}
+    ready = {name: to_stored(values, scales[name], np.dtype(np.float16)) for name, values in features.items()}
+    for number in range(rounds + 1):  # the first round warms up
+        results = timed("decode", lambda: decode_samples(job, samples, slab.pixels))
+        batch = DecodedBatch(0, samples, slab, [], results)
+        pending = Pending({}, torch.tensor(True), torch.device("cpu"), None)
+        rest = timed("collate", functools.partial(sample_arrays, batch, pending))
+        rest = {name: rest[name] for name in (names.SIZES, names.CONTENT, names.LABEL)}
+        timed("checksum", lambda: crc32c(ready[names.GRID]))
+        for form, arrays, known in (("float32", features, ()), ("stored form", ready, FEATURES)):
+            store = work / f"host-{number}-{form.split()[0]}.zarr"
+            plan = Plan({"train": [sample.key for sample in samples]}, batch_rows=rows)
+            create_store(store, host_manifest(), plan, specs, scales=scales)
+            with StoreWriter(store, "train") as writer:
+                block = {**arrays, **rest}
+                prepare = functools.partial(
+                    prepare_block, writer.job, block, None, None, frozenset(known), known
+                )
+                timed(f"prepare, {form}", prepare)
+
+                def write(writer: Any = writer, block: Any = block, known: Any = known) -> None:
+                    writer.append(block, stored=frozenset(known), finite=known)
+                    writer.commit()
+
+                timed(f"writer in all, {form}", write)
+            shutil.rmtree(store)
+    return {stage: statistics.median(values[1:]) for stage, values in times.items()}
+
+
+def host_manifest() -> Manifest:
+    teacher = TeacherSpec(name="benchmark", fingerprint="0" * 32, layer="last", width=WIDTH)
+    return Manifest(teacher=teacher, preprocessing=Preprocessing(image_size=SIZE), grid=HOST_GRID)
+
+
+def print_host(host: dict[str, float]) -> None:
+    print(f"host CPU ms per image and core ({HOST_GRID}×{HOST_GRID} grids of {WIDTH}, 640×480 JPEG):")
+    for stage, milliseconds in host.items():
+        print(f"  {stage:32} {milliseconds:8.3f}")
+    for stage in ("prepare", "writer in all"):
+        ratio = host[f"{stage}, stored form"] / host[f"{stage}, float32"]
+        print(f"  {stage}: stored form costs {ratio:.2f} of float32")
+
+
 # -- arithmetic -----------------------------------------------------------------------------------------
 
 
@@ -272,18 +366,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--depth", type=int, default=2, help="blocks of the tower")
     parser.add_argument("--images", type=int, default=50_000, help="images of the memory run")
-    parser.add_argument("--only", choices=["overhead", "memory"], help="one of the two measurements")
+    parser.add_argument("--only", choices=["overhead", "memory", "host"], help="one of the measurements")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.images = 1, min(arguments.images, 2000)
     work = Path(tempfile.mkdtemp(prefix="extract-benchmark-"))
     report: dict[str, Any] = {}
     try:
-        if arguments.only != "memory":
+        if arguments.only in (None, "host"):
+            report["host"] = measure_host(work, arguments.rounds, 8 if arguments.quick else HOST_ROWS)
+        if arguments.only in (None, "overhead"):
             images = 24 if arguments.quick else 48
             report["overhead"] = measure_overhead(work, images, arguments.depth, arguments.rounds)
             report["h100_arithmetic"] = h100_arithmetic(report["overhead"]["decode_ms_per_image"])
-        if arguments.only != "overhead":
+        if arguments.only in (None, "memory"):
             report["memory"] = measure_memory(work, arguments.images)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -294,6 +390,8 @@ def main() -> None:
     print_table(
         report["storage"], ["stored", "bytes an image", "GB a million"], "bytes of each storage choice"
     )
+    if "host" in report:
+        print_host(report["host"])
     if "overhead" in report:
         print_overhead(report["overhead"], report["h100_arithmetic"])
     if "memory" in report:
