@@ -186,12 +186,12 @@ def make_manifest(
     if job.bit_depth != FULL_DEPTH:
         changes["bit_depth"] = job.bit_depth
     preprocessing = preprocessing.model_copy(update={"options": {**preprocessing.options, **changes}})
-    options = {"seed": config.seed} if config.views else {}
+    options: dict[str, int | str] = {"seed": config.seed} if config.views else {}
     if job.frames:
         options |= {"frames": job.frames, "frames_per_row": job.pair}
     # Only where the rule makes a difference: stores that were begun before it can be resumed otherwise.
     if averages_unevenly(encoding.grid, *teacher.grid_size(config.image_size, config.image_size)):
-        options |= {names.GRID_RULE: names.AREA}
+        options[names.GRID_RULE] = names.AREA
     return Manifest(
         teacher=teacher.spec,
         preprocessing=preprocessing,

@@ -292,9 +292,10 @@ def test_too_many_shapes_are_a_warning(
     from extract.teachers import compiled
 
     monkeypatch.setattr(compiled, "MOST_VERSIONS", 1)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     teacher = few_dimensional_teacher(depth=2)
-    teacher.compiled = CompiledBlocks(teacher.tower.blocks)
-    for size in (28, 56, 84, 112):
-        assert teacher.encode(torch.zeros(2, 3, size, size, dtype=torch.uint8)).grid.shape[1] == size // 14
+    with torch._dynamo.config.patch(recompile_limit=2):
+        teacher.compiled = CompiledBlocks(teacher.tower.blocks)
+        for size in (28, 56, 84, 112):
+            images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+            assert teacher.encode(images).grid.shape[1] == size // 14
     assert caplog.text.count("torch.compile failed") == 1
