@@ -17,8 +17,8 @@ from torch import Tensor
 
 from train.data import Batch
 
-#: Batches that wait on the device for the loop.
-AHEAD = 2
+#: Batches that wait on the device for the loop; the thread holds one more.
+AHEAD = 1
 #: Seconds that closing waits for a batch that is being decoded.
 CLOSE_S = 10.0
 

@@ -17,7 +17,7 @@ from train.distillation import Targets
 from train.engine import loop
 from train.engine.evaluate import LossSums, cosine
 from train.engine.machine import OutOfMemoryError, choose_device, choose_precision
-from train.engine.model import DistilledOutput
+from train.engine.model import DistilledOutput, DistilledStudent
 from train.engine.optimizer import match_layout
 from train.errors import TrainError
 from train.losses.segmentation import pixel_entropy_sum
@@ -217,3 +217,19 @@ def test_out_of_memory_gives_advice_or_halves_the_batch(
         return
     summary = run_training(config)
     assert (summary["batch_size"], summary["grad_accum_steps"]) == (4, 2)
+
+
+def test_a_short_last_batch_is_not_compiled_again() -> None:
+    student: Any = build_student("timm:test_resnet", num_classes=3, image_size=32).eval()
+    module = DistilledStudent(student, None, cells=False, pooled=False)
+    module.compile_student(4)
+    sizes: list[int] = []
+
+    def compiled(images: torch.Tensor) -> Any:
+        sizes.append(len(images))
+        return student(images)
+
+    module.compiled = [compiled]
+    for size in (4, 4, 3):
+        assert module(torch.zeros(size, 3, 32, 32)).logits.shape == (size, 3)
+    assert sizes == [4, 4]
