@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train.yolo_runs import OPTIONS, ROOT
+from tests.test_train.yolo_runs import OPTIONS, ROOT, make_config
+from train.engine.yolo.run import run_yolo
+from train.errors import ConfigError
 
 pytest.importorskip("ultralytics")
 
@@ -83,3 +86,54 @@ def test_telemetry_trackers_and_downloads_are_off() -> None:
     assert checks.ONLINE is False
     assert callbacks.add_integration_callbacks(object()) is None
     assert plotting.check_font("Arial.ttf") is None
+
+
+WITHOUT_POLARS = """
+import sys
+class Hidden:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "polars":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "polars" else find(name, *rest)
+from console.log import configure_logging
+configure_logging()
+from train.config import TrainConfig
+from train.run import run_training
+print(run_training(TrainConfig(**eval(sys.argv[1])))["epochs_done"])
+"""
+
+
+def test_training_needs_no_polars(yolo_store: Path, tmp_path: Path) -> None:
+    """ultralytics imports polars for its checkpoints and its plots: a machine without it trains, without plots."""
+    options = {**OPTIONS, "store": str(yolo_store), "out": str(tmp_path / "out"), "epochs": 2}
+    options["yolo_settings"] = "close_mosaic=1"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_POLARS, repr(options)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["2"]
+    assert "polars is not installed" in done.stderr
+    written = tmp_path / "out" / "ultralytics"
+    assert not list(written.glob("*.jpg"))
+    assert not (written / "results.png").exists()
+    from ultralytics.nn.tasks import torch_safe_load
+
+    results = torch_safe_load(written / "last.pt", safe_only=True)[0]["train_results"]
+    assert results["epoch"] == [1.0, 2.0]
+
+
+def test_plots_without_polars_are_an_error_when_asked_for(
+    yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: find(name) if name != "polars" else None
+    )
+    config = make_config(yolo_store, tmp_path / "out", yolo_settings="plots=true")
+    with pytest.raises(
+        ConfigError, match="plots=true: ultralytics draws plots with polars, which is not installed"
+    ):
+        run_yolo(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     devices = device_arguments(config)
     splits = open_splits(config, store, 2 if mixes_images(parse_settings(config.yolo_settings)) else 1)
     config = fit_batch(config, len(splits["train"].records))
-    arguments = ultralytics_arguments(config) | {"model": f"yolov8{size}.yaml"} | devices
+    arguments = ultralytics_arguments(config) | {"model": f"yolov8{size}.yaml"} | devices | plots(config)
     student = build_trained_student(config, store, splits, len(names))
     check_frozen(arguments.get("freeze"), student.network)
     trainable = {name for name, value in student.network.named_parameters() if value.requires_grad}
@@ -198,6 +199,23 @@ def cuda_precision(precision: str) -> bool | str:
         raise ConfigError("precision bf16: this GPU does not have it; use fp16 or auto")
     choices: dict[str, bool | str] = {"fp32": False, "bf16": "bf16", "fp16": True}
     return choices[precision]
+
+
+def plots(config: TrainConfig) -> dict[str, Any]:
+    """Plots are off where polars is missing, which ultralytics draws them with: `{"plots": False}`, else empty.
+
+    Raises ConfigError when plots were asked for.
+    """
+    if importlib.util.find_spec("polars") is not None:
+        return {}
+    wanted = parse_settings(config.yolo_settings).get("plots")
+    if wanted:
+        raise ConfigError(
+            "yolo_settings plots=true: ultralytics draws plots with polars, which is not installed"
+        )
+    if wanted is None:
+        log.info("no plots in RUN/ultralytics: polars is not installed (pip install polars)")
+    return {"plots": False}
 
 
 def worker_count(config: TrainConfig, arguments: dict[str, Any]) -> int:

@@ -7,6 +7,7 @@ validator, plots, results.csv) is ultralytics' own.
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import shutil
@@ -243,6 +244,14 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         with self.ema_replaced_by(self.job.detector), self.replacing_checkpoints():
             super().save_model()
         return True
+
+    def read_results_csv(self) -> dict[str, list[float]]:
+        """results.csv by columns, for ultralytics' checkpoints; its own reader needs polars (52 MB) for this alone."""
+        if not self.csv.exists():
+            return {}
+        with self.csv.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
 
     def final_eval(self) -> None:
         """ultralytics strips best.pt and last.pt of what only training needs, and validates best.pt."""
