@@ -169,8 +169,10 @@ def test_what_cannot_be_delivered_is_one_line(
             "--mode=qat",
             "--learning-rate=-1",
         ): "-1.0: expected a number above 0",
-        ("report", tmp_path / "empty"): "nor a sweep (sweep.json): name what `cli train --out`",
-        ("report", run_folder.parent): f"cli report {run_folder}",
+        (
+            "report",
+            tmp_path / "empty",
+        ): "nor a sweep (sweep.json), and none below it: name what `cli train --out`",
         ("report", run_folder, "--samples", "-3"): "--samples",
         ("report", run_folder, "--out", tmp_path / "r.csv"): "expected a file that ends in .html",
         ("inspect", store, "--pictures", tmp_path / "file"): "file: is a file, expected a folder",

@@ -21,6 +21,7 @@ from train.engine.saving import CheckpointWriter, Saved, adopt_best
 from train.engine.snapshot import LOCK_S, StopWatch
 from train.engine.trackers import Tracker, open_trackers
 from train.events import Observers
+from train.metrics import label_of, text_of
 from train.rundir import append_metrics, write_metrics
 
 log = get_logger("train")
@@ -282,9 +283,9 @@ class Session:
 
 
 def epoch_line(record: Mapping[str, Any], epochs: int, metric: str, samples: int) -> str:
-    """`epoch 3/20: loss 1.204, val 1.310, top1 0.612 (n=341), 4.1 s`; n: validation `samples`"""
+    """`epoch 3/20: loss 1.204, val 1.310, top-1 accuracy 61.20% (n=341), 4.1 s`; n: validation `samples`"""
     value = record.get(metric)
-    shown = "" if value is None else f", {metric} {value:.4f} (n={samples})"
+    shown = "" if value is None else f", {label_of(metric)} {text_of(metric, value)} (n={samples})"
     val = "" if record["val_loss"] is None else f", val {record['val_loss']:.4f}"
     head = f"epoch {record['epoch']}/{epochs}: loss {record['train_loss']:.4f}{val}{shown}"
     return f"{head}, {record['epoch_time_s']:.1f} s"
