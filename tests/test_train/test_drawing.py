@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,3 +134,28 @@ def test_a_legend_names_the_colors_of_the_mask() -> None:
     strip = {tuple(map(int, pixel)) for pixel in shown[60:].reshape(-1, 3)}
     assert {mask_color(1), mask_color(2)} <= strip
     assert np.asarray(draw_legend(picture, labels[:1])).shape == (60, 200, 3)
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_matplotlib_s_plots_have_the_characters_too(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    fonts.register_with_matplotlib(["bicycle", CHINESE])
+    families = list(matplotlib.rcParams["font.family"])
+    fonts.register_with_matplotlib([CHINESE])
+    assert matplotlib.rcParams["font.family"] == families
+    figure = Figure()
+    figure.suptitle(f"bicycle {CHINESE}")
+    figure.savefig(tmp_path / "plot.png")
+
+
+def test_ultralytics_draws_other_scripts_with_a_font_of_this_machine() -> None:
+    from train.engine.yolo.offline import prepare_ultralytics
+
+    prepare_ultralytics()
+    from ultralytics.utils.plotting import Annotator
+
+    annotator = Annotator(Image.new("RGB", (200, 100)), example=f"names {CHINESE}", pil=True)
+    glyphs = {bytes(annotator.font.getmask(character)) for character in CHINESE}
+    assert bytes(annotator.font.getmask("\U0010fffd")) not in glyphs

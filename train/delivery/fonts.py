@@ -6,7 +6,7 @@ Pillow draws an empty box for a character that the font lacks, so a font is only
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,6 +116,25 @@ def open_font(path: Path, size: int, language: str) -> Font:
     except OSError:  # has one weight
         pass
     return font
+
+
+def register_with_matplotlib(texts: Iterable[str]) -> None:
+    """Let matplotlib, in this process, fall back on a font that has the characters that its own font lacks.
+
+    Logs a warning where this machine has none.
+    """
+    odd = [text for text in texts if not text.isascii()]
+    if not odd:
+        return
+    path = file_with(frozenset(character for text in odd for character in text if not character.isspace()))
+    if path is None:
+        warn_missing(odd[0])
+        return
+    from matplotlib import font_manager, rcParams
+
+    font_manager.fontManager.addfont(path)
+    name = font_manager.FontProperties(fname=path).get_name()
+    rcParams["font.family"] = [*(family for family in rcParams["font.family"] if family != name), name]
 
 
 missing: set[str] = set()  # names that no font has the characters of

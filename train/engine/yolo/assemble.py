@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
+from train.delivery.fonts import register_with_matplotlib
 from train.engine.adapters import apply_lora_options
 from train.engine.yolo.job import TrainingJob
 from train.engine.yolo.model import LEVELS, Distillation
@@ -40,7 +42,9 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     devices = device_arguments(config)
     splits = open_splits(config, store, 2 if mixes_images(parse_settings(config.yolo_settings)) else 1)
     config = fit_batch(config, len(splits["train"].records))
-    arguments = ultralytics_arguments(config) | {"model": f"yolov8{size}.yaml"} | devices | plots(config)
+    arguments = (
+        ultralytics_arguments(config) | {"model": f"yolov8{size}.yaml"} | devices | plots(config, names)
+    )
     student = build_trained_student(config, store, splits, len(names))
     check_frozen(arguments.get("freeze"), student.network)
     trainable = {name for name, value in student.network.named_parameters() if value.requires_grad}
@@ -201,12 +205,13 @@ def cuda_precision(precision: str) -> bool | str:
     return choices[precision]
 
 
-def plots(config: TrainConfig) -> dict[str, Any]:
+def plots(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:
     """Plots are off where polars is missing, which ultralytics draws them with: `{"plots": False}`, else empty.
 
     Raises ConfigError when plots were asked for.
     """
     if importlib.util.find_spec("polars") is not None:
+        register_with_matplotlib(names)
         return {}
     wanted = parse_settings(config.yolo_settings).get("plots")
     if wanted:

@@ -10,6 +10,7 @@ from typing import Any
 from train.errors import TrainError
 
 PACKAGE = "ultralytics"
+UNICODE_FONT = "Arial.Unicode.ttf"  # what ultralytics asks for where a class name is not ASCII
 INSTALL = 'pip install "ultralytics>=8.4.190,<8.5"'
 
 
@@ -41,7 +42,7 @@ def prepare_ultralytics() -> None:
     callbacks: Any = importlib.import_module("ultralytics.utils.callbacks")
     callbacks.add_integration_callbacks = no_integrations
     for name in ("ultralytics.utils.checks", "ultralytics.utils.plotting", "ultralytics.data.utils"):
-        importlib.import_module(name).check_font = no_font  # type: ignore[attr-defined]
+        importlib.import_module(name).check_font = local_font  # type: ignore[attr-defined]
     trainer: Any = importlib.import_module("ultralytics.engine.trainer")
     trainer.check_amp = amp_is_checked_elsewhere
     utils.LOGGER.setLevel(logging.WARNING)
@@ -51,8 +52,14 @@ def no_integrations(instance: Any) -> None:
     """Instead of telemetry, Platform, ClearML, Comet, DVC, MLflow and Ray Tune: nothing. We log ourselves."""
 
 
-def no_font(font: str = "") -> None:
-    """Instead of downloading Arial: plots use Pillow's own font."""
+def local_font(font: str = "") -> str | None:
+    """Instead of downloading Arial: None, for Pillow's own font, or for names outside ASCII one that has Chinese."""
+    if font != UNICODE_FONT:
+        return None
+    from train.delivery.fonts import file_with
+
+    path = file_with(frozenset("中文"))
+    return None if path is None else str(path)
 
 
 def amp_is_checked_elsewhere(model: Any) -> bool:
