@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.errors import PlatformError
+from console.cores import core_share
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
 
@@ -60,7 +61,7 @@ def train_on_ranks(config: TrainConfig, task_id: str, pipe: int | None, stop: St
 
 def shared_environment(devices: Sequence[str]) -> dict[str, str]:
     """What all ranks have in common: where they meet, and which GPUs they see."""
-    threads = max(1, (os.cpu_count() or 1) // len(devices))
+    threads = core_share({**os.environ, "LOCAL_WORLD_SIZE": str(len(devices))})
     numbers = [name.removeprefix("cuda:") for name in devices if name != "cpu"]
     return {
         "WORLD_SIZE": str(len(devices)),

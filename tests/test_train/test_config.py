@@ -99,7 +99,7 @@ def test_all_problems_are_reported_together_with_the_nearest_names():
         )
     text = str(caught.value)
     for part in (
-        "store: missing",
+        "STORE: missing",
         "--out: missing",
         "unknown student 'resnet19'",
         "resnet/resnet18",

@@ -10,12 +10,23 @@ from typing import Any
 
 import pytest
 
+from console.cores import core_share
 from console.option_file import read_option_file
 from train.errors import ConfigError
 from train.sweep.board import best_of, line, read_records, read_state
 from train.sweep.config import Trial, load_sweep_config, plan_trials
-from train.sweep.run import is_done, local_workers, only_sweep, thread_share, trial_folder, write_plan
-from train.sweep.worker import Order, failure_reason, only_one, run_trial
+from train.sweep.run import (
+    dask_defaults,
+    is_done,
+    local_workers,
+    only_sweep,
+    set_thread_variables,
+    thread_share,
+    trial_folder,
+    visible_gpus,
+    write_plan,
+)
+from train.sweep.worker import Order, environment, failure_reason, only_one, run_trial
 
 STORE = {"store": "features.zarr", "out": Path("sweep")}
 
@@ -154,7 +165,9 @@ def order(folder: Path, store: str, **changes: Any) -> Order:
         "name": folder.name,
         "store": store,
         "folder": str(folder),
-        "threads": 1,
+        "cores": 1,
+        "gpu_trials": {},
+        "thread_variables": {},
         "timeout_s": None,
     }
     return {**values, "options": {"student": "resnet18"}, **changes}  # type: ignore[typeddict-item, return-value]
@@ -248,19 +261,75 @@ def test_records_of_a_run_that_is_writing_are_read_up_to_the_last_whole_line(tmp
     assert best_of(records) == ("top1", 0.75)
 
 
-def test_each_local_trial_has_a_gpu_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.sweep.run.visible_gpus", lambda: ["4", "7"])
-    for jobs, trials, expected in ((None, 5, ["4", "7"]), (3, 5, ["4", "7", "4"]), (None, 1, ["4"])):
-        count, workers, threads = local_workers(jobs, trials)
-        assert (count, threads) == (len(expected), None)
-        assert [w["options"]["env"]["CUDA_VISIBLE_DEVICES"] for w in workers.values()] == expected
-        assert all(worker["options"]["resources"] == {"trial": 1} for worker in workers.values())
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "trials", "expected"),
+    [
+        (["4", "7"], None, 5, ["4", "7"]),
+        (["4", "7"], 3, 5, ["4", "7", "4"]),
+        (["4", "7"], None, 1, ["4"]),
+        (["0"], None, 5, ["0"]),
+        (["0"], 2, 5, ["0", "0"]),
+        (["GPU-1a", "MIG-2b"], None, 5, ["GPU-1a", "MIG-2b"]),
+    ],
+)
+def test_each_local_trial_has_a_gpu_where_there_are_gpus(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[str], jobs: int | None, trials: int, expected: list[str]
+) -> None:
+    monkeypatch.setattr("train.sweep.run.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("train.sweep.run.core_share", lambda: 12)
+    workers, cores = local_workers(jobs, trials)
+    assert cores == 12 // len(expected)
+    assert [w["options"]["env"]["CUDA_VISIBLE_DEVICES"] for w in workers.values()] == expected
+    assert all(worker["options"]["resources"] == {"trial": 1} for worker in workers.values())
 
 
-def test_local_cpu_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_that_a_sweep_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3c")
+    assert visible_gpus() == ["5", "GPU-3c"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+
+
+def test_a_trial_sees_the_gpu_of_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr("train.sweep.worker.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # as dask's nanny sets it in the worker
+    run_trial(order(tmp_path / "trial", "x"), lambda: False)
+    assert (tmp_path / "trial" / "log.txt").read_text().strip() == "7"
+
+
+def test_local_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.sweep.run.visible_gpus", list)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    assert [local_workers(jobs, 9)[::2] for jobs in (None, 2, 5, 20)] == [(3, 4), (2, 6), (5, 2), (9, 1)]
+    monkeypatch.setattr("train.sweep.run.core_share", lambda: 12)
+    shares = [
+        (len(workers), cores) for workers, cores in (local_workers(jobs, 9) for jobs in (None, 2, 5, 20))
+    ]
+    assert shares == [(3, 4), (2, 6), (5, 2), (9, 1)]
+
+
+def test_a_trial_has_its_part_of_the_cores_unless_the_user_set_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("train.sweep.worker.available_cores", lambda: 12)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # dask's own, in every worker
+    alone = environment(4, {})
+    assert (alone["OMP_NUM_THREADS"], alone["MKL_NUM_THREADS"]) == ("4", "4")
+    assert core_share(alone, cores=12) == 4
+    chosen = environment(4, {"OMP_NUM_THREADS": "2"})
+    assert (chosen["OMP_NUM_THREADS"], chosen["MKL_NUM_THREADS"]) == ("2", "4")
+    assert core_share(chosen, cores=12) == 4
+
+
+def test_what_dask_sets_is_not_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    for value, expected in (("1", {}), ("3", {"OMP_NUM_THREADS": "3"})):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert set_thread_variables(dask_defaults()) == expected
+        assert set_thread_variables() == {"OMP_NUM_THREADS": value}
 
 
 def test_threads_of_a_foreign_worker_are_divided_among_its_trials() -> None:

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from console.cores import core_share
 from console.stop import StopRequest
 
 POLL_S = 0.05
@@ -50,6 +51,7 @@ def start_ranks(arguments: Sequence[str], devices: Sequence[str]) -> list[subpro
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or rank_threads(shared)
     if devices[0].startswith("cuda"):
         shared["CUDA_VISIBLE_DEVICES"] = visible_devices(devices)
     return [
@@ -59,6 +61,11 @@ def start_ranks(arguments: Sequence[str], devices: Sequence[str]) -> list[subpro
         )
         for rank in range(len(devices))
     ]
+
+
+def rank_threads(shared: Mapping[str, str]) -> str:
+    """Each rank's part of the cores, so that N ranks do not start N times as many threads as there are cores."""
+    return str(core_share({**os.environ, **shared}))
 
 
 def visible_devices(devices: Sequence[str]) -> str:

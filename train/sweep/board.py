@@ -35,7 +35,9 @@ def read_state(folder: Path, trial: Trial) -> TrialState:
     run = folder / RUN_FOLDER
     outcome = read_json(folder / OUTCOME_FILE)
     records = read_records(run / "metrics.jsonl")
-    epochs = (read_json(run / "config.json") or {}).get("epochs") or trial.options.get("epochs")
+    # The options alone may leave the number of epochs to the student's recipe.
+    options = (read_json(run / "config.json") or {}).get("options") or trial.options
+    epochs = options.get("epochs")
     metric, best = best_of(records)
     epoch = int(records[-1]["epoch"]) if records else 0
     state = str(outcome["state"]) if outcome else "waiting"

@@ -11,8 +11,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from console.cores import core_share
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
 from store import open_store
@@ -41,8 +43,16 @@ logger = get_logger("sweep")
 POLL_S = 1.0
 STOP_WAIT_S = 30.0
 PLAN_FILE, LOCK_FILE = "sweep.json", "sweep.lock"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # A trial whose worker died this often is marked as lost: most likely it is what kills them.
 WORKER_LOSSES_ALLOWED = 2
+
+
+class Cores(NamedTuple):
+    """How many cores a trial gets; None: the worker knows, from the GPU trials that its host runs at a time."""
+
+    of_trial: int | None
+    gpu_trials: dict[str, int]
 
 
 def run_sweep(config: SweepConfig) -> list[TrialState]:
@@ -104,13 +114,13 @@ def run_trials(config: SweepConfig, todo: Sequence[Trial], stop: StopRequest, bo
     """Submit the trials and wait; on a stop request the running ones save and leave, the rest never start."""
     from distributed import Event
 
-    with cluster(config, len(todo)) as (client, slot, threads), board:
+    with cluster(config, len(todo)) as (client, slot, cores), board:
         event_name = f"stop-{uuid.uuid4().hex}"
         event = Event(event_name, client=client)
         futures = {
             client.submit(
                 run_on_worker,
-                order(config, trial, threads),
+                order(config, trial, cores),
                 event_name,
                 key=f"{trial.name}-{event_name}",
                 pure=False,
@@ -124,13 +134,15 @@ def run_trials(config: SweepConfig, todo: Sequence[Trial], stop: StopRequest, bo
             wait_for_running(futures)
 
 
-def order(config: SweepConfig, trial: Trial, threads: int | None) -> Order:
+def order(config: SweepConfig, trial: Trial, cores: Cores) -> Order:
     return Order(
         name=trial.name,
         store=store_address(config.store),
         folder=str(trial_folder(config.out, trial).resolve()),
         options=trial.options,
-        threads=threads,
+        cores=cores.of_trial,
+        gpu_trials=cores.gpu_trials,
+        thread_variables=set_thread_variables(),
         timeout_s=config.trial_timeout_s,
     )
 
@@ -145,14 +157,37 @@ def run_on_worker(order: Order, event_name: str) -> tuple[Outcome, str]:
     from distributed import Event, get_worker
 
     worker: Any = get_worker()
-    if order["threads"] is None and not visible_gpus():
-        order = {**order, "threads": thread_share(worker.state.nthreads, worker.state.total_resources)}
+    if order["cores"] is None:
+        beside = order["gpu_trials"].get(host_of(worker.address))
+        share = thread_share(worker.state.nthreads, worker.state.total_resources)
+        # Workers of GPUs have one thread each whatever the machine has; other workers' threads are their cores.
+        order = {**order, "cores": max(1, core_share() // beside) if beside else share}
+        order["thread_variables"] = set_thread_variables(dask_defaults())
     return run_trial(order, every(POLL_S, Event(event_name).is_set)), worker.address
 
 
 def thread_share(threads: int, resources: Mapping[str, float]) -> int:
     """A worker's threads, divided among the trials that it runs at a time."""
     return max(1, int(threads // max(resources.get("trial", threads), 1)))
+
+
+def set_thread_variables(defaults: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The variables that set numbers of threads and that the user has set: their values are not those of `defaults`."""
+    found = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+    return {name: value for name, value in found.items() if value != defaults.get(name)}
+
+
+def dask_defaults() -> dict[str, str]:
+    """What dask sets in the environment of its workers where the user set nothing."""
+    import dask
+
+    values: dict[str, Any] = dask.config.get("distributed.nanny.pre-spawn-environ", {})
+    return {name: str(value) for name, value in values.items()}
+
+
+def host_of(address: str) -> str:
+    """`tcp://10.0.0.1:4711` → `10.0.0.1`"""
+    return address.rpartition("://")[2].rpartition(":")[0]
 
 
 def every(interval_s: float, ask: Callable[[], bool]) -> Callable[[], bool]:
@@ -214,9 +249,9 @@ def wait_for_running(futures: dict[Future, Trial]) -> None:
 
 
 @contextlib.contextmanager
-def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str, float], int | None]]:
+def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str, float], Cores]]:
     """A client of the scheduler that was named, or of a local cluster; what a trial takes of a worker's resources;
-    and the threads that a CPU trial gets (None: the worker knows).
+    and the trials' cores.
     """
     # Workers read it from the environment; their comings and goings are no news to who runs a sweep.
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
@@ -231,16 +266,17 @@ def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str
             reason = " ".join(str(error).split())
             raise ConfigError(f"scheduler {config.scheduler}: cannot be reached: {reason}") from None
         with client:
-            yield client, trial_slot(config.scheduler, client), None
+            slot = trial_slot(config.scheduler, client)
+            yield client, slot, Cores(None, count_gpu_trials(client) if "GPU" in slot else {})
         return
-    jobs, workers, threads = local_workers(config.jobs, trials)
-    logger.info("local cluster: %d trials at a time, %s threads each", jobs, threads or "all")
+    workers, cores = local_workers(config.jobs, trials)
+    logger.info("local cluster: %d trials at a time, %d cores each", len(workers), cores)
     from distributed import SpecCluster
 
     with deaf_to_ctrl_c():
         local = local_spec(SpecCluster, workers)
     with local, Client(local) as client:
-        yield client, {"trial": 1}, threads
+        yield client, {"trial": 1}, Cores(cores, {})
 
 
 @contextlib.contextmanager
@@ -280,20 +316,30 @@ def local_spec(spec_cluster: Any, workers: dict[int, dict[str, Any]]) -> Any:
     return spec_cluster(workers=workers, scheduler=scheduler, silence_logs=50)
 
 
-def local_workers(jobs: int | None, trials: int) -> tuple[int, dict[int, dict[str, Any]], int | None]:
-    """(trials at a time, one worker process for each, threads of each): a GPU each where there are GPUs."""
+def count_gpu_trials(client: Client) -> dict[str, int]:
+    """Trials at a time on each host whose workers offer GPUs."""
+    counts: dict[str, int] = {}
+    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+        gpus = int(worker.get("resources", {}).get("GPU", 0))
+        counts[host_of(address)] = counts.get(host_of(address), 0) + gpus
+    return counts
+
+
+def local_workers(jobs: int | None, trials: int) -> tuple[dict[int, dict[str, Any]], int]:
+    """(one worker process for each trial at a time, cores of each trial).
+
+    Where there are GPUs a trial sees one of them; more `jobs` than GPUs share them.
+    """
     from distributed import Nanny
 
-    gpus = visible_gpus()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus, cores = visible_gpus(), core_share()
     count = min(jobs or (len(gpus) or max(2, cores // 4)), trials)
-    threads = None if gpus else max(1, cores // count)
     options: dict[str, Any] = {"nthreads": 1, "resources": {"trial": 1}, "dashboard": False}
     workers: dict[int, dict[str, Any]] = {}
     for index in range(count):
         env = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
         workers[index] = {"cls": Nanny, "options": {**options, "env": env}}
-    return count, workers, threads
+    return workers, max(1, cores // count)
 
 
 def visible_gpus() -> list[str]:

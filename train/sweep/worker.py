@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from console.cores import SHARE_VARIABLE, available_cores
 from console.files import whole_file
 
 POLL_S = 0.25
@@ -47,7 +48,9 @@ class Order(TypedDict):
     store: str
     folder: str
     options: dict[str, Any]
-    threads: int | None
+    cores: int | None  # of this trial; None: run_on_worker decides
+    gpu_trials: dict[str, int]  # trials at a time by host, where workers offer GPUs
+    thread_variables: dict[str, str]  # OMP_NUM_THREADS and the like as the user set them
     timeout_s: float | None
 
 
@@ -77,7 +80,7 @@ def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Calla
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment(order["threads"]),
+            env=environment(order["cores"], order["thread_variables"]),
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C in the terminal reaches the sweep, which then stops its trials
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
@@ -147,14 +150,15 @@ def command(order: Order, folder: Path, going_on: bool) -> list[str]:
     ]
 
 
-def environment(threads: int | None) -> dict[str, str]:
-    """The child's: this checkout or installation on its path, its share of the cores."""
+def environment(cores: int | None, thread_variables: Mapping[str, str]) -> dict[str, str]:
+    """The child's: this checkout or installation on its path, its share of the cores, and what the user set."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     values = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    if threads is not None:
-        values |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return values
+    if cores is not None:
+        values |= {"OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
+        values[SHARE_VARIABLE] = str(max(1, available_cores() // cores))
+    return values | thread_variables
 
 
 def end_with_parent() -> None:

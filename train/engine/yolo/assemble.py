@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from console.cores import core_share
 from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
@@ -227,4 +227,4 @@ def worker_count(config: TrainConfig, arguments: dict[str, Any]) -> int:
     """Loader processes: as asked; ultralytics' 8 at most on GPUs, and on CPUs, as it does, none."""
     if config.workers is not None:
         return config.workers
-    return 0 if arguments["device"] in ("cpu", "mps") else min(8, os.cpu_count() or 1)
+    return 0 if arguments["device"] in ("cpu", "mps") else min(8, core_share())
