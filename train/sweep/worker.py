@@ -158,7 +158,7 @@ def environment(cores: int | None, thread_variables: Mapping[str, str]) -> dict[
     if cores is not None:
         values |= {"OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
         values[SHARE_VARIABLE] = str(max(1, available_cores() // cores))
-    return values | thread_variables
+    return {**values, **thread_variables}
 
 
 def end_with_parent() -> None:
