@@ -243,4 +243,5 @@ def recipe_line(recipe: dict[str, Any]) -> str:
         str(recipe[name]) for name in ("distillation_type", "feature_loss_type") if recipe.get(name)
     )
     size, batch = recipe["image_size"], recipe["batch_size"]
-    return f"{size} px, {recipe['optimizer']} {recipe['learning_rate']:g}, batch {batch}, {loss}"
+    rate = f" {recipe['learning_rate']:g}" if "learning_rate" in recipe else ""
+    return f"{size} px, {recipe['optimizer']}{rate}, batch {batch}, {loss}"

@@ -50,7 +50,10 @@ class TrainConfig(BaseModel):
     epochs: int = Field(100, ge=1, description="Passes over the training split.")
     batch_size: int = Field(32, ge=1, description="Samples a forward pass, over all processes together.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="sgd uses momentum 0.9.")
+    optimizer: Literal["adamw", "adam", "sgd", "auto"] = Field(
+        "adamw",
+        description="sgd uses momentum 0.9; auto: ultralytics' choice, also of the learning rate unless given (yolov8).",
+    )
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up.")
     warmup_epochs: float = Field(
         1.0, ge=0, description="Length of the linear warm-up, at most a fifth of the run."
@@ -191,6 +194,8 @@ class TrainConfig(BaseModel):
             problems.append(
                 "control and distillation_type none: nothing to compare, both train without the teacher"
             )
+        if self.optimizer == "auto" and self.student_type != "yolov8":
+            problems.append(f"optimizer auto: only yolov8 students have it, not {self.student}")
         if self.control and self.control_only:
             problems.append("control and control_only exclude each other: a control has no control")
         if not self.lora_rank and not self.is_explicit("lora_rank"):

@@ -40,8 +40,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "image_size": 224,
     },
     "yolov8": {
-        "learning_rate": 1e-3,
-        "optimizer": "sgd",
+        # ultralytics' own choices: with another optimizer or rate a short run learns nothing (benchmarks/detection_recipe.py).
+        "optimizer": "auto",
+        "lr_scheduler": "linear",
         "batch_size": 16,
         "weight_decay": 0.0005,
         "distillation_type": "feature",

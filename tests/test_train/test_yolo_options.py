@@ -31,13 +31,12 @@ def make_config(**options: Any) -> TrainConfig:
 
 def test_the_recipe_keeps_ultralytics_own_defaults() -> None:
     arguments = ultralytics_arguments(make_config())
-    assert arguments["lr0"] == 1e-3
-    assert arguments["optimizer"] == "SGD"
+    assert arguments["optimizer"] == "auto"
     assert arguments["weight_decay"] == 0.0005
     assert arguments["imgsz"] == 640
     assert arguments["nbs"] == 64
     assert arguments["warmup_epochs"] == 3
-    assert arguments["cos_lr"] is True
+    assert arguments["cos_lr"] is False
     assert not {"mosaic", "momentum", "lrf"} & arguments.keys()
     assert clip_norm(make_config()) == 10
     assert levels_of(make_config()) == ("P5",)
@@ -107,6 +106,7 @@ FOLLOWED = [
     "batch_size",
     "checkpoint_interval",
     "control",
+    "control_only",
     "data_root",
     "deterministic",
     "device",
@@ -223,3 +223,58 @@ def test_classes_may_be_more_than_the_store_has_but_not_fewer(tmp_path: Path) ->
     assert class_names(make_config(num_classes=3), store) == ("red", "green", "class_2")
     with pytest.raises(ConfigError, match="num_classes 1"):
         class_names(make_config(num_classes=1), store)
+
+
+def optimizer_of(store: Path, out: Path, iterations: int, chosen: Any = None, **options: Any) -> Any:
+    """The optimizer that a training of that many steps gets, and ultralytics' arguments then."""
+    from train.engine.yolo.assemble import build_job
+    from train.engine.yolo.trainer import StoreTrainer
+
+    config = make_config(store=store, out=out, image_size=64, device="cpu", **options)
+    trainer = StoreTrainer(build_job(config, out, open_store(store), None))
+    if chosen is not None:
+        trainer.job.state = {"chosen": chosen}
+    arguments = trainer.args
+    network = trainer.job.student.network
+    return trainer.build_optimizer(
+        network, arguments.optimizer, arguments.lr0, arguments.momentum, 5e-4, iterations
+    ), arguments
+
+
+def test_the_recipe_chooses_the_optimizer_as_ultralytics_does(yolo_store: Path, tmp_path: Path) -> None:
+    few, arguments = optimizer_of(yolo_store, tmp_path / "few", 40)
+    assert type(few).__name__ == "AdamW"
+    rate = round(0.002 * 5 / (4 + 2), 6)  # two classes
+    assert {group["lr"] for group in few.param_groups} == {rate}
+    assert (arguments.optimizer, arguments.lr0, arguments.warmup_bias_lr) == ("AdamW", rate, 0.0)
+    many, _ = optimizer_of(yolo_store, tmp_path / "many", 10_001)
+    assert type(many).__name__ == "MuSGD"
+    assert {group["lr"] for group in many.param_groups} == {0.01, 0.03}
+
+
+def test_a_given_learning_rate_stays_with_the_chosen_optimizer(yolo_store: Path, tmp_path: Path) -> None:
+    few, arguments = optimizer_of(yolo_store, tmp_path / "few", 40, learning_rate=0.003)
+    assert type(few).__name__ == "AdamW"
+    assert [group["lr"] for group in few.param_groups] == pytest.approx([0.003] * 3)
+    assert arguments.lr0 == 0.003
+    many, _ = optimizer_of(yolo_store, tmp_path / "many", 10_001, learning_rate=0.003)
+    assert {round(group["lr"], 6) for group in many.param_groups} == {0.003, 0.009}
+
+
+def test_a_resumed_run_keeps_the_chosen_optimizer(yolo_store: Path, tmp_path: Path) -> None:
+    chosen = {"optimizer": "AdamW", "lr0": 0.001667, "warmup_bias_lr": 0.0}
+    optimizer, arguments = optimizer_of(yolo_store, tmp_path / "run", 10_001, chosen)
+    assert type(optimizer).__name__ == "AdamW"
+    assert {group["lr"] for group in optimizer.param_groups} == {0.001667}
+    assert arguments.warmup_bias_lr == 0.0
+
+
+def test_platform_options_keep_their_meaning(yolo_store: Path, tmp_path: Path) -> None:
+    optimizer, _ = optimizer_of(yolo_store, tmp_path / "run", 40, learning_rate=1e-3, optimizer="sgd")
+    assert type(optimizer).__name__ == "SGD"
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+
+
+def test_only_yolo_students_choose_an_optimizer() -> None:
+    with pytest.raises(ValueError, match="optimizer auto: only yolov8 students have it, not resnet/resnet18"):
+        make_config(student="resnet18", optimizer="auto")

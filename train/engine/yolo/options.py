@@ -125,7 +125,7 @@ def ultralytics_arguments(config: TrainConfig) -> dict[str, Any]:
         "batch": config.batch_size,
         "imgsz": config.image_size,
         "lr0": config.learning_rate,
-        "optimizer": {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[config.optimizer],
+        "optimizer": {"auto": "auto", "sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[config.optimizer],
         "weight_decay": config.weight_decay,
         "warmup_epochs": config.warmup_epochs if config.is_explicit("warmup_epochs") else WARMUP_EPOCHS,
         "patience": config.early_stopping_patience or NO_EARLY_STOPPING,

@@ -59,6 +59,11 @@ def training_state(trainer: Any) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "best_fitness": plain(trainer.best_fitness),
+        "chosen": {
+            "optimizer": str(trainer.args.optimizer),
+            "lr0": float(trainer.args.lr0),
+            "warmup_bias_lr": float(trainer.args.warmup_bias_lr),
+        },
         "stopper": {
             "best_fitness": plain(stopper.best_fitness),
             "best_epoch": stopper.best_epoch,
@@ -84,6 +89,10 @@ def restore_state(trainer: Any, content: dict[str, Any]) -> None:
     unwrap_model(trainer.model).load_state_dict(content["model"])
     trainer.ema.ema.load_state_dict(content["ema"])
     trainer.ema.updates = content["updates"]
+    for saved, group in zip(
+        content["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True
+    ):
+        saved["fused"] = group.get("fused")  # belongs to the device, which may be another one now
     trainer.optimizer.load_state_dict(content["optimizer"])
     trainer.scaler.load_state_dict(content["scaler"])
     trainer.best_fitness = content["best_fitness"]

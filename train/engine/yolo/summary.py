@@ -61,6 +61,8 @@ def ending_of(trainer: Any) -> dict[str, Any]:
         "per_class": per_class(trainer),
         "exported": {name: trainer.export_metrics.get(key) for name, key in METRICS.items()},
         "batch_size": trainer.batch_size,
+        "optimizer": str(trainer.args.optimizer),
+        "learning_rate": float(trainer.args.lr0),
         "grad_accum_steps": trainer.accumulate,
         **peak_memory(),
     }

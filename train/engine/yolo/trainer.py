@@ -22,12 +22,14 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
+from console.log import get_logger
 from train.data import start_worker
 from train.engine.yolo.dataset import SOURCE_ROWS, StoreDataset
 from train.engine.yolo.job import TrainingJob
 from train.engine.yolo.state import epoch_seed, only_validation_left, restore_state, seed_everything
 from train.errors import TrainError
 
+log = get_logger("train")
 ULTRALYTICS_FOLDER = "ultralytics"
 OOM_RETRIES = 3  # how often ultralytics' loop halves the batch
 READ_EVERY = 10  # optimizer steps on a GPU between two looks at their gradient norms
@@ -140,6 +142,38 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
             raise TrainError(
                 f"batch_size {self.batch_size}, image_size {self.args.imgsz}: {error}"
             ) from error
+
+    def build_optimizer(
+        self,
+        model: Any,
+        name: str = "auto",
+        lr: float = 0.001,
+        momentum: float = 0.9,
+        decay: float = 1e-5,
+        iterations: float = 1e5,
+    ) -> Any:
+        """ultralytics' optimizer. For `auto` it chooses by steps and classes; a learning rate that was given stays.
+
+        A resumed run keeps the choice, also when more epochs would change it.
+        """
+        if name != "auto":
+            return super().build_optimizer(model, name, lr, momentum, decay, iterations)
+        if chosen := (self.job.state or {}).get("chosen"):
+            vars(self.args).update(chosen)
+            return super().build_optimizer(model, chosen["optimizer"], chosen["lr0"], 0.9, decay)
+        optimizer = super().build_optimizer(model, name, lr, momentum, decay, iterations)
+        if self.job.config.is_explicit("learning_rate"):
+            for group in optimizer.param_groups:  # MuSGD has groups with a multiple of the rate
+                group["lr"] *= lr / self.args.lr0
+            self.args.lr0 = lr
+        if RANK in (-1, 0):
+            log.info(
+                "optimizer auto: %s, learning rate %g for %d classes",
+                self.args.optimizer,
+                self.args.lr0,
+                self.data["nc"],
+            )
+        return optimizer
 
     def check_resume(self, overrides: Any) -> None:
         """There is no ultralytics checkpoint to go on from; `resume` makes it keep its folder and results.csv."""
