@@ -335,3 +335,14 @@ def test_every_class_of_boxes_is_in_both_splits(tmp_path: Path) -> None:
         found = {int(number) for sample in samples for number in sample.read_boxes((24, 16)).classes}
         assert found == set(range(11))
     assert len(splits["val"]) == 10
+
+
+def test_voc_images_without_an_annotation_are_counted(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    assert open_source(tmp_path).notes == ()
+    (tmp_path / "Annotations/000003.xml").unlink()
+    source = open_source(tmp_path)
+    assert source.notes == (
+        "1 of 11 images have no XML file (first: JPEGImages/000003.png): taken as images without objects",
+    )
+    assert len(source) == 11
