@@ -184,7 +184,7 @@ def live_features(teacher: Any, grid: int) -> Callable[[Any], None]:
 
 def time_steps(kinds: dict[str, Callable[[], None]], settings: Settings) -> dict[str, list[float]]:
     """Seconds of a step of each kind, from blocks of steps that take turns; the device is waited for at a block's end."""
-    rounds, block = (1, 2) if settings.quick else (5, 8)
+    rounds, block = (1, 2) if settings.quick else (2, 4) if settings.brief else (3, 6)
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(rounds + 1):
         for name in kinds if turn % 2 else reversed(kinds):
