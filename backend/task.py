@@ -23,6 +23,7 @@ from console.stop import Stopped, StopRequest
 log = get_logger("platform")
 
 SUMMARY = "summary.json"
+ANY_SIZE = (1, 1)  # of an image whose boxes a database has in pixels
 
 
 class Task:
@@ -100,6 +101,7 @@ class Task:
 
         digest = hashlib.blake2b(digest_size=16)
         source = open_data(self.mapping.extract_config(Path("unused")))
+        digest.update(repr(source.class_names).encode())  # labels and boxes hold numbers alone
         for name, samples in source.splits().items():
             for sample in samples:
                 self.check_stop()
@@ -107,7 +109,9 @@ class Task:
                     content = hashlib.blake2b(sample.read(), digest_size=16).hexdigest()
                 except ImageError:
                     content = ""
-                digest.update(repr((name, sample.key, sample.label, sample.boxes, content)).encode())
+                boxes = sample.read_boxes(ANY_SIZE)
+                entries = () if boxes is None else (boxes.values.tolist(), boxes.classes.tolist())
+                digest.update(repr((name, sample.key, sample.label, entries, content)).encode())
         return {"rows": digest.hexdigest()}
 
     def extract(self, path: Path) -> None:

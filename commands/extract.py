@@ -165,9 +165,21 @@ def extract(
         str | None,
         Option(help="Bad images that end the run: 1% or a count. [1%]", rich_help_panel=RUN_PANEL),
     ] = None,
+    check_content: Annotated[
+        bool | None,
+        Option(
+            "--check-content",
+            help="Read every file to find changed ones, and try bad images again; otherwise size and time decide.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool | None,
-        Option("--dry-run", help="Print sizes and an estimated time, and stop.", rich_help_panel=RUN_PANEL),
+        Option(
+            "--dry-run",
+            help="Print sizes, an estimated time and what has changed, and stop.",
+            rich_help_panel=RUN_PANEL,
+        ),
     ] = None,
     overwrite: Annotated[
         bool | None,
@@ -183,8 +195,8 @@ def extract(
 ) -> None:
     """cli extract photos --out photos.zarr --teacher-path Qwen2.5-VL-7B-Instruct
 
-    Encode every image of DATA with the teacher, once, into STORE. Running the same command again resumes; new
-    images are appended. Without the real weights, try things with random ones:
+    Encode every image of DATA with the teacher, once, into STORE. Running the same command again resumes, or
+    follows the data set: changed, removed, renamed and new images and annotations, reusing what is encoded. Without the real weights, try things with random ones:
 
     cli make-tiny-teacher tiny
 

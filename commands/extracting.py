@@ -98,14 +98,20 @@ def print_estimate(result: Mapping[str, Any]) -> None:
     figures = result["estimate"]
     splits = ", ".join(f"{rows:,} {name}" for name, rows in result["splits"].items())
     print(f"{result['rows']:,} images ({splits}), batches of {figures['batch_size']}")
+    if result["changes"]:
+        print_changes(result["changes"], result["changes_text"])
+    if figures["to_encode"] < result["rows"]:
+        print(f"to encode: {figures['to_encode']:,} images, the others are in the store")
     rows = [
         {"array": name, "bytes an image": size, "total": f"{size * result['rows'] / 1e6:,.1f} MB"}
         for name, size in figures["bytes_per_sample"].items()
     ]
     print_table(rows, ["array", "bytes an image", "total"])
     room = "enough" if figures["fits"] else "NOT ENOUGH"
+    more = f", {figures['needed_bytes'] / 1e6:,.1f} MB more" if figures["to_encode"] < result["rows"] else ""
     print(
-        f"store: {figures['total_bytes'] / 1e6:,.1f} MB, free disk: {figures['free_bytes'] / 1e6:,.1f} MB ({room})"
+        f"store: {figures['total_bytes'] / 1e6:,.1f} MB{more}, free disk: "
+        f"{figures['free_bytes'] / 1e6:,.1f} MB ({room})"
     )
     print(
         f"time: {clock(figures['estimated_seconds'])} (estimated from {figures['timed_samples']} samples: teacher "
@@ -119,6 +125,13 @@ def print_estimate(result: Mapping[str, Any]) -> None:
     if len(bad) > SHOWN_BAD:
         print(f"  and {len(bad) - SHOWN_BAD} more")
     print("dry run: nothing was written")
+
+
+def print_changes(counts: Mapping[str, int], text: str) -> None:
+    """What the store has otherwise than the data set has it now."""
+    print(f"the data set has changed since the store was made: {text}")
+    rows = [{"samples": name, "count": count} for name, count in counts.items() if name != "encode"]
+    print_table(rows, ["samples", "count"])
 
 
 def print_probe(result: Mapping[str, Any]) -> None:
@@ -159,6 +172,8 @@ def print_result(result: Mapping[str, Any]) -> None:
         print(f"encoded {result['encoded']:,} images in {seconds:.1f} s ({rate:.1f} images/s)")
     else:
         print("nothing to encode")
+    if result["changes"]:
+        print(f"followed the data set: {result['changes_text']}")
     if result["probe"]:
         print_probe(result["probe"])
     if result["bad"]:

@@ -133,11 +133,16 @@ def verify(
     samples: Annotated[int, typer.Option(help="How many samples to encode again.", min=1)] = 16,
     data: Annotated[str | None, typer.Option(help="The data set, when it has moved.")] = None,
     device: Annotated[str, typer.Option(help="Where to encode: auto, cpu, cuda.")] = "auto",
+    check_content: Annotated[
+        bool,
+        typer.Option("--check-content", help="Read every file of the data set, whatever its size and time."),
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """cli verify flowers.zarr
 
-    Read every file of a store again and check it; exit code 1 when anything is wrong.
+    Read every file of a store again and check it, and compare the store with its data set where that can be opened;
+    exit code 1 when anything is wrong.
 
     cli verify flowers.zarr --teacher-path Qwen2.5-VL-7B-Instruct
 
@@ -149,21 +154,31 @@ def verify(
     refuse_url(store, "verify")
     repaired = repair_store(store) if repair else []
     findings = verify_store(store)
-    audit = None
-    if teacher_path is not None and not findings:
+    audit, sound = None, not findings
+    if teacher_path is not None and sound:
         from extract.audit import audit_store
 
         audit = audit_store(Path(store), teacher_path, samples=samples, data=data, device=device)
         findings = [Finding(store, problem) for problem in audit.findings]
+    compared = None
+    if sound:
+        from extract.compare import compare_with_data
+
+        compared = compare_with_data(Path(store), data, check_content=check_content)
+        findings += [Finding(store, compared.problem)] if compared.problem else []
     if json:
         listed = [{"path": finding.path, "problem": finding.problem} for finding in findings]
         report = {"store": store, "ok": not findings, "findings": listed, "repaired": repaired}
+        skipped = "the store itself is damaged or incomplete" if compared is None else compared.skipped
+        report["data"] = {"compared": skipped is None, "skipped": skipped}
         print_json({**report, "teacher": None if audit is None else vars(audit)})
     else:
         if audit is not None:
             print_audit(vars(audit))
         for path in repaired:
             print(f"deleted {path}")
+        if compared is not None and compared.skipped:
+            print(compared.skipped)
         for finding in findings:
             print(finding)
         number = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"

@@ -23,16 +23,19 @@ from extract.cluster_worker import (
     POLL_S,
     STOP_FILE,
     UnitReport,
+    count_bad_on_worker,
     encode_unit,
-    extend_on_worker,
+    follow_on_worker,
     prepare_on_worker,
     release,
 )
 from extract.config import ExtractConfig
 from extract.existing import FOLDER, Unit, count_committed, job_of, list_units
+from extract.follow import work_path
 from extract.ledger import append_ledger, check_limit
 from extract.outcome import ExtractObserver, ExtractResult, stop_message
-from extract.prepare import finalize, record_halving
+from extract.prepare import finalize, record_halving, resume_switch
+from extract.sources.base import REMOVED
 from extract.watchdog import Watchdog
 from extract.workers import blocked_signals
 from store.errors import DistillError
@@ -140,7 +143,7 @@ class Coordinator:
         self.resources = {GPU: 1} if self.has_gpu_resource() else {}
         self.stop_file = config.out / FOLDER / STOP_FILE
         self.share = self.workers_per_host()
-        self.bad = 0
+        self.bad = self.reused = 0
 
     def has_gpu_resource(self) -> bool:
         workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
@@ -154,16 +157,20 @@ class Coordinator:
 
     def run(self) -> ExtractResult:
         result = ExtractResult(store=str(self.config.out))
+        resume_switch(self.config)
         self.result_of(self.submit("prepare", prepare_on_worker, self.options))
         # Options such as --overwrite have done their work; the shards' tasks must not repeat it.
         self.options = {**self.options, "overwrite": False}
         self.stop_file.unlink(missing_ok=True)
         try:
             self.encode(result)
-            while finalize(self.config.out, own_all=True) and self.result_of(
-                self.submit("extend", extend_on_worker, self.options)
-            ):
-                self.encode(result)
+            more = True
+            while more and finalize(work_path(self.config.out), own_all=True):
+                more, result.changes, result.changes_text = self.result_of(
+                    self.submit("follow", follow_on_worker, self.options)
+                ).after(result.changes, result.changes_text)
+                if more:
+                    self.encode(result)
         finally:
             # Workers of a scheduler live on: without this they would keep the teacher, buffers and decoders.
             self.client.run(release, self.options, on_error="ignore")
@@ -180,10 +187,12 @@ class Coordinator:
 
     def encode(self, result: ExtractResult) -> None:
         """Encode all shards of the unfinished job, if there is one."""
-        job = job_of(self.config.out)
+        path = work_path(self.config.out)
+        job = job_of(path)
         if job is None:
             return
-        done, self.bad = count_committed(self.config.out, job)
+        done = count_committed(path, job)[0]
+        self.bad, self.reused = self.result_of(self.submit("bad", count_bad_on_worker, self.options))
         units = list_units(job)
         self.total = sum(end - first for _, first, end in units)
         self.tell(done)
@@ -255,15 +264,17 @@ class Coordinator:
     def count_bad(self, report: UnitReport) -> None:
         append_ledger(self.config.out, report.bad)
         record_halving(self.config.out, report.halved)
-        self.bad += len(report.bad)
-        last = report.bad[-1] if report.bad else None
-        allowed = self.config.allowed_bad(self.total)
+        found = [bad for bad in report.bad if bad.reason != REMOVED]
+        self.bad += len(found)
+        last = found[-1] if found else None
+        allowed = self.config.allowed_bad(self.total + self.reused)
         check_limit(self.bad, allowed, self.config.max_bad, self.config.out, last)
 
     def tell_committed(self) -> None:
-        job = job_of(self.config.out)
+        path = work_path(self.config.out)
+        job = job_of(path)
         if job is not None:
-            self.tell(count_committed(self.config.out, job)[0])
+            self.tell(count_committed(path, job)[0])
 
     def tell(self, done: int) -> None:
         for observer in self.observers:

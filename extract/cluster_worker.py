@@ -12,9 +12,10 @@ from console.log import configure_logging
 from console.stop import StopRequest
 from extract.config import ExtractConfig
 from extract.existing import FOLDER, Unit, adopt_rows, job_of, planned_keys
+from extract.follow import rows_task, work_path
 from extract.inputs import decode_workers, open_data, open_teacher
 from extract.planning import ExtractTask, make_task
-from extract.prepare import extend, prepare_store, use_threads
+from extract.prepare import count_still_bad, follow_data, prepare_store, use_threads
 from extract.session import BadSample, Session
 from extract.teachers import Teacher
 from store.errors import LockedError
@@ -31,6 +32,18 @@ class UnitReport(NamedTuple):
     rows: int
     bad: list[BadSample]
     halved: list[int]
+
+
+class FollowReport(NamedTuple):
+    """Whether there are rows to encode, and what changed in the data set (None: nothing)."""
+
+    more: bool
+    counts: dict[str, int] | None
+    text: str
+
+    def after(self, counts: dict[str, int] | None, text: str) -> FollowReport:
+        """This report, with what an earlier one found where this one found nothing."""
+        return self if self.counts is not None else FollowReport(self.more, counts, text)
 
 
 class FileStop(StopRequest):
@@ -92,22 +105,33 @@ def prepare_on_worker(options: dict[str, Any]) -> None:
     """Make or check the store: a worker has the device that its scales need."""
     with STATE.lock:
         config, task, teacher = STATE.open(options)
-        STATE.task = prepare_store(config, task, teacher)
+        prepare_store(config, task, teacher)
         STATE.options = {**options, "overwrite": False}
 
 
-def extend_on_worker(options: dict[str, Any]) -> bool:
-    """Plan new images as new rows; True when there are some."""
+def count_bad_on_worker(options: dict[str, Any]) -> tuple[int, int]:
+    """Bad rows so far, and rows that the store keeps beside those that are being encoded."""
     with STATE.lock:
-        _, task, _ = STATE.open(options)
-        return extend(task) is not None
+        config, task, _ = STATE.open(options)
+        planned = planned_rows(config, task)
+        job = job_of(planned.path)
+        return planned.reused_bad + (count_still_bad(planned, job)[1] if job else 0), planned.reused
+
+
+def follow_on_worker(options: dict[str, Any]) -> FollowReport:
+    """Bring a complete store to what the data set is now, or plan the rows that must be encoded first."""
+    with STATE.lock:
+        config, task, _ = STATE.open(options)
+        planned, changes = follow_data(config, task)
+        counts = changes.counts.as_dict() if changes.any else None
+        return FollowReport(planned is not None, counts, changes.describe() if changes.any else "")
 
 
 def encode_unit(options: dict[str, Any], unit: Unit, share: int) -> UnitReport:
     """Encode one shard; waits for a lock that a lost worker has left. share: workers that use this machine's cores."""
     with STATE.lock:
         config, task, teacher = STATE.open(options)
-        job, stop = job_of(config.out), FileStop(config.out / FOLDER / STOP_FILE)
+        job, stop = job_of(work_path(config.out)), FileStop(config.out / FOLDER / STOP_FILE)
         if job is None or stop.requested:
             return UnitReport(0, [], [])
         session = worker_session(config, task, teacher, job.batch_rows, share)
@@ -130,15 +154,23 @@ def release(options: dict[str, Any]) -> None:
 def worker_session(
     config: ExtractConfig, task: ExtractTask, teacher: Teacher, batch_rows: int, share: int
 ) -> Session:
-    """The worker's session over the store's planned rows; made anew when rows were appended."""
-    planned = sum(len(keys) for keys in planned_keys(config.out).values())
-    if STATE.session is None or STATE.session.task.rows != planned:
-        if STATE.session is not None:
-            STATE.session.close()
+    """The worker's session over the planned rows; another one when other rows were planned."""
+    path = work_path(config.out)
+    planned = sum(len(keys) for keys in planned_keys(path).values())
+    old = STATE.session
+    if old is None or old.task.path != path or old.task.rows != planned:
+        if old is not None:
+            old.close()
         use_threads(config.out, teacher)
-        adopted, _ = adopt_rows(task, config.out)
-        STATE.session = Session(adopted, teacher, batch_rows, decode_workers(config, share))
+        workers = decode_workers(config, share)
+        STATE.session = Session(planned_rows(config, task), teacher, batch_rows, workers)
+    assert STATE.session is not None
     return STATE.session
+
+
+def planned_rows(config: ExtractConfig, task: ExtractTask) -> ExtractTask:
+    """The task of the rows that are planned and not complete."""
+    return rows_task(task) if work_path(config.out) != config.out else adopt_rows(task, config.out)
 
 
 def open_writer(config: ExtractConfig, unit: Unit) -> StoreWriter:
@@ -151,7 +183,7 @@ def open_writer(config: ExtractConfig, unit: Unit) -> StoreWriter:
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
-            return StoreWriter(config.out, split, (first, end), break_lock=config.break_lock)
+            return StoreWriter(work_path(config.out), split, (first, end), break_lock=config.break_lock)
         except LockedError:
             if time.monotonic() > deadline:
                 raise

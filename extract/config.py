@@ -66,6 +66,7 @@ class ExtractConfig(BaseModel):
     scheduler: str | None = None
 
     max_bad: str = "1%"
+    check_content: bool = False
     dry_run: bool = False
     overwrite: bool = False
     break_lock: bool = False
@@ -135,9 +136,11 @@ class ExtractConfig(BaseModel):
         return None if self.shard_range is None else parse_shard_range(self.shard_range)
 
     def allowed_bad(self, total: int) -> int:
-        """How many of `total` samples may be bad before the run ends."""
+        """How many of `total` samples may be bad before the run ends; one at least of any share above 0."""
         share, count = parse_max_bad(self.max_bad)
-        return int(share * total) if share is not None else int(count or 0)
+        if share is None:
+            return int(count or 0)
+        return max(1, int(share * total)) if share else 0
 
 
 def parse_max_bad(text: str) -> tuple[float | None, int | None]:

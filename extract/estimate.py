@@ -7,14 +7,17 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from console.log import get_logger
+from extract.changes import Changes
 from extract.config import ExtractConfig
 from extract.decoding import DecodedSample, decode_samples
 from extract.encode import Encoder
+from extract.existing import check_same, count_committed, job_of, list_units
+from extract.follow import bytes_needed, changes_of, work_path
 from extract.inputs import decode_workers, open_data, open_teacher
 from extract.outcome import ExtractResult
 from extract.planning import ExtractTask, batch_rows, calibration_samples, make_task
@@ -25,6 +28,8 @@ from extract.teachers import Teacher
 from extract.workers import DecodedBatch
 from store import format as names
 from store.format import ArraySpec
+from store.metadata import ZARR_JSON
+from store.reader import open_store
 
 log = get_logger("extract")
 
@@ -50,21 +55,24 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     per_sample = max(encode_s, decode_s / workers) / len(config.devices)
     total = int(sum(arrays.values()) * task.rows)
     free = free_bytes(config.out)
+    left = what_is_left(config, task, total)
     figures: dict[str, Any] = {
         "batch_size": batch_size,
         "bytes_per_sample": {name: round(size, 1) for name, size in arrays.items()},
         "total_bytes": total,
         "free_bytes": free,
-        "fits": total < free,
+        "needed_bytes": left.needed_bytes,
+        "fits": left.needed_bytes < free,
+        "to_encode": left.to_encode,
         "encode_ms_per_image": 1000 * encode_s,
         "decode_ms_per_image_and_core": 1000 * decode_s,
         "decoding_workers": workers,
-        "estimated_seconds": per_sample * task.rows,
+        "estimated_seconds": per_sample * left.to_encode,
         "images_per_second": 1 / per_sample,
         "timed_samples": len(samples),
         **check_samples(task),
     }
-    return ExtractResult(
+    result = ExtractResult(
         store=str(config.out),
         rows=task.rows,
         splits={name: len(split) for name, split in task.splits.items()},
@@ -73,6 +81,39 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         estimate=figures,
         warnings=warn_of_copies(source),
     )
+    if left.changes is not None:
+        result.note_changes(left.changes)
+    return result
+
+
+class Left(NamedTuple):
+    """What a run would do: samples to encode, bytes it needs on the disk, what changed since a complete store."""
+
+    to_encode: int
+    needed_bytes: int
+    changes: Changes | None = None
+
+
+def what_is_left(config: ExtractConfig, task: ExtractTask, total_bytes: int) -> Left:
+    """All of a new store, the rest of an incomplete one, the changes of a complete one.
+
+    Raises:
+        DifferentStore: when the store was made with other options.
+    """
+    path = config.out
+    if config.overwrite or not (path / ZARR_JSON).exists():
+        return Left(task.rows, total_bytes)
+    check_same(path, task, open_store(path, allow_incomplete=True).manifest, config.grid == "auto")
+    folder = work_path(path)
+    job = job_of(folder)
+    if job is not None:
+        planned = sum(end - first for _, first, end in list_units(job))
+        left = planned - count_committed(folder, job)[0]
+        return Left(left, total_bytes * left // max(1, task.rows))
+    changes = changes_of(config, task)
+    if not changes.any:
+        return Left(0, 0, changes)
+    return Left(changes.counts.encode, bytes_needed(task, open_store(path), changes, linked=True), changes)
 
 
 def check_samples(task: ExtractTask) -> dict[str, Any]:

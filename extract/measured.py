@@ -76,6 +76,13 @@ def note_probe(store: Path, result: Mapping[str, Any]) -> None:
     note(store, probe_top1=result["probe_top1"], knn_top1=result["knn_top1"])
 
 
+def forget_probe(store: Path) -> None:
+    """Drop what was found out about features or labels that have changed since."""
+    measured = read_measured(store)
+    if {"probe_top1", "knn_top1"} & measured.keys():
+        note(store, probe_top1=None, knn_top1=None)
+
+
 def note(store: Path, **values: Any) -> None:
     """Keep `values` beside what is known already."""
     path = store / MEASURED_FILE

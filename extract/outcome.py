@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from console.log import get_logger
+from extract.changes import Changes
 from extract.config import ExtractConfig
 from extract.existing import count_committed, job_of, list_units
+from extract.follow import work_path
 from extract.ledger import write_ledger
 from extract.sources.sql import hide_password
 from store.metadata import ZARR_JSON
@@ -46,6 +48,10 @@ class ExtractResult:
     images_per_second: float = 0.0
     random_weights: bool = False
     probe: dict[str, Any] | None = None
+    changes: dict[str, int] | None = (
+        None  # samples by what changed since the store was made; None: nothing did
+    )
+    changes_text: str = ""
     warnings: list[str] = field(default_factory=list)  # why results on these splits may be less certain
     estimate: dict[str, Any] | None = None
 
@@ -58,6 +64,11 @@ class ExtractResult:
         self.seconds += seconds
         self.halved += halved
         self.images_per_second = self.encoded / max(self.seconds, 1e-9)
+
+    def note_changes(self, changes: Changes) -> None:
+        """Keep what changed in the data set; of several looks, what the last one that found something found."""
+        if changes.any:
+            self.changes, self.changes_text = changes.counts.as_dict(), changes.describe()
 
     def read_store(self) -> ExtractResult:
         """Fill in what the store says; a complete one gets its final ledger."""
@@ -94,15 +105,17 @@ def logits_stop_message(config: ExtractConfig) -> str:
 def committed_text(path: Path) -> str:
     if not (path / ZARR_JSON).exists():
         return "nothing is encoded yet"
-    job = job_of(path)
+    rows_of = work_path(path)
+    job = job_of(rows_of)
     if job is None:
         return f"all images are committed in {path}"
     total = sum(split.rows for split in job.splits.values())
     planned = sum(
         end - first for _, first, end in list_units(job)
     )  # less than `total` when new images are added
-    rows = total - planned + count_committed(path, job)[0]
-    return f"{rows:,} of {total:,} images are committed in {path}"
+    rows = total - planned + count_committed(rows_of, job)[0]
+    new = "" if rows_of == path else "new "
+    return f"{rows:,} of {total:,} {new}images are committed in {path}"
 
 
 def resume_command(config: ExtractConfig) -> str:

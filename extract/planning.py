@@ -18,7 +18,7 @@ from extract.bit_depth import choose_bit_depth
 from extract.config import ConfigError, ExtractConfig
 from extract.decoding import DecodeJob
 from extract.encode import Encoding, averages_unevenly
-from extract.sources.base import Sample, Samples, Source
+from extract.sources.base import RemovedFile, Sample, Samples, Source
 from extract.teachers import Teacher
 from imaging.decode import FULL_DEPTH
 from store import format as names
@@ -53,10 +53,14 @@ NO_SAMPLES = NoSamples()
 
 @dataclass(frozen=True)
 class RowSamples:
-    """The samples of a split in the store's row order; `order` int64 [N] is None when that is the source's."""
+    """The samples of a split in the store's row order; `order` int64 [N] is None when that is the source's.
+
+    `keys` are the planned ones of a store that is there. Where `order` is below 0 the data set no longer has the sample.
+    """
 
     samples: Samples
     order: npt.NDArray[np.int64] | None = None
+    keys: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.samples) if self.order is None else len(self.order)
@@ -65,12 +69,18 @@ class RowSamples:
         """The samples of rows [first, end)."""
         if self.order is None:
             return self.samples[first:end]
-        return [self.samples.build(int(index)) for index in self.order[first:end]]
+        return [
+            self.samples.build(index) if index >= 0 else Sample(self.keys[row], RemovedFile())
+            for row, index in enumerate(self.order[first:end].tolist(), start=first)
+        ]
 
 
 @dataclass(frozen=True)
 class ExtractTask:
-    """One store to be filled: where, from what, and how."""
+    """One store to be filled: where, from what, and how.
+
+    reused, reused_bad: rows, and bad ones among them, that the store keeps beside those of this task.
+    """
 
     path: Path
     splits: Mapping[str, RowSamples]
@@ -78,6 +88,8 @@ class ExtractTask:
     encoding: Encoding
     manifest: Manifest
     arrays: Sequence[ArraySpec]
+    reused: int = 0
+    reused_bad: int = 0
 
     @property
     def rows(self) -> int:
@@ -248,11 +260,10 @@ def calibration_samples(task: ExtractTask, count: int) -> list[Sample]:
     return list(itertools.chain.from_iterable(samples.between(row, row + 1) for row in rows.tolist()))
 
 
-def in_stored_order(samples: Samples, table: KeyTable) -> tuple[RowSamples, list[str]]:
-    """The samples in the order of a store's keys, and the keys that the data set no longer has."""
+def in_stored_order(samples: Samples, table: KeyTable) -> RowSamples:
+    """The samples in the order of a store's keys."""
     if len(samples) == len(table) and all(a == b for a, b in zip(samples.keys, table, strict=True)):
-        return RowSamples(samples), []
+        return RowSamples(samples, keys=table)
     index = {key: number for number, key in enumerate(samples.keys)}
-    missing = [key for key in table if key not in index]
-    order = np.fromiter((index[key] for key in table if key in index), np.int64)
-    return RowSamples(samples, order), missing
+    order = np.fromiter((index.get(key, -1) for key in table), np.int64, len(table))
+    return RowSamples(samples, order, table)

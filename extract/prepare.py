@@ -1,17 +1,18 @@
-"""The store before the first row: made anew, resumed, extended by new images, or refused."""
+"""The store before the first row: made, resumed, or refused; and what comes after its planned rows."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from console.log import get_logger
+from extract.changes import Changes
 from extract.config import ConfigError, ExtractConfig
 from extract.decoding import decode_samples
 from extract.encode import Encoder
@@ -19,21 +20,23 @@ from extract.existing import (
     FOLDER,
     Unit,
     adopt_rows,
-    check_files,
     check_same,
+    committed_part,
     count_committed,
     job_of,
     list_units,
     record_source,
-    save_snapshots,
 )
+from extract.follow import changes_of, finish_switch, follow, is_rows_store, rows_task, work_path
 from extract.planning import ExtractTask, batch_rows, calibration_samples, shard_rows
 from extract.slabs import Slab
+from extract.sources.base import RemovedFile
+from extract.stamps import annotation_stamp, digest_of, load_stamps, save_stamps, stamps_of
 from extract.teachers import Teacher
 from extract.workers import DecodedBatch
+from store import format as names
 from store.create import create_store
 from store.errors import StoreError
-from store.extend import extend_store
 from store.files import write_json
 from store.finalize import finalize_store
 from store.job import Job
@@ -50,9 +53,9 @@ HALVED_FILE = "out_of_memory.jsonl"
 
 
 def prepare_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> ExtractTask:
-    """Make the store, or check the one that is there; the task with samples in the store's row order.
+    """Make the store, or check the one that is there; the task of the rows that are planned and not encoded yet.
 
-    New images of the data set are planned as new rows once the rows before them are complete.
+    Whatever changed in the data set since they were planned comes after them, see `follow`.
 
     Raises:
         DifferentStore: when the store was made otherwise, with the fields that differ.
@@ -62,12 +65,9 @@ def prepare_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) ->
         delete_store(path)
     if not (path / ZARR_JSON).exists():
         make_store(config, task, teacher)
-    check_same(path, task, open_store(path, allow_incomplete=True).manifest)
+    check_same(path, task, open_store(path, allow_incomplete=True).manifest, config.grid == "auto")
     use_threads(path, teacher)
-    adopted, _ = adopt_rows(task, path)
-    if check_files(path, adopted):
-        save_snapshots(path, adopted)
-    return adopted
+    return rows_task(task) if work_path(path) != path else adopt_rows(task, path)
 
 
 def delete_store(path: Path) -> None:
@@ -97,7 +97,7 @@ def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> No
         if config.shard_range is None or not (task.path / ZARR_JSON).exists():
             raise
         return  # an array job's neighbour has made it, from the same data
-    save_snapshots(task.path, task)
+    save_stamps(task.path / FOLDER, {name: stamps_of(samples)[0] for name, samples in task.splits.items()})
     record_threads(task.path, teacher)
     record_source(task.path, config)
 
@@ -122,22 +122,50 @@ def calibrate(task: ExtractTask, teacher: Teacher, batch_size: int) -> dict[str,
     return {name: channel_scale(values) for name, values in arrays.items() if name in scaled}
 
 
-# -- new images ---------------------------------------------------------------------------------------
+def resume_switch(config: ExtractConfig) -> None:
+    """Finish a switch to a new version that was killed: without it the store counts as incomplete."""
+    if (config.out / ZARR_JSON).exists() and not config.overwrite:
+        with extract_lock(config.out):
+            finish_switch(config.out)
 
 
-def extend(task: ExtractTask) -> ExtractTask | None:
-    """Plan the data set's new images as new rows of a complete store; None when there are none."""
+# -- after the planned rows -----------------------------------------------------------------------------
+
+
+def follow_data(
+    config: ExtractConfig, task: ExtractTask, between: Callable[[], None] = lambda: None
+) -> tuple[ExtractTask | None, Changes]:
+    """`follow`, by one process at a time."""
     with extract_lock(task.path):
-        if job_of(task.path) is None:
-            _, new = adopt_rows(task, task.path)
-            if not new:
-                return None
-            counts = ", ".join(f"{len(keys):,} in {split}" for split, keys in new.items())
-            log.info("%s: new images (%s) are appended", task.path, counts)
-            extend_store(task.path, new)
-    adopted, _ = adopt_rows(task, task.path)
-    save_snapshots(task.path, adopted)
-    return adopted
+        return follow(config, task, between)
+
+
+def warn_of_changes(config: ExtractConfig, task: ExtractTask) -> None:
+    """What `--shard-range` leaves alone: its numbers are those of the shards that were planned first."""
+    changes = changes_of(config, task)
+    if changes.any:
+        log.warning(
+            "%s: the data set has changed: %s. Run the same command without --shard-range: the store follows it",
+            task.path,
+            changes.describe(),
+        )
+
+
+def count_still_bad(task: ExtractTask, job: Job) -> tuple[int, int]:
+    """Committed rows of a job, and the bad ones among them, without those that were repaired or removed since."""
+    rows = bad = 0
+    for split, samples in task.splits.items():
+        stamps = load_stamps(task.path / FOLDER, split, len(samples))
+        flags = committed_part(task.path, job, split, names.VALID)
+        contents = committed_part(task.path, job, split, names.CONTENT)
+        for (first, stop, valid), (_, _, content) in zip(flags, contents, strict=True):
+            rows += stop - first
+            for offset in np.flatnonzero(np.frombuffer(valid, np.bool_) == 0).tolist():
+                (sample,) = samples.between(first + offset, first + offset + 1)
+                same = digest_of(sample) == content[16 * offset : 16 * offset + 16]
+                same = same and annotation_stamp(sample) == tuple(stamps[first + offset, 2:].tolist())
+                bad += same and not isinstance(sample.image, RemovedFile)
+    return rows, bad
 
 
 # -- the end ------------------------------------------------------------------------------------------
@@ -158,7 +186,7 @@ def finalize(path: Path, own_all: bool) -> bool:
         if committed < expected and not own_all:
             log.info("%s: %d of %d rows are committed, other shards are missing", path, committed, expected)
             return False
-        finalize_store(path)
+        finalize_store(path, statistics=not is_rows_store(path))
         return True
 
 

@@ -6,23 +6,26 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from console.files import check_writable
 from console.stop import Stopped, StopRequest
 from extract.config import ExtractConfig
-from extract.existing import Unit, count_committed, job_of, list_units
+from extract.existing import Unit, job_of, list_units
 from extract.inputs import decode_workers, open_data, open_teacher
 from extract.ledger import append_ledger, check_limit
 from extract.outcome import ExtractObserver, ExtractResult, stop_message
 from extract.planning import ExtractTask, make_task
 from extract.prepare import (
     chosen_units,
-    extend,
+    count_still_bad,
     finalize,
+    follow_data,
     merge_units,
     prepare_store,
     record_halving,
+    resume_switch,
+    warn_of_changes,
 )
 from extract.session import Session
+from extract.sources.base import REMOVED
 from extract.teachers import Teacher
 from extract.watchdog import Watchdog
 from store.job import Job
@@ -43,7 +46,6 @@ def run_extraction(
     with own_or(stop) as stop:
         if config.dry_run:
             return dry_run(config, stop)
-        check_writable(config.out, "--out")
         if config.scheduler is not None or len(config.devices) > 1:
             from extract.cluster import run_on_cluster
 
@@ -81,17 +83,23 @@ def own_or(stop: StopRequest | None) -> Iterator[StopRequest]:
 def run_here(config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest) -> ExtractResult:
     """The whole extraction, or its `--shard-range`, in this process on one device."""
     with Watchdog(stop, lambda: stop_message(config)) as watchdog:
+        resume_switch(config)
         source = open_data(config)
         raise_if_stopped(config, stop)
         teacher = open_teacher(config)
         raise_if_stopped(config, stop)
-        task: ExtractTask | None = prepare_store(config, make_task(config, source, teacher), teacher)
+        data = make_task(config, source, teacher)
+        planned: ExtractTask | None = prepare_store(config, data, teacher)
         result = ExtractResult(store=str(config.out))
-        while task is not None:
-            Run(config, task, teacher, observers, stop, watchdog).encode(result)
-            complete = finalize(config.out, own_all=config.shards is None)
-            # Images that came after the plan. Not with --shard-range: its numbers are those of the plan.
-            task = extend(task) if complete and config.shards is None else None
+        while planned is not None:
+            Run(config, planned, teacher, observers, stop, watchdog).encode(result)
+            complete = finalize(planned.path, own_all=config.shards is None)
+            if not complete or config.shards is not None:
+                if complete:
+                    warn_of_changes(config, data)
+                break
+            planned, changes = follow_data(config, data, lambda: raise_if_stopped(config, stop))
+            result.note_changes(changes)
     return result.read_store()
 
 
@@ -123,7 +131,8 @@ class Run:
         job = job_of(self.task.path)
         if job is None:
             return
-        self.done, self.bad = count_committed(self.task.path, job)
+        self.done, self.bad = count_still_bad(self.task, job)
+        self.bad += self.task.reused_bad
         self.total = sum(end - first for _, first, end in list_units(job))
         self.tell()
         with Session(self.task, self.teacher, job.batch_rows, decode_workers(self.config)) as session:
@@ -133,8 +142,8 @@ class Run:
                 self.encode_units(job)
             finally:
                 self.watchdog.give_up = None
-                append_ledger(self.task.path, session.report.bad)
-                record_halving(self.task.path, session.report.halved)
+                append_ledger(self.config.out, session.report.bad)
+                record_halving(self.config.out, session.report.halved)
         result.add(session.report.rows, time.monotonic() - started, session.report.halved)
         result.startup_seconds += (self.first_batch_at or started) - started
 
@@ -152,10 +161,10 @@ class Run:
         self.check_bad()
 
     def check_bad(self) -> None:
-        found = self.session.report.bad
+        found = [bad for bad in self.session.report.bad if bad.reason != REMOVED]
         last = found[-1] if found else None
-        allowed = self.config.allowed_bad(self.total)
-        check_limit(self.bad + len(found), allowed, self.config.max_bad, self.task.path, last)
+        allowed = self.config.allowed_bad(self.total + self.task.reused)
+        check_limit(self.bad + len(found), allowed, self.config.max_bad, self.config.out, last)
 
     def tell(self) -> None:
         for observer in self.observers:

@@ -47,7 +47,7 @@ def add_zero_shot(
         raise ConfigError(f"--logits {config.logits} needs Qwen2.5-VL and a data set with class names")
     calibrate = config.logits != ZERO_SHOT
     scorer = load_zero_shot(str(config.teacher_path), teacher, source.class_names, calibrate=calibrate)
-    task, _ = adopt_rows(make_task(config, source, teacher), config.out)
+    task = adopt_rows(make_task(config, source, teacher), config.out)
     array = logits_array(config.logits, len(source.class_names))
     job = add_arrays(config.out, [array])
     done, total = 0, task.rows

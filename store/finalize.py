@@ -21,7 +21,17 @@ from store.commits import Commit, read_commits
 from store.create import write_keys
 from store.errors import StoreError
 from store.files import PARTIAL, byte_view, disk_errors, read_json, sync_folder, write_json
-from store.format import COMMITS_FOLDER, CONTENT, FEATURES_JOB, SIZES, VALID, WORK_FOLDER, ArraySpec, Manifest
+from store.format import (
+    COMMITS_FOLDER,
+    DIGESTED,
+    FEATURES_JOB,
+    KEY_OFFSETS,
+    KEY_VALUES,
+    VALID,
+    WORK_FOLDER,
+    ArraySpec,
+    Manifest,
+)
 from store.job import (
     DONE,
     Job,
@@ -217,19 +227,23 @@ class Finishing:
     def add_statistics(self) -> None:
         """Mean and standard deviation a channel, true units, valid rows, into the array's attributes."""
         for spec in self.job.arrays:
-            if not spec.scaled or spec.encoding != "plain":
-                continue
-            path = self.folder / spec.name / ZARR_JSON
-            metadata = read_json(path)
-            array = open_array(str(self.store), self.split, spec.name, metadata)
-            valid = None if spec.ragged else MappedArray.open(self.folder, VALID)
-            mean, std, count = channel_statistics(array, valid, self.job.scale_of(spec.name))
-            metadata["attributes"]["statistics"] = {
-                "mean": [float(value) for value in mean],
-                "std": [float(value) for value in std],
-                "count": count,
-            }
-            write_json(path, metadata)
+            if spec.scaled and spec.encoding == "plain":
+                write_statistics(self.store, self.split, spec, self.job.scale_of(spec.name))
+
+
+def write_statistics(store: Path, split: str, spec: ArraySpec, scale: np.ndarray | None) -> None:
+    """Mean and standard deviation [D] of one array, true units, valid rows, into its attributes."""
+    path = store / split / spec.name / ZARR_JSON
+    metadata = read_json(path)
+    array = open_array(str(store), split, spec.name, metadata)
+    valid = None if spec.ragged else MappedArray.open(store / split, VALID)
+    mean, std, count = channel_statistics(array, valid, scale)
+    metadata["attributes"]["statistics"] = {
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "count": count,
+    }
+    write_json(path, metadata)
 
 
 def commit_record(store: Path, split: str) -> dict[str, Checksums]:
@@ -268,12 +282,13 @@ def publish_manifest(store: Path, job: Job) -> None:
 
 
 def digest_of(store: Path, splits: list[str]) -> str:
-    """blake2b-128 over every split's name, keys, sizes and contents, in row order."""
+    """blake2b-128 over every split's name, keys, sizes, contents, validity and targets, in row order."""
     state = blake2b(digest_size=16)
     for split in splits:
         state.update(split.encode() + b"\0")
-        for name in ("keys/values", "keys/offsets", SIZES, CONTENT):
+        for name in (KEY_VALUES, KEY_OFFSETS, *DIGESTED):
             if (store / split / name / ZARR_JSON).exists():
+                state.update(name.encode() + b"\0")
                 array = MappedArray.open(store / split, name)
                 for start in range(0, len(array), 1 << 20):
                     state.update(byte_view(array.slice(start, start + (1 << 20))))

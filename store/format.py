@@ -22,6 +22,7 @@ LOGITS = "logits"  # logits/<name> [N, C] float16
 VALID = "valid"  # [N] bool: false for a bad image, whose features are NaN
 SIZES = "sizes"  # [N, 2] int32: width, height of the original in pixels, after EXIF; 0 when unreadable
 CONTENT = "content"  # [N, 16] uint8: blake2b-128 of the file's bytes
+TARGETS = "targets/"  # what the names of all targets begin with
 LABEL = "targets/label"  # [N] int32: class index; -1 for a row without a label
 IMAGES_FRAMES = (
     "images/frames"  # [N, T, 2] int64: start and length of each frame's JPEG in the clip's encoded bytes
@@ -57,6 +58,18 @@ GRID_RULE = "grid_resampling"
 AREA = "area"
 
 OFFSETS = "offsets"
+# What the manifest's digest covers besides the keys: a changed label is other data, as a changed image is.
+DIGESTED = (
+    SIZES,
+    CONTENT,
+    VALID,
+    LABEL,
+    BOXES,
+    BOX_CLASSES,
+    "targets/boxes/offsets",
+    MASK,
+    "targets/mask/offsets",
+)
 NO_LABEL = -1
 IGNORE_INDEX = 255
 # What everything made with a teacher of random weights says.
@@ -72,7 +85,7 @@ COMMITS_FOLDER = ".commits"
 # Beside them too: how long the extraction took and what the probe measured (not part of the format).
 MEASURED_FILE = ".extract/measured.json"
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*$")]
 
 
 class Model(BaseModel):

@@ -22,6 +22,8 @@ from store.files import read_json, write_json
 from store.format import FEATURES_JOB, REASONS, VALID, WORK_FOLDER, ArraySpec, Model, Name
 from store.layout import Layout
 
+# Folders of .work that are no jobs: a new version of the store, and a store of rows encoded for it (version.py).
+NEXT, ROWS_STORE = "next", "rows"
 CREATING, DONE = ".creating", ".done"  # ends of the names of jobs that are not there yet, or no more
 
 
@@ -117,7 +119,12 @@ def keys_folder(job: Path) -> Path:
 
 
 def locks_folder(store: Path, job: Job) -> Path:
-    return job_folder(store, job.name) / "locks"
+    return locks_of(job_folder(store, job.name))
+
+
+def locks_of(folder: Path) -> Path:
+    """Where the writers of a folder of `.work` keep their locks."""
+    return folder / "locks"
 
 
 def log_path(store: Path, job: Job, split: str, shard: int) -> Path:
@@ -158,6 +165,8 @@ def progress(store: Path, job: Job) -> dict[str, tuple[int, int]]:
 
 def describe_progress(store: Path) -> str:
     """`train 640 of 1000 rows, val 0 of 10 rows` of the features job."""
+    if (store / WORK_FOLDER / NEXT).exists():
+        return "a killed run was putting a new version in its place"
     if FEATURES_JOB not in pending_jobs(store):
         return "no rows are committed"
     done = progress(store, load_job(store, FEATURES_JOB))

@@ -101,8 +101,12 @@ def copy_split(source: RowSource, target: Path, split: str, convert: Callable[[B
 
 
 def with_added(store: Path, original: Manifest) -> Manifest:
-    """The new store's manifest, with the original's memory of arrays that were added later."""
+    """The new store's manifest, with the original's memory of arrays that were added later.
+
+    The digest is the original's: the data are the same, whichever version of this program made it.
+    """
     manifest = parse_manifest(read_root(store), str(store))
     names = {spec.name for spec in manifest.arrays}
     added = tuple(name for name in original.added if name in names)
-    return manifest.model_copy(update={"added": added, "software": original.software})
+    update = {"added": added, "software": original.software, "digest": original.digest or manifest.digest}
+    return manifest.model_copy(update=update)

@@ -26,7 +26,18 @@ from store.format import (
     WORK_FOLDER,
     ArraySpec,
 )
-from store.job import CREATING, DONE, Job, describe_progress, job_folder, load_job, log_path, pending_jobs
+from store.job import (
+    CREATING,
+    DONE,
+    NEXT,
+    ROWS_STORE,
+    Job,
+    describe_progress,
+    job_folder,
+    load_job,
+    log_path,
+    pending_jobs,
+)
 from store.keys import KeyTable
 from store.layout import Layout
 from store.locks import SUFFIX, Owner, is_abandoned, read_owner
@@ -97,8 +108,9 @@ def repair_store(path: str | os.PathLike[str]) -> list[str]:
 def leftovers(folder: Path) -> Iterator[Finding]:
     """Temporary files that no job in progress owns, and locks of dead writers."""
     owned = partial_files_of_jobs(folder)
+    versions = [folder / WORK_FOLDER / name for name in (ROWS_STORE, NEXT, f"{NEXT}{CREATING}")]
     for path in sorted(folder.rglob(f"*{PARTIAL}")):
-        if path not in owned:
+        if path not in owned and not any(version in path.parents for version in versions):
             yield Finding(str(path), "temporary file of an interrupted run", leftover=True)
     for path, owner in lock_files(folder):
         if is_abandoned(path, owner):

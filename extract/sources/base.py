@@ -18,22 +18,12 @@ from PIL import Image
 
 from imaging.clips import ClipFrame
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, read_file
+from imaging.errors import ImageError
 from store.errors import DistillError
-
-MOST_ERROR_CHARACTERS = 2_000
 
 
 class SourceError(DistillError):
-    """The data set cannot be read as asked; the text names the place and the next step.
-
-    A text that is too long, because it shows a value of the data set, is shortened in its middle.
-    """
-
-    def __init__(self, text: str) -> None:
-        if len(text) > MOST_ERROR_CHARACTERS:
-            end = MOST_ERROR_CHARACTERS // 4
-            text = f"{text[: MOST_ERROR_CHARACTERS - end]} … {text[-end:]}"
-        super().__init__(text)
+    """The data set cannot be read as asked; the text names the place and the next step."""
 
 
 class AnnotationError(SourceError):
@@ -288,6 +278,17 @@ class Source:
 
     def __len__(self) -> int:
         return sum(len(samples) for samples in self.parts.values())
+
+
+REMOVED = "no longer in the data set"
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedFile:
+    """In the place of a file that left the data set after it was planned: its row becomes a bad one."""
+
+    def read(self) -> bytes:
+        raise ImageError(REMOVED)
 
 
 def content_digest(data: bytes) -> bytes:

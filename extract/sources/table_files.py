@@ -32,7 +32,8 @@ class ParquetCell:
 
     def read(self) -> bytes:
         try:
-            value = _read_group(self.file, self.column, self.group, os.getpid())[self.row].as_py()
+            changed_ns = os.stat(self.file).st_mtime_ns
+            value = _read_group(self.file, self.column, self.group, os.getpid(), changed_ns)[self.row].as_py()
         except (OSError, ValueError, IndexError) as error:
             raise ImageError(f"row {self.number} cannot be read: {error}") from None
         if isinstance(value, Mapping):
@@ -165,7 +166,7 @@ def split_of_name(file: Path) -> str | None:
 
 
 @lru_cache(maxsize=2)
-def _read_group(file: str, column: str, group: int, process: int) -> Any:
+def _read_group(file: str, column: str, group: int, process: int, changed_ns: int) -> Any:
     """One column of a row group: neighbouring rows are read one after the other."""
     import pyarrow.parquet as pq
 

@@ -1,0 +1,315 @@
+"""A complete store follows its data set: changed samples are encoded, everything else is reused.
+
+1. `find_changes` compares the data set with the store.
+2. Samples whose features are nowhere yet are encoded into a store of their own, `.work/rows`, by the same machinery as
+   any other: it can be interrupted, and shared between devices and machines.
+3. A new version of the store is put together from its own rows and those, and takes its place (store/version.py).
+
+Until the last step the store stays as it was and readable. A run that was killed goes on at the step it was at.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from console.log import get_logger
+from extract.changes import ENCODE, Changes, SplitChange, find_changes, listed
+from extract.config import ExtractConfig
+from extract.existing import FOLDER, adopt_rows, job_of, record_source
+from extract.measured import forget_probe
+from extract.planning import ExtractTask
+from extract.sources.base import Boxes
+from extract.stamps import Stamps, load_stamps, save_stamps
+from store import format as names
+from store.create import create_store
+from store.errors import DistillError
+from store.extend import extend_store, scales_of
+from store.format import ArraySpec
+from store.job import ROWS_STORE
+from store.keys import KeyTable
+from store.metadata import ZARR_JSON, write_manifest
+from store.plan import Plan
+from store.reader import Store, open_store
+from store.version import (
+    RaggedChange,
+    VersionSplit,
+    being_switched,
+    bytes_to_write,
+    can_link,
+    clear_version,
+    drop_rows_store,
+    publish_version,
+    write_version,
+)
+
+log = get_logger("extract")
+
+ZERO_SHOT_LOGITS = (
+    f"{names.LOGITS}/zero-shot"  # and its calibrated form: from image and class names, not from labels
+)
+BOXES_GROUP, MASK_GROUP = "targets/boxes/offsets", "targets/mask/offsets"
+
+
+class NoSpace(DistillError):
+    """The disk has no room for the new version of a store."""
+
+
+def rows_path(path: Path) -> Path:
+    """Where the rows are encoded that a new version of the store needs."""
+    return path / names.WORK_FOLDER / ROWS_STORE
+
+
+def is_rows_store(path: Path) -> bool:
+    """Whether this is such a store: nobody trains from it."""
+    return path.parent.name == names.WORK_FOLDER
+
+
+def work_path(path: Path) -> Path:
+    """The store that is being filled: that of the rows for a new version, or the store itself."""
+    rows = rows_path(path)
+    return rows if (rows / ZARR_JSON).exists() and job_of(rows) is not None else path
+
+
+def finish_switch(path: Path) -> None:
+    """Finish what a killed run had begun: the switch to a new version, or its cleaning up."""
+    if being_switched(path):
+        publish_version(path)
+    elif (path / ZARR_JSON).exists():
+        clear_version(path)
+
+
+def changes_of(
+    config: ExtractConfig, task: ExtractTask, between: Callable[[], None] = lambda: None
+) -> Changes:
+    """What the data set of `task` (all its samples) has otherwise than the complete store at its path."""
+    store, rows = open_store(task.path), rows_path(task.path)
+    encoded = open_store(rows) if (rows / ZARR_JSON).exists() and job_of(rows) is None else None
+    return find_changes(
+        store,
+        encoded,
+        {name: samples.samples for name, samples in task.splits.items()},
+        task.manifest.class_names,
+        [spec for spec in task.arrays if spec.name.startswith(names.TARGETS)],
+        notes=FOLDER,
+        check_content=config.check_content and encoded is None,
+        between=between,
+    )
+
+
+def follow(
+    config: ExtractConfig, task: ExtractTask, between: Callable[[], None] = lambda: None
+) -> tuple[ExtractTask | None, Changes]:
+    """Bring the complete store at `task.path` to what the data set is now, as far as that needs no teacher.
+
+    Returns the task of the rows to encode first, None when the store is as the data set; and what had changed.
+    between: called now and then; may raise to stop.
+    Raises NoSpace before anything is written.
+    """
+    path = task.path
+    finish_switch(path)
+    changes = changes_of(config, task, between)
+    store = open_store(path)
+    if not changes.any:
+        drop_rows_store(path)
+        keep_up(config, task, store, changes)
+        return None, changes
+    if changes.counts.encode:
+        log.info(
+            "%s: the data set has changed: %s. %s to encode, everything else is reused",
+            path,
+            changes.describe(),
+            f"{changes.counts.encode:,} images",
+        )
+        check_space(path, task, store, changes)
+        plan_rows(path, task, store, changes)
+        return rows_task(task), changes
+    log.info("%s: writing the new version of the store: %s", path, changes.describe())
+    check_space(path, task, store, changes)
+    put_together(config, task, store, changes, between)
+    return None, changes
+
+
+def keep_up(config: ExtractConfig, task: ExtractTask, store: Store, changes: Changes) -> None:
+    """The data set is as the store has it: record what else may be new, such as the times of touched files."""
+    if changes.touched:
+        save_stamps(task.path / FOLDER, {name: split.stamps for name, split in changes.splits.items()})
+    record_source(task.path, config)
+    known = {"data_root": task.manifest.data_root, "task": task.manifest.task}
+    if any(getattr(store.manifest, name) != value for name, value in known.items()):
+        write_manifest(task.path, store.manifest.model_copy(update=known))
+
+
+# -- rows to encode -----------------------------------------------------------------------------------
+
+
+def plan_rows(path: Path, task: ExtractTask, store: Store, changes: Changes) -> None:
+    """Plan the store of rows to encode, or more rows in the one that an earlier run has filled."""
+    rows = rows_path(path)
+    wanted = {name: split.to_encode for name, split in changes.splits.items() if len(split.to_encode)}
+    keys = {name: [changes.splits[name].keys[row] for row in some.tolist()] for name, some in wanted.items()}
+    stamps = {name: changes.splits[name].stamps[some] for name, some in wanted.items()}
+    if (rows / ZARR_JSON).exists():
+        encoded = open_store(rows)
+        twice = [
+            key
+            for some in keys.values()
+            for key in some
+            if any(key in part.keys for part in encoded.values())
+        ]
+        other = encoded.manifest.class_names != task.manifest.class_names or {
+            spec.name for spec in encoded.manifest.arrays
+        } - {names.VALID, names.REASONS} != {spec.name for spec in task.arrays}
+        if twice or other:
+            log.warning(
+                "%s: the data set has changed again since rows were encoded: they are encoded again", path
+            )
+            drop_rows_store(path)
+        else:
+            before: dict[str, Stamps] = {
+                name: load_stamps(rows / FOLDER, name, len(part)) for name, part in encoded.items()
+            }
+            extend_store(rows, keys)
+            save_stamps(
+                rows / FOLDER,
+                {n: np.concatenate([before[n], s]) if n in before else s for n, s in stamps.items()},
+            )
+            return
+    manifest = store.manifest
+    scales = scales_of(store, [spec for spec in task.arrays if spec.scaled])
+    create_store(
+        rows,
+        task.manifest,
+        Plan(keys, batch_rows=manifest.batch_rows, shard_rows=manifest.shard_rows),
+        task.arrays,
+        scales={name: np.array(scale, np.float32) for name, scale in scales.items()},
+    )
+    save_stamps(rows / FOLDER, stamps)
+
+
+def rows_task(task: ExtractTask) -> ExtractTask:
+    """The task of the rows that are being encoded for a new version of the store at `task.path`."""
+    rows = rows_path(task.path)
+    adopted = adopt_rows(task, rows)
+    store = open_store(task.path)
+    planned = {key for samples in adopted.splits.values() for key in samples.keys}
+    kept = {key for samples in task.splits.values() for key in samples.samples.keys} - planned
+    bad = [
+        key
+        for split in store.values()
+        for key in (split.keys[row] for row in np.flatnonzero(~split.valid).tolist())
+        if key in kept
+    ]
+    return replace(adopted, reused=len(kept), reused_bad=len(bad))
+
+
+# -- the new version ----------------------------------------------------------------------------------
+
+
+def put_together(
+    config: ExtractConfig, task: ExtractTask, store: Store, changes: Changes, between: Callable[[], None]
+) -> None:
+    """Write the new version of a store, none of whose rows is to be encoded any more, and switch to it."""
+    arrays, dropped = arrays_of(task, store, changes)
+    stamps = {name: split.stamps for name, split in changes.splits.items()}
+    write_version(
+        store,
+        task.manifest,
+        arrays,
+        version_splits(arrays, changes),
+        notes=lambda folder: save_stamps(folder / FOLDER, stamps),
+        between=between,
+    )
+    if dropped:
+        log.warning(
+            "%s: %s dropped, because labels or images have changed: --logits, or `cli probe`, writes them again",
+            task.path,
+            listed(dropped),
+        )
+    forget_probe(task.path)
+    publish_version(task.path)
+    record_source(task.path, config)
+
+
+def arrays_of(task: ExtractTask, store: Store, changes: Changes) -> tuple[list[ArraySpec], list[str]]:
+    """All arrays of the new version, and the names of those that the store has and the new version has not.
+
+    Zero-shot logits are a function of image and class names: they stay where every row was in the store before.
+    """
+    logits = [spec for spec in store.manifest.arrays if spec.name.startswith(f"{names.LOGITS}/")]
+    fresh = [number for number, part in enumerate(changes.parts) if part.fresh]
+    before, now = changes.classes
+    all_old = not any(np.isin(split.part, [ENCODE, *fresh]).any() for split in changes.splits.values())
+    kept = [s for s in logits if all_old and before == now and s.name.startswith(ZERO_SHOT_LOGITS)]
+    return [*task.arrays, *kept], [spec.name for spec in logits if spec not in kept]
+
+
+def version_splits(arrays: Sequence[ArraySpec], changes: Changes) -> Mapping[str, VersionSplit]:
+    wanted = {spec.name for spec in arrays}
+    splits = {}
+    for name, change in changes.splits.items():
+        ragged = {}
+        if names.BOXES in wanted:
+            ragged[BOXES_GROUP] = RaggedChange(change.boxes, boxes_reader(change, changes))
+        if names.MASK in wanted:
+            ragged[MASK_GROUP] = RaggedChange(change.masks, mask_reader(change, changes))
+        splits[name] = VersionSplit(
+            keys=KeyTable.build(change.keys, f"split {name!r}"),
+            sources=[part.split for part in changes.parts],
+            source=change.part,
+            row=change.row,
+            fixed={names.LABEL: change.labels} if names.LABEL in wanted else {},
+            ragged=ragged,
+            invalid=change.invalid,
+        )
+    return splits
+
+
+def image_size(change: SplitChange, changes: Changes, row: int) -> tuple[int, int]:
+    """(width, height) of a row's image; (0, 0) for a bad one."""
+    width, height = changes.parts[int(change.part[row])].sizes[int(change.row[row])].tolist()
+    return width, height
+
+
+def boxes_reader(change: SplitChange, changes: Changes) -> Callable[[int], Mapping[str, np.ndarray]]:
+    def read(row: int) -> Mapping[str, np.ndarray]:
+        size = image_size(change, changes, row)
+        (sample,) = change.samples.between(row, row + 1)
+        boxes = (sample.read_boxes(size) if size[0] else None) or Boxes.of([], [])
+        return {names.BOXES: boxes.values, names.BOX_CLASSES: boxes.classes}
+
+    return read
+
+
+def mask_reader(change: SplitChange, changes: Changes) -> Callable[[int], Mapping[str, np.ndarray]]:
+    def read(row: int) -> Mapping[str, np.ndarray]:
+        size = image_size(change, changes, row)
+        (sample,) = change.samples.between(row, row + 1)
+        return {names.MASK: np.frombuffer((sample.read_mask(size) if size[0] else None) or b"", np.uint8)}
+
+    return read
+
+
+def check_space(path: Path, task: ExtractTask, store: Store, changes: Changes) -> None:
+    """Raises NoSpace when the new version, and the rows encoded for it, do not fit on the disk."""
+    needed = bytes_needed(task, store, changes, linked=can_link(path))
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise NoSpace(
+            f"{path}: the new version of the store needs about {needed / 1e6:,.0f} MB beside the old one, "
+            f"{free / 1e6:,.0f} MB are free: free some space and run the same command again; the store is as it was"
+        )
+
+
+def bytes_needed(task: ExtractTask, store: Store, changes: Changes, *, linked: bool) -> int:
+    """About how many bytes following the changes adds to the disk, until the old version is deleted.
+
+    linked: whether the file system has hard links.
+    """
+    arrays, _ = arrays_of(task, store, changes)
+    needed = bytes_to_write(store, arrays, version_splits(arrays, changes), linked=linked)
+    return needed + changes.counts.encode * sum(spec.row_bytes for spec in arrays if not spec.ragged)
