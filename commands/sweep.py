@@ -142,12 +142,13 @@ def report(
     what distillation gained over the control. Beside it results.csv and results.parquet.
     """
     from console.output import print_json, print_table
-    from train.metrics import label_of
+    from train.metrics import label_of, shown_in_table
     from train.report.build import build_report
 
     made = build_report(folders, out, samples)
     if json_:
         print_json({"report": made.path, "results": made.rows})
         return
-    print_table(made.rows, {name: label_of(name) for name in made.columns})
+    rows = [{name: shown_in_table(name, row) for name in made.columns} for row in made.rows]
+    print_table(rows, {name: label_of(name) for name in made.columns})
     print(f"report: {made.path}")

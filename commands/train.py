@@ -143,7 +143,7 @@ complete_signature(train)
 def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
     """The result on stdout."""
     from console.output import print_json, print_table
-    from train.metrics import label_of
+    from train.metrics import gain_text, label_of, shown_text
 
     if as_json:
         print_json(summary)
@@ -152,9 +152,9 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
     rows = [
         {
             "metric": label_of(name),
-            "distilled": value,
-            "control": control.get("metrics", {}).get(name),
-            "difference": control.get("difference", {}).get(name),
+            "distilled": shown_text(name, value),
+            "control": shown_text(name, control.get("metrics", {}).get(name)),
+            "difference": shown_text(name, control.get("difference", {}).get(name), gain_text),
         }
         for name, value in summary["metrics"].items()
     ]
@@ -185,7 +185,7 @@ def evaluate(
     from console.log import configure_logging
     from console.output import print_json, print_table
     from train.evaluation import evaluate_run
-    from train.metrics import label_of
+    from train.metrics import label_of, shown_text
 
     configure_logging()
     result = evaluate_run(
@@ -194,7 +194,10 @@ def evaluate(
     if json_:
         print_json(result)
         return
-    rows = [{"metric": label_of(name), "value": value} for name, value in result["metrics"].items()]
+    rows = [
+        {"metric": label_of(name), "value": shown_text(name, value)}
+        for name, value in result["metrics"].items()
+    ]
     print_table(rows, ["metric", "value"], f"{result['student']} on {split} ({result['samples']} samples)")
     if result["per_class"]:
         metric = PER_CLASS_METRICS[result["task"]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["share", "number", "count", "seconds", "milliseconds", "megabytes"]
 
@@ -16,6 +16,7 @@ class Metric(NamedTuple):
     higher_is_better: bool | None = True
 
 
+GAIN = "gain_over_control"
 METRICS: dict[str, Metric] = {
     "top1": Metric("top-1 accuracy", "share"),
     "top5": Metric("top-5 accuracy", "share"),
@@ -50,7 +51,7 @@ METRICS: dict[str, Metric] = {
     "validation_samples": Metric("validation samples", "count", None),
     "epochs_done": Metric("epochs", "count", None),
     "best_epoch": Metric("best epoch", "count", None),
-    "gain_over_control": Metric("gain over control", "share"),
+    GAIN: Metric("gain over control", "share"),
 }
 
 # The number that stands for a task's quality: the first that a run has. Higher is better for all of them.
@@ -91,3 +92,24 @@ def gain_text(name: str, difference: float) -> str:
     """A difference with its sign; one that rounds to zero is ±0: its sign would be noise."""
     text = f"{difference:+.2%}" if is_share(name) else f"{difference:+.4f}"
     return text if any(digit in text for digit in "123456789") else text.replace(text[0], "±", 1)
+
+
+def shown_text(name: str, value: Any, text: Callable[[str, float], str] | None = None) -> str | None:
+    """The text of a value that may be missing (None) or no number (as it is)."""
+    if value is None or isinstance(value, (bool, str)):
+        return None if value is None else str(value)
+    return (text or text_of)(name, float(value))
+
+
+def shown_in_table(name: str, row: Mapping[str, Any]) -> str | None:
+    """The text of a cell of a table of runs; a gain is written as the metric that the run is ranked by."""
+    if name != GAIN:
+        return shown_text(name, row.get(name))
+    ranked = headline_of(key for key, value in row.items() if value is not None)
+    return shown_text(ranked or name, row.get(name), gain_text)
+
+
+def heading_of(name: str) -> str:
+    """The label with an arrow that says which way is better, where one is."""
+    better = metric_of(name).higher_is_better
+    return label_of(name) if better is None else f"{label_of(name)} {'↑' if better else '↓'}"

@@ -77,7 +77,7 @@ def render_page(
         sections=[
             (section, [figure_html(f) for f in section.figures if f is not None]) for section in sections
         ],
-        headings=[metrics.label_of(name) for name in columns],
+        headings=[metrics.heading_of(name) for name in columns],
         rows=[[cell(name, row) for name in columns] for row in rows[:TABLE_LIMIT]],
         hidden_rows=max(0, len(rows) - TABLE_LIMIT),
         unfinished=unfinished,
@@ -105,11 +105,7 @@ def cell(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(value, bool):
         return {"text": "yes" if value else "", "sort": int(value)}
     if isinstance(value, float):
-        if name == "gain_over_control":
-            ranked = metrics.headline_of(key for key, found in row.items() if found is not None)
-            text = metrics.gain_text(ranked or name, value)
-        else:
-            text = metrics.text_of(name, value)
+        text = metrics.shown_in_table(name, row)
         return {"text": text, "sort": value}
     if isinstance(value, int):
         return {"text": str(value) if name == "seed" else f"{value:,}", "sort": value}

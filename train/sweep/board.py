@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from console.progress import clock
-from train.metrics import HEADLINE_METRICS, label_of, text_of
+from train.metrics import HEADLINE_METRICS, label_of, metric_of, text_of
 from train.sweep.config import Trial
 from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER, read_json
 
@@ -66,7 +66,7 @@ def best_of(records: Sequence[dict[str, Any]]) -> tuple[str | None, float | None
     for name in HEADLINE_METRICS:
         values = [float(record[name]) for record in records if record.get(name) is not None]
         if values:
-            return name, max(values)
+            return name, (max if metric_of(name).higher_is_better else min)(values)
     return None, None
 
 
