@@ -110,7 +110,11 @@ def load(name: str, command: Command):  # type: ignore[no-untyped-def]
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     text = flowing_text(target.__doc__ or command.help)
     app.command(name, help=text, rich_help_panel=command.panel, context_settings=settings)(target)
-    return typer.main.get_command(app)
+    made = typer.main.get_command(app)
+    for parameter in made.params:
+        if parameter.help:  # `[auto]`, a default, is no markup
+            parameter.help = parameter.help.replace("[", r"\[")
+    return made
 
 
 def flowing_text(docstring: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from backend.errors import OptionError
 from backend.values import as_boolean, as_text, read_text_file, shown
+from console.yaml_text import YamlError, load_yaml_documents
 
 PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\-]*)(?::([^{}]*))?\}")
 ALLOW_VARIABLE = "QWEN_DISTILL_ALLOW_LOCAL_URLS"
@@ -91,13 +92,11 @@ def as_text_of_lines(value: Any) -> str:
 
 def flatten_file(path: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     """(key below `distillation`, value) of every leaf in every document of the file, placeholders resolved."""
-    import yaml
-
     text = read_text_file(path)
     try:
-        documents = list(yaml.safe_load_all(text))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise OptionError(f"not valid YAML: {' '.join(str(error).split())[:300]}") from None
+        documents = list(load_yaml_documents(text))
+    except YamlError as error:
+        raise OptionError(f"not valid YAML: {error}") from None
     for document in documents:
         if document is not None and not isinstance(document, dict):
             raise OptionError(f"expected `key: value` lines, got {shown(document)}")

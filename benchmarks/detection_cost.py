@@ -126,7 +126,8 @@ def train_step(trainer: Any, batch: dict[str, Any]) -> None:
 
     with autocast(torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp, device=trainer.device.type):
         loss, _ = trainer.model(trainer.preprocess_batch(dict(batch)))
-    trainer.scaler.scale(loss.sum()).backward()
+        trainer.loss = loss.sum()
+    trainer.scaler.scale(trainer.loss).backward()
     trainer.take_step()
 
 

@@ -48,7 +48,7 @@ STAGES: dict[str, StageEntry] = {
     "tower": StageEntry("benchmarks.gpu_tower:measure_tower", 130, 90),
     "correctness": StageEntry("benchmarks.gpu_tower:check_correctness", 80, 90),
     "extraction": StageEntry("benchmarks.gpu_extraction:measure_extraction", 150, 150),
-    "training": StageEntry("benchmarks.gpu_training:measure_training", 200, 180),
+    "training": StageEntry("benchmarks.gpu_training:measure_training", 240, 240),
     "distributed": StageEntry("benchmarks.gpu_training:check_distributed", 80, 150),
 }
 
@@ -101,11 +101,12 @@ GOALS: tuple[Goal, ...] = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stage needs to know: the device, whether to use small sizes, and a folder of its own."""
+    """What a stage needs to know: the device, whether to use small sizes or few repetitions, and a folder of its own."""
 
     device: str
     quick: bool
     work: Path
+    brief: bool = False
 
     @property
     def cuda(self) -> bool:
@@ -257,6 +258,9 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes: tests the script, figures mean nothing"
     )
+    parser.add_argument(
+        "--brief", action="store_true", help="real sizes, fewer files and repetitions: about half the time"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated: %(default)s")
     parser.add_argument(
         "--total", type=float, default=TOTAL_S, help="seconds for all stages together (%(default)g)"
@@ -287,7 +291,9 @@ def check_device(device: str) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(words)
     if arguments.stage:
-        run_stage(arguments.stage, Settings(arguments.device, arguments.quick, arguments.work))
+        run_stage(
+            arguments.stage, Settings(arguments.device, arguments.quick, arguments.work, arguments.brief)
+        )
         return 0
     check_device(arguments.device)
     work = arguments.work or Path(tempfile.mkdtemp(prefix="gpu-benchmark-", dir=fast_folder()))
@@ -299,7 +305,10 @@ def main(words: Sequence[str] | None = None) -> int:
             deadline = entry.quick_deadline_s if arguments.quick else entry.deadline_s
             left = arguments.total - (time.monotonic() - started)
             command = [sys.executable, __file__, "--stage", name, "--device", arguments.device]
-            command += ["--work", str(work), *(["--quick"] if arguments.quick else [])]
+            command += ["--work", str(work)]
+            command += [option for option in ("--quick", "--brief") if getattr(arguments, option[2:])]
+            if arguments.device == "cpu":
+                os.environ.setdefault("OMP_NUM_THREADS", "1")
             results[name] = supervise(command, name, max(1.0, min(deadline, left)))
             print(results[name].as_line(), flush=True)
     finally:

@@ -240,7 +240,8 @@ def measure_tower(settings: Settings, note: Note) -> None:
     note(**attention_kernels(settings))
     sizes = ((56, 2), (112, 1)) if settings.quick else ((224, 256), (448, 64))
     shown = (224, 448)
-    for compiled, padded in ((False, False), (False, True), (True, False), (True, True)):
+    variants = ((False, False), (False, True), (True, False), (True, True))
+    for compiled, padded in variants[-1:] if settings.brief else variants:
         label = f"{'compiled' if compiled else 'eager'}{'_padded' if padded else ''}"
         teacher = open_tower(
             settings, sizes[0][0], "auto", compile_tower=compiled and settings.cuda, pad_mlp=padded

@@ -63,6 +63,10 @@ def measure_steps(settings: Settings, note: Note) -> None:
                 kinds[kind] = bare_step(built)
             else:
                 kinds[kind] = loop_step(built, live_features(teacher, grid) if kind == "live" else None)
+            started = time.perf_counter()
+            kinds[kind]()
+            synchronize(settings.device)
+            note(**{f"first_step_{kind}_{name}_s": time.perf_counter() - started})
             memory[kind] = peak_memory_gb(settings, kinds[kind])
         times = time_steps(kinds, settings)
         note(**{f"step_{kind}_{name}_ms": 1e3 * statistics.median(values) for kind, values in times.items()})
@@ -79,6 +83,7 @@ def measure_steps(settings: Settings, note: Note) -> None:
             note(**{f"busy_{name}": busy_share(kinds["stored"])})
             if name == "resnet50":
                 note(syncs_per_step=synchronizations(kinds["stored"]))
+                note(cudnn_tuned_over_heuristic=tuning_gain(kinds["plain"], settings))
         del kinds
         if settings.cuda:
             torch.cuda.empty_cache()
@@ -179,7 +184,7 @@ def live_features(teacher: Any, grid: int) -> Callable[[Any], None]:
 
 def time_steps(kinds: dict[str, Callable[[], None]], settings: Settings) -> dict[str, list[float]]:
     """Seconds of a step of each kind, from blocks of steps that take turns; the device is waited for at a block's end."""
-    rounds, block = (1, 2) if settings.quick else (5, 8)
+    rounds, block = (1, 2) if settings.quick else (2, 4) if settings.brief else (3, 6)
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(rounds + 1):
         for name in kinds if turn % 2 else reversed(kinds):
@@ -196,6 +201,23 @@ def time_steps(kinds: dict[str, Callable[[], None]], settings: Settings) -> dict
 
 def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
     return statistics.median(times[over]) / statistics.median(times[under])
+
+
+def tuning_gain(step: Callable[[], None], settings: Settings) -> float:
+    """Time of a step with cuDNN's tuned kernels over that with those of its heuristics."""
+    before = torch.backends.cudnn.benchmark
+
+    def chosen(tuned: bool) -> Callable[[], None]:
+        def run() -> None:
+            torch.backends.cudnn.benchmark = tuned
+            step()
+
+        return run
+
+    kinds = {"tuned": chosen(True), "heuristic": chosen(False)}
+    times = time_steps(kinds, settings)
+    torch.backends.cudnn.benchmark = before
+    return ratio(times, "tuned", "heuristic")
 
 
 def peak_memory_gb(settings: Settings, step: Callable[[], None]) -> float:
@@ -297,7 +319,7 @@ class Training(NamedTuple):
 
 TRAININGS: dict[str, Training] = {
     "resnet18": Training("classes", "resnet18", 224, {"control": True}),
-    "resnet18_bf16": Training("classes", "resnet18", 224, {"precision": "bf16", "cutmix_alpha": 1.0}),
+    "resnet18_bf16": Training("classes", "resnet18", 224, {"precision": "bf16", "mixup_alpha": 0.2}),
     "resnet18_fp16": Training("classes", "resnet18", 224, {"precision": "fp16"}, cuda_only=True),
     "resnet18_fp32": Training(
         "classes", "resnet18", 224, {"precision": "fp32", "ema_decay": 0.99}, cuda_only=True

@@ -91,9 +91,25 @@ def predict(
                 print(json.dumps(item.record, ensure_ascii=False), flush=True)
     if json_:
         print_json({"run": run, "predictions": records, "bad": bad})
+    print(
+        predict_summary(run, len(begun - {item["file"] for item in bad}), len(bad), out),
+        file=sys.stderr,
+        flush=True,
+    )
     if bad:
         print(f"error: {len(bad)} files could not be read", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def predict_summary(run: Path, predicted: int, skipped: int, out: Path | None) -> str:
+    """What was done, and a command that makes sense next."""
+    text = f"{predicted:,} files predicted" + (f", {skipped:,} skipped" if skipped else "")
+    if out is None:
+        return f"{text}\nnext: the same command with --out FOLDER keeps the predictions and draws them"
+    exported = run.suffix == ".onnx"
+    return f"{text}: predictions.jsonl and pictures in {out}" + (
+        "" if exported else f"\nnext: cli export {run}"
+    )
 
 
 def export(
@@ -152,6 +168,9 @@ def quantize(
     before and after are printed and written to summary.json.
     """
     from console.output import print_json, print_table
+    from train.delivery.packages import require_torchao
+
+    require_torchao()  # before torch and the run are loaded
     from train.delivery.quantize import QuantizeOptions, quantize_student
 
     given = finetuning_options(mode, epochs, learning_rate)

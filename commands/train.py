@@ -12,6 +12,7 @@ import typer
 
 from train.config import TrainConfig, load_config
 from train.errors import ConfigError
+from train.recipes import RECIPES
 from train.rundir import check_run_folder
 
 PANELS = {
@@ -55,7 +56,7 @@ def train(
     """cli train flowers.zarr --student resnet18 --out runs/resnet18
 
     Train one student against stored teacher features; no teacher is needed. What is not given comes from the
-    student's recipe (cli students), then from the defaults shown here.
+    student's recipe (cli students NAME), else from the defaults shown here.
 
     cli train flowers.zarr --student vit-tiny --out runs/vit --epochs 50 --control
 
@@ -100,21 +101,50 @@ def option_parameter(name: str, panel: str) -> inspect.Parameter:
     dashed = name.replace("_", "-")
     is_flag = item.annotation is bool
     declaration = f"--{dashed}/--no-{dashed}" if is_flag else f"--{dashed}"
-    default = None if item.default is None or (is_flag and not item.default) else item.default
-    shown = f" [{default}]" if default not in (None, "") else ""
-    choices = [str(value) for value in get_args(item.annotation) if isinstance(value, str)]
+    choices = choices_of(item.annotation)
     listed = f" {', '.join(choices)}." if choices else ""
     info = typer.Option(
         declaration,
-        help=f"{item.description}{listed}{shown}",
+        help=f"{item.description}{listed}{shown_default(name)}",
         rich_help_panel=panel,
         show_default=False,
-        metavar=None if is_flag else "VALUE",
+        metavar=None if is_flag else type_name(item.annotation),
     )
     kind = bool | None if is_flag else str | None
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info]
     )
+
+
+def choices_of(annotation: Any) -> list[str]:
+    """The texts that a field takes, when it takes no others."""
+    members = [member for kind in (annotation, *get_args(annotation)) for member in get_args(kind)]
+    return list(dict.fromkeys(member for member in members if isinstance(member, str)))
+
+
+def type_name(annotation: Any) -> str:
+    """What a value is, as the other commands' help writes it: `<int>`, `<float>`, `<path>`, `<choice>` or `<str>`."""
+    if choices_of(annotation):
+        return "<choice>"
+    kinds = {annotation, *get_args(annotation)}
+    names = {int: "<int>", float: "<float>", Path: "<path>"}
+    return next((name for kind, name in names.items() if kind in kinds), "<str>")
+
+
+def shown_default(name: str) -> str:
+    """` [0.5]`, or what the recipes say: ` [the student's recipe, 0.0001 for resnet]`; nothing for an absent default."""
+    default = TrainConfig.model_fields[name].default
+    recipes = {kind: recipe.get(name, default) for kind, recipe in RECIPES.items()}
+    kind, first = next(iter(recipes.items()))
+    if any(value != first for value in recipes.values()):
+        return f" [the student's recipe, {default_text(first)} for {kind}]"
+    return "" if first is None or first is False or first == "" else f" [{default_text(first)}]"
+
+
+def default_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def required_parameter(name: str, metavar: str) -> inspect.Parameter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,27 @@ class OutputError(Exception):
     """Something cannot be written; the text says where, why and what to do."""
 
     exit_code: int = 1
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise OutputError when nothing can be written at `path` or into it: before hours of work, not after.
+
+    `path` need not exist; nothing is left behind. `option` is named in the error, like `--out`.
+    """
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    folder = place.parent if place == path.absolute() and not place.is_dir() else place
+    if not folder.is_dir():
+        raise OutputError(f"{option} {path}: {folder} is a file, expected a folder; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OutputError(
+            f"{option} {path}: cannot be written in {folder}: {reason}; choose another place"
+        ) from None
 
 
 @contextlib.contextmanager

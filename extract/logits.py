@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from console.files import check_writable
 from console.log import get_logger
 from console.stop import StopRequest
 from extract.config import ZERO_SHOT, ExtractConfig
@@ -86,6 +87,7 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
         NoLabels: when the training split has fewer than two labelled rows.
     """
     store = open_store(path)
+    check_writable(store.path, "store")
     train = store["train" if "train" in store else max(store.splits, key=lambda name: len(store[name]))]
     labels = labels_of(train)
     usable = train.valid & (labels != names.NO_LABEL)

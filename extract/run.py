@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from console.files import check_writable
 from console.stop import Stopped, StopRequest
 from extract.config import ExtractConfig
 from extract.existing import Unit, job_of, list_units
@@ -46,6 +47,7 @@ def run_extraction(
     with own_or(stop) as stop:
         if config.dry_run:
             return dry_run(config, stop)
+        check_writable(config.out, "--out")
         if config.scheduler is not None or len(config.devices) > 1:
             from extract.cluster import run_on_cluster
 

@@ -85,7 +85,7 @@ COMMITS_FOLDER = ".commits"
 # Beside them too: how long the extraction took and what the probe measured (not part of the format).
 MEASURED_FILE = ".extract/measured.json"
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*$")]
 
 
 class Model(BaseModel):

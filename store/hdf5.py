@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from store.create import KEY_SPECS
 from store.errors import StoreError
 from store.files import PARTIAL, disk_errors, sync_folder
-from store.format import FORMAT_VERSION, ArraySpec, Manifest
+from store.format import FORMAT_VERSION, KEY_OFFSETS, KEY_VALUES, ArraySpec, Manifest
+from store.hdf5_file import MAX_ROW_BYTES, Hdf5Error, find_dataset, open_hdf5_file
 from store.keys import KeyTable
 from store.location import RowArray
 from store.reader import Split, Store, open_store
 from store.transfer import BLOCK_BYTES, Block, copy_store
+
+MOST_SHARD_ROWS = 1 << 24  # of a file from elsewhere: a shard's index is made in memory
 
 
 def store_to_hdf5(path: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
@@ -86,15 +88,13 @@ def hdf5_to_store(file: str | os.PathLike[str], path: str | os.PathLike[str]) ->
 
     Raises StoreError when the file is not one, is damaged, or the store's path is taken.
     """
-    import h5py
-
     source = Path(file)
-    if not source.is_file():
+    if not source.exists():
         raise StoreError(f"{source}: no such file")
     try:
-        opened = h5py.File(source, "r")
-    except OSError as error:
-        raise StoreError(f"{source}: not a readable HDF5 file: {error}") from error
+        opened = open_hdf5_file(source)
+    except Hdf5Error as error:
+        raise StoreError(f"{source}: {error}") from error
     with opened:
         rows = Hdf5Rows(opened, source)
         copy_store(rows, Path(path), rows.manifest.arrays)
@@ -109,6 +109,23 @@ def check_fingerprint(path: str | os.PathLike[str], file: Path, expected: str) -
         )
 
 
+def read_manifest(text: Any, path: Path) -> Manifest:
+    """The manifest in a file's attribute. Raises StoreError for another version and for what is damaged."""
+    try:
+        content = json.loads(text)
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreError(f"{path}: format version {version}, this program reads version {FORMAT_VERSION}")
+        manifest = Manifest.model_validate(content)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{path}: manifest is damaged: {' '.join(str(error).split())[:300]}") from error
+    if manifest.shard_rows > MOST_SHARD_ROWS:
+        raise StoreError(
+            f"{path}: manifest is damaged: shards of {manifest.shard_rows:,} rows, at most {MOST_SHARD_ROWS:,}"
+        )
+    return manifest
+
+
 class Hdf5Rows:
     """The RowSource over an HDF5 file."""
 
@@ -117,28 +134,69 @@ class Hdf5Rows:
         text = file.attrs.get("manifest")
         if text is None:
             raise StoreError(f"{path}: HDF5, but not made by `cli convert STORE FILE.h5` (no manifest in it)")
-        version = json.loads(text).get("format_version")
-        if version != FORMAT_VERSION:
-            raise StoreError(f"{path}: format version {version}, this program reads version {FORMAT_VERSION}")
-        try:
-            self.manifest = Manifest.model_validate_json(text)
-        except ValidationError as error:
-            raise StoreError(f"{path}: manifest is damaged: {error}") from error
-        self.fingerprint = str(file.attrs["fingerprint"])
+        self.manifest = read_manifest(text, path)
+        self.fingerprint = str(file.attrs.get("fingerprint"))
+        self.arrays: dict[str, Any] = {}
+        for split, rows in self.manifest.splits.items():
+            for spec in (*self.manifest.arrays, *KEY_SPECS.values()):
+                self.check_array(split, spec, rows)
         first = next(iter(self.manifest.splits), "")
-        self.scales = {
-            spec.name: self.array(first, spec.name).attrs["scale"]
-            for spec in self.manifest.arrays
-            if spec.scaled
-        }
+        self.scales = {spec.name: self.scale(first, spec) for spec in self.manifest.arrays if spec.scaled}
 
     def array(self, split: str, name: str) -> Any:
-        try:
-            return self.file[f"{split}/{name}"]
-        except KeyError as error:
+        """The data set. Raises StoreError when it is missing or is not read (see `find_dataset`)."""
+        where = f"{split}/{name}"
+        if where not in self.arrays:
+            try:
+                found = find_dataset(self.file, where)
+            except Hdf5Error as error:
+                raise StoreError(f"{self.path}: {error}") from None
+            if found is None:
+                raise StoreError(f"{self.path}: data set {where} is missing; the file is damaged")
+            self.arrays[where] = found
+        return self.arrays[where]
+
+    def check_array(self, split: str, spec: ArraySpec, rows: int) -> None:
+        """Compare a data set with the manifest, before any of its values is read. Raises StoreError."""
+        array = self.array(split, spec.name)
+        if spec.name == KEY_OFFSETS:
+            rows += 1
+        ragged = spec.ragged or spec.name == KEY_VALUES
+        expected = (len(array) if ragged else rows, *spec.row_shape)
+        if array.shape != expected or array.dtype != np.dtype(spec.dtype):
             raise StoreError(
-                f"{self.path}: data set {split}/{name} is missing; the file is damaged"
-            ) from error
+                f"{self.path}: {split}/{spec.name} is {array.dtype} {list(array.shape)}, its manifest says "
+                f"{spec.dtype} {list(expected)}; the file is damaged"
+            )
+        if spec.ragged:
+            self.check_offsets(split, spec, rows, len(array))
+
+    def check_offsets(self, split: str, spec: ArraySpec, rows: int, entries: int) -> None:
+        """Raises StoreError unless the offsets divide `entries` among `rows` rows of a possible size."""
+        offsets = self.array(split, spec.offsets_name)
+        if offsets.shape != (rows + 1,) or offsets.dtype != np.int64:
+            raise StoreError(
+                f"{self.path}: {split}/{spec.offsets_name} is {offsets.dtype} {list(offsets.shape)}, expected "
+                f"int64 [{rows + 1}]; the file is damaged"
+            )
+        values = offsets[:]
+        lengths = np.diff(values)
+        if values[0] != 0 or values[-1] != entries or (lengths < 0).any():
+            raise StoreError(
+                f"{self.path}: {split}/{spec.offsets_name} does not divide the {entries} entries of "
+                f"{spec.name}; the file is damaged"
+            )
+        largest = int(lengths.max(initial=0)) * spec.row_bytes
+        if largest > MAX_ROW_BYTES:
+            raise StoreError(
+                f"{self.path}: {split}/{spec.name} has a row of {largest:,} bytes: the limit is {MAX_ROW_BYTES:,}"
+            )
+
+    def scale(self, split: str, spec: ArraySpec) -> np.ndarray:
+        found = self.array(split, spec.name).attrs.get("scale")
+        if found is None:
+            raise StoreError(f"{self.path}: {split}/{spec.name} has no attribute scale; the file is damaged")
+        return np.asarray(found)
 
     def keys(self, split: str) -> KeyTable:
         return KeyTable(*(self.array(split, name)[:] for name in KEY_SPECS))

@@ -96,9 +96,9 @@ def clip_box(
 def clip_boxes(boxes: Boxes, size: tuple[int, int]) -> tuple[Boxes, int]:
     """The boxes' parts inside an image of `size` (width, height), and how many had none and were dropped."""
     low, high = boxes.values[:, :2], boxes.values[:, 2:]
-    values = np.concatenate([np.maximum(low, 0), np.minimum(high, np.float32(size))], axis=1)
-    kept = (values[:, 2:] > values[:, :2]).all(axis=1)
-    return Boxes(values[kept], boxes.classes[kept]), int(len(kept) - kept.sum())
+    values = np.concatenate([np.maximum(low, 0), np.minimum(high, np.array(size, np.float32))], axis=1)
+    kept = np.all(values[:, 2:] > values[:, :2], axis=1, keepdims=True)[:, 0]
+    return Boxes(values[kept], boxes.classes[kept]), int((~kept).sum())
 
 
 def parse_class_names(value: Any, where: str) -> Names:

@@ -21,9 +21,20 @@ from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, read_file
 from imaging.errors import ImageError
 from store.errors import DistillError
 
+MOST_ERROR_CHARACTERS = 2_000
+
 
 class SourceError(DistillError):
-    """The data set cannot be read as asked; the text names the place and the next step."""
+    """The data set cannot be read as asked; the text names the place and the next step.
+
+    A text that is too long, because it shows a value of the data set, is shortened in its middle.
+    """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MOST_ERROR_CHARACTERS:
+            end = MOST_ERROR_CHARACTERS // 4
+            text = f"{text[: MOST_ERROR_CHARACTERS - end]} … {text[-end:]}"
+        super().__init__(text)
 
 
 class AnnotationError(SourceError):

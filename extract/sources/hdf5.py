@@ -8,6 +8,7 @@ come from `class_names`, the attribute `class_names` of the file or the labels, 
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from extract.sources.annotations import Labels
 from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
 from extract.sources.listing import Progress, make_key
 from extract.sources.splitting import SPLIT_NAMES
+from imaging.decode import MOST_PIXELS
 from imaging.errors import ImageError
+from store.hdf5_file import Hdf5Error, find_dataset, find_object, open_hdf5_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,9 @@ class Hdf5Image:
 
     def read(self) -> bytes:
         try:
-            value = _open(self.file, os.getpid(), os.stat(self.file).st_mtime_ns)[self.dataset][self.row]
-        except (OSError, KeyError, ValueError) as error:
+            changed_ns = os.stat(self.file).st_mtime_ns
+            value = _open(self.file, self.dataset, os.getpid(), changed_ns)[self.row]
+        except (OSError, KeyError, ValueError, MemoryError, Hdf5Error) as error:
             raise ImageError(f"row {self.row} of {self.dataset} cannot be read: {error}") from None
         if isinstance(value, bytes):
             return value
@@ -82,20 +86,27 @@ def open_hdf5(
     progress: Progress | None = None,
 ) -> Source:
     """Open an HDF5 file. `images`, `labels`: names of the data sets. Raises SourceError."""
-    import h5py
-
     try:
-        with h5py.File(path, "r") as file:
-            groups = {"": file} if images in file else {n: file[n] for n in file if n.lower() in SPLIT_NAMES}
-            groups = {name: group for name, group in groups.items() if images in group}
+        with open_hdf5_file(path) as file:
+            groups = split_groups(file, images)
             if not groups:
                 raise SourceError(
                     f"{path}: no data set {images!r}, neither at the top nor in train, val, test"
                 )
             given = class_names if class_names is not None else stored_names(file, groups, labels)
             return read_groups(path, groups, images, labels, Labels(given), progress)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read as HDF5: {error}") from None
+    except Hdf5Error as error:
+        raise SourceError(f"{path}: {error}") from None
+    except (OSError, MemoryError) as error:
+        raise SourceError(f"{path}: cannot be read as HDF5: {' '.join(str(error).split())}") from None
+
+
+def split_groups(file: Any, images: str) -> dict[str, Any]:
+    """Split name → group that holds `images`; the file itself, under an empty name, when they are at the top."""
+    if find_object(file, images) is not None:
+        return {"": file}
+    groups = {name: find_object(file, name) for name in file if name.lower() in SPLIT_NAMES}
+    return {name: group for name, group in groups.items() if find_object(group, images) is not None}
 
 
 def read_groups(
@@ -104,17 +115,17 @@ def read_groups(
     columns, keys = {}, {}
     for name, group in groups.items():
         where = f"{path}:/{name}"
-        count = check_images(group[images], where)
+        count = check_images(find_dataset(group, images), where)
         keys[name] = read_keys(group, name, count, where)
-        if labels in group:
-            columns[name] = read_labels(group[labels], count, names, where)
+        if (values := find_dataset(group, labels)) is not None:
+            columns[name] = read_labels(values, count, names, where)
         if progress is not None:
             progress(sum(len(part) for part in keys.values()))
     classes = names.finish(str(path))
     parts: dict[str, Samples] = {}
     for name in groups:
-        values = columns.get(name)
-        numbers = None if values is None else np.array([names.number(value) for value in values], np.int32)
+        column = columns.get(name)
+        numbers = None if column is None else np.array([names.number(value) for value in column], np.int32)
         split = SPLIT_NAMES.get(name.lower(), "train")
         parts[split] = Hdf5Samples(str(path), f"{name}/{images}".lstrip("/"), keys[name], numbers)
     task = "classification" if classes else "features"
@@ -132,6 +143,12 @@ def check_images(dataset: Any, where: str) -> int:
             f"{where}: {dataset.name} is {dtype} {list(shape)}: expected uint8 [N, H, W, 3], [N, 3, H, W], "
             "[N, H, W], or encoded files (variable-length uint8 [N])"
         )
+    pixels = math.prod(shape[1:]) // (1 if grey or encoded else min(shape[1], shape[-1]))
+    if pixels > MOST_PIXELS:
+        raise SourceError(
+            f"{where}: {dataset.name} has images of {pixels:,} pixels (shape {list(shape)}): "
+            f"the limit is {MOST_PIXELS:,}"
+        )
     return int(shape[0])
 
 
@@ -141,12 +158,12 @@ def is_channels_first(shape: Sequence[int]) -> bool:
 
 def read_keys(group: Any, prefix: str, count: int, where: str) -> list[str]:
     start = f"{prefix}/" if prefix else ""
-    if "keys" not in group:
+    dataset = find_dataset(group, "keys")
+    if dataset is None:
         return [f"{start}{row:09d}" for row in range(count)]
-    keys = [make_key(start + as_text(value)) for value in group["keys"][()]]
-    if len(keys) != count:
-        raise SourceError(f"{where}: {len(keys)} keys, but {count} images")
-    return keys
+    if dataset.shape != (count,):
+        raise SourceError(f"{where}: {math.prod(dataset.shape)} keys, but {count} images")
+    return [make_key(start + as_text(value)) for value in dataset[()]]
 
 
 def read_labels(dataset: Any, count: int, names: Labels, where: str) -> list[str | int | None]:
@@ -163,7 +180,8 @@ def read_labels(dataset: Any, count: int, names: Labels, where: str) -> list[str
 
 def stored_names(file: Any, groups: dict[str, Any], labels: str) -> list[str] | None:
     """The attribute `class_names` of the file, of a group, or of its labels."""
-    holders = [file, *groups.values(), *(group[labels] for group in groups.values() if labels in group)]
+    columns = (find_dataset(group, labels) for group in groups.values())
+    holders = [file, *groups.values(), *(column for column in columns if column is not None)]
     found = next((holder.attrs["class_names"] for holder in holders if "class_names" in holder.attrs), None)
     return None if found is None else [as_text(name) for name in found]
 
@@ -173,8 +191,12 @@ def as_text(value: Any) -> str:
 
 
 @lru_cache(maxsize=4)
-def _open(file: str, process: int, changed_ns: int) -> Any:
-    """An open file for this process, as it is now: handles do not survive a fork, and processes of a cluster live on."""
-    import h5py
+def _open(file: str, dataset: str, process: int, changed_ns: int) -> Any:
+    """A data set opened by this process, as it is now: handles do not survive a fork, and processes of a cluster live on.
 
-    return h5py.File(file, "r")
+    Raises Hdf5Error.
+    """
+    found = find_dataset(open_hdf5_file(file), dataset)
+    if found is None:
+        raise Hdf5Error(f"{dataset} is no longer there")
+    return found

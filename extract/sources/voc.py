@@ -53,7 +53,26 @@ def open_voc(
         raise SourceError(f"no objects in any XML file of {root}")
     index = {name: number for number, name in enumerate(names)}
     parts = {split: make_samples(root, members, objects, index) for split, members in splits.items()}
-    return Source(kind="voc", root=str(root), task="detection", class_names=names, parts=parts)
+    return Source(
+        kind="voc",
+        root=str(root),
+        task="detection",
+        class_names=names,
+        parts=parts,
+        notes=count_unannotated(splits),
+    )
+
+
+def count_unannotated(splits: Mapping[str, list[VocImage]]) -> tuple[str, ...]:
+    """A note on the images without an XML file, which may be background or may have been forgotten."""
+    members = {image.path: image for images in splits.values() for image in images}
+    missing = sorted(path for path, image in members.items() if image.xml is None)
+    if not missing:
+        return ()
+    return (
+        f"{len(missing):,} of {len(members):,} images have no XML file (first: {missing[0]}): taken as images without "
+        "objects",
+    )
 
 
 def make_samples(

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
+from console.yaml_text import load_yaml
 from extract.sources.annotations import parse_class_names
 from extract.sources.base import (
     AnnotationError,
@@ -157,13 +157,21 @@ def find_yaml(folder: Path) -> Path | None:
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise SourceError(f"{folder} has several data-set yaml files ({names}): give the path of one")
-    return found[0] if found else None
+    if found:
+        return found[0]
+    for name in (
+        "data.yaml",
+        "data.yml",
+    ):  # the usual name: a file that cannot be read is reported, not passed over
+        if (folder / name).exists():
+            read_yaml(folder / name)
+    return None
 
 
 def read_yaml(file: Path) -> Mapping[str, Any]:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        settings = load_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise SourceError(f"{file}: cannot be read as yaml: {' '.join(str(error).split())}") from None
     if not isinstance(settings, Mapping):
         raise SourceError(f"{file}: expected `names:`, `train:`, `val:` …, got {type(settings).__name__}")

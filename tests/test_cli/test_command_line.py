@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import cli
+from train.errors import ConfigError
+from train.students.names import parse_student_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -163,3 +166,33 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = run_cli("inspect", str(tmp_path / "nothing.zarr"), "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_help_shows_types_and_the_recipes_defaults() -> None:
+    """Defaults stand in square brackets, which rich would otherwise take for markup and drop."""
+    environment = {**os.environ, "COLUMNS": "200"}
+    shown = {
+        name: subprocess.run(
+            [sys.executable, "-m", "cli", name, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        ).stdout
+        for name in ("train", "extract")
+    }
+    for line in (
+        r"--learning-rate +<float> +Peak learning rate\. \[the student's recipe, 0\.0001 for resnet\]",
+        r"--optimizer +<choice> +.*adamw, adam, sgd\. \[the student's recipe, adamw for resnet\]",
+        r"--epochs +<int> +.*\[100\]",
+        r"--student-path +<path>",
+        r"--mixup-alpha +<float> +.*\[0\]",
+    ):
+        assert re.search(line, shown["train"]), line
+    assert re.search(r"--resize +<str> +squash, letterbox or center-crop\. \[squash\]", shown["extract"])
+
+
+def test_a_family_without_a_size_lists_its_sizes() -> None:
+    for name in ("unet", "UNET/"):
+        with pytest.raises(ConfigError, match="needs a size: one of unet/small, unet/medium, unet/large"):
+            parse_student_name(name)

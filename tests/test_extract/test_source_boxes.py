@@ -148,8 +148,13 @@ def test_annotations_made_to_exhaust_memory_or_stack(tmp_path: Path) -> None:
     bomb = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
         f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 8)}]\n" for n in range(12)
     )
-    with pytest.raises(SourceError, match=r"expected a text|expected a list"):
+    with pytest.raises(SourceError, match=r"aliases \(\*name\) repeat so much") as raised:
         open_source(yolo(tmp_path / "1", bomb + "names: *m\ntrain: images\n"))
+    assert len(str(raised.value)) < 500
+    for number, names in enumerate(['["' + "n" * 3_000_000 + '", 7, [1]]', "{" + "x, " * 50_000 + "y: 1}"]):
+        with pytest.raises(SourceError) as raised:
+            open_source(yolo(tmp_path / f"long{number}", f"names: {names}\ntrain: images\n") / "data.yaml")
+        assert len(str(raised.value)) < 2_100
     with pytest.raises(SourceError, match="cannot be read as yaml"):
         open_source(yolo(tmp_path / "2", "names: " + "[" * 5000) / "data.yaml")
     (tmp_path / "deep.json").write_text('{"images": ' + "[" * 100_000)
@@ -335,3 +340,14 @@ def test_every_class_of_boxes_is_in_both_splits(tmp_path: Path) -> None:
         found = {int(number) for sample in samples for number in sample.read_boxes((24, 16)).classes}
         assert found == set(range(11))
     assert len(splits["val"]) == 10
+
+
+def test_voc_images_without_an_annotation_are_counted(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    assert open_source(tmp_path).notes == ()
+    (tmp_path / "Annotations/000003.xml").unlink()
+    source = open_source(tmp_path)
+    assert source.notes == (
+        "1 of 11 images have no XML file (first: JPEGImages/000003.png): taken as images without objects",
+    )
+    assert len(source) == 11

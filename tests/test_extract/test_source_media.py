@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import av
@@ -384,9 +385,115 @@ def test_hdf5_errors(tmp_path: Path, datasets: dict[str, object], message: str) 
         open_source(hdf5(tmp_path / "x.h5", **datasets))
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("external storage", "/images has its values in another file, .*secret.bin'"),
+        ("external link", "images is an external link to .*secret.h5': other files are not read"),
+        ("soft link to an external link", "images is an external link to .*secret.h5'"),
+        ("external labels", "labels is an external link to .*secret.h5'"),
+        ("external keys", "keys is an external link to .*secret.h5'"),
+        ("external group", "train is an external link to .*secret.h5'"),
+        ("link to a pipe", "images is an external link to .*pipe'"),
+        ("virtual", "/images is a virtual data set, made of parts of other files"),
+        ("unlimited virtual of a pipe", "/images is a virtual data set, made of parts of other files"),
+        ("huge rows", r"rows of 10,800,000,000 bytes \(shape \[1, 60000, 60000, 3\]\): the limit is"),
+        ("huge images", "images of 324,000,000 pixels .*: the limit is 178,956,970"),
+        ("huge chunks", "chunks of 2,160,000,000 bytes: the limit is"),
+        ("never written", r"shape \[1000000000, 16, 24, 3\].* at most 0 were ever written"),
+        ("contiguous, never written", "at most 0 were ever written"),
+        ("labels never written", "/labels has shape .* at most 0 were ever written"),
+        ("unknown filter", r"compressed by filter 32015 \(without a name\), which is not available here"),
+        ("cycle", "more than 16 soft links"),
+    ],
+)
+def test_hdf5_of_other_files_and_impossible_sizes_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+    (tmp_path / "secret.bin").write_bytes(stack(2).tobytes())
+    hdf5(tmp_path / "secret.h5", images=stack(2), labels=[0, 1], keys=[b"a", b"b"])
+    os.mkfifo(tmp_path / "pipe")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        write_hostile_hdf5(file, kind, tmp_path)
+    with pytest.raises(SourceError, match=message) as raised:
+        open_source(tmp_path / "x.h5")
+    assert "\n" not in str(raised.value)
+
+
+def write_hostile_hdf5(file: h5py.File, kind: str, folder: Path) -> None:
+    secret, large = str(folder / "secret.h5"), {"dtype": "uint8", "chunks": (1, 64, 64, 3)}
+    if kind == "external storage":
+        values = str(folder / "secret.bin")
+        file.create_dataset("images", (2, 16, 24, 3), "uint8", external=[(values, 0, h5py.h5f.UNLIMITED)])
+    elif kind == "external link":
+        file["images"] = h5py.ExternalLink(secret, "/images")
+    elif kind == "link to a pipe":
+        file["images"] = h5py.ExternalLink(str(folder / "pipe"), "/images")
+    elif kind == "soft link to an external link":
+        file["elsewhere"] = h5py.ExternalLink(secret, "/")
+        file["images"] = h5py.SoftLink("/elsewhere/images")
+    elif kind == "external group":
+        file["train"] = h5py.ExternalLink(secret, "/")
+    elif kind in ("external labels", "external keys"):
+        name = kind.removeprefix("external ")
+        file["images"], file[name] = stack(2), h5py.ExternalLink(secret, f"/{name}")
+    elif kind == "virtual":
+        layout = h5py.VirtualLayout((2, 16, 24, 3), "uint8")
+        layout[:] = h5py.VirtualSource(secret, "images", shape=(2, 16, 24, 3))
+        file.create_virtual_dataset("images", layout)
+    elif kind == "unlimited virtual of a pipe":
+        endless = h5py.h5s.UNLIMITED
+        layout = h5py.VirtualLayout((2, 16, 24, 3), "uint8", maxshape=(None, 16, 24, 3))
+        source = h5py.VirtualSource(
+            str(folder / "pipe"), "images", shape=(2, 16, 24, 3), maxshape=(None, 16, 24, 3)
+        )
+        layout[0:endless] = source[0:endless]
+        file.create_virtual_dataset("images", layout)
+    elif kind == "huge rows":
+        file.create_dataset("images", (1, 60_000, 60_000, 3), **large)
+    elif kind == "huge images":
+        file.create_dataset("images", (1, 18_000, 18_000, 3), "uint8", chunks=(1, 18_000, 18_000, 3))
+        file["images"].id.write_direct_chunk((0, 0, 0, 0), b"\0")
+    elif kind == "huge chunks":
+        file.create_dataset("images", (1000, 600, 1200, 3), "uint8", chunks=(1000, 600, 1200, 3))
+    elif kind == "never written":
+        file.create_dataset("images", (1_000_000_000, 16, 24, 3), "uint8", chunks=(1, 16, 24, 3))
+    elif kind == "contiguous, never written":
+        file.create_dataset("images", (1_000_000_000, 16, 24, 3), "uint8")
+    elif kind == "labels never written":
+        file["images"] = stack(2)
+        file.create_dataset("labels", (1 << 40,), "int64", chunks=(1024,))
+    elif kind == "unknown filter":
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((1, 16, 24, 3))
+        properties.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (3,))  # Zstandard
+        space = h5py.h5s.create_simple((2, 16, 24, 3))
+        images = h5py.h5d.create(file.id, b"images", h5py.h5t.STD_U8LE, space, properties)
+        for row in range(2):
+            images.write_direct_chunk((row, 0, 0, 0), b"compressed elsewhere")
+    elif kind == "cycle":
+        file["images"], file["again"] = h5py.SoftLink("/again"), h5py.SoftLink("/images")
+
+
+def test_hdf5_with_soft_links_inside_the_file(tmp_path: Path) -> None:
+    path = hdf5(tmp_path / "x.h5", **{"raw/pixels": stack(2), "raw/classes": [1, 0]})
+    with h5py.File(path, "r+") as file:
+        file["train/images"] = h5py.SoftLink("/raw/pixels")
+        file["train/labels"] = h5py.SoftLink("/raw/classes")
+    samples = open_source(path, val_fraction=0).splits()["train"]
+    assert [sample.label for sample in samples] == [1, 0]
+    np.testing.assert_array_equal(np.asarray(decode_image(samples[1].read())), picture(1))
+
+
+def test_an_hdf5_file_that_is_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.h5")
+    with pytest.raises(SourceError):
+        open_source(tmp_path / "x.h5")
+    with pytest.raises(SourceError, match="not a regular file"):
+        open_source(tmp_path / "x.h5", kind="hdf5")
+
+
 def test_hdf5_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.h5").write_bytes(b"nonsense")
-    with pytest.raises(SourceError, match="cannot be read as HDF5"):
+    with pytest.raises(SourceError, match="not a readable HDF5 file"):
         open_source(tmp_path / "x.h5")
     with pytest.raises(SourceError, match="holds HDF5 files: give the path of one"):
         open_source(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -326,3 +327,91 @@ def test_zstd_written_directly_resumes(tmp_path: Path) -> None:
     write_rows(tmp_path / "b.zarr", "train")
     finalize_store(tmp_path / "b.zarr")
     assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "b.zarr")
+
+
+def hostile_hdf5(path: Path, kind: str, secret: Path) -> None:
+    """Replace `train/sizes` of a file of a store by what would read another file, or too much memory."""
+    with h5py.File(path, "r+") as file:
+        shape, dtype, name = file["train/sizes"].shape, file["train/sizes"].dtype, "train/sizes"
+        del file[name]
+        if kind == "external storage":
+            file.create_dataset(name, shape, dtype, external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+        elif kind == "external link":
+            file[name] = h5py.ExternalLink(str(secret), "/train/sizes")
+        elif kind == "soft link to an external link":
+            file["elsewhere"] = h5py.ExternalLink(str(secret), "/")
+            file[name] = h5py.SoftLink("/elsewhere/train/sizes")
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout(shape, dtype)
+            layout[:] = h5py.VirtualSource(str(secret), "train/sizes", shape=shape)
+            file.create_virtual_dataset(name, layout)
+        elif kind == "never written":
+            file.create_dataset(name, shape, dtype, chunks=(8, 2))
+        elif kind == "other shape":
+            file[name] = np.zeros((shape[0] + 1, 2), dtype)
+        else:
+            file.create_dataset(name, (shape[0], 60_000, 60_000), dtype, chunks=(1, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("external storage", "train/sizes has its values in another file"),
+        ("external link", "train/sizes is an external link to .*: other files are not read"),
+        ("soft link to an external link", "is an external link to .*: other files are not read"),
+        ("virtual", "train/sizes is a virtual data set"),
+        ("never written", "of which at most 0 were ever written"),
+        ("other shape", r"train/sizes is int32 \[71, 2\], its manifest says int32 \[70, 2\]"),
+        ("huge rows", "has rows of 14,400,000,000 bytes"),
+    ],
+)
+def test_hdf5_of_other_files_and_impossible_sizes_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+    path = full_store(tmp_path / "s.zarr", rows=70)
+    store_to_hdf5(path, tmp_path / "s.h5")
+    secret = tmp_path / "secret.h5"
+    secret.write_bytes((tmp_path / "s.h5").read_bytes())
+    hostile_hdf5(tmp_path / "s.h5", kind, secret)
+    with pytest.raises(StoreError, match=message) as raised:
+        hdf5_to_store(tmp_path / "s.h5", tmp_path / "t.zarr")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "t.zarr").exists()
+
+
+def test_hdf5_soft_links_inside_the_file_are_followed(tmp_path: Path) -> None:
+    path = full_store(tmp_path / "s.zarr", rows=70)
+    store_to_hdf5(path, tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "r+") as file:
+        file.move("train/sizes", "moved/sizes")
+        file["train/sizes"] = h5py.SoftLink("/moved/sizes")
+    hdf5_to_store(tmp_path / "s.h5", tmp_path / "t.zarr")
+    assert open_store(tmp_path / "t.zarr").fingerprint == open_store(path).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: "no JSON", "manifest is damaged"),
+        (lambda m: "[1]", "manifest is damaged"),
+        (lambda m: json.dumps(m | {"shard_rows": 2**50}), "manifest is damaged: shards of"),
+        (
+            lambda m: json.dumps(m | {"arrays": [{"name": "../../outside", "dtype": "uint8"}, *m["arrays"]]}),
+            "manifest is damaged: .*outside",
+        ),
+    ],
+)
+def test_hdf5_with_a_damaged_manifest(tmp_path: Path, change: Any, message: str) -> None:
+    store_to_hdf5(full_store(tmp_path / "s.zarr", rows=70), tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "r+") as file:
+        file.attrs["manifest"] = change(json.loads(file.attrs["manifest"]))
+    with pytest.raises(StoreError, match=message) as raised:
+        hdf5_to_store(tmp_path / "s.h5", tmp_path / "t.zarr")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "t.zarr").exists()
+
+
+def test_hdf5_with_offsets_that_do_not_fit(tmp_path: Path) -> None:
+    store_to_hdf5(full_store(tmp_path / "s.zarr", rows=70), tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "r+") as file:
+        file["train/reasons/offsets"][5] = 2**40
+    with pytest.raises(StoreError, match="train/reasons/offsets does not divide the"):
+        hdf5_to_store(tmp_path / "s.h5", tmp_path / "t.zarr")

@@ -149,11 +149,11 @@ def test_what_cannot_be_delivered_is_one_line(
         ("predict", run_folder, tmp_path / "empty"): "no image or video files in it",
         ("predict", run_folder, pictures, "--device", "gpu"): "expected auto, cpu, cuda or cuda:N",
         ("predict", tmp_path / "nothing", pictures): "no such run or file",
-        ("predict", run_folder, pictures, "--out", tmp_path / "file/x"): "cannot be created",
+        ("predict", run_folder, pictures, "--out", tmp_path / "file/x"): "is a file, expected a folder",
         ("predict", run_folder, pictures, "--out", tmp_path / "file"): "is a file, expected a folder",
         ("predict", run_folder, pictures / "0.png", "--out", pictures): "0.png, an input, and pictures",
         ("export", tmp_path / "nothing"): "no such checkpoint",
-        ("export", run_folder, "--out", tmp_path / "file/x.onnx"): "file: is a file, expected a folder",
+        ("export", run_folder, "--out", tmp_path / "file/x.onnx"): "file is a file, expected a folder",
         ("export", run_folder, "--images", tmp_path / "empty"): "no image files in it",
         ("export", run_folder, "--out", tmp_path / "empty"): "is a folder, expected a file: name one in it",
         ("export", run_folder, "--images", tmp_path / "file"): "--images: " + str(tmp_path / "file"),
@@ -230,6 +230,20 @@ def test_ctrl_c_says_what_was_predicted(
         predict(run_folder, [str(pictures)], tmp_path / "out")
     assert caught.value.exit_code == 130
     assert len((tmp_path / "out/predictions.jsonl").read_text().splitlines()) == 1
+
+
+def test_predict_ends_with_what_was_done_and_the_next_command(
+    run_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from commands.deliver import predict
+
+    predict(run_folder, [str(pictures)], tmp_path / "out")
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 3, "stdout is one line of JSON for each file"
+    done = f"3 files predicted: predictions.jsonl and pictures in {tmp_path / 'out'}"
+    assert printed.err.endswith(f"{done}\nnext: cli export {run_folder}\n")
+    predict(run_folder, [str(pictures)])
+    assert "next: the same command with --out FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.slow

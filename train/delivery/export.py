@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from console.files import whole_file
+from console.files import check_writable, whole_file
 from train.delivery.inputs import run_folder, sample_inputs
 from train.delivery.model import ModelCard, TorchModel, open_student
 from train.delivery.program import OPSET, write_onnx, write_torch_export
@@ -52,6 +52,7 @@ def export_student(
         DeliveryError: unknown run, an operator that cannot be exported, outputs that differ by more than the
             tolerance. Nothing is left at `out` then.
     """
+    check_writable(out or run_folder(run), "--out")
     student, card = open_student(run)
     default = f"{file_name(card.student)}{SUFFIXES[format]}"
     path = out or run_folder(run) / default

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from train.delivery.model import ModelCard, OnnxModel
+from train.delivery.packages import require_torchao
 from train.delivery.program import OPSET, add_card, exporting, quiet
 from train.errors import DeliveryError
 from train.students.base import Student
@@ -88,10 +89,9 @@ def shuffled_convolution(up: nn.ConvTranspose2d) -> nn.Sequential:
 
 
 def import_torchao() -> Any:
-    try:
-        import torchao.quantization.pt2e as pt2e
-    except ImportError:
-        raise DeliveryError("quantising needs torchao: pip install torchao") from None
+    require_torchao()
+    import torchao.quantization.pt2e as pt2e
+
     return pt2e
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from console.files import whole_file, writing
+from console.files import check_writable, whole_file, writing
 from imaging.errors import ImageError
 from imaging.video import VideoFrame, iterate_frames
 from train.delivery.clips import find_clips, predict_clip
@@ -71,6 +71,8 @@ def predict_files(
         raise DeliveryError(
             "--every and --fps both say which frames of a video are predicted: pass one of them"
         )
+    if out is not None:
+        check_writable(out, "--out")
     model = open_model(run, device)
     clips = model.card.task == "sequence"
     files = find_clips(inputs) if clips else find_pictures(inputs)

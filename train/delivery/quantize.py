@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from console.files import whole_file
+from console.files import check_writable, whole_file
 from console.log import get_logger
 from store import open_store
 from train.config import TrainConfig
@@ -31,6 +31,7 @@ from train.delivery.int8 import (
     write_int8,
 )
 from train.delivery.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
+from train.delivery.packages import require_torchao
 from train.delivery.program import OPSET, write_onnx
 from train.errors import DeliveryError
 from train.resolve import open_split
@@ -69,6 +70,8 @@ def quantize_student(
     `out` is the folder to write, None one in the run's. Returns (and writes to its summary.json) metrics, size and latency of each.
     Raises DeliveryError: unknown run, a store of other classes, a student that cannot be quantised.
     """
+    require_torchao()
+    check_writable(out or run_folder(run), "--out")
     student, card = open_student(run)
     check_quantizable(student, card)
     config = run_options(run).replace(store=Path(store_path))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from console.files import whole_file
+from console.files import check_writable, whole_file
 from console.log import get_logger
 from store import Store, open_store
 from store.errors import StoreError
@@ -56,6 +56,7 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
         ReportError: a folder is neither run nor sweep, nothing in them has finished, or `out` is no page's name.
     """
     path = page_path(out) if out is not None else folders[0] / "report.html"
+    check_writable(path, "--out")
     collection = collect(folders)
     make_folder(path.parent)
     latencies = measure_latencies(collection.runs)

@@ -78,7 +78,9 @@ def all_student_names() -> list[StudentName]:
 
 
 def _unknown_text(text: str) -> str:
-    if text in SIZES:
+    text = text.rstrip("/")
+    if text.lower() in SIZES:
+        text = text.lower()
         return f"student {text!r} needs a size: one of {', '.join(f'{text}/{size}' for size in SIZES[text])}"
     near = get_close_matches(text.lower(), _NAMES, n=8, cutoff=0.5)
     candidates = list(dict.fromkeys(str(_NAMES[name]) for name in near))[:4]

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from console.cores import core_share
+from console.files import check_writable
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
 from store import open_store
@@ -63,6 +64,7 @@ def run_sweep(config: SweepConfig) -> list[TrialState]:
         ConfigError: an option is not valid for one of the students, or another sweep runs in the folder.
         Stopped: Ctrl-C or SIGTERM; trials that ran have saved their state, the same command goes on.
     """
+    check_writable(config.out, "--out")
     store = open_store(config.store)
     trials = plan_trials(config, store.fingerprint)
     warn_of_random_teacher(config.store, store)

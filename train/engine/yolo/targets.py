@@ -113,12 +113,15 @@ class TeacherTargets:
     def upload(self, read: GatheredGrids) -> GatheredGrids:
         """What was read, on the device: one copy of each array a batch, through pinned memory."""
         if self.copies is None:
-            return GatheredGrids(*(tensor.to(self.device) for tensor in read.tensors))
+            grids, index, views, content = (tensor.to(self.device) for tensor in read.tensors)
+            return GatheredGrids(grids, index, views, content)
         with torch.cuda.stream(self.copies):
-            moved = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in read.tensors]
+            grids, index, views, content = (
+                tensor.pin_memory().to(self.device, non_blocking=True) for tensor in read.tensors
+            )
             ready = torch.cuda.Event()
             ready.record(self.copies)
-        return GatheredGrids(*moved, ready)
+        return GatheredGrids(grids, index, views, content, ready)
 
     def teacher_views(self, rows: NDArray[np.int64], height: int, width: int) -> tuple[Tensor, Tensor]:
         """Maps float32 [U, 2, 3] source → grid, and the content's cell bounds float32 [U, 4]."""
