@@ -295,7 +295,7 @@ def build_loader(
     arrays = [] if objective.distillation is None else objective.distillation.plan.arrays
     settings = ViewSettings(
         image_size=config.image_size,
-        policy=manifest.preprocessing.resize,
+        policy=(data.preprocessing or manifest.preprocessing).resize,
         augmentation=augmentation,
         seed=config.seed,
         masks=data.task == "segmentation",
@@ -315,7 +315,7 @@ def build_loader(
         labels=data.train_labels if training else data.val_labels,
         workers=config.workers if config.workers is not None else default_workers(accelerator.device),
         carry=None if objective.distillation is None else objective.distillation.transport,
-        **build_samples(config, store, name, settings, frames=wants_frames(objective)),
+        **build_samples(config, store, data, name, settings, frames=wants_frames(objective)),
     )
 
 
@@ -325,16 +325,18 @@ def wants_frames(objective: Objective) -> bool:
 
 
 def build_samples(
-    config: TrainConfig, store: Any, name: str, settings: ViewSettings, *, frames: bool
+    config: TrainConfig, store: Any, data: TrainingData, name: str, settings: ViewSettings, *, frames: bool
 ) -> dict[str, Any]:
     """The data set of a split, and how its samples are joined: images, or clips for a clip student."""
     split, manifest = store[name], store.manifest
     root = config.data_root or manifest.data_root
+    depth = (data.preprocessing or manifest.preprocessing).bit_depth
     if config.student_type != "lstm":
-        return {"dataset": ImageViews(ImageReader(split, root, manifest.preprocessing), settings)}
+        reader = ImageReader(split, root, manifest.preprocessing, depth)
+        return {"dataset": ImageViews(reader, settings)}
     gather = partial(gather_frames, split) if frames else None
-    reader = ClipReader(split, root, *clip_places(split, manifest), manifest.preprocessing.bit_depth)
-    return {"dataset": ClipViews(reader, settings), "collate": collate_clips, "gather_more": gather}
+    clips = ClipReader(split, root, *clip_places(split, manifest), depth)
+    return {"dataset": ClipViews(clips, settings), "collate": collate_clips, "gather_more": gather}
 
 
 def build_normalizer(student: Student, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from train.engine.machine import build_accelerator
 from train.engine.model import DistilledStudent
 from train.errors import TrainError
 from train.objective import Objective
-from train.resolve import TrainingData, check_targets, open_split, valid_rows
+from train.resolve import TrainingData, check_targets, open_split, student_preprocessing, valid_rows
 from train.tasks import build_task
 from train.validation import count_validation, warn_of_measured_split
 from train.views import AUGMENTATIONS
@@ -78,11 +78,18 @@ def evaluate_run(
         "task": data.task,
         "split": split,
         "samples": data.validation_samples,
-        "metrics": {k: v for k, v in metrics.items() if k not in details},
+        "metrics": {
+            name_of_loss(k): v for k, v in metrics.items() if k not in details and k != "val_hard_loss"
+        },
         "per_class": name_details(details, content["class_names"]),
         "run": str(run),
         "store": str(store),
     }
+
+
+def name_of_loss(name: str) -> str:
+    """The task loss is the only one without a teacher, and the split need not be that of validation."""
+    return "loss" if name == "val_loss" else name
 
 
 def data_to_evaluate(config: TrainConfig, store: Any, content: dict[str, Any]) -> TrainingData:
@@ -107,6 +114,7 @@ def data_to_evaluate(config: TrainConfig, store: Any, content: dict[str, Any]) -
         train_labels=None,
         val_labels=labels_of(split),
         validation_samples=count_validation(store, config.val_split, content["task"]),
+        preprocessing=student_preprocessing(store, content["preprocessing"]),
     )
 
 

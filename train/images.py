@@ -60,8 +60,12 @@ class ImageReader:
     meet another image.
     """
 
-    def __init__(self, split: Any, data_root: Path | None, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, split: Any, data_root: Path | None, preprocessing: Preprocessing, bit_depth: int | None = None
+    ) -> None:
+        """`preprocessing`: the store's. `bit_depth`: of 16-bit gray images, where it is not the store's."""
         self.split, self.data_root, self.preprocessing = split, data_root, preprocessing
+        self.bit_depth = bit_depth or preprocessing.bit_depth
         names = set(split.names)
         self.kind = "jpeg" if IMAGES_ENCODED in names else "raw" if IMAGES_RAW in names else "files"
 
@@ -79,7 +83,7 @@ class ImageReader:
                 data,
                 target_size=target_size,
                 max_pixels=MOST_PIXELS,
-                bit_depth=self.preprocessing.bit_depth,
+                bit_depth=self.bit_depth,
             )
         except ImageError as error:
             raise DataError(f"image {self.key(row)}: {error.reason}") from None

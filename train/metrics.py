@@ -34,6 +34,7 @@ METRICS: dict[str, Metric] = {
     "cosine": Metric("cosine to the teacher"),
     "train_loss": Metric("training loss, weighted", "number", False),
     "val_loss": Metric("validation loss, weighted", "number", False),
+    "loss": Metric("task loss", "number", False),
     "hard_loss": Metric("task loss, training", "number", False),
     "val_hard_loss": Metric("task loss, validation", "number", False),
     "feature_loss": Metric("feature term, training", "number", False),

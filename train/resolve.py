@@ -6,13 +6,28 @@ config.json.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from store.format import FRAMES, GRID, LABEL, LOGITS, MASK, POOLED, VALID, VIEWS_GRID, VIEWS_POOLED
+from console.log import get_logger
+from imaging.decode import FULL_DEPTH
+from store.format import (
+    FRAMES,
+    GRID,
+    IMAGES_RAW,
+    LABEL,
+    LOGITS,
+    MASK,
+    POOLED,
+    VALID,
+    VIEWS_GRID,
+    VIEWS_POOLED,
+    Preprocessing,
+)
 from train.config import TrainConfig
 from train.data import labels_of
 from train.errors import ConfigError, TrainError
@@ -20,6 +35,8 @@ from train.recipes import STUDENT_TASKS
 from train.students.base import StudentSpec
 from train.validation import count_validation
 from train.views import AUGMENTATIONS, Augmentation
+
+log = get_logger("train")
 
 CLASS_TASKS = ("classification", "sequence")
 LABEL_FREE = "use --task features to learn without them, or extract a data set that has them"
@@ -29,7 +46,8 @@ LABEL_FREE = "use --task features to learn without them, or extract a data set t
 class TrainingData:
     """What the store offers this run. `rows`: valid rows int64; `labels` int32 [N] of the whole split, or None.
 
-    `validation_samples`: how many of `val_rows` the task's metrics are measured on.
+    `validation_samples`: how many of `val_rows` the task's metrics are measured on. `preprocessing`: how the student is
+    shown the images; None: as the store's teacher was.
     """
 
     task: str
@@ -40,6 +58,39 @@ class TrainingData:
     val_labels: NDArray[np.int32] | None
     validation_samples: int
     notes: list[str] = field(default_factory=list)
+    preprocessing: Preprocessing | None = None
+
+
+def student_preprocessing(store: Any, recorded: Mapping[str, Any]) -> Preprocessing:
+    """How a trained student is shown the images of any store: as in its training, `recorded` in its checkpoint.
+
+    The store may have been made with another resize policy: a student that learned from letterboxed images fails on
+    squashed ones.
+    """
+    own: Preprocessing = store.manifest.preprocessing
+    options = {**own.options, "bit_depth": int(recorded.get("bit_depth", FULL_DEPTH))}
+    shown = own.model_copy(update={"resize": str(recorded["resize"]), "options": options})
+    if shown.resize != own.resize:
+        log.info(
+            "%s was made with --resize %s, the student was trained with %s: its images are shown as in training%s",
+            store.location,
+            own.resize,
+            shown.resize,
+            # What a center crop cut off is not in the store.
+            ", as far as the store has them (--images raw)" if IMAGES_RAW in named_arrays(store) else "",
+        )
+    if shown.bit_depth != own.bit_depth:
+        log.info(
+            "%s has 16-bit images of %d bits, the student was trained with %d: they are scaled as in training",
+            store.location,
+            own.bit_depth,
+            shown.bit_depth,
+        )
+    return shown
+
+
+def named_arrays(store: Any) -> set[str]:
+    return {spec.name for spec in store.manifest.arrays}
 
 
 @dataclass(frozen=True, kw_only=True)

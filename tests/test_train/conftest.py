@@ -80,10 +80,10 @@ def make_rows(
             settings["one_class"] or int(rng.integers(len(CLASSES))) if settings["one_class"] is None else 0
         )
         pixels, mask = draw_image(rng, label, side)
-        data = png_bytes(pixels)
+        data = png_bytes(np.repeat(pixels, settings["aspect"], axis=1))
         features = teacher_grid(pixels, grid)
         put("features/pooled", features.mean(axis=(0, 1)))
-        put("sizes", [side, side])
+        put("sizes", [side * settings["aspect"], side])
         if settings["views"]:
             put_views(put, pixels, grid, settings)
         put("content", np.frombuffer(blake2b(data, digest_size=16).digest(), np.uint8))
@@ -146,6 +146,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         seed: int = 0,
         random_teacher: bool = False,
         resize: str = "squash",
+        aspect: int = 1,
     ) -> Path:
         settings = locals() | {}
         path, root = tmp_path / name, tmp_path / f"{name}.images" if images == "none" else None

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from console.progress import track_progress
 from console.stop import Stopped, StopRequest
 from train.assemble import build_training
-from train.checkpoint import LAST, load_checkpoint
+from train.checkpoint import BEST, LAST, load_checkpoint
 from train.config import TrainConfig
 from train.delivery.inputs import run_folder
+from train.delivery.model import ModelCard
 from train.engine.loop import Loop, Parts
 from train.engine.machine import build_accelerator
 from train.engine.optimizer import build_optimizer
-from train.resolve import resolve_data, resolve_task
+from train.resolve import resolve_data, resolve_task, student_preprocessing
 from train.students.base import Student
 
 
@@ -34,7 +35,13 @@ class FineTuning:
 
 @contextlib.contextmanager
 def build_finetuning(
-    run: Path, config: TrainConfig, store: Any, student: Student, epochs: int, learning_rate: float
+    run: Path,
+    config: TrainConfig,
+    store: Any,
+    student: Student,
+    card: ModelCard,
+    epochs: int,
+    learning_rate: float,
 ) -> Iterator[FineTuning]:
     """The run's own data, loss and alignment head around a copy of `student`, with a short gentle schedule."""
     config = config.replace(
@@ -52,6 +59,7 @@ def build_finetuning(
         control=False,
     )
     data = resolve_data(config, store, resolve_task(config))
+    data = replace(data, preprocessing=student_preprocessing(store, card.preprocessing))
     with StopRequest() as stop:
         built = build_training(config, store, data, build_accelerator(config), stop)
         built.student.load_state_dict(student.state_dict())
@@ -64,13 +72,15 @@ def build_finetuning(
 
 
 def restore_head(parts: Parts, run: Path) -> None:
-    """The alignment head as the run left it: a fresh one would pull the student away from what it has learnt."""
-    path = run_folder(run) / LAST
-    if parts.module.projector is None or not path.exists():
+    """The alignment head of the student's own checkpoint: a fresh one would pull the student away from what it learned."""
+    if parts.module.projector is None:
         return
-    state = load_checkpoint(path).get("alignment_head")
-    if state:
-        parts.module.projector.load_state_dict(state)
+    own, last = run / BEST if run.is_dir() else run, run_folder(run) / LAST
+    for path in (own, last):  # checkpoints of older versions may have no head in best.pt
+        state = load_checkpoint(path).get("alignment_head") if path.exists() else None
+        if state:
+            parts.module.projector.load_state_dict(state)
+            return
 
 
 def run_finetuning(tuning: FineTuning, student: Student | None = None) -> Student:

@@ -61,7 +61,7 @@ def split_pixels(run: Path, card: ModelCard, count: int) -> list[NDArray[np.uint
     if card.task == "sequence":
         frames = clip_reader(config, store, config.val_split, card)
         return [clip_pixels(card, frames.read(int(row))) for row in rows]
-    images = image_reader(config, store, config.val_split)
+    images = image_reader(config, store, config.val_split, card)
     return [card.show(images.read(int(row), card.image_size)) for row in rows]
 
 
@@ -69,14 +69,16 @@ def clip_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) ->
     """Reads equally many frames of every clip of a split, from the data set's root."""
     root = config.data_root or store.manifest.data_root
     places = np.full(len(store[split]), card.frames or FRAMES, dtype=np.int64)
-    per_place, depth = 2 if card.frame_pairs else 1, store.manifest.preprocessing.bit_depth
+    per_place, depth = 2 if card.frame_pairs else 1, card.bit_depth
     return ClipReader(store[split], Path(root) if root else None, places, per_place, depth)
 
 
-def image_reader(config: TrainConfig, store: Any, split: str) -> ImageReader:
+def image_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) -> ImageReader:
     """Reads the images of a split: from the store, or from the data set's root."""
     root = config.data_root or store.manifest.data_root
-    return ImageReader(store[split], Path(root) if root else None, store.manifest.preprocessing)
+    return ImageReader(
+        store[split], Path(root) if root else None, store.manifest.preprocessing, card.bit_depth
+    )
 
 
 def run_options(run: Path) -> TrainConfig:

@@ -63,6 +63,11 @@ class ModelCard:
             bit_depth=int(shown.get("bit_depth", FULL_DEPTH)),
         )
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What a checkpoint says about how the student is shown images."""
+        return {"resize": self.resize, "bit_depth": self.bit_depth}
+
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
         values = json.loads(text)

@@ -85,12 +85,13 @@ def quantize_student(
     with whole_file(models[FLOAT]) as partial:
         write_onnx(student, card, partial, inputs[:BATCH], OPSET)
     ranges = write_ptq(student, card, inputs, models[PTQ])
+    schedule = options.epochs, options.learning_rate
     if options.mode == "qat":
         models |= {FINETUNED_PTQ: out / f"{FINETUNED_PTQ}.onnx", QAT: out / f"{QAT}.onnx"}
-        with build_finetuning(run, config, store, student, options.epochs, options.learning_rate) as tuning:
+        with build_finetuning(run, config, store, student, card, *schedule) as tuning:
             log.info("fine-tuning in float32 for %d epochs, for comparison", options.epochs)
             write_ptq(run_finetuning(tuning), card, inputs, models[FINETUNED_PTQ])
-        with build_finetuning(run, config, store, student, options.epochs, options.learning_rate) as tuning:
+        with build_finetuning(run, config, store, student, card, *schedule) as tuning:
             log.info("fine-tuning with fake quantisation for %d epochs", options.epochs)
             write_qat(tuning, card, inputs[:3], ranges, models[QAT])
     return summarize(models, student, config, store, inputs, out, options)
@@ -126,7 +127,7 @@ def check_store(run: Path, store: Any, card: ModelCard) -> None:
 
 def calibration_inputs(store: Any, config: TrainConfig, card: ModelCard, count: int) -> NDArray[np.float32]:
     """Normalised images float32 [B, 3, S, S], evenly spread over the training split."""
-    reader = image_reader(config, store, config.train_split)
+    reader = image_reader(config, store, config.train_split, card)
     rows = spread(np.flatnonzero(store[config.train_split].valid), count)
     return card.normalize(np.stack([card.show(reader.read(int(row), card.image_size)) for row in rows]))
 
@@ -255,6 +256,7 @@ def measure_metrics(
         "task": model.card.task,
         "class_names": list(model.card.class_names),
         "student": {"num_classes": student.spec.num_classes},
+        "preprocessing": model.card.preprocessing,
     }
     config = config.replace(
         device="cpu",

@@ -111,7 +111,7 @@ def subject_of(run: Run, store: Store) -> Subject:
     name = config.val_split
     rows = spread(np.flatnonzero(store[name].valid), SAMPLES_LOOKED_AT)
     clips = card.task == "sequence"
-    reader: Any = clip_reader(config, store, name, card) if clips else image_reader(config, store, name)
+    reader: Any = clip_reader(config, store, name, card) if clips else image_reader(config, store, name, card)
     model = TorchModel(student, card, choose_device("auto"))
     return Subject(run, model, reader, store, name, rows, student.spec.num_classes)
 
