@@ -29,7 +29,9 @@ from extract.session import Session
 from extract.sources.base import REMOVED
 from extract.teachers import Teacher
 from extract.watchdog import Watchdog
+from store.create import check_free
 from store.job import Job
+from store.metadata import ZARR_JSON
 from store.writer import StoreWriter
 
 STOPPED_DRY_RUN = "stopped: a dry run writes nothing"
@@ -48,6 +50,9 @@ def run_extraction(
         if config.dry_run:
             return dry_run(config, stop)
         check_writable(config.out, "--out")
+        # With --shard-range a neighbor may be making the store at this moment.
+        if not (config.overwrite or config.shards or (config.out / ZARR_JSON).exists()):
+            check_free(config.out)
         if config.scheduler is not None or len(config.devices) > 1:
             from extract.cluster import run_on_cluster
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from console.files import OutputError, check_writable
+from store.errors import StoreError
 
 MISSING = Path("no such input")
 
@@ -61,6 +62,15 @@ def test_outputs_are_checked_first(tmp_path: Path, command: Callable[[Path], Non
         pytest.skip("/proc is Linux's")
     with pytest.raises(OutputError, match=r"--out .*out\.html: .*; choose another place"):
         command(out)
+
+
+@pytest.mark.parametrize("name", ["file", "folder"])
+def test_a_store_is_not_put_over_something_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "file", tmp_path / "folder" / "file"):
+        place.write_text("")
+    with pytest.raises(StoreError, match=r"is a file; a store is a folder|exists and is not empty"):
+        extract(tmp_path / name)
 
 
 def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:

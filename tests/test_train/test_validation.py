@@ -68,3 +68,23 @@ def test_absent_classes_are_reported(make_store):
     texts = split_warnings(store, "train", "val", "label")
     assert any(text.startswith("val has no sample of 2 of 3 classes (green, blue)") for text in texts)
     assert any(text.startswith("train has no sample of 2 of 3 classes") for text in texts)
+
+
+def test_evaluate_shows_the_number_of_samples_and_undefined_classes(
+    make_store, make_config, capsys: pytest.CaptureFixture[str]
+):
+    """A validation split of one class: the recall of the others is n/a, not 0."""
+    from commands.train import evaluate
+
+    config = make_config(make_store(train=24, val=8), epochs=1)
+    run_training(config)
+    capsys.readouterr()
+    evaluate(
+        config.out, str(make_store("other.zarr", train=8, val=5, one_class=True)), device="cpu", workers=0
+    )
+    printed = capsys.readouterr()
+    assert "on val (5 samples)" in printed.out
+    assert [line.split()[-1] for line in printed.out.splitlines() if line.startswith(("green", "blue"))] == [
+        "n/a"
+    ] * 2
+    assert "val has no sample of 2 of 3 classes (green, blue): their metrics are undefined" in printed.err
