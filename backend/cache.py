@@ -18,6 +18,7 @@ from backend.digests import FileState, digest_files, file_state, files_below
 from backend.errors import PlatformError
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
+from imaging.regular_file import read_regular
 
 log = get_logger("cache")
 
@@ -135,7 +136,7 @@ def teacher_files(path: Path) -> list[FileState]:
 def vision_shards(index: Path) -> set[str] | None:
     """The shards that hold vision tensors; None without a readable index (then every shard counts)."""
     try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        weight_map = json.loads(read_regular(index))["weight_map"]
         return {str(file) for name, file in weight_map.items() if name.startswith(VISION_PREFIXES)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from backend.errors import PlatformError
 from console.progress import track_progress
+from imaging.regular_file import open_regular
 
 BLOCK_BYTES = 1 << 20
 READERS = 8
@@ -85,7 +86,7 @@ def digest_folder(root: Path, memo_folder: Path, check_stop: Callable[[], None] 
 def digest_files(
     root: Path, files: Iterable[FileState], memo_folder: Path, check_stop: Callable[[], None] = lambda: None
 ) -> str:
-    """The digest of the given files of `root`; files that cannot be read count by name alone."""
+    """The digest of the given files of `root`; files that cannot be read (pipes, devices) count by name alone."""
     states = sorted(files, key=lambda state: os.fsencode(state.name))
     memo = DigestMemo.load(memo_folder, root)
     missing = [state for state in states if state.memo_key not in memo.known]
@@ -121,7 +122,7 @@ def file_digest(path: Path) -> str:
     """Hex blake2b-128 of a file's bytes; empty when it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        with path.open("rb", buffering=0) as stream:
+        with open_regular(path) as stream:
             while block := stream.read(BLOCK_BYTES):
                 digest.update(block)
     except OSError:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 from backend.errors import OptionError
+from imaging.regular_file import open_regular
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", re.ASCII)
@@ -91,12 +91,11 @@ def read_text_file(path: Path, largest_bytes: int = 1_000_000) -> str:
         OptionError: when it is no regular file, too large, unreadable or not UTF-8.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise OptionError(f"cannot read {shown(str(path))}: not a regular file")
-        if status.st_size > largest_bytes:
+        with open_regular(path) as file:
+            content = file.read(largest_bytes + 1)
+        if len(content) > largest_bytes:
             raise OptionError(f"{shown(str(path))} is larger than {largest_bytes} bytes")
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise OptionError(f"cannot read {shown(str(path))}: {reason}") from None

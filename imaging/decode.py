@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from imaging.errors import ImageError
+from imaging.regular_file import open_regular
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
@@ -107,7 +107,7 @@ class Decoded:
 
 def read_file(path: Path | str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """All bytes of a regular file. Raises ImageError when it cannot be read, without ever blocking on a pipe."""
-    with open_regular(path) as file:
+    with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise ImageError(f"file of {size:,} bytes: more than the limit of {max_bytes:,}")
@@ -119,7 +119,7 @@ def read_blocks(path: Path | str, block: int) -> bytes:
 
     Raises ImageError like `read_file`.
     """
-    with open_regular(path) as file:
+    with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= 2 * block:
             return file.read(2 * block)
@@ -130,19 +130,13 @@ def read_blocks(path: Path | str, block: int) -> bytes:
 
 
 @contextmanager
-def open_regular(path: Path | str) -> Iterator[BinaryIO]:
+def opened(path: Path | str) -> Iterator[BinaryIO]:
     """A regular file for reading. Raises ImageError for anything else, and for what fails while it is open."""
     try:
-        # Non-blocking, so that opening a named pipe does not wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ImageError("not a regular file")
+        with open_regular(path) as file:
             yield file
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL byte in the name
-        raise ImageError(f"cannot be read: {error}") from None
 
 
 def decode_image(

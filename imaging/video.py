@@ -13,6 +13,7 @@ from PIL import Image
 
 from imaging.decode import DEFAULT_MAX_PIXELS
 from imaging.errors import ImageError
+from imaging.regular_file import open_regular
 
 VIDEO_SUFFIXES = frozenset(
     [".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".ts"]
@@ -42,8 +43,7 @@ def iterate_frames(
     """
     import av
 
-    if not path.is_file():
-        raise ImageError("cannot be read: no such file" if not path.exists() else "not a regular file")
+    _check_file(path)
     number, due = -1, 0.0
     try:
         total = _count_packets(path, av)
@@ -83,8 +83,7 @@ def decode_frames(
     """
     import av
 
-    if not path.is_file():
-        raise ImageError("cannot be read: no such file" if not path.exists() else "not a regular file")
+    _check_file(path)
     try:
         total = _count_packets(path, av)
         rows = [int(row) for row in choose(total)]
@@ -97,6 +96,14 @@ def decode_frames(
     if missing:
         raise ImageError(f"damaged video: {total} frames in the file, {decoded} could be decoded")
     return [frames[row] for row in rows]
+
+
+def _check_file(path: Path) -> None:
+    """PyAV opens files by name: refuse what is no regular file before. Raises ImageError."""
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from None
 
 
 def _count_packets(path: Path, av: Any) -> int:

@@ -14,6 +14,7 @@ from PIL import Image
 from imaging.decode import MOST_PIXELS, decode
 from imaging.errors import ImageError
 from imaging.geometry import View, resize_view
+from imaging.regular_file import read_regular
 from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, Preprocessing
 from train.errors import TrainError
 
@@ -108,7 +109,7 @@ class ImageReader:
         key = self.key(row)
         path = path_of(key, self.data_root)
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except OSError as error:
             raise DataError(
                 f"image {key}: cannot be read at {path} ({error.strerror or error}): pass --data-root, or extract "

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extract.sources.base import AnnotationError, Boxes, Sample, Samples, kinds_where_any
+from imaging.regular_file import read_regular_text
 
 Names = tuple[str, ...]
 
@@ -69,6 +70,17 @@ class BoxedFiles(Samples):
 
     def build(self, index: int) -> Sample:
         return Sample(key=self._keys[index], image=self.root / self.paths[index], boxes=self.boxes.of(index))
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, stripped. Raises AnnotationError for what is no UTF-8 text file."""
+    try:
+        lines = read_regular_text(file).splitlines()
+    except OSError as error:
+        raise AnnotationError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise AnnotationError(f"{file}: not UTF-8 text") from None
+    return [line.strip() for line in lines]
 
 
 def check_box(box: Any, where: str) -> tuple[float, float, float, float]:

@@ -17,6 +17,7 @@ from extract.sources.annotations import BoxedFiles, BoxTable, check_box, clip_bo
 from extract.sources.base import AnnotationError, Samples, Source, SourceError
 from extract.sources.listing import Progress, make_key, resolve_inside
 from extract.sources.splitting import SPLIT_NAMES
+from imaging.regular_file import open_regular, read_regular
 
 
 def open_coco(path: Path, *, images: str | None = None, progress: Progress | None = None) -> Source:
@@ -68,16 +69,21 @@ def find_json(folder: Path) -> dict[str, Path]:
 
 
 def looks_like_coco(file: Path) -> bool:
-    """Whether the three lists are named anywhere in the file; cheap enough for files of gigabytes."""
+    """Whether the three lists are named anywhere in the file; cheap enough for files of gigabytes.
+
+    Raises SourceError for a file that must be one by its name, and cannot be read.
+    """
     wanted = {b'"images"', b'"annotations"', b'"categories"'}
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             tail = b""
             while wanted and (block := stream.read(1 << 22)):
                 window = tail + block
                 wanted = {word for word in wanted if word not in window}
                 tail = window[-16:]
-    except OSError:
+    except OSError as error:
+        if file.parent.name == "annotations" or file.name.startswith("instances"):
+            raise SourceError(f"{file}: cannot be read: {error.strerror}") from None
         return False
     return not wanted
 
@@ -93,7 +99,7 @@ def split_of(file: Path) -> str | None:
 
 def read_json(file: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_regular(file))
     except OSError as error:
         raise SourceError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # also says line and column

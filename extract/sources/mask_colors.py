@@ -16,6 +16,7 @@ from typing import Any
 
 from extract.sources.annotations import Names, parse_class_names
 from extract.sources.base import AnnotationError, SourceError
+from imaging.regular_file import read_regular_text
 
 Color = tuple[int, int, int]
 
@@ -26,7 +27,7 @@ COLUMNS = {"red": "r", "green": "g", "blue": "b", "class": "name", "label": "nam
 def read_colors(file: Path) -> tuple[Names, tuple[Color, ...]]:
     """Class names and their colors. Raises SourceError for a file that is missing, AnnotationError for its content."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_regular_text(file, "utf-8-sig")
     except OSError as error:
         raise SourceError(f"colors={file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from extract.sources.annotations import Names, parse_class_names
+from extract.sources.annotations import Names, parse_class_names, read_lines
 from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError, kinds_where_any
 from extract.sources.listing import Progress, list_files, make_keys, suffix_of
 from extract.sources.mask_colors import Color, read_colors
@@ -355,9 +355,9 @@ def read_lists(root: Path) -> dict[str, str] | None:
     members: dict[str, str] = {}
     for name in ("trainval", "test", "val", "train"):  # the more particular list has the last word
         file = lists / f"{name}.txt"
-        if file.is_file():
+        if file.exists():
             split = SPLIT_NAMES.get(name, "train")
-            members |= {line.strip(): split for line in file.read_text("utf-8").splitlines() if line.strip()}
+            members |= dict.fromkeys(filter(None, read_lines(file)), split)
     return members or None
 
 
@@ -382,9 +382,8 @@ def read_class_names(root: Path, given: Sequence[str] | None) -> Names | None:
         return parse_class_names(list(given), "class_names")
     for name in NAME_FILES:
         file = root / name
-        if file.is_file():
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-            return parse_class_names([line for line in lines if line], str(file))
+        if file.exists():
+            return parse_class_names(list(filter(None, read_lines(file))), str(file))
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from extract.sources.base import AnnotationError, SourceError
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.errors import ImageError
+from imaging.regular_file import open_regular
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 BATCH_ROWS = 4096
@@ -90,7 +92,7 @@ class CsvTable:
 
     def _open(self) -> Any:
         try:
-            return self.path.open(encoding="utf-8-sig", newline="")
+            return io.TextIOWrapper(open_regular(self.path), encoding="utf-8-sig", newline="")
         except OSError as error:
             raise SourceError(f"{self.path}: cannot be read: {error.strerror}") from None
 
@@ -104,6 +106,7 @@ class ParquetTable:
 
         self.path = path
         try:
+            open_regular(path).close()
             self.file = pq.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
             raise SourceError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from None

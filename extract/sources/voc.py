@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from extract.sources.annotations import BoxedFiles, BoxTable, check_box
+from extract.sources.annotations import BoxedFiles, BoxTable, check_box, read_lines
 from extract.sources.base import AnnotationError, Samples, Source, SourceError
 from extract.sources.listing import Progress, list_files, make_key, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import IMAGE_SUFFIXES
+from imaging.regular_file import read_regular
 
 IMAGE_FOLDERS = ("JPEGImages", "images")
 XML_FOLDERS = ("Annotations", "annotations", "labels")
@@ -129,7 +130,7 @@ def read_splits(root: Path, images: Mapping[str, VocImage]) -> dict[str, list[Vo
     lists = {}
     for name in ("train", "val", "test", "trainval"):
         file = root / "ImageSets" / "Main" / f"{name}.txt"
-        if file.is_file():
+        if file.exists():
             lists[name] = read_list(file, images)
     if "train" in lists or "val" in lists:
         lists.pop("trainval", None)
@@ -148,8 +149,8 @@ def read_splits(root: Path, images: Mapping[str, VocImage]) -> dict[str, list[Vo
 def read_list(file: Path, images: Mapping[str, VocImage]) -> list[VocImage]:
     """The images that a list file names, one a line. Raises AnnotationError for one that is not there."""
     members = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line:
             continue
         stem = f"JPEGImages/{line.split()[0]}"
         if stem not in images:
@@ -161,7 +162,7 @@ def read_list(file: Path, images: Mapping[str, VocImage]) -> list[VocImage]:
 def read_xml(file: Path, difficult: bool, one_based: bool) -> list[tuple[str, Box]]:
     """(class name, box in pixels xyxy) of each object. Raises AnnotationError."""
     try:
-        tree = ElementTree.fromstring(file.read_bytes())
+        tree = ElementTree.fromstring(read_regular(file))
     except OSError as error:
         raise AnnotationError(f"{file}: cannot be read: {error.strerror}") from None
     except ElementTree.ParseError as error:  # names line and column

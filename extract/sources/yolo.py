@@ -35,6 +35,7 @@ from extract.sources.base import (
 from extract.sources.listing import Progress, list_files, make_keys, resolve_inside, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import IMAGE_SUFFIXES
+from imaging.regular_file import read_regular_text
 
 # A coordinate beyond this is no fraction of an image's side that went astray: the file has pixels.
 _NO_FRACTION = 4.0
@@ -50,8 +51,7 @@ class YoloBoxes:
     def read(self, size: tuple[int, int]) -> Boxes:
         """Pixels of an image of `size` (width, height). Raises AnnotationError with file and line."""
         try:
-            with open(self.path, encoding="utf-8") as file:
-                lines = file.read().splitlines()
+            lines = read_regular_text(self.path).splitlines()
         except FileNotFoundError:
             return Boxes.of([], [])
         except (OSError, UnicodeDecodeError) as error:
@@ -170,7 +170,7 @@ def find_yaml(folder: Path) -> Path | None:
 
 def read_yaml(file: Path) -> Mapping[str, Any]:
     try:
-        settings = load_yaml(file.read_text(encoding="utf-8"))
+        settings = load_yaml(read_regular_text(file))
     except (OSError, ValueError) as error:
         raise SourceError(f"{file}: cannot be read as yaml: {' '.join(str(error).split())}") from None
     if not isinstance(settings, Mapping):
@@ -232,7 +232,7 @@ def resolve_entry(text: str, root: Path, file: Path) -> Path:
 def read_list(path: Path, root: Path) -> list[str]:
     """The images that a text file names, one a line: from the root, or with `./` from the file's folder."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read: {error}") from None
     found = []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from extract.teachers.errors import CheckpointError
+from imaging.regular_file import open_regular, read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: when it is missing, unreadable, or no JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: is {file.parent} a checkpoint folder?") from None
     except (OSError, ValueError) as error:
@@ -120,7 +121,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > MAX_HEADER_BYTES:
                 raise ValueError("header length out of range")
@@ -196,7 +197,7 @@ def digest_of_tensor(entry: TensorEntry) -> str:
     """blake2b-128 (hex) of a tensor's bytes."""
     digest = hashlib.blake2b(digest_size=16)
     buffer = memoryview(bytearray(min(HASH_BLOCK_BYTES, max(1, entry.end - entry.start))))
-    with entry.file.open("rb", buffering=0) as stream:
+    with open_regular(entry.file) as stream:
         stream.seek(entry.start)
         left = entry.end - entry.start
         while left > 0:
