@@ -16,6 +16,8 @@ from typing import Annotated, NamedTuple
 import typer
 from typer.core import TyperGroup
 
+from console.stop import Stopped
+
 
 class Command(NamedTuple):
     """One row of the table: where the command lives and what the overview says of it."""
@@ -174,7 +176,7 @@ def main() -> None:
         print(error_line(error), file=sys.stderr, flush=True)
         sys.exit(exit_code)
     if code == INTERRUPTED:
-        print("error: stopped by Ctrl-C; the same command starts again", file=sys.stderr, flush=True)
+        print("stopped by Ctrl-C; the same command starts again", file=sys.stderr, flush=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -189,10 +191,26 @@ def error_line(error: Exception) -> str:
     if isinstance(error, OSError) and not hasattr(error, "exit_code"):
         where = f"{error.filename}: " if error.filename else ""
         return f"error: {where}{error.strerror}: {DISK_ERRORS[error.errno or 0]}, then run the same command again"
+    if isinstance(error, Stopped):
+        return str(error)  # asked for, so no error
     describe = getattr(error, "format_message", None)  # typer's own errors
     context = getattr(error, "ctx", None)
     hint = f" ({context.command_path} --help)" if context is not None else ""
-    return f"error: {(describe() if describe else str(error)).removesuffix('.')}{hint}"
+    text = abbreviated_option(error) or (describe() if describe else str(error)).removesuffix(".")
+    return f"error: {text}{hint}"
+
+
+def abbreviated_option(error: Exception) -> str:
+    """`… did you mean --learning-rate?` for an unknown option such as --lr, whose letters begin an option's words."""
+    context, name = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    if context is None or name is None:
+        return ""
+    options = [option for parameter in context.command.params for option in parameter.opts]
+    letters = name.lstrip("-").replace("-", "")
+    meant = [
+        option for option in options if letters == "".join(word[0] for word in option.strip("-").split("-"))
+    ]
+    return f"No such option: {name}: did you mean {' or '.join(meant)}?" if meant else ""
 
 
 if __name__ == "__main__":

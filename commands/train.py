@@ -194,6 +194,14 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
         f"{summary.get('validation_samples', 'unknown number of')} validation samples, in {out}"
     )
     print_table(rows, columns, title)
+    print(f"next: {next_command(summary, out)}")
+
+
+def next_command(summary: dict[str, Any], out: Path) -> str:
+    """A command that makes sense after a training; its report needs no labels, an export one task."""
+    if summary.get("task") == "features":
+        return f"cli report {out}"
+    return f"cli predict {out} IMAGES --out predictions, or cli export {out}"
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from console.stop import Stopped
 from train.errors import ConfigError
 from train.students.names import parse_student_name
 
@@ -86,6 +87,11 @@ def test_overview_shows_the_stages_in_order() -> None:
     [
         (["trian"], "unknown command 'trian': did you mean train?", "(cli --help)"),
         (["train"], "STORE: missing; --student: missing; --out: missing", ""),
+        (
+            ["train", "a", "--lr", "1e-3"],
+            "No such option: --lr: did you mean --learning-rate?",
+            "(cli train --help)",
+        ),
         (["probe", "a", "--batchsize", "3"], "No such option: --batchsize", "(cli probe --help)"),
         (
             ["sweep", "a", "--out", "b", "--epochs", "2"],
@@ -140,7 +146,8 @@ def test_an_error_is_one_line_without_traceback(tmp_path: Path) -> None:
             1,
             "error: /x/a: Read-only file system: choose another folder",
         ),
-        (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (Stopped("stopped in epoch 2", 130), 130, "stopped in epoch 2"),
     ],
 )
 def test_what_the_system_does_is_one_line(

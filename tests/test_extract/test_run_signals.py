@@ -189,7 +189,7 @@ def test_a_dry_run_can_be_stopped_too(extract_options: dict[str, Any], tmp_path:
     _, errors = process.communicate(timeout=30)
     assert time.monotonic() - sent < patience(4)
     assert process.returncode == 130
-    assert errors.strip().splitlines()[-1] == "error: stopped: a dry run writes nothing"
+    assert errors.strip().splitlines()[-1] == "stopped: a dry run writes nothing"
 
 
 @pytest.mark.slow

@@ -268,7 +268,7 @@ class Session:
         progress = self.parts.progress
         return (
             f"stopped in epoch {progress.epoch + 1} after step {progress.step}, saved to {self.folder / LAST}: "
-            "the same command with --resume continues"
+            f"resume with cli train --resume --out {self.config.out}"
         )
 
     def snapshot(self) -> str:

@@ -77,7 +77,7 @@ def run_sweep(config: SweepConfig) -> list[TrialState]:
         if todo:
             run_trials(config, todo, stop, Board(config.out, trials))
         if stop.requested:
-            raise Stopped("sweep stopped; run the same command again to go on", stop.exit_code)
+            raise Stopped("stopped: run the same command again to continue the sweep", stop.exit_code)
     return [read_state(trial_folder(config.out, trial), trial) for trial in trials]
 
 

@@ -198,8 +198,8 @@ def count_batches(watch: StopWatch, progress: Progress, folder: Path) -> Callabl
 
 def stopped_message(folder: Path) -> str:
     if (folder / LAST).exists():
-        return f"stopped; the last finished epoch is in {folder / LAST}: --resume continues after it"
-    return f"stopped in the first epoch, of which nothing is saved in {folder}"
+        return f"stopped: the last finished epoch is in {folder / LAST}, --resume continues after it"
+    return f"stopped: in the first epoch, of which nothing is saved in {folder}"
 
 
 def announce_epochs(
