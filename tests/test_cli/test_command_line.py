@@ -89,7 +89,7 @@ def test_overview_shows_the_stages_in_order() -> None:
         (["train"], "STORE: missing; --student: missing; --out: missing", ""),
         (
             ["train", "a", "--lr", "1e-3"],
-            "No such option: --lr: did you mean --learning-rate?",
+            "No such option: --lr: did you mean --learning-rate or --lora-rank?",
             "(cli train --help)",
         ),
         (["probe", "a", "--batchsize", "3"], "No such option: --batchsize", "(cli probe --help)"),
