@@ -64,7 +64,7 @@ def test_without_a_font_the_class_s_number_is_drawn_and_one_warning_says_so(
         ]
     assert names == ["class 0 93%", "class 1 93%"]
     assert len(caplog.records) == 1
-    assert "qwen-distill[fonts]" in caplog.text
+    assert "pip install manimgx-fonts-cjk" in caplog.text
     assert drawable(Label("cat", 2), 20)[0].text == "cat"
 
 

@@ -152,7 +152,7 @@ def draw_legend(image: Image.Image, labels: Sequence[Label]) -> Image.Image:
     for (text, font, color), (x, line) in zip(entries, places, strict=True):
         y = shown.height + 2 + line * height
         pen.rectangle((x, y + (height - size) // 2, x + size, y + (height + size) // 2), fill=color)
-        pen.text((x + size + 4, y), text, font=font, fill=BLACK)
+        pen.text((x + size + 4, y + height // 2), text, font=font, fill=BLACK, anchor="lm")
     return joined
 
 

@@ -18,7 +18,7 @@ from console.log import get_logger
 log = get_logger("draw")
 
 ELLIPSIS = "…"  # in Pillow's built-in font, too
-# The optional package `qwen-distill[fonts]`: Noto Sans CJK for Chinese, Japanese and Korean.
+# The optional package manimgx-fonts-cjk (extra `fonts`): Noto Sans CJK, under the SIL Open Font License, for Chinese, Japanese and Korean.
 FONT_PACKAGE = "manimgx_fonts_cjk"
 # System fonts, by file name, in this order of preference; then any other.
 PREFERRED = (
@@ -145,7 +145,7 @@ def warn_missing(name: str) -> None:
     if not missing:
         log.warning(
             "no font on this machine has the characters of %r: pictures show class numbers instead of such names; "
-            "install one: pip install 'qwen-distill[fonts]', or apt install fonts-noto-cjk",
+            "install one: pip install manimgx-fonts-cjk, or apt install fonts-noto-cjk",
             name,
         )
     missing.add(name)
