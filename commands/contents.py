@@ -8,14 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from console.output import print_table
-from imaging.errors import ImageError
-from imaging.masks import IGNORE, decode_mask
-from store.format import MASK
 from store.reader import Split, Store
 from store.splits import count_classes, count_kinds, store_warnings, target_kind
+from train.validation import MASKS_READ, count_mask_classes
 
-# Masks that are decoded for each split: which classes a mask has is written in its pixels alone.
-MASKS_READ = 1_000
 SHOWN_CLASSES = 40
 
 
@@ -48,26 +44,6 @@ def by_name(names: tuple[str, ...], counts: dict[str, npt.NDArray[np.int64]]) ->
         name: {what: int(values[index]) for what, values in counts.items()}
         for index, name in enumerate(names)
     }
-
-
-def count_mask_classes(split: Split, classes: int) -> tuple[dict[str, npt.NDArray[np.int64]], int]:
-    """`samples` and `pixels` int64 [C] of at most MASKS_READ masks, and how many were read."""
-    valid = np.flatnonzero(split.valid)
-    rows = valid[np.unique(np.linspace(0, len(valid) - 1, min(MASKS_READ, len(valid))).astype(np.int64))]
-    samples, pixels, read = np.zeros(classes, np.int64), np.zeros(classes, np.int64), 0
-    for row in rows.tolist():
-        data = bytes(split.ragged([row], MASK)[0])
-        if not data:
-            continue
-        try:
-            ids = decode_mask(data)
-        except ImageError:
-            continue  # `cli verify` names it
-        counts = np.bincount(ids[ids != IGNORE], minlength=classes)[:classes]
-        pixels += counts
-        samples += counts > 0
-        read += 1
-    return {"samples": samples, "pixels": pixels}, read
 
 
 def print_contents(described: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from store.reader import Split, Store
 TARGET_ARRAYS = {"boxes": BOXES, "mask": MASK, "label": LABEL}
 FEW_SAMPLES = 30  # below, one sample is worth more than three points of accuracy
 SHOWN_CLASSES = 5
+# What a class without samples means, for the split that is measured on and for the one that is trained on.
+UNDEFINED, UNLEARNED = "their metrics are undefined", "they cannot be learned"
 
 
 def target_kind(split: Split) -> str | None:
@@ -123,21 +125,27 @@ def size_warnings(split: Split, kind: str | None) -> list[str]:
 
 
 def class_warnings(
-    store: Store, splits: Sequence[str], kind: str | None, consequence: str = "their metrics are undefined"
+    store: Store, splits: Sequence[str], kind: str | None, consequence: str = UNDEFINED
 ) -> list[str]:
     """A sentence for each split that lacks some of the store's classes; splits without any label are left out."""
     names = store.manifest.class_names
-    warnings = []
-    for split in splits:
-        samples = count_classes(store[split], len(names), kind).get("samples", np.zeros(0))
-        absent = [name for name, count in zip(names, samples, strict=False) if not count]
-        if samples.any() and absent:
-            more = f" and {len(absent) - SHOWN_CLASSES} more" if len(absent) > SHOWN_CLASSES else ""
-            listed = ", ".join(absent[:SHOWN_CLASSES]) + more
-            warnings.append(
-                f"{split} has no sample of {len(absent)} of {len(names)} classes ({listed}): {consequence}"
-            )
-    return warnings
+    counts = {split: count_classes(store[split], len(names), kind).get("samples") for split in splits}
+    return [
+        text
+        for split, samples in counts.items()
+        if samples is not None
+        for text in absent_warnings(split, names, samples, consequence)
+    ]
+
+
+def absent_warnings(split: str, names: Sequence[str], samples: np.ndarray, consequence: str) -> list[str]:
+    """A sentence when some classes have no sample (`samples` int64 [C]) and others have."""
+    absent = [name for name, count in zip(names, samples, strict=False) if not count]
+    if not absent or not samples.any():
+        return []
+    more = f" and {len(absent) - SHOWN_CLASSES} more" if len(absent) > SHOWN_CLASSES else ""
+    listed = ", ".join(absent[:SHOWN_CLASSES]) + more
+    return [f"{split} has no sample of {len(absent)} of {len(names)} classes ({listed}): {consequence}"]
 
 
 def split_warnings(store: Store, train: str, val: str, kind: str | None) -> list[str]:
@@ -146,7 +154,7 @@ def split_warnings(store: Store, train: str, val: str, kind: str | None) -> list
         *shared_warnings(store, [train, val]),
         *size_warnings(store[val], kind),
         *class_warnings(store, [val], kind),
-        *class_warnings(store, [train], kind, "they cannot be learned"),
+        *class_warnings(store, [train], kind, UNLEARNED),
     ]
 
 
@@ -158,7 +166,5 @@ def store_warnings(store: Store) -> list[str]:
         *shared_warnings(store),
         *(text for name in others for text in size_warnings(store[name], kind)),
         *class_warnings(store, others, kind),
-        *class_warnings(
-            store, [name for name in store.splits if name == "train"], kind, "they cannot be learned"
-        ),
+        *class_warnings(store, [name for name in store.splits if name == "train"], kind, UNLEARNED),
     ]

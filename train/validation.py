@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from console.log import get_logger
-from store.reader import Store
-from store.splits import class_warnings, count_measured, size_warnings, split_warnings
+from imaging.errors import ImageError
+from imaging.masks import IGNORE, decode_mask
+from store.format import MASK
+from store.reader import Split, Store
+from store.splits import (
+    UNDEFINED,
+    UNLEARNED,
+    absent_warnings,
+    class_warnings,
+    count_measured,
+    size_warnings,
+    split_warnings,
+)
 from train.config import TrainConfig
 
 log = get_logger("train")
+
+#: Masks that are decoded for each split: which classes a mask has is known from its pixels alone.
+MASKS_READ = 1_000
 
 #: Task → the kind of target that it is measured with; `features` has none.
 TARGET_KINDS = {"classification": "label", "sequence": "label", "segmentation": "mask", "detection": "boxes"}
@@ -20,12 +37,46 @@ def count_validation(store: Store, split: str, task: str) -> int:
 
 def warn_of_splits(config: TrainConfig, store: Store, task: str) -> None:
     """Log a warning for copies in both splits, classes that one lacks, and few validation samples."""
-    for text in split_warnings(store, config.train_split, config.val_split, TARGET_KINDS.get(task)):
+    train, val = config.train_split, config.val_split
+    warnings = split_warnings(store, train, val, TARGET_KINDS.get(task))
+    if task == "segmentation":
+        warnings += mask_warnings(store, val) + mask_warnings(store, train, UNLEARNED)
+    for text in warnings:
         log.warning("%s: %s", config.store, text)
 
 
 def warn_of_measured_split(path: str, store: Store, split: str, task: str) -> None:
     """Log a warning where the split to measure on is small or lacks classes."""
     kind = TARGET_KINDS.get(task)
-    for text in [*size_warnings(store[split], kind), *class_warnings(store, [split], kind)]:
+    masks = mask_warnings(store, split) if kind == "mask" else []
+    for text in [*size_warnings(store[split], kind), *class_warnings(store, [split], kind), *masks]:
         log.warning("%s: %s", path, text)
+
+
+def mask_warnings(store: Store, split: str, consequence: str = UNDEFINED) -> list[str]:
+    """A sentence for classes that no mask of a split has; none for a split of more masks than are read."""
+    names = store.manifest.class_names
+    if MASK not in store[split].names or np.count_nonzero(store[split].valid) > MASKS_READ:
+        return []
+    counts, _ = count_mask_classes(store[split], len(names))
+    return absent_warnings(split, names, counts["samples"], consequence)
+
+
+def count_mask_classes(split: Split, classes: int) -> tuple[dict[str, NDArray[np.int64]], int]:
+    """`samples` and `pixels` int64 [C] of at most MASKS_READ masks, evenly spread, and how many were read."""
+    valid = np.flatnonzero(split.valid)
+    rows = valid[np.unique(np.linspace(0, len(valid) - 1, min(MASKS_READ, len(valid))).astype(np.int64))]
+    samples, pixels, read = np.zeros(classes, np.int64), np.zeros(classes, np.int64), 0
+    for row in rows.tolist():
+        data = bytes(split.ragged([row], MASK)[0])
+        if not data:
+            continue
+        try:
+            ids = decode_mask(data)
+        except ImageError:
+            continue  # `cli verify` names it
+        counts = np.bincount(ids[ids != IGNORE], minlength=classes)[:classes]
+        pixels += counts
+        samples += counts > 0
+        read += 1
+    return {"samples": samples, "pixels": pixels}, read

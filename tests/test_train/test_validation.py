@@ -16,6 +16,7 @@ from train.engine.model import DistilledOutput
 from train.evaluation import evaluate_run
 from train.run import run_training
 from train.tasks import build_task
+from train.validation import warn_of_splits
 
 
 def measure(task, logits, **targets):
@@ -88,3 +89,12 @@ def test_evaluate_shows_the_number_of_samples_and_undefined_classes(
         "n/a"
     ] * 2
     assert "val has no sample of 2 of 3 classes (green, blue): their metrics are undefined" in printed.err
+
+
+def test_classes_that_no_mask_has_are_reported(make_store, make_config, caplog: pytest.LogCaptureFixture):
+    """Four classes; the masks of a store of one class have the background and that class."""
+    config = make_config(make_store(masks=True, train=6, val=4, one_class=True), student="unet/small")
+    with caplog.at_level(logging.WARNING):
+        warn_of_splits(config, open_store(config.store), "segmentation")
+    assert "val has no sample of 2 of 4 classes (green, blue): their metrics are undefined" in caplog.text
+    assert "train has no sample of 2 of 4 classes (green, blue): they cannot be learned" in caplog.text
