@@ -34,13 +34,16 @@ def extract(
     ] = None,
     val_fraction: Annotated[
         float | None,
-        Option(help="Share cut for validation when the data set has none. [0.1]", rich_help_panel=DATA_PANEL),
+        Option(
+            help="Share cut for validation when the data set has none. [default: 0.1]",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
     group_duplicates: Annotated[
         bool | None,
         Option(
             "--group-duplicates/--no-group-duplicates",
-            help="Cut validation by content (reads all twice), or by key alone. [by key, copies kept together]",
+            help="Cut validation by content (reads all twice), or by key alone. [default: by key, copies kept together]",
             show_default=False,
             rich_help_panel=DATA_PANEL,
         ),
@@ -53,10 +56,12 @@ def extract(
         ),
     ] = None,
     frames: Annotated[
-        int | None, Option(help="Frames taken evenly from each clip. [16]", rich_help_panel=DATA_PANEL)
+        int | None,
+        Option(help="Frames taken evenly from each clip. [default: 16]", rich_help_panel=DATA_PANEL),
     ] = None,
     teacher: Annotated[
-        str | None, Option(help="qwen2.5-vl or timm:NAME. [qwen2.5-vl]", rich_help_panel=TEACHER_PANEL)
+        str | None,
+        Option(help="qwen2.5-vl or timm:NAME. [default: qwen2.5-vl]", rich_help_panel=TEACHER_PANEL),
     ] = None,
     teacher_path: Annotated[
         str | None,
@@ -64,10 +69,14 @@ def extract(
     ] = None,
     image_size: Annotated[
         int | None,
-        Option(help="Side of the square the teacher sees, in pixels. [224]", rich_help_panel=TEACHER_PANEL),
+        Option(
+            help="Side of the square the teacher sees, in pixels. [default: 224]",
+            rich_help_panel=TEACHER_PANEL,
+        ),
     ] = None,
     resize: Annotated[
-        str | None, Option(help="squash, letterbox or center-crop. [squash]", rich_help_panel=TEACHER_PANEL)
+        str | None,
+        Option(help="squash, letterbox or center-crop. [default: squash]", rich_help_panel=TEACHER_PANEL),
     ] = None,
     exact_preprocessing: Annotated[
         bool | None,
@@ -80,7 +89,7 @@ def extract(
     bit_depth: Annotated[
         str | None,
         Option(
-            help="Bits used of 16-bit gray images: auto (by a sample), full, 8, 12 or 16. [auto]",
+            help="Bits used of 16-bit gray images: auto (by a sample), full, 8, 12 or 16. [default: auto]",
             metavar="BITS",
             rich_help_panel=TEACHER_PANEL,
         ),
@@ -88,7 +97,7 @@ def extract(
     max_pixels: Annotated[
         int | None,
         Option(
-            help="Images with more pixels are bad images, never decoded. [89478485]",
+            help="Images with more pixels are bad images, never decoded. [default: 89478485]",
             rich_help_panel=TEACHER_PANEL,
         ),
     ] = None,
@@ -109,14 +118,18 @@ def extract(
         ),
     ] = None,
     views: Annotated[
-        int | None, Option(help="Recorded augmented views per image. [0]", rich_help_panel=STORED_PANEL)
+        int | None,
+        Option(help="Recorded augmented views per image. [default: 0]", rich_help_panel=STORED_PANEL),
     ] = None,
     logits: Annotated[
         str | None,
-        Option(help="none, probe, zero-shot or zero-shot-calibrated. [none]", rich_help_panel=STORED_PANEL),
+        Option(
+            help="none, probe, zero-shot or zero-shot-calibrated. [default: none]",
+            rich_help_panel=STORED_PANEL,
+        ),
     ] = None,
     seed: Annotated[
-        int | None, Option(help="Seed of views and probe folds. [0]", rich_help_panel=STORED_PANEL)
+        int | None, Option(help="Seed of views and probe folds. [default: 0]", rich_help_panel=STORED_PANEL)
     ] = None,
     device: Annotated[
         str | None,
@@ -135,14 +148,14 @@ def extract(
         bool | None,
         Option(
             "--compile/--no-compile",
-            help="Run the teacher through torch.compile. [on GPUs, for qwen2.5-vl]",
+            help="Run the teacher through torch.compile. [default: on GPUs, for qwen2.5-vl]",
             rich_help_panel=MACHINE_PANEL,
         ),
     ] = None,
     workers: Annotated[
         int | None,
         Option(
-            help="Decoding processes; 0 decodes in a thread. [four of five cores, 16 at most]",
+            help="Decoding processes; 0 decodes in a thread. [default: four of five cores, 16 at most]",
             rich_help_panel=MACHINE_PANEL,
         ),
     ] = None,
@@ -163,7 +176,7 @@ def extract(
     ] = None,
     max_bad: Annotated[
         str | None,
-        Option(help="Bad images that end the run: 1% or a count. [1%]", rich_help_panel=RUN_PANEL),
+        Option(help="Bad images that end the run: 1% or a count. [default: 1%]", rich_help_panel=RUN_PANEL),
     ] = None,
     check_content: Annotated[
         bool | None,

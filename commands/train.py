@@ -132,13 +132,13 @@ def type_name(annotation: Any) -> str:
 
 
 def shown_default(name: str) -> str:
-    """` [0.5]`, or what the recipes say: ` [the student's recipe, 0.0001 for resnet]`; nothing for an absent default."""
+    """` [default: 0.5]`, or ` [default: the student's recipe, 0.0001 for resnet]`; nothing for an absent default."""
     default = TrainConfig.model_fields[name].default
     recipes = {kind: recipe.get(name, default) for kind, recipe in RECIPES.items()}
     kind, first = next(iter(recipes.items()))
     if any(value != first for value in recipes.values()):
-        return f" [the student's recipe, {default_text(first)} for {kind}]"
-    return "" if first is None or first is False or first == "" else f" [{default_text(first)}]"
+        return f" [default: the student's recipe, {default_text(first)} for {kind}]"
+    return "" if first is None or first is False or first == "" else f" [default: {default_text(first)}]"
 
 
 def default_text(value: Any) -> str:

@@ -189,14 +189,17 @@ def test_help_shows_types_and_the_recipes_defaults() -> None:
         for name in ("train", "extract")
     }
     for line in (
-        r"--learning-rate +<float> +Peak learning rate\. \[the student's recipe, 0\.0001 for resnet\]",
-        r"--optimizer +<choice> +.*adamw, adam, sgd\. \[the student's recipe, adamw for resnet\]",
-        r"--epochs +<int> +.*\[100\]",
+        r"--learning-rate +<float> +Peak learning rate\. \[default: the student's recipe, 0\.0001 for resnet\]",
+        r"--image-size +<int> +.*\[default: the student's recipe, 224 for resnet\]",
+        r"--lr-scheduler +<choice> +.*\[default: cosine\]",
+        r"--epochs +<int> +.*\[default: 100\]",
         r"--student-path +<path>",
-        r"--mixup-alpha +<float> +.*\[0\]",
+        r"--mixup-alpha +<float> +.*\[default: 0\]",
     ):
         assert re.search(line, shown["train"]), line
-    assert re.search(r"--resize +<str> +squash, letterbox or center-crop\. \[squash\]", shown["extract"])
+    assert re.search(
+        r"--resize +<str> +squash, letterbox or center-crop\. \[default: squash\]", shown["extract"]
+    )
 
 
 def test_a_family_without_a_size_lists_its_sizes() -> None:
