@@ -13,13 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backend.errors import PlatformError
 from console.progress import track_progress
 from imaging.regular_file import open_regular
 
+if TYPE_CHECKING:
+    from extract.sources import Source
+
 BLOCK_BYTES = 1 << 20
 READERS = 8
+ANY_SIZE = (1, 1)  # of an image whose boxes are given in pixels, as a database's are
 # Left beside images by other programs (ultralytics, macOS, Windows); not part of the data.
 IGNORED_SUFFIXES = (".cache", ".tmp", ".part")
 IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
@@ -99,6 +104,25 @@ def digest_files(
     whole = hashlib.blake2b(digest_size=16)
     for state in states:
         whole.update(os.fsencode(state.name) + b"\0" + known[state.memo_key].encode() + b"\n")
+    return whole.hexdigest()
+
+
+def digest_source(source: Source, check_stop: Callable[[], None] = lambda: None) -> str:
+    """The digest of an opened data set (hex, blake2b-128): class names, and every sample with its bytes and targets."""
+    from imaging.errors import ImageError
+
+    whole = hashlib.blake2b(repr(source.class_names).encode(), digest_size=16)
+    for name, samples in source.splits().items():
+        for sample in samples:
+            check_stop()
+            try:
+                content = hashlib.blake2b(sample.read(), digest_size=16).hexdigest()
+            except ImageError:
+                content = ""
+            boxes = sample.read_boxes(ANY_SIZE)  # as they are given, whatever lies inside the image
+            # Lists, because the text of a long array leaves out its middle.
+            entries = () if boxes is None else (boxes.values.tolist(), boxes.classes.tolist())
+            whole.update(repr((name, sample.key, sample.label, entries, content)).encode())
     return whole.hexdigest()
 
 

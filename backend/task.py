@@ -11,7 +11,7 @@ from typing import Any
 from backend.cache import FeatureCache, cache_key, teacher_digest
 from backend.calls import TaskCalls
 from backend.checks import check_data, check_devices, check_student
-from backend.digests import digest_folder
+from backend.digests import digest_folder, digest_source
 from backend.errors import PlatformError
 from backend.events import ExtractionEvents, TrainingEvents, training_observers
 from backend.mapping import Mapping, data_splits
@@ -23,7 +23,6 @@ from console.stop import Stopped, StopRequest
 log = get_logger("platform")
 
 SUMMARY = "summary.json"
-ANY_SIZE = (1, 1)  # of an image whose boxes a database has in pixels
 
 
 class Task:
@@ -94,25 +93,11 @@ class Task:
 
     def database_digests(self) -> dict[str, str]:
         """Rows of the query with their contents: a database has no times of change to rely on."""
-        import hashlib
-
         from extract.inputs import open_data
-        from imaging.errors import ImageError
 
-        digest = hashlib.blake2b(digest_size=16)
-        source = open_data(self.mapping.extract_config(Path("unused")))
-        digest.update(repr(source.class_names).encode())  # labels and boxes hold numbers alone
-        for name, samples in source.splits().items():
-            for sample in samples:
-                self.check_stop()
-                try:
-                    content = hashlib.blake2b(sample.read(), digest_size=16).hexdigest()
-                except ImageError:
-                    content = ""
-                boxes = sample.read_boxes(ANY_SIZE)
-                entries = () if boxes is None else (boxes.values.tolist(), boxes.classes.tolist())
-                digest.update(repr((name, sample.key, sample.label, entries, content)).encode())
-        return {"rows": digest.hexdigest()}
+        return {
+            "rows": digest_source(open_data(self.mapping.extract_config(Path("unused"))), self.check_stop)
+        }
 
     def extract(self, path: Path) -> None:
         from extract.existing import DifferentStore

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from extract.decoding import boxes_to_store
 from extract.planning import RowSamples
 from extract.sources.base import REMOVED, AnnotationError, Boxes, Samples
 from extract.stamps import NEVER_SEEN, UNKNOWN, Stamps, digests_of, load_stamps, stamps_of
@@ -429,7 +430,7 @@ class Finder:
         (sample,) = change.samples.between(index, index + 1)
         try:
             if boxes:
-                found = sample.read_boxes((width, height)) or Boxes.of([], [])
+                found = boxes_to_store(sample, (width, height))[0] or Boxes.of([], [])
                 stored = stored_boxes(part.split, row)
                 change.boxes[index] = stored is None or not same_boxes(stored, found)
                 stored = stored or Boxes.of([], [])

@@ -92,9 +92,7 @@ def decode_sample(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSamp
         data = sample.read()
         content = content_digest(data)
         result = decode_clip(job, sample, planes) if job.frames else decode_still(job, sample, data, planes)
-        boxes, dropped = sample.read_boxes(result.size), 0
-        if boxes is not None:
-            boxes, dropped = clip_boxes(boxes, result.size)
+        boxes, dropped = boxes_to_store(sample, result.size)
         mask = sample.read_mask(result.size) or b""
         return replace(result, content=content, boxes=boxes, dropped_boxes=dropped, mask=mask)
     except ImageError as error:
@@ -105,6 +103,15 @@ def decode_sample(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSamp
         reason = "decoding needs more memory than there is"
     planes[...] = 0
     return DecodedSample(reason=reason, content=content)
+
+
+def boxes_to_store(sample: Sample, size: tuple[int, int]) -> tuple[Boxes | None, int]:
+    """The parts of a sample's boxes inside its image of `size` (width, height), and how many had none.
+
+    Raises AnnotationError.
+    """
+    boxes = sample.read_boxes(size)
+    return (None, 0) if boxes is None else clip_boxes(boxes, size)
 
 
 def decode_still(job: DecodeJob, sample: Sample, data: bytes, planes: Pixels) -> DecodedSample:

@@ -20,6 +20,7 @@ import numpy as np
 from console.log import get_logger
 from extract.changes import ENCODE, Changes, SplitChange, find_changes, listed
 from extract.config import ExtractConfig
+from extract.decoding import boxes_to_store
 from extract.existing import FOLDER, adopt_rows, job_of, record_source
 from extract.measured import forget_probe
 from extract.planning import ExtractTask
@@ -279,7 +280,7 @@ def boxes_reader(change: SplitChange, changes: Changes) -> Callable[[int], Mappi
     def read(row: int) -> Mapping[str, np.ndarray]:
         size = image_size(change, changes, row)
         (sample,) = change.samples.between(row, row + 1)
-        boxes = (sample.read_boxes(size) if size[0] else None) or Boxes.of([], [])
+        boxes = (boxes_to_store(sample, size)[0] if size[0] else None) or Boxes.of([], [])
         return {names.BOXES: boxes.values, names.BOX_CLASSES: boxes.classes}
 
     return read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from backend.cache import FeatureCache, cache_key, teacher_digest
-from backend.digests import digest_folder
+from backend.digests import digest_folder, digest_source
 from backend.errors import PlatformError
 from console.stop import Stopped, StopRequest
 
@@ -47,6 +48,66 @@ def test_any_change_of_the_data_changes_the_digest(tmp_path: Path, change: str) 
     else:
         (data / "a/1").unlink()
     assert digest_folder(data, tmp_path / "memo") != before
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("labels/train/1.txt", "0 0.5", "1 0.5"),
+        ("data.yaml", "cat", "lynx"),
+        ("annotations/train.json", '"bbox": [1', '"bbox": [2'),
+        ("Annotations/1.xml", "<xmin>1", "<xmin>2"),
+    ],
+)
+def test_corrected_annotations_are_another_data_set(tmp_path: Path, file: str, old: str, new: str) -> None:
+    """So that no task trains from features with the old targets."""
+    data = fill(
+        tmp_path / "data",
+        **{
+            "images__train__1": "x",
+            "labels__train__1.txt": "0 0.5 0.5 0.5 0.5",
+            "data.yaml": "names: [cat]",
+            "annotations__train.json": '{"bbox": [1, 1, 2, 2]}',
+            "Annotations__1.xml": "<xmin>1</xmin>",
+        },
+    )
+    before = digest_folder(data, tmp_path / "memo")
+    text = (data / file).read_text()
+    assert old in text
+    (data / file).write_text(text.replace(old, new))
+    assert digest_folder(data, tmp_path / "memo") != before
+
+
+@pytest.mark.parametrize("change", ["none", "class name", "one of many boxes", "label", "image"])
+def test_rows_of_a_database_count_with_class_names_and_all_their_boxes(tmp_path: Path, change: str) -> None:
+    """A renamed class keeps its number, and numpy's text of a long array leaves out its middle."""
+    from extract.sources import open_source
+
+    boxes = [{"box": [number, 0, number + 1, 1], "class": "cat"} for number in range(600)]
+    rows = [("a", b"image", "cat", boxes), ("b", b"other", "dog", [])]
+
+    def digest() -> str:
+        path = tmp_path / "data.sqlite"
+        with sqlite3.connect(path) as connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS t (key TEXT, image BLOB, label TEXT, annotation TEXT)"
+            )
+            connection.execute("DELETE FROM t")
+            values = [(key, image, label, json.dumps(found)) for key, image, label, found in rows]
+            connection.executemany("INSERT INTO t VALUES (?, ?, ?, ?)", values)
+        connection.close()
+        return digest_source(open_source(f"sqlite:///{path}", query="SELECT * FROM t", val_fraction=0))
+
+    before = digest()
+    if change == "class name":
+        rows[1] = ("b", b"other", "dogs", [])
+    elif change == "one of many boxes":
+        boxes[300]["box"] = [300, 0, 301.5, 1]
+    elif change == "label":
+        rows[1] = ("b", b"other", "cat", [])
+    elif change == "image":
+        rows[1] = ("b", b"changed", "dog", [])
+    assert (digest() == before) == (change == "none")
 
 
 def test_what_other_programs_leave_does_not_count(tmp_path: Path) -> None:

@@ -134,6 +134,11 @@ def remove_yolo_class(root: Path) -> None:
     (root / "data.yaml").write_text(text.replace("  2: dog\n", ""))
 
 
+def add_boxes_outside(root: Path) -> None:
+    """Stores keep the part of a box inside the image, and drop a box without any."""
+    (root / "labels/train/1.txt").write_text("1 0.9 0.5 0.5 0.5\n2 1.5 1.5 0.2 0.2\n")
+
+
 def edit_coco(root: Path) -> None:
     file = root / "annotations/instances_train2017.json"
     content = json.loads(file.read_text())
@@ -200,6 +205,13 @@ def edit_sqlite(root: Path) -> None:
     connection.close()
 
 
+def move_boxes_outside(root: Path) -> None:
+    rows = list(csv.reader((root / "table.csv").open(newline="")))
+    rows[3][3], rows[3][4] = "[[-5, 0, 4, 400], [90, 90, 99, 99]]", '["bird", "cat"]'
+    with (root / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
 def relabel_clip(root: Path) -> None:
     (root / "train/bird/clip0").rename(root / "train/cat/clip0")
 
@@ -255,6 +267,7 @@ CASES = [
     ),
     Case("folder", "no val", lambda root: shutil.rmtree(root / "val"), 0, {"removed": 4}),
     Case("yolo", "boxes", edit_yolo, 0, {"relabeled": 3}),
+    Case("yolo", "boxes outside", add_boxes_outside, 0, {"relabeled": 1}),
     Case("yolo", "classes", rename_yolo_classes, 0, {}),
     Case("yolo", "a class less", remove_yolo_class, 0, {}),
     Case("coco", "boxes and order", edit_coco, 0, {"relabeled": 1}),
@@ -262,6 +275,7 @@ CASES = [
     Case("masks", "mask", edit_masks, 0, {"relabeled": 1}),
     Case("masks", "broken mask", break_mask, 0, {"relabeled": 1}),
     Case("csv", "labels and boxes", edit_csv, 0, {"relabeled": 3, "removed": 1}),
+    Case("csv", "boxes outside", move_boxes_outside, 0, {"relabeled": 1}),
     Case("hdf5", "label and image", edit_hdf5, 1, {"relabeled": 1, "changed": 1}),
     Case("parquet", "label and image", edit_parquet, 1, {"relabeled": 1, "changed": 1}),
     Case("sqlite", "rows", edit_sqlite, 0, {"relabeled": 2, "removed": 1}),
@@ -269,10 +283,30 @@ CASES = [
     Case("clips", "frame", change_frame, 1, {"changed": 1}),
 ]
 
+# The others run with the slow tests: each is three extractions.
+QUICK = {
+    ("folder", "removed"),
+    ("folder", "new class"),
+    ("yolo", "boxes outside"),
+    ("yolo", "a class less"),
+    ("coco", "boxes and order"),
+    ("masks", "broken mask"),
+    ("csv", "labels and boxes"),
+    ("clips", "frame"),
+}
+
 
 @pytest.mark.parametrize(
     ("follower", "case"),
-    [pytest.param(case.kind, case, id=f"{case.kind}: {case.name}") for case in CASES],
+    [
+        pytest.param(
+            case.kind,
+            case,
+            id=f"{case.kind}: {case.name}",
+            marks=() if (case.kind, case.name) in QUICK else pytest.mark.slow,
+        )
+        for case in CASES
+    ],
     indirect=["follower"],
 )
 def test_the_store_becomes_what_a_fresh_extraction_gives(
@@ -286,6 +320,7 @@ def test_the_store_becomes_what_a_fresh_extraction_gives(
     assert result.changes is not None
     assert {name: result.changes[name] for name in case.counts} == case.counts
     assert result.changes["encode"] == 0  # nothing is left to encode
+    assert follower.extract(max_bad="50%").changes is None
     assert follower.store.fingerprint != before
     follower.check(max_bad="50%")
 
