@@ -191,7 +191,7 @@ def test_help_shows_types_and_the_recipes_defaults() -> None:
     for line in (
         r"--learning-rate +<float> +Peak learning rate\. \[default: the student's recipe, 0\.0001 for resnet\]",
         r"--image-size +<int> +.*\[default: the student's recipe, 224 for resnet\]",
-        r"--lr-scheduler +<choice> +.*\[default: cosine\]",
+        r"--augment +<choice> +.*\[default: auto\]",
         r"--epochs +<int> +.*\[default: 100\]",
         r"--student-path +<path>",
         r"--mixup-alpha +<float> +.*\[default: 0\]",
