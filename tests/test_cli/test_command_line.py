@@ -177,7 +177,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_help_shows_types_and_the_recipes_defaults() -> None:
     """Defaults stand in square brackets, which rich would otherwise take for markup and drop."""
-    environment = {**os.environ, "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "300"}
     shown = {
         name: subprocess.run(
             [sys.executable, "-m", "cli", name, "--help"],
