@@ -105,6 +105,7 @@ FOLLOWED = [
     "auto_batch",
     "batch_size",
     "checkpoint_interval",
+    "checkpoint_minutes",
     "control",
     "control_only",
     "data_root",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from console.stop import Stopped, StopRequest
 from tests.test_train.yolo_runs import (
@@ -97,6 +98,68 @@ def test_interrupted_in_the_middle_of_finishing_the_checkpoints(
     assert summary["epochs_done"] == 1
     assert_equal(learnt(out), before)
     assert summary["exported"]["map50"] is not None
+
+
+def saved_epochs(listener: Listener, name: str) -> list[int]:
+    return [epoch for saved, epoch, _ in listener.saved if saved == name]
+
+
+def test_checkpoints_are_written_by_time(yolo_store: Path, tmp_path: Path) -> None:
+    """After the first epoch, every minute, and at the end; with 0 minutes whenever the last writing is done."""
+    listener = Listener()
+    run_yolo(make_config(yolo_store, tmp_path / "minute"), [listener])
+    assert saved_epochs(listener, "last.pt") == [1, 3]
+    assert saved_epochs(listener, "best.pt")[-1] == load_checkpoint(tmp_path / "minute" / "best.pt")["epoch"]
+    assert not list((tmp_path / "minute").glob(".best*"))
+
+
+def test_a_stop_between_two_writings_keeps_the_last_finished_epoch(yolo_store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop = StopRequest()
+
+    class StopAfterSecond(SilentObserver):
+        def epoch_end(self, record: dict[str, Any]) -> None:
+            if record["epoch"] == 2:
+                stop.set(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="--resume continues after it"):
+        run_yolo(make_config(yolo_store, out), [StopAfterSecond()], stop)
+    last, best = load_checkpoint(out / "last.pt"), load_checkpoint(out / "best.pt")
+    assert last["epoch"] == 2
+    assert best["epoch"] == last["training"]["best_epoch"]
+
+
+def test_an_error_keeps_the_last_finished_epoch_and_the_best_student(
+    yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    crash_in(monkeypatch, 8)  # three batches an epoch: in the middle of the third
+    with pytest.raises(Crash):
+        run_yolo(make_config(yolo_store, out))
+    last = load_checkpoint(out / "last.pt")
+    assert last["epoch"] == 2
+    assert load_checkpoint(out / "best.pt")["epoch"] == last["training"]["best_epoch"]
+
+
+def test_ultralytics_best_is_the_student_of_ours_after_a_resume(yolo_store: Path, tmp_path: Path) -> None:
+    """Killed between ultralytics' files and ours: its best.pt may come from an epoch that is trained again."""
+    from ultralytics import YOLO
+
+    out = tmp_path / "out"
+    stop = StopRequest()
+
+    class StopAfterFirst(SilentObserver):
+        def epoch_end(self, record: dict[str, Any]) -> None:
+            stop.set(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        run_yolo(make_config(yolo_store, out), [StopAfterFirst()], stop)
+    (out / "ultralytics" / "best.pt").write_bytes(b"of another epoch")
+    run_yolo(make_config(yolo_store, out, resume=True))
+    exported = YOLO(out / "ultralytics" / "best.pt").model.state_dict()
+    ours = load_checkpoint(out / "best.pt")["model_state_dict"]
+    for name, value in ours.items():
+        assert torch.equal(exported[name.removeprefix("network.")].float(), value.half().float()), name
 
 
 def test_a_stop_request_ends_after_the_batch(yolo_store: Path, tmp_path: Path) -> None:

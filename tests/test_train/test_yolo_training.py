@@ -31,7 +31,13 @@ def test_lora_leaves_base_weights_as_they_were(
 ) -> None:
     folder, _ = yolo_run
     out = tmp_path / "out"
-    options = {"lora_rank": 2, "student_path": folder / "best.pt", "epochs": 1, "learning_rate": 0.1}
+    options = {
+        "lora_rank": 2,
+        "student_path": folder / "best.pt",
+        "epochs": 1,
+        "learning_rate": 0.1,
+        "optimizer": "sgd",
+    }
     summary = run_yolo(make_config(yolo_store, out, **options))
     start = load_checkpoint(folder / "best.pt")["model_state_dict"]
     live = load_checkpoint(out / "last.pt")["training"]["model"]

@@ -8,6 +8,8 @@ launching process what happens through a file of events.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -38,7 +40,7 @@ def job_of_rank(run: Path) -> TrainingJob:
     from train.engine.yolo.assemble import build_job
     from train.engine.yolo.offline import prepare_ultralytics
     from train.engine.yolo.recorder import Recorder, describe_run
-    from train.engine.yolo.state import resume_state
+    from train.engine.yolo.state import best_epoch_of, resume_state
 
     prepare_ultralytics()
     options = json.loads((run / CONFIG).read_text(encoding="utf-8"))["options"]
@@ -48,7 +50,8 @@ def job_of_rank(run: Path) -> TrainingJob:
     if RANK in (-1, 0):
         first_epoch = 0 if state is None else state["epoch"] + 1
         events = EventWriter(run / EVENTS)
-        recorder = Recorder(run, config, describe_run(job), events, first_epoch)
+        recorder = Recorder(run, config, describe_run(job), events, first_epoch, best_epoch_of(state))
+        save_before_termination(recorder)
         job.epoch_finished = recorder.epoch_finished
 
         def training_finished(trainer: Any) -> None:
@@ -57,6 +60,16 @@ def job_of_rank(run: Path) -> TrainingJob:
 
         job.training_finished = training_finished
     return job
+
+
+def save_before_termination(recorder: Any) -> None:
+    """Rank 0 has the last finished epoch on disk before SIGTERM, which the launcher passes on, ends it."""
+
+    def terminate(number: int, frame: Any) -> None:
+        recorder.save_latest()
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 class EventWriter(SilentObserver):

@@ -32,7 +32,6 @@ UNSUPPORTED: dict[str, str] = {
     "freeze_encoder": "use --yolo-settings freeze=LAYERS",
     "attention_pooling": "that belongs to lstm students",
     "pretrained": "that needs a download; give a local file with --student-path",
-    "checkpoint_minutes": "ultralytics' trainer saves at the end of each epoch",
     "views": "ultralytics' own augmentations are used, recorded views cannot be replayed",
 }
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from train.checkpoint import BEST, FORMAT, LAST, save_checkpoint
+from train.checkpoint import BEST, FORMAT, load_checkpoint
 from train.config import TrainConfig, config_to_json
+from train.engine.saving import CheckpointWriter, HostCopy, Saved
 from train.engine.trackers import Tracker, open_trackers
 from train.engine.yolo.model import DISTILLATION_ITEM
 from train.engine.yolo.state import training_state
@@ -53,9 +54,10 @@ def describe_run(job: Any) -> dict[str, Any]:
 class Recorder:
     """Writes an epoch's files in the order in which a crash between any two of them can be resumed from.
 
-    `described` is what every checkpoint of the run says about the student besides its weights; `summarised` the
-    keys of the record that summary.json repeats. The record of metrics.jsonl comes first, `last.pt` last: a run
-    continues after the epoch that `last.pt` holds, and drops later lines of metrics.jsonl.
+    `described` is what every checkpoint of the run says about the student besides its weights. The record of
+    metrics.jsonl comes first, `last.pt` last: a run continues after the epoch that `last.pt` holds, and drops later
+    lines of metrics.jsonl. Checkpoints are written by time (`train.engine.saving`); the state after the last finished
+    epoch is kept in memory for a stop signal, since ultralytics' trainer can be resumed between two epochs only.
     """
 
     def __init__(
@@ -65,11 +67,18 @@ class Recorder:
         described: Mapping[str, Any],
         observer: Observer,
         first_epoch: int,
+        best_epoch: int = 0,
     ) -> None:
+        """`first_epoch`: epochs that are finished, `best_epoch`: the best of them, both of a resumed run."""
         self.run, self.config, self.described, self.observer = run, config, described, observer
         self.records = finished_records(run / METRICS_LINES, first_epoch)
         write_metrics(run, self.records)
         self.trackers: list[Tracker] = open_trackers(config.tracker, run, config_to_json(config), first_epoch)
+        self.writer = CheckpointWriter(run, 60 * config.checkpoint_minutes)
+        self.latest: dict[str, Any] = {}
+        self.saved_epoch, self.best_epoch = first_epoch, best_epoch
+        self.reports: list[Saved] = []
+        self.unsaved_best: dict[str, Any] | None = None
         self.started = time.perf_counter()
 
     def epoch_finished(self, trainer: Any) -> None:
@@ -79,9 +88,12 @@ class Recorder:
         append_metrics(self.run, record)
         for tracker in self.trackers:
             tracker.log(record, record["epoch"])
-        self.save_checkpoints(trainer, record)
+        due = self.writer.due(after_epoch=True)
+        self.keep(trainer, record)
+        if due or trainer.stop:
+            self.save(trainer, last=bool(trainer.stop))
         self.observer.epoch_end(record)
-        self.announce_checkpoints(trainer, record["epoch"])
+        self.announce()
 
     def describe_epoch(self, trainer: Any) -> dict[str, Any]:
         """One line of metrics.jsonl; losses are the terms before their weights, `train_loss` is weighted."""
@@ -114,35 +126,60 @@ class Recorder:
         soft = self.config.soft_label_weight * self.config.feature_weight * items.get(DISTILLATION_ITEM, 0.0)
         return self.config.hard_label_weight * hard_sum(items) + soft
 
-    def save_checkpoints(self, trainer: Any, record: Mapping[str, Any]) -> None:
+    def keep(self, trainer: Any, record: Mapping[str, Any]) -> None:
+        """Copy the state after this epoch to the host, for the next time that it is written."""
+        epoch = record["epoch"]
         content = {
             **self.described,
-            "epoch": record["epoch"],
+            "epoch": epoch,
             "accuracy": record.get("map50"),
             "metrics": {name: record[name] for name in METRICS},
             "model_state_dict": student_state(trainer.job.detector(trainer.ema.ema)),
         }
         if trainer.is_best:
-            save_checkpoint(self.run / BEST, content)
-        if self.is_kept(record["epoch"]):
-            save_checkpoint(self.run / f"checkpoint_epoch_{record['epoch']}.pt", content)
-        state = training_state(trainer)
-        save_checkpoint(self.run / LAST, {**content, "training": state})
+            self.best_epoch, self.unsaved_best = epoch, content
+            self.writer.note_best(content, None, epoch)
+        if self.is_kept(epoch):
+            self.writer.save_beside(self.run / f"checkpoint_epoch_{epoch}.pt", content, epoch)
+        state = {**training_state(trainer), "best_epoch": self.best_epoch}
+        self.latest = {**content, "training": HostCopy(state).content()}
 
     def is_kept(self, epoch: int) -> bool:
         interval = self.config.checkpoint_interval
         return interval is not None and epoch % interval == 0
 
-    def announce_checkpoints(self, trainer: Any, epoch: int) -> None:
-        if trainer.is_best:
-            self.observer.checkpoint_saved(self.run / BEST, epoch, True)
-        if self.is_kept(epoch):
-            self.observer.checkpoint_saved(self.run / f"checkpoint_epoch_{epoch}.pt", epoch, trainer.is_best)
-        self.observer.checkpoint_saved(self.run / LAST, epoch, trainer.is_best)
+    def save(self, trainer: Any, *, last: bool) -> None:
+        """Write the checkpoints of the epoch that has just ended; after the `last` one they are on disk on return."""
+        best = self.unsaved_best
+        if last and best is None:
+            # A run that was killed and resumed may have files of ultralytics from an epoch that went differently.
+            self.reports += self.writer.finish()
+            best = load_checkpoint(self.run / BEST)
+        trainer.write_checkpoints(best)
+        self.unsaved_best, self.saved_epoch = None, self.latest["epoch"]
+        self.writer.save(self.latest, self.saved_epoch, wait=last)
+
+    def save_latest(self) -> None:
+        """Have the last finished epoch on disk: at a stop signal or after an error, from any thread."""
+        if self.latest and self.saved_epoch != self.latest["epoch"]:
+            self.saved_epoch = self.latest["epoch"]
+            self.writer.save(self.latest, self.saved_epoch, wait=True)
+        self.reports += self.writer.finish()
+
+    def announce(self) -> None:
+        """Tell the observer of the checkpoints that are complete on disk by now."""
+        reports, self.reports = self.reports + self.writer.finished(), []
+        for saved in reports:
+            self.observer.checkpoint_saved(saved.path, saved.epoch, saved.is_best)
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+        try:
+            self.save_latest()
+            self.announce()
+        finally:
+            self.writer.close()
+            for tracker in self.trackers:
+                tracker.close()
 
 
 def student_state(network: Any) -> dict[str, Tensor]:

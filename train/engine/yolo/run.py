@@ -141,16 +141,24 @@ def train_here(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train in this process; returns the records of all epochs and `ending_of` the trainer."""
     from train.engine.yolo.recorder import Recorder, describe_run
+    from train.engine.yolo.state import best_epoch_of
     from train.engine.yolo.summary import ending_of
     from train.engine.yolo.trainer import close_loaders
 
     job = trainer.job
-    recorder = Recorder(job.run, job.config, describe_run(job), observer, first_epoch)
+    recorder = Recorder(
+        job.run, job.config, describe_run(job), observer, first_epoch, best_epoch_of(job.state)
+    )
     total, done = job.config.epochs * job.batches_per_epoch, first_epoch * job.batches_per_epoch
+
+    def stop() -> str:
+        recorder.save_latest()
+        return stopped_message(job.run)
+
     try:
-        watch.save = lambda: stopped_message(job.run)
+        watch.save = stop
         with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
-            job.batch_finished = count_batches(watch, progress, job.run)
+            job.batch_finished = count_batches(watch, progress, stop)
             job.epoch_finished = announce_epochs(
                 recorder.epoch_finished, progress, len(job.splits["val"].records)
             )
@@ -161,7 +169,7 @@ def train_here(
         if is_out_of_memory(error):
             raise OutOfMemoryError(f"{MEMORY_ADVICE} (batch_size {trainer.batch_size})") from error
         if watch.stop.requested:  # a signal to the whole group ended loader workers first
-            raise Stopped(stopped_message(job.run), watch.stop.exit_code) from error
+            raise Stopped(stop(), watch.stop.exit_code) from error
         raise
     finally:
         recorder.close()
@@ -184,14 +192,14 @@ def trainer_arguments(trainer: Any) -> dict[str, Any]:
     }
 
 
-def count_batches(watch: StopWatch, progress: Progress, folder: Path) -> Callable[[Any], None]:
-    """After every batch: count it, and end when a stop was asked for."""
+def count_batches(watch: StopWatch, progress: Progress, stop: Callable[[], str]) -> Callable[[Any], None]:
+    """After every batch: count it, and end when a stop was asked for; `stop()` saves and says what is saved."""
 
     def batch_finished(trainer: Any) -> None:
         progress.advance()
         if watch.stop.requested:
             watch.acknowledge()
-            raise Stopped(stopped_message(folder), watch.stop.exit_code)
+            raise Stopped(stop(), watch.stop.exit_code)
 
     return batch_finished
 

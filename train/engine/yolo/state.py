@@ -1,4 +1,4 @@
-"""What a resumed training needs, written after every epoch: ultralytics resumes from a half-precision EMA.
+"""What a resumed training needs, kept after every epoch: ultralytics resumes from a half-precision EMA.
 
 Live weights and alignment heads, EMA, optimizer, scaler and early-stopping state, in full precision. Random state is
 a function of seed and epoch (`epoch_seed`), so the epoch number is enough.
@@ -15,6 +15,7 @@ import torch
 
 from console.log import get_logger
 from train.checkpoint import LAST, load_checkpoint
+from train.engine.saving import adopt_best
 from train.errors import TrainError
 
 log = get_logger("train")
@@ -40,8 +41,15 @@ def resume_state(folder: Path) -> dict[str, Any] | None:
     state = load_checkpoint(folder / LAST).get("training")
     if not isinstance(state, dict) or "ema" not in state:
         raise TrainError(f"{folder / LAST} holds no state of a YOLO training: start again with --overwrite")
+    if "best_epoch" in state:  # not in runs made before checkpoints were written by time
+        adopt_best(folder, state["best_epoch"])
     log.info("%s: resumed after epoch %d", folder, state["epoch"] + 1)
     return state
+
+
+def best_epoch_of(state: dict[str, Any] | None) -> int:
+    """The best epoch, from 1, of what is resumed from; 0 for a new run."""
+    return 0 if state is None else int(state.get("best_epoch", 0))
 
 
 def training_state(trainer: Any) -> dict[str, Any]:

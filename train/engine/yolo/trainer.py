@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from console.log import get_logger
 from train.data import start_worker
 from train.engine.yolo.dataset import SOURCE_ROWS, StoreDataset
 from train.engine.yolo.job import TrainingJob
+from train.engine.yolo.recorder import METRICS
 from train.engine.yolo.state import epoch_seed, only_validation_left, restore_state, seed_everything
 from train.errors import TrainError
 
@@ -274,10 +275,29 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         return bool(self.best_fitness == self.fitness)
 
     def save_model(self) -> bool:
-        """ultralytics' checkpoints of its own plain model."""
+        """Nothing after each epoch: the recorder decides when, and calls `write_checkpoints`."""
+        return False
+
+    def write_checkpoints(self, best: Mapping[str, Any] | None) -> None:
+        """ultralytics' last.pt of now, and its best.pt of `best`, the content of our best.pt: its own plain models."""
         with self.ema_replaced_by(self.job.detector), self.replacing_checkpoints():
             super().save_model()
-        return True
+            self.best.unlink(missing_ok=True)
+            if best is None:
+                return
+            checkpoint = torch.load(self.last, map_location="cpu", weights_only=False)  # written just now
+            half = torch.finfo(torch.half).max
+            checkpoint["ema"].load_state_dict(
+                {
+                    name.removeprefix("network."): value.clamp(-half, half)
+                    if value.is_floating_point()
+                    else value
+                    for name, value in best["model_state_dict"].items()
+                }
+            )
+            measured = {METRICS[name]: value for name, value in best["metrics"].items()}
+            checkpoint |= {"epoch": best["epoch"] - 1, "train_metrics": measured}
+            torch.save(checkpoint, self.best)
 
     def read_results_csv(self) -> dict[str, list[float]]:
         """results.csv by columns, for ultralytics' checkpoints; its own reader needs polars (52 MB) for this alone."""
