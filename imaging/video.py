@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from math import floor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from imaging.regular_file import open_regular
 VIDEO_SUFFIXES = frozenset(
     [".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".ts"]
 )
+TIME_TOLERANCE_S = 1e-6
 USUAL_RATE = Fraction(25)  # frames a second, where a file does not say
 
 
@@ -58,8 +60,10 @@ def iterate_frames(
                 if frames_per_second is None:
                     wanted = number % every == 0
                 else:
-                    wanted = time_s - start >= due - 1e-6
-                    due += 1 / frames_per_second if wanted else 0
+                    wanted = time_s - start >= due - TIME_TOLERANCE_S
+                    if wanted:
+                        passed = (time_s - start + TIME_TOLERANCE_S) * frames_per_second
+                        due = (floor(passed) + 1) / frames_per_second
                 if wanted:
                     yield VideoFrame(number, time_s - start, _upright(frame), rate)
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
