@@ -160,6 +160,7 @@ def root(
 def main() -> None:
     """Run the command line; an error is one readable line on stderr and a non-zero exit code."""
     from console.log import configure_logging
+    from console.redaction import redact
 
     configure_logging()
     debug = "--debug" in sys.argv or os.environ.get("QWEN_DISTILL_DEBUG") == "1"
@@ -173,7 +174,7 @@ def main() -> None:
         exit_code = getattr(error, "exit_code", 1 if refused else None)
         if debug or exit_code is None:
             raise
-        print(error_line(error), file=sys.stderr, flush=True)
+        print(redact(error_line(error)), file=sys.stderr, flush=True)
         sys.exit(exit_code)
     if code == INTERRUPTED:
         print("stopped by Ctrl-C; the same command starts again", file=sys.stderr, flush=True)

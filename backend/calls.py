@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from console.redaction import redact
+
 LONGEST_ERROR = 500
 Body = dict[str, Any]
 
@@ -171,5 +173,5 @@ EVALUATION_NUMBERS = ("precision", "recall", "f1Score", "map50", "map95")
 
 
 def one_line(text: str) -> str:
-    """Text with line breaks and control characters as single blanks."""
-    return re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", text).strip()
+    """Text with line breaks and control characters as single blanks, passwords in addresses hidden."""
+    return re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", redact(text)).strip()

@@ -12,6 +12,7 @@ from backend.options import help_text
 from backend.plain_output import finish_output, use_plain_output
 from backend.request import TaskRequest, read_request
 from console.log import configure_logging, get_logger
+from console.redaction import redact
 
 log = get_logger("platform")
 
@@ -30,7 +31,7 @@ def main(words: Sequence[str] | None = None, program: str = "train_qwen_vl_disti
     try:
         return start(words, program)
     except OptionError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     finally:
         finish_output()

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from backend.errors import OptionError
 from backend.values import shown
+from console.redaction import redact
 
 LONGEST_NAME = 200
 FORBIDDEN_IN_IDS = frozenset("/\\:*?\"'<>|#%&;$`")
@@ -94,7 +95,7 @@ def check_api_url(value: str, allow_local: bool = False) -> str:
         parts = urlsplit(value)
         port = parts.port
     except ValueError as error:
-        raise OptionError(f"--api_base_url: {error}, got {shown(value)}") from None
+        raise OptionError(f"--api_base_url: {error}, got {shown(redact(value))}") from None
     reason = None
     if parts.scheme not in ("http", "https"):
         reason = "expected http:// or https://"
@@ -109,7 +110,7 @@ def check_api_url(value: str, allow_local: bool = False) -> str:
     elif not allow_local and is_link_local(parts.hostname):
         reason = "a link-local address is not allowed"
     if reason:
-        raise OptionError(f"--api_base_url: {reason}, got {shown(value)}")
+        raise OptionError(f"--api_base_url: {reason}, got {shown(redact(value))}")
     return value.rstrip("/")
 
 
@@ -183,8 +184,3 @@ def check_sqlite_file(rest: str, root: Path, allow_local: bool) -> None:
         check_inside("dataset_url", root, Path(name))
     except OptionError as error:
         raise OptionError(f"{error}: set distillation.security.allow-local-urls or copy it there") from None
-
-
-def without_password(url: str) -> str:
-    """A database URL as log lines show it."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

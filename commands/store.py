@@ -37,9 +37,10 @@ def inspect(
     cli inspect s3://features/flowers.zarr --json
     """
     from console.output import print_json
+    from console.redaction import redact_values
     from store.summary import describe_store
 
-    described = describe_store(store)
+    described = redact_values(describe_store(store))
     if described["complete"]:
         from commands.contents import describe_contents
         from store.reader import open_store

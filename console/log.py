@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from console.redaction import redact
+
 ROOT = "qwen_distill"
 STORE = "store"  # imports nothing of ours, so its loggers bear its own name
 
@@ -40,8 +42,8 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class Formatter(logging.Formatter):
-    """`warning: text` from level WARNING on, the bare text below."""
+    """`warning: text` from level WARNING on, the bare text below; passwords in addresses are hidden."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = redact(super().format(record))
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text

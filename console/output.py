@@ -7,12 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from console.redaction import redact, redact_values
+
 MISSING = "-"
 
 
 def print_json(value: Any) -> None:
     """Print one JSON object (not-a-number becomes null, paths and numpy scalars become plain values)."""
-    print(json.dumps(plain_json(value), ensure_ascii=False, indent=2), flush=True)
+    print(json.dumps(redact_values(plain_json(value)), ensure_ascii=False, indent=2), flush=True)
 
 
 def plain_json(value: Any) -> Any:
@@ -50,7 +52,7 @@ def cell(value: Any) -> str:
     if value is None:
         return MISSING
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
+        return redact(str(value))
     return f"{value:,.0f}" if isinstance(value, int) or 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 

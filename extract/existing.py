@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from console.redaction import redact, redact_values
 from extract.config import ExtractConfig
 from extract.planning import NO_SAMPLES, ExtractTask, in_stored_order
-from extract.sources.sql import hide_password
 from store import format as names
 from store.commits import read_commits
 from store.errors import DistillError
@@ -102,15 +102,16 @@ def planned_keys(path: Path) -> dict[str, KeyTable]:
 
 
 def record_source(path: Path, config: ExtractConfig) -> None:
-    """Keep how the data set was opened beside the store's arrays; a database's password is in none of it."""
-    record = {
-        "data": hide_password(config.data) if "://" in config.data else os.path.abspath(config.data),
+    """Keep how the data set was opened beside the store's arrays; no password is in it."""
+    record: dict[str, Any] = {
+        "data": redact(config.data) if "://" in config.data else os.path.abspath(config.data),
         "source": config.source,
         "split": config.split,
         "options": config.source_options,
         "val_fraction": config.val_fraction,
         "group_duplicates": config.group_duplicates,
     }
+    record = redact_values(record)
     if record != read_source_record(path):
         write_json(path / FOLDER / SOURCE_FILE, record)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from console.log import get_logger
+from console.redaction import redact
 from extract.changes import Changes
 from extract.config import ExtractConfig
 from extract.existing import count_committed, job_of, list_units
 from extract.follow import work_path
 from extract.ledger import write_ledger
-from extract.sources.sql import hide_password
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 from store.splits import store_warnings
@@ -119,8 +119,8 @@ def committed_text(path: Path) -> str:
 
 
 def resume_command(config: ExtractConfig) -> str:
-    """The command line that goes on with this extraction; a database's password is left out of it."""
-    words = ["cli", "extract", hide_password(config.data) if "://" in config.data else config.data]
+    """The command line that goes on with this extraction; passwords in addresses are left out of it."""
+    words = ["cli", "extract", config.data]
     for name, info in ExtractConfig.model_fields.items():
         value = getattr(config, name)
         if name in ("data", "overwrite", "dry_run") or value == info.get_default(call_default_factory=True):
@@ -133,4 +133,4 @@ def resume_command(config: ExtractConfig) -> str:
                 words += [option, f"{key}={item}"]
         else:
             words += [option, str(value)]
-    return shlex.join(words)
+    return shlex.join(map(redact, words))

@@ -24,6 +24,10 @@ def read_root_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The root's zarr.json, from a folder or a URL. Raises StoreError when there is no store."""
     if not is_url(path):
         return read_root(Path(path))
+    if "***" in str(path):
+        raise StoreError(
+            f"{path}: the password was left out when this address was recorded: give the address again"
+        )
     try:
         import fsspec
     except ImportError as error:

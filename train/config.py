@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from console.option_file import read_option_file
+from console.redaction import redact_values
 from train.errors import ConfigError
 from train.recipes import recipe_of
 from train.students.names import UnknownStudentError, parse_student_name
@@ -302,6 +303,6 @@ def nearest_names(name: str, valid: Any) -> str:
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain JSON types."""
-    values: dict[str, Any] = json.loads(config.model_dump_json())
+    """The configuration as plain JSON types, for records: passwords in addresses are hidden."""
+    values: dict[str, Any] = redact_values(json.loads(config.model_dump_json()))
     return values

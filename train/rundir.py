@@ -12,6 +12,7 @@ from typing import Any
 
 from console.log import get_logger
 from console.output import plain_json
+from console.redaction import redact_values
 from store.format import RANDOM_WEIGHTS_NOTICE
 from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError, TrainError
@@ -231,7 +232,7 @@ def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, complete or not at all; not-a-number becomes null."""
-    write_text(path, json.dumps(plain_json(content), indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(redact_values(plain_json(content)), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

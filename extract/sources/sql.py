@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from console.redaction import HIDDEN, redact, secrets_of
 from extract.sources.annotations import Labels, parse_annotation
 from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError
 from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside
@@ -131,7 +132,7 @@ def open_sql(
 
 def read_source(query: Query, stored: bool, root: Path, names: Labels, progress: Progress | None) -> Source:
     splits, keys = read_splits(query, stored, root, names, progress)
-    where = hide_password(query.url)
+    where = redact(query.url)
     if not splits:
         raise SourceError(f"{where}: the query gives no rows")
     classes = names.finish(where)
@@ -258,15 +259,6 @@ def connect(url: str) -> sa.Connection:
     return _engine(url, os.getpid()).connect()
 
 
-def hide_password(url: str) -> str:
-    import sqlalchemy as sa
-
-    try:
-        return sa.make_url(url).render_as_string(hide_password=True)
-    except sa.exc.ArgumentError:
-        return "the database URL"
-
-
 class database_errors:
     """Turns SQLAlchemy's exceptions into a SourceError of one line that names the database, not its password."""
 
@@ -286,16 +278,18 @@ class database_errors:
         if isinstance(error, sa.exc.SQLAlchemyError):
             cause = getattr(error, "orig", None) or error
             text = " ".join(str(cause).split())
-            raise SourceError(f"{hide_password(self.url)}: {self._without_secrets(text)}"[:500]) from None
+            raise SourceError(f"{redact(self.url)}: {self._without_secrets(text)}"[:500]) from None
 
     def _without_secrets(self, text: str) -> str:
         import sqlalchemy as sa
 
         try:
-            password = sa.make_url(self.url).password
+            sa.make_url(self.url)
         except sa.exc.ArgumentError:
             return "the URL is not one: expected dialect://user:password@host/database"
-        return text.replace(str(password), "***") if password else text
+        for secret in secrets_of(self.url):
+            text = text.replace(secret, HIDDEN)
+        return redact(text)
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from store import StoreError, open_store
 from store.format import RANDOM_WEIGHTS_NOTICE
 from train.run import run_training
 
@@ -65,3 +66,22 @@ def test_a_random_teacher_is_said_once(make_store, make_config, train_log, rando
     assert summary["store"]["random_teacher"] == random
     said = {record.created for record in train_log.records if RANDOM_WEIGHTS_NOTICE in record.getMessage()}
     assert len(said) == int(random)
+
+
+def test_secrets_in_the_address_of_the_store_are_in_no_file_of_a_run(
+    make_store, make_config, tmp_path, train_log
+):
+    (tmp_path / "signed?token=s3cr3t").mkdir()
+    make_store("signed?token=s3cr3t/store.zarr")
+    address = f"file://{tmp_path}/signed?token=s3cr3t/store.zarr"
+    config = make_config(address, epochs=1, control=True)
+    run_training(config)
+    for file in config.out.rglob("*"):
+        if file.is_file():
+            assert b"s3cr3t" not in file.read_bytes(), file
+    recorded = json.loads((config.out / "config.json").read_text())
+    assert "token=***" in recorded["options"]["store"]
+    assert "token=***" in recorded["store"]["path"]
+    with pytest.raises(StoreError, match="the password was left out when this address was recorded"):
+        open_store(recorded["store"]["path"])
+    run_training(config.replace(resume=True, epochs=2))

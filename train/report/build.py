@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from console.files import check_writable, whole_file
 from console.log import get_logger
+from console.redaction import redact
 from store import Store, open_store
 from store.errors import StoreError
 from store.format import MEASURED_FILE
@@ -78,7 +79,7 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
         "Distillation report", subtitle, introduction, sections, rows, headlines, collection.unfinished
     )
     with whole_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(redact(page), encoding="utf-8")
     write_tables(path.parent, rows)
     return Report(path, rows, [*SHORT_COLUMNS, *headlines, "gain_over_control"])
 

@@ -31,6 +31,8 @@ from train.rundir import CONFIG, METRICS
 
 EVENTS = ".events-of-ranks.jsonl"
 POLL_S = 0.5
+# The address as it was given: config.json leaves out passwords.
+STORE_ADDRESS = "QWEN_DISTILL_STORE_ADDRESS"
 
 
 def job_of_rank(run: Path) -> TrainingJob:
@@ -44,6 +46,7 @@ def job_of_rank(run: Path) -> TrainingJob:
 
     prepare_ultralytics()
     options = json.loads((run / CONFIG).read_text(encoding="utf-8"))["options"]
+    options["store"] = os.environ.get(STORE_ADDRESS, options["store"])
     config = TrainConfig(**options)
     state = resume_state(run)
     job = build_job(config, run, open_store(config.store), state)
@@ -162,6 +165,7 @@ def train_on_ranks(
         return stopped_message()
 
     watch.save = end_ranks
+    os.environ[STORE_ADDRESS] = job.config.store
     with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
         reader = EventReader(events, observer, progress, job.batches_per_epoch)
         try:
