@@ -30,7 +30,7 @@ def make_config(**options: Any) -> TrainConfig:
 
 
 def test_the_recipe_keeps_ultralytics_own_defaults() -> None:
-    arguments = ultralytics_arguments(make_config())
+    arguments = ultralytics_arguments(make_config(), 10_000)
     assert arguments["optimizer"] == "auto"
     assert arguments["weight_decay"] == 0.0005
     assert arguments["imgsz"] == 640
@@ -40,6 +40,20 @@ def test_the_recipe_keeps_ultralytics_own_defaults() -> None:
     assert not {"mosaic", "momentum", "lrf"} & arguments.keys()
     assert clip_norm(make_config()) == 10
     assert levels_of(make_config()) == ("P5",)
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "nominal", "warmup"),
+    [(205, 10, 20, 1.0), (205, 100, 64, 3.0), (205, 1, 16, 0.1), (118_000, 3, 64, 0.3)],
+)
+def test_a_short_run_takes_more_steps_and_warms_up_for_a_tenth(
+    images: int, epochs: int, nominal: int, warmup: float
+) -> None:
+    arguments = ultralytics_arguments(make_config(epochs=epochs), images)
+    assert arguments["nbs"] == nominal
+    assert arguments["warmup_epochs"] == pytest.approx(warmup)
+    asked = ultralytics_arguments(make_config(epochs=epochs, grad_accum_steps=4, warmup_epochs=3), images)
+    assert (asked["nbs"], asked["warmup_epochs"]) == (64, 3)
 
 
 def test_explicit_options_are_mapped() -> None:
@@ -55,7 +69,7 @@ def test_explicit_options_are_mapped() -> None:
         distill_layers="p3, P5",
         yolo_settings="mosaic=0.25,degrees=10",
     )
-    arguments = ultralytics_arguments(config)
+    arguments = ultralytics_arguments(config, 10_000)
     assert arguments["nbs"] == 12
     assert arguments["lrf"] == 1.0
     assert arguments["cos_lr"] is False

@@ -43,7 +43,10 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     splits = open_splits(config, store, 2 if mixes_images(parse_settings(config.yolo_settings)) else 1)
     config = fit_batch(config, len(splits["train"].records))
     arguments = (
-        ultralytics_arguments(config) | {"model": f"yolov8{size}.yaml"} | devices | plots(config, names)
+        ultralytics_arguments(config, len(splits["train"].records))
+        | {"model": f"yolov8{size}.yaml"}
+        | devices
+        | plots(config, names)
     )
     student = build_trained_student(config, store, splits, len(names))
     check_frozen(arguments.get("freeze"), student.network)
