@@ -456,6 +456,8 @@ def test_a_folder_of_runs_and_sweeps_is_searched(
         found = collect([runs])
     assert "4 runs and sweeps below it: deep/sweep, one, started, two" in caplog.text
     assert {run.group for run in found.runs} == {"sweep", "one", "two"}
+    page = build_report([runs], None, samples=0).path.read_text()
+    assert "`" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert [(item.name, item.state) for item in found.unfinished] == [
         ("gone", "failed"),
         ("started", "unfinished"),
