@@ -61,5 +61,5 @@ def check_limit(bad: int, allowed: int, limit: str, store: Path, first: BadSampl
         example = f"; the last: {first.key}: {first.reason}" if first else ""
         raise TooManyBad(
             f"{bad} bad images, --max-bad {limit} allows {allowed}{example}. All are listed in {store / LEDGER}. "
-            "Raise --max-bad and run the same command to go on, or repair them and use --overwrite"
+            "Raise --max-bad, or repair or remove them, and run the same command again"
         )

@@ -65,6 +65,11 @@ class RowSamples:
     def __len__(self) -> int:
         return len(self.samples) if self.order is None else len(self.order)
 
+    @property
+    def missing(self) -> int:
+        """Samples that the data set no longer has."""
+        return 0 if self.order is None else int((self.order < 0).sum())
+
     def between(self, first: int, end: int) -> list[Sample]:
         """The samples of rows [first, end)."""
         if self.order is None:

@@ -35,11 +35,12 @@ from extract.stamps import annotation_stamp, digest_of, load_stamps, save_stamps
 from extract.teachers import Teacher
 from extract.workers import DecodedBatch
 from store import format as names
+from store.commits import read_commits
 from store.create import create_store
 from store.errors import StoreError
 from store.files import write_json
 from store.finalize import finalize_store
-from store.job import Job
+from store.job import Job, log_path
 from store.metadata import ZARR_JSON
 from store.plan import Plan
 from store.reader import open_store
@@ -67,7 +68,15 @@ def prepare_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) ->
         make_store(config, task, teacher)
     check_same(path, task, open_store(path, allow_incomplete=True).manifest, config.grid == "auto")
     use_threads(path, teacher)
-    return rows_task(task) if work_path(path) != path else adopt_rows(task, path)
+    planned = rows_task(task) if work_path(path) != path else adopt_rows(task, path)
+    gone = sum(samples.missing for samples in planned.splits.values())
+    if gone and job_of(planned.path) is not None:
+        log.info(
+            "%s: %d planned images are gone: the others are finished first, then the store follows",
+            path,
+            gone,
+        )
+    return planned
 
 
 def delete_store(path: Path) -> None:
@@ -205,6 +214,16 @@ def chosen_units(config: ExtractConfig, job: Job) -> list[Unit]:
             f"--shard-range {config.shard_range}: the plan has {len(units)} shards, 0:{len(units)}"
         )
     return units[first:end]
+
+
+def unfinished_units(path: Path, job: Job, units: list[Unit]) -> list[Unit]:
+    """Those of the shards that are not published yet: a writer over several shards writes all after the first of them."""
+    left = []
+    for split, first, end in units:
+        commits = read_commits(log_path(path, job, split, first // job.shard_rows))
+        if not commits or commits[-1].finished is None:
+            left.append((split, first, end))
+    return left
 
 
 def merge_units(units: list[Unit]) -> list[Unit]:

@@ -23,6 +23,7 @@ from extract.prepare import (
     prepare_store,
     record_halving,
     resume_switch,
+    unfinished_units,
     warn_of_changes,
 )
 from extract.session import Session
@@ -155,7 +156,8 @@ class Run:
         result.startup_seconds += (self.first_batch_at or started) - started
 
     def encode_units(self, job: Job) -> None:
-        for split, first, end in merge_units(chosen_units(self.config, job)):
+        units = unfinished_units(self.task.path, job, chosen_units(self.config, job))
+        for split, first, end in merge_units(units):
             writer = StoreWriter(self.task.path, split, (first, end), break_lock=self.config.break_lock)
             self.session.encode(writer, self.stop, self.after_batch)
             self.check_bad()

@@ -22,8 +22,8 @@ from store.files import read_json, write_json
 from store.format import FEATURES_JOB, REASONS, VALID, WORK_FOLDER, ArraySpec, Model, Name
 from store.layout import Layout
 
-# Folders of .work that are no jobs: a new version of the store, and a store of rows encoded for it (version.py).
-NEXT, ROWS_STORE = "next", "rows"
+# Folders of .work that are no jobs: a new version, a store of rows encoded for it, what it replaced (switch.py).
+NEXT, ROWS_STORE, REPLACED = "next", "rows", "replaced"
 CREATING, DONE = ".creating", ".done"  # ends of the names of jobs that are not there yet, or no more
 
 

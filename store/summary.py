@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from store.files import read_json
-from store.format import MEASURED_FILE, ArraySpec
-from store.job import load_job, pending_jobs, progress
+from store.format import MEASURED_FILE, WORK_FOLDER, ArraySpec
+from store.job import ROWS_STORE, load_job, pending_jobs, progress
 from store.location import is_url
 from store.reader import Split, Store, open_store
 
@@ -81,7 +81,11 @@ def describe_pending(store: Store) -> dict[str, dict[str, list[int]]]:
     """job → split → [committed rows, rows] of what is being written."""
     if is_url(store.location):
         return {}
+    rows = store.path / WORK_FOLDER / ROWS_STORE  # samples that are encoded for a new version of the store
     return {
-        name: {split: list(done) for split, done in progress(store.path, load_job(store.path, name)).items()}
-        for name in pending_jobs(store.path)
+        name if folder == store.path else "new samples": {
+            split: list(done) for split, done in progress(folder, load_job(folder, name)).items()
+        }
+        for folder in (store.path, rows)
+        for name in pending_jobs(folder)
     }

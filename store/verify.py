@@ -30,6 +30,7 @@ from store.job import (
     CREATING,
     DONE,
     NEXT,
+    REPLACED,
     ROWS_STORE,
     Job,
     describe_progress,
@@ -45,6 +46,7 @@ from store.mapped import open_shard
 from store.metadata import ZARR_JSON, node_names, parse_manifest, read_root
 from store.reader import Split, Store
 from store.shards import ShardFile, checksum_of
+from store.switch import switch_is_done
 
 BLOCK_BYTES = 32 * 1024 * 1024
 
@@ -115,6 +117,11 @@ def leftovers(folder: Path) -> Iterator[Finding]:
     for path, owner in lock_files(folder):
         if is_abandoned(path, owner):
             yield Finding(str(path), f"lock of a dead writer: {owner}", leftover=True)
+    if switch_is_done(folder):
+        for name in (REPLACED, NEXT):
+            path = folder / WORK_FOLDER / name
+            if path.exists():
+                yield Finding(str(path), "left by the switch to a new version", leftover=True)
     for path in sorted(folder.glob(f"{WORK_FOLDER}/*")):
         if path.name.endswith((CREATING, DONE)):
             yield Finding(str(path), "a job that was never begun or is done", leftover=True)

@@ -1,13 +1,7 @@
 """A new version of a complete store: rows that stay keep their shard files, all others are copied together.
 
-The new version is written to `.work/next` while the store stays readable, and then takes the store's place:
-
-    .work/next.creating/   being written; a killed run's is deleted and written again
-    .work/next/            complete, under the same layout as a store
-    .work/replaced/        what the switch has moved out of the way
-
-The switch marks the old manifest incomplete, moves each split and `.commits`, and moves the new root `zarr.json` last.
-Each step is skipped when it is done, so that a killed switch is finished by calling `publish_version` again.
+It is written to `.work/next.creating` while the store stays readable (a killed run's is deleted and written again), and
+renamed `.work/next` when it is complete. `publish_version` then puts it in the store's place (switch.py).
 """
 
 from __future__ import annotations
@@ -25,7 +19,7 @@ import numpy as np
 
 from store.create import write_keys
 from store.files import disk_errors, read_json, sync_folder, write_json
-from store.finalize import Checksums, commit_record, digest_of, drop_job, remove_done, write_statistics
+from store.finalize import Checksums, commit_record, digest_of, remove_done, write_statistics
 from store.format import (
     COMMITS_FOLDER,
     IMAGES_ENCODED,
@@ -37,22 +31,20 @@ from store.format import (
     ArraySpec,
     Manifest,
 )
-from store.job import CREATING, DONE, NEXT, ROWS_STORE, locks_of, offsets_spec, own_specs, pending_jobs
+from store.job import CREATING, locks_of, offsets_spec, own_specs
 from store.keys import KeyTable
 from store.layout import Layout
 from store.locks import RowLock
 from store.metadata import (
     ZARR_JSON,
-    parse_manifest,
-    read_root,
     write_array_metadata,
     write_group,
     write_manifest,
 )
 from store.reader import Split, Store
 from store.shards import ArrayWriter, ShardFile
+from store.switch import next_folder
 
-REPLACED = "replaced"
 BLOCK_BYTES = 32 * 1024 * 1024
 # File systems without hard links, and a file with too many of them.
 CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES}
@@ -440,75 +432,3 @@ def blocks(first: int, end: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
     for start in range(first, end, step):
         yield start, min(end, start + step)
-
-
-# -- the switch -------------------------------------------------------------------------------------
-
-
-def next_folder(store: Path, end: str = "") -> Path:
-    return store / WORK_FOLDER / f"{NEXT}{end}"
-
-
-def publish_version(store: Path) -> None:
-    """Put the version in `.work/next` in the store's place; finishes a switch that was killed. May be repeated.
-
-    Arrays that are being added meanwhile (`logits/…`) are dropped.
-    """
-    with disk_errors(store):
-        new = next_folder(store)
-        if (new / ZARR_JSON).exists():
-            switch(store, new)
-        clear_version(store)
-
-
-def switch(store: Path, new: Path) -> None:
-    root = read_root(store)
-    old_splits = parse_manifest(root, str(store)).splits
-    new_splits = parse_manifest(read_root(new), str(new)).splits
-    for job in pending_jobs(store):
-        drop_job(store, job)
-    if root["attributes"]["complete"]:
-        root["attributes"]["complete"] = False
-        write_json(store / ZARR_JSON, root)
-    replaced = store / WORK_FOLDER / REPLACED
-    replaced.mkdir(exist_ok=True)
-    for name in [COMMITS_FOLDER, *dict.fromkeys([*old_splits, *new_splits])]:
-        # When the new one is gone it has its place already, and what is there must stay.
-        moved = not (new / name).exists() and name in {COMMITS_FOLDER, *new_splits}
-        if not moved and (store / name).exists():
-            os.rename(store / name, replaced / name)
-        if (new / name).exists():
-            os.rename(new / name, store / name)
-    for note in [path for path in new.glob(".*/*") if path.is_file()]:
-        (store / note.parent.name).mkdir(exist_ok=True)
-        os.replace(note, store / note.parent.name / note.name)
-    for folder in (store, new, replaced):
-        sync_folder(folder)
-    os.replace(new / ZARR_JSON, store / ZARR_JSON)
-    sync_folder(store)
-
-
-def clear_version(store: Path) -> None:
-    """Delete what a finished switch has left, and a version that was never finished. `next` goes last: see above."""
-    work = store / WORK_FOLDER
-    for name in (f"{NEXT}{CREATING}", REPLACED, ROWS_STORE, NEXT):
-        if name == ROWS_STORE and not (work / NEXT).exists():
-            continue  # rows that are still being encoded
-        if (work / name).exists():
-            shutil.rmtree(work / f"{name}{DONE}", ignore_errors=True)
-            os.rename(work / name, work / f"{name}{DONE}")
-    if work.exists():
-        remove_done(store)
-
-
-def drop_rows_store(store: Path) -> None:
-    """Delete the rows that were encoded for a new version that nothing asks for any more."""
-    folder = store / WORK_FOLDER / ROWS_STORE
-    if folder.exists():
-        os.rename(folder, folder.with_name(f"{ROWS_STORE}{DONE}"))
-        remove_done(store)
-
-
-def being_switched(store: Path) -> bool:
-    """Whether a switch has begun and not ended, or a complete new version waits for it."""
-    return next_folder(store).exists()

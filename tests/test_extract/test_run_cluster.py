@@ -96,6 +96,18 @@ class TestCluster:
             Image.new("RGB", (40, 40), (number * 12, 90, 0)).save(data / "3" / f"new{number}.png")
         assert extract(options).encoded == 12
         assert sum(map(len, open_store(options["out"]).values())) == 72
+        (data / "3" / "new0.png").unlink()
+        (data / "3" / "new1.png").rename(data / "4" / "renamed.png")
+        Image.new("RGB", (40, 40), (1, 2, 3)).save(data / "3" / "new2.png")
+        result = extract(options)
+        assert result.changes is not None
+        assert {name: result.changes[name] for name in ("renamed", "removed", "changed")} == {
+            "renamed": 1,
+            "removed": 1,
+            "changed": 1,
+        }
+        assert (result.encoded, result.complete) == (1, True)
+        assert sum(map(len, open_store(options["out"]).values())) == 71
 
     def test_a_killed_workers_shards_are_redone_by_others(
         self, extract_options: dict[str, Any], many_digits: Path, cluster: Any

@@ -68,6 +68,13 @@ def test_max_bad_is_a_share_or_a_count(text: str, allowed: int) -> None:
     assert load_config(None, {"data": "d", "out": "s", "max_bad": text}).allowed_bad(300) == allowed
 
 
+@pytest.mark.parametrize(
+    ("text", "allowed"), [("1%", 1), ("0.1%", 1), ("0%", 0), ("0", 0), ("7", 7), ("10%", 2)]
+)
+def test_a_share_allows_one_bad_image_however_few_there_are(text: str, allowed: int) -> None:
+    assert load_config(None, {"data": "d", "out": "s", "max_bad": text}).allowed_bad(20) == allowed
+
+
 @pytest.mark.parametrize("text", ["-1", "101%", "x%", "1.5", ""])
 def test_other_limits_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be a share"):

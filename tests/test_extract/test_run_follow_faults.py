@@ -314,3 +314,36 @@ def test_boxes_that_come_later_need_a_grid_that_is_not_there(
     boxes = open_store(options["out"])["train"].ragged(range(4), "targets/boxes/values")
     assert [box.tolist() for box in boxes] == [[[0, 0, 4, 4]]] * 4
     assert np.isfinite(open_store(options["out"])["train"].read("features/pooled")).all()
+
+
+def test_what_is_being_encoded_is_shown_and_can_be_shared(follower: Follower, tmp_path: Path) -> None:
+    """`cli inspect` counts the new samples; `--shard-range` encodes some of them, and the rest of it comes after."""
+    from store.summary import describe_store
+
+    options = {**follower.options, "batch_size": 2}
+    extract(options)
+    for number in range(90, 97):
+        save(tmp_path / f"data/images/train/{number}.png", picture(number))
+    interrupt(options, rows=2)
+    pending = describe_store(options["out"])["pending"]["new samples"]
+    assert 2 <= pending["train"][0] < pending["train"][1] == 7
+    result = extract(options, shard_range="1:")
+    assert result.encoded == 3  # shards of four rows: the second has three
+    assert extract(options).encoded == 7 - 3 - pending["train"][0]
+    follower.check(batch_size=2)
+
+
+def test_what_a_killed_switch_leaves_is_found_and_deleted(follower: Follower, tmp_path: Path) -> None:
+    from store.verify import repair_store
+
+    follower.extract()
+    work = Path(follower.options["out"]) / ".work"
+    for name in ("next", "replaced"):  # the switch is done, its cleaning up is not
+        (work / name / "train").mkdir(parents=True)
+    findings = [Path(finding.path).name for finding in verify_store(follower.options["out"])]
+    assert sorted(findings) == ["next", "replaced"]
+    assert len(repair_store(follower.options["out"])) == 2
+    assert verify_store(follower.options["out"]) == []
+    (work / "next").mkdir(parents=True, exist_ok=True)
+    follower.extract()
+    assert not work.exists()

@@ -13,7 +13,8 @@ from store_samples import small_block, small_manifest, write_rows
 
 from store import KeyTable, Plan, StoreWriter, create_store, finalize_store, open_store
 from store.format import ArraySpec, feature_arrays, image_arrays, target_arrays
-from store.version import RaggedChange, VersionSplit, publish_version, write_version
+from store.switch import publish_version
+from store.version import RaggedChange, VersionSplit, write_version
 
 GRID_WIDTH, GRID = 16, 2
 FIRST = 200
