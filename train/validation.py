@@ -38,6 +38,8 @@ def count_validation(store: Store, split: str, task: str) -> int:
 def warn_of_splits(config: TrainConfig, store: Store, task: str) -> None:
     """Log a warning for copies in both splits, classes that one lacks, and few validation samples."""
     train, val = config.train_split, config.val_split
+    if train not in store or val not in store:
+        return  # opening them says so, and what to do
     warnings = split_warnings(store, train, val, TARGET_KINDS.get(task))
     if task == "segmentation":
         warnings += mask_warnings(store, val) + mask_warnings(store, train, UNLEARNED)
