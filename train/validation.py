@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +25,12 @@ from store.splits import (
     split_warnings,
 )
 from train.config import TrainConfig
+from train.metrics import HEADLINE_METRICS, METRICS
 
 log = get_logger("train")
+
+#: A share below it is printed as 0.000.
+SHOWN_AS_ZERO = 0.0005
 
 #: Masks that are decoded for each split: which classes a mask has is known from its pixels alone.
 MASKS_READ = 1_000
@@ -45,6 +54,32 @@ def warn_of_splits(config: TrainConfig, store: Store, task: str) -> None:
         warnings += mask_warnings(store, val) + mask_warnings(store, train, UNLEARNED)
     for text in warnings:
         log.warning("%s: %s", config.store, text)
+
+
+def warn_of_zero_metric(config: TrainConfig, folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Log likely causes once when the headline metric is still 0 after a third of the epochs.
+
+    `records`: the lines of metrics.jsonl so far. Runs of fewer than 4 epochs are too short to tell.
+    """
+    third = math.ceil(config.epochs / 3)
+    if third < 2 or len(records) != third:
+        return
+    name = next((name for name in HEADLINE_METRICS if records[-1].get(name) is not None), None)
+    if name is None or max(record.get(name) or 0.0 for record in records) >= SHOWN_AS_ZERO:
+        return
+    log.warning(
+        "%s: %s is still 0 after %d of %d epochs: usual causes are a learning rate that is too low or too high (now "
+        "%.3g), objects that are too small at an image size of %d px, labels that do not fit the images (cli inspect %s "
+        "--pictures FOLDER), or too few epochs",
+        *(
+            folder,
+            METRICS[name].label,
+            third,
+            config.epochs,
+            records[-1].get("learning_rate") or config.learning_rate,
+        ),
+        *(config.image_size, config.store),
+    )
 
 
 def warn_of_measured_split(path: str, store: Store, split: str, task: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ import torch
 
 from store import open_store
 from store.splits import count_classes, count_kinds, count_shared, split_warnings
+from train.config import TrainConfig
 from train.data import Batch
 from train.engine.model import DistilledOutput
 from train.evaluation import evaluate_run
 from train.run import run_training
 from train.tasks import build_task
-from train.validation import warn_of_splits
+from train.validation import warn_of_splits, warn_of_zero_metric
 
 
 def measure(task, logits, **targets):
@@ -98,3 +101,40 @@ def test_classes_that_no_mask_has_are_reported(make_store, make_config, caplog: 
         warn_of_splits(config, open_store(config.store), "segmentation")
     assert "val has no sample of 2 of 4 classes (green, blue): their metrics are undefined" in caplog.text
     assert "train has no sample of 2 of 4 classes (green, blue): they cannot be learned" in caplog.text
+
+
+def records_of(*values: float | None, name: str = "map50_95") -> list[dict[str, Any]]:
+    return [{"epoch": epoch, name: value, "learning_rate": 1e-7} for epoch, value in enumerate(values, 1)]
+
+
+def test_a_metric_that_is_0_after_a_third_of_the_epochs_is_warned_of_once(
+    tmp_path: Path, train_log: pytest.LogCaptureFixture
+) -> None:
+    config = TrainConfig(store="s.zarr", student="yolov8/n", out=tmp_path, epochs=9)
+    warned = {}
+    for count in range(1, 10):
+        train_log.clear()
+        warn_of_zero_metric(config, tmp_path, records_of(*[0.0004] * count))
+        warned |= dict.fromkeys(train_log.messages, count)
+    ((line, count),) = warned.items()
+    assert count == 3
+    assert line.startswith(f"{tmp_path}: mAP50-95 is still 0 after 3 of 9 epochs: ")
+    assert "learning rate that is too low or too high (now 1e-07)" in line
+    assert "image size of 640 px" in line
+    assert "cli inspect s.zarr --pictures FOLDER" in line
+
+
+@pytest.mark.parametrize(
+    "records", [records_of(0.0, 0.2, 0.0), records_of(None, None, None), records_of(0.0, 0.0)]
+)
+def test_other_metrics_are_not_warned_of(
+    records: list[dict[str, Any]], tmp_path: Path, train_log: pytest.LogCaptureFixture
+) -> None:
+    warn_of_zero_metric(TrainConfig(store="s", student="yolov8/n", out=tmp_path, epochs=9), tmp_path, records)
+    assert not train_log.messages
+
+
+def test_short_runs_are_not_warned_of(tmp_path: Path, train_log: pytest.LogCaptureFixture) -> None:
+    config = TrainConfig(store="s", student="resnet18", out=tmp_path, epochs=3)
+    warn_of_zero_metric(config, tmp_path, records_of(0.0, name="top1"))
+    assert not train_log.messages

@@ -230,3 +230,10 @@ def test_evaluation_wants_the_same_classes(yolo_run: tuple[Path, Listener], tmp_
         evaluate_yolo(folder, make_store(tmp_path / "s.zarr", {"val": scenes(2, 3)}), device="cpu")["samples"]
         == 2
     )
+
+
+def test_a_run_that_detects_nothing_gets_a_hint(
+    yolo_store: Path, tmp_path: Path, train_log: pytest.LogCaptureFixture
+) -> None:
+    run_yolo(make_config(yolo_store, tmp_path / "out", epochs=4, learning_rate=1e-9, optimizer="sgd"))
+    assert "mAP50-95 is still 0 after 2 of 4 epochs" in train_log.text

@@ -23,6 +23,7 @@ from train.engine.trackers import Tracker, open_trackers
 from train.events import Observers
 from train.metrics import label_of, text_of
 from train.rundir import append_metrics, write_metrics
+from train.validation import warn_of_zero_metric
 
 log = get_logger("train")
 
@@ -160,6 +161,7 @@ class Session:
         if not self.is_main:
             return
         append_metrics(self.folder, record)
+        warn_of_zero_metric(self.config, self.folder, self.parts.progress.history)
         self.save_when_due(after_epoch=True)
         self.save_interval(record)
         for tracker in self.trackers:

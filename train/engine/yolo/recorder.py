@@ -19,6 +19,7 @@ from train.engine.yolo.state import training_state
 from train.events import Observer
 from train.rundir import METRICS as METRICS_LINES
 from train.rundir import append_metrics, write_metrics
+from train.validation import warn_of_zero_metric
 
 HARD_ITEMS = ("box_loss", "cls_loss", "dfl_loss")
 METRICS = {
@@ -86,6 +87,7 @@ class Recorder:
         record = self.describe_epoch(trainer)
         self.records.append(record)
         append_metrics(self.run, record)
+        warn_of_zero_metric(self.config, self.run, self.records)
         for tracker in self.trackers:
             tracker.log(record, record["epoch"])
         due = self.writer.due(after_epoch=True)
