@@ -44,7 +44,9 @@ def predict(
 
     Run a trained student on images, videos, folders, globs or clips. Each file is one line of JSON on stdout,
     each frame of a video one with its time in seconds; with --out also a picture (or an annotated video) with
-    the label, boxes or mask drawn. Files that cannot be read are named and skipped, and the exit code is then 1.
+    the label, boxes or mask drawn. A label-free student gives embeddings: numbers on stdout, or with --out
+    embeddings.npy and embeddings.parquet. Files that cannot be read are named and skipped, and the exit code is
+    then 1.
     """
     import contextlib
     import json
@@ -57,6 +59,7 @@ def predict(
     records: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
     begun: set[str] = set()
+    made = "pictures"
     found = predict_files(
         run,
         inputs,
@@ -85,14 +88,17 @@ def predict(
                 continue
             if writer is not None:
                 writer.write(item)
+            if getattr(item, "embedding", None) is not None:
+                made = "embeddings (.npy, .parquet)"
+            record = printed_record(item, out)
             if json_:
-                records.append(item.record)
+                records.append(record)
             else:
-                print(json.dumps(item.record, ensure_ascii=False), flush=True)
+                print(json.dumps(record, ensure_ascii=False), flush=True)
     if json_:
         print_json({"run": run, "predictions": records, "bad": bad})
     print(
-        predict_summary(run, len(begun - {item["file"] for item in bad}), len(bad), out),
+        predict_summary(run, len(begun - {item["file"] for item in bad}), len(bad), out, made),
         file=sys.stderr,
         flush=True,
     )
@@ -101,13 +107,24 @@ def predict(
         raise typer.Exit(1)
 
 
-def predict_summary(run: Path, predicted: int, skipped: int, out: Path | None) -> str:
+def printed_record(item: Any, out: Path | None) -> dict[str, Any]:
+    """The record for stdout; an embedding is part of it unless files hold it."""
+    embedding = getattr(item, "embedding", None)
+    if embedding is None or out is not None:
+        return dict(item.record)
+    return {
+        **item.record,
+        "embedding": [float(str(value)) for value in embedding],
+    }  # float32's shortest digits
+
+
+def predict_summary(run: Path, predicted: int, skipped: int, out: Path | None, made: str) -> str:
     """What was done, and a command that makes sense next."""
     text = f"{predicted:,} files predicted" + (f", {skipped:,} skipped" if skipped else "")
     if out is None:
-        return f"{text}\nnext: the same command with --out FOLDER keeps the predictions and draws them"
+        return f"{text}\nnext: the same command with --out FOLDER keeps predictions and {made}"
     exported = run.suffix == ".onnx"
-    return f"{text}: predictions.jsonl and pictures in {out}" + (
+    return f"{text}: predictions.jsonl and {made} in {out}" + (
         "" if exported else f"\nnext: cli export {run}"
     )
 
@@ -135,6 +152,11 @@ def export(
     from train.delivery.program import OPSET
 
     done = export_student(run, format_.value, out, images, opset or OPSET)
+    if format_ is ExportFormat.onnx:
+        after = f"cli evaluate {done.path} STORE, or cli predict {done.path} INPUTS"
+    else:
+        after = f"load it with torch.export.load({str(done.path)!r})"
+    print(f"next: {after}", file=sys.stderr, flush=True)
     if json_:
         print_json(done._asdict())
         return

@@ -205,7 +205,10 @@ def next_command(summary: dict[str, Any], out: Path) -> str:
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint in it.", metavar="RUN")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run folder, a checkpoint in it, or an exported .onnx file.", metavar="RUN"),
+    ],
     store: Annotated[str, typer.Argument(help="A store with targets.", metavar="STORE")],
     split: Annotated[str, typer.Option(help="The split to measure on.")] = "val",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a forward pass.")] = 32,
@@ -218,7 +221,8 @@ def evaluate(
 ) -> None:
     """cli evaluate runs/resnet18 flowers.zarr --split val
 
-    Measure a trained student on a split: the metrics of its task, per class where there are classes.
+    Measure a trained student or an exported file on a split: the metrics of its task, per class where there are
+    classes. Of a label-free student: the cosine to the teacher, and k-NN and probe accuracy where there are labels.
     """
     from console.log import configure_logging
     from console.output import print_json, print_table
@@ -229,6 +233,7 @@ def evaluate(
     result = evaluate_run(
         run, store, split=split, batch_size=batch_size, device=device, workers=workers, data_root=data_root
     )
+    print(f"next: {after_evaluation(run, store, result)}", file=sys.stderr, flush=True)
     if json_:
         print_json(result)
         return
@@ -244,6 +249,15 @@ def evaluate(
             for name, value in result["per_class"].items()
         ]
         print_table(classes, ["class", metric], "per class (n/a: no samples of it)")
+
+
+def after_evaluation(run: Path, store: str, result: dict[str, Any]) -> str:
+    """A command that makes sense after a measurement."""
+    if run.suffix == ".onnx":
+        return f"cli predict {run} INPUTS --out predictions"
+    if result["task"] in ("classification", "segmentation"):
+        return f"cli export {run}, or cli quantize {run} {store}"
+    return f"cli export {run}"
 
 
 def students(

@@ -94,6 +94,7 @@ def describe_student(
         "student": student.spec.to_dict(),
         "task": task,
         "class_names": list(manifest.class_names),
+        "teacher": manifest.teacher.fingerprint,
         "preprocessing": {
             "image_size": student.spec.image_size,
             "resize": manifest.preprocessing.resize,

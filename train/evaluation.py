@@ -13,12 +13,17 @@ from train.assemble import build_loader, build_normalizer
 from train.checkpoint import load_student_from_run
 from train.config import TrainConfig, load_config
 from train.data import labels_of
+from train.delivery.embedding import label_free_student
+from train.delivery.embedding_quality import measure_embeddings
+from train.delivery.model import ModelCard, OnnxModel, TorchModel
+from train.delivery.onnx_student import OnnxStudent
 from train.engine.evaluate import evaluate
 from train.engine.machine import build_accelerator
 from train.engine.model import DistilledStudent
-from train.errors import TrainError
+from train.errors import DeliveryError, TrainError
 from train.objective import Objective
 from train.resolve import TrainingData, check_targets, open_split, student_preprocessing, valid_rows
+from train.students.base import Student
 from train.tasks import build_task
 from train.validation import count_validation, warn_of_measured_split
 from train.views import AUGMENTATIONS
@@ -36,11 +41,13 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """`student, task, split, samples, metrics, per_class, run, store` of a run's best student on a split.
 
+    `run` may be an exported ONNX file too: it says itself how images are prepared and what its classes are called.
     Raises TrainError when the store has other classes than the student, or no targets for its task.
     """
     from store import open_store
 
-    student, content = load_student_from_run(run)
+    onnx = open_exported(run, device) if run.suffix == ".onnx" else None
+    student, content = load_student_from_run(run) if onnx is None else (OnnxStudent(onnx), about(onnx.card))
     opened: Any = open_store(store)
     if student.spec.type == "yolov8":
         from train.engine.yolo.evaluate import evaluate_yolo
@@ -48,6 +55,8 @@ def evaluate_run(
         return evaluate_yolo(
             run,
             store,
+            student,
+            content,
             split=split,
             batch_size=batch_size,
             device=device,
@@ -61,17 +70,21 @@ def evaluate_run(
             "out": run,
             "image_size": student.spec.image_size,
             "batch_size": batch_size,
-            "device": device,
+            "device": device if onnx is None else "cpu",
             "workers": workers,
             "data_root": data_root,
             "val_split": split,
             "train_split": f"not {split}",
         }
     )
-    data = data_to_evaluate(config, opened, content)
+    data = data_to_evaluate(config, opened, content, student.spec.num_classes)
     warn_of_measured_split(str(store), opened, split, data.task)
     accelerator = build_accelerator(config)
-    metrics = measure(student.to(accelerator.device), config, opened, data, accelerator)
+    if data.task == "features":
+        model = onnx or label_free_model(student, content, accelerator.device)
+        metrics = measure_embeddings(model, config, opened, data, accelerator)
+    else:
+        metrics = measure(student.to(accelerator.device), config, opened, data, accelerator)
     details = {k: v for k, v in metrics.items() if k.startswith("per_class")}
     return {
         "student": student.spec.name,
@@ -87,28 +100,50 @@ def evaluate_run(
     }
 
 
+def open_exported(path: Path, device: str) -> OnnxModel:
+    """Raises DeliveryError when `path` is no file of `cli export`, or a GPU was asked for."""
+    if not path.is_file():
+        raise DeliveryError(f"{path}: no such file; expected a run folder, its best.pt or an exported .onnx")
+    if device not in ("auto", "cpu"):
+        raise DeliveryError(f"--device {device}: ONNX files are measured on the CPU here; leave it out")
+    return OnnxModel(path)
+
+
+def about(card: ModelCard) -> dict[str, Any]:
+    """What evaluation reads of a checkpoint, from a model card."""
+    return {
+        "task": card.task,
+        "class_names": list(card.class_names),
+        "preprocessing": card.preprocessing,
+    }
+
+
+def label_free_model(student: Student, content: dict[str, Any], device: torch.device) -> TorchModel:
+    return TorchModel(label_free_student(student, content), ModelCard.of_checkpoint(content), device)
+
+
 def name_of_loss(name: str) -> str:
     """The task loss is the only one without a teacher, and the split need not be that of validation."""
     return "loss" if name == "val_loss" else name
 
 
-def data_to_evaluate(config: TrainConfig, store: Any, content: dict[str, Any]) -> TrainingData:
+def data_to_evaluate(
+    config: TrainConfig, store: Any, content: dict[str, Any], num_classes: int
+) -> TrainingData:
     """Rows and labels of the split, checked against the student's task and classes."""
     ours, theirs = content["class_names"], list(store.manifest.class_names)
-    if ours and theirs and ours != theirs:
+    if ours and theirs and ours != theirs and content["task"] != "features":
         odd = sorted(set(ours) ^ set(theirs)) or ["their order"]
         raise TrainError(
             f"{store.path}: other classes than the student was trained on (differing: {', '.join(odd[:5])})"
         )
-    if content["task"] == "features":
-        raise TrainError(f"{config.out}: a label-free student has no task to evaluate; see its summary.json")
     split = open_split(store, config.val_split, "--split")
     advice = f"this student learnt {content['task']}: name a store for that"
     check_targets(content["task"], split, config.val_split, config.store, advice)
     rows = valid_rows(split, config.val_split, [])
     return TrainingData(
         task=content["task"],
-        num_classes=int(content["student"]["num_classes"]),
+        num_classes=num_classes,
         train_rows=np.empty(0, np.int64),
         val_rows=rows,
         train_labels=None,

@@ -32,6 +32,7 @@ METRICS: dict[str, Metric] = {
     "probe_top1": Metric("linear-probe accuracy", "share"),
     "knn_top1": Metric("k-NN accuracy", "share"),
     "cosine": Metric("cosine to the teacher"),
+    "pooled_cosine": Metric("cosine to the teacher, pooled"),
     "train_loss": Metric("training loss, weighted", "number", False),
     "val_loss": Metric("validation loss, weighted", "number", False),
     "loss": Metric("task loss", "number", False),

@@ -59,7 +59,7 @@ def test_onnx_has_dynamic_batch_and_its_card_and_equals_pytorch(run_folder: Path
         with torch.no_grad():
             expected = student(torch.from_numpy(inputs[:count])).logits.numpy()
         np.testing.assert_allclose(got, expected, atol=exported.tolerance)
-    stored = ModelCard.from_json(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    stored = ModelCard.from_json(session.get_modelmeta().custom_metadata_map[METADATA_KEY], "file")
     assert stored == card
     assert stored.class_names == ("red", "green", "blue")
 
@@ -71,8 +71,12 @@ def test_torch_export_is_checked_too(run_folder: Path) -> None:
 
 
 def test_an_export_that_differs_is_not_written(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = OnnxModel.run
-    monkeypatch.setattr(OnnxModel, "run", lambda self, batch: real(self, batch) + 1)
+    real = OnnxModel.outputs
+
+    def shifted(self: OnnxModel, batch: Any) -> dict[str, Any]:
+        return {name: value + 1 for name, value in real(self, batch).items()}
+
+    monkeypatch.setattr(OnnxModel, "outputs", shifted)
     with pytest.raises(DeliveryError, match=r"differ by 1\b.* not written"):
         export_student(run_folder, "onnx")
     assert not list(run_folder.glob("*.onnx*"))
@@ -348,7 +352,7 @@ def test_detectors_go_through_ultralytics_and_predict_the_same(tmp_path: Path, p
     assert exported.max_abs_difference <= exported.tolerance
     metadata = {item.key: item.value for item in onnx.load(str(exported.path)).metadata_props}
     assert metadata["names"] == "{0: 'red', 1: 'green'}"  # ultralytics' own entry
-    assert ModelCard.from_json(metadata[METADATA_KEY]).task == "detection"
+    assert ModelCard.from_json(metadata[METADATA_KEY], "file").task == "detection"
     results = [
         [
             item.record

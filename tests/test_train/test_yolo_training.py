@@ -197,7 +197,7 @@ def test_an_explicit_batch_larger_than_the_split_is_an_error(yolo_store: Path, t
 
 @pytest.mark.slow
 def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_path: Path) -> None:
-    from train.engine.yolo.evaluate import evaluate_yolo
+    from train.evaluation import evaluate_run
 
     store = make_store(tmp_path / "s.zarr", {"train": scenes(64, 0), "val": scenes(16, 1)})
     out = tmp_path / "out"
@@ -212,7 +212,7 @@ def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_pa
     assert summary["metrics"]["map50"] > 0.3
     records = metrics_of(out)
     assert records[-1]["feature_loss"] < 0.5 * records[0]["feature_loss"]
-    found = evaluate_yolo(out, store, split="val", batch_size=8, device="cpu")
+    found = evaluate_run(out, store, split="val", batch_size=8, device="cpu")
     assert found["samples"] == 16
     for name, value in summary["exported"].items():
         assert found["metrics"][name] == pytest.approx(value, abs=0.02)
@@ -220,14 +220,14 @@ def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_pa
 
 
 def test_evaluation_wants_the_same_classes(yolo_run: tuple[Path, Listener], tmp_path: Path) -> None:
-    from train.engine.yolo.evaluate import evaluate_yolo
+    from train.evaluation import evaluate_run
 
     folder, _ = yolo_run
     other = make_store(tmp_path / "other.zarr", {"val": scenes(2, 3)}, names=("cat", "dog"))
     with pytest.raises(TrainError, match=r"has classes cat, dog, the student .* knows red, green"):
-        evaluate_yolo(folder, other, device="cpu")
+        evaluate_run(folder, other, device="cpu")
     assert (
-        evaluate_yolo(folder, make_store(tmp_path / "s.zarr", {"val": scenes(2, 3)}), device="cpu")["samples"]
+        evaluate_run(folder, make_store(tmp_path / "s.zarr", {"val": scenes(2, 3)}), device="cpu")["samples"]
         == 2
     )
 

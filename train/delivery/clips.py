@@ -56,7 +56,10 @@ def clip_pixels(card: ModelCard, images: Sequence[Image.Image]) -> NDArray[np.ui
 
 
 def predict_clip(model: TrainedModel, path: Path) -> Prediction | BadFile:
-    """One clip's most probable classes, of as many frames as the student was trained on; the picture is the middle one."""
+    """One clip's most probable classes (or embedding), of as many frames as the student was trained on.
+
+    The picture is the middle frame.
+    """
     card = model.card
     try:
         images = read_clip_frames(
@@ -65,6 +68,8 @@ def predict_clip(model: TrainedModel, path: Path) -> Prediction | BadFile:
     except (ImageError, OSError) as error:
         return BadFile(str(path), str(error))
     logits = model.run(card.normalize(clip_pixels(card, images))[None])[0]
+    if card.task == "features":
+        return Prediction({"file": str(path), "frames": len(images)}, None, embedding=logits)
     top = top_classes(card, logits)
     picture = draw_label(images[len(images) // 2], top_label(top))
     return Prediction({"file": str(path), "frames": len(images), "top": top}, picture)

@@ -35,7 +35,7 @@ def sample_inputs(run: Path, card: ModelCard, count: int, folder: Path | None = 
 
 def folder_pixels(folder: Path, card: ModelCard, count: int) -> list[NDArray[np.uint8]]:
     """Rendered images or clips below a folder. Raises DeliveryError naming the one that cannot be read."""
-    clips = card.task == "sequence"
+    clips = card.takes_clips
     files = find_clips([str(folder)]) if clips else find_images([str(folder)])
     pixels = []
     for path in files[:count]:
@@ -58,7 +58,7 @@ def split_pixels(run: Path, card: ModelCard, count: int) -> list[NDArray[np.uint
     config = run_options(run)
     store = open_store(config.store)
     rows = spread(np.flatnonzero(store[config.val_split].valid), count)
-    if card.task == "sequence":
+    if card.takes_clips:
         frames = clip_reader(config, store, config.val_split, card)
         return [clip_pixels(card, frames.read(int(row))) for row in rows]
     images = image_reader(config, store, config.val_split, card)

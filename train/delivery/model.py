@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import nn
 from imaging.decode import FULL_DEPTH
 from imaging.geometry import View
 from train.checkpoint import BEST, load_student_from_run
+from train.delivery.embedding import EmbeddingsOnly, LabelFreeStudent, label_free_student
 from train.errors import DeliveryError
 from train.images import Shown
 from train.rundir import SUMMARY
@@ -34,6 +35,7 @@ class ModelCard:
 
     `mean` and `std` are of RGB in [0, 1]; `resize` is the policy that the images are fitted with. Students of clips
     saw `frames` of each clip, or with `frame_pairs` so many pairs of neighbours. `bit_depth`: of 16-bit gray images.
+    `teacher`: fingerprint of the teacher whose features were learned; None in older files.
     """
 
     student: str
@@ -46,6 +48,7 @@ class ModelCard:
     frames: int | None = None
     frame_pairs: bool = False
     bit_depth: int = FULL_DEPTH
+    teacher: str | None = None
 
     @classmethod
     def of_checkpoint(cls, content: dict[str, Any]) -> ModelCard:
@@ -61,7 +64,13 @@ class ModelCard:
             frames=shown.get("frames"),
             frame_pairs=bool(shown.get("frame_pairs")),
             bit_depth=int(shown.get("bit_depth", FULL_DEPTH)),
+            teacher=content.get("teacher"),
         )
+
+    @property
+    def takes_clips(self) -> bool:
+        """Whether an input is a clip: for a clip student, with or without labels."""
+        return self.task == "sequence" or (self.task == "features" and self.frames is not None)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -69,11 +78,18 @@ class ModelCard:
         return {"resize": self.resize, "bit_depth": self.bit_depth}
 
     @classmethod
-    def from_json(cls, text: str) -> ModelCard:
-        values = json.loads(text)
-        for name in ("class_names", "mean", "std"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+    def from_json(cls, text: str, where: str) -> ModelCard:
+        """The card in a file's metadata; entries of newer versions are ignored. Raises DeliveryError when damaged."""
+        try:
+            known = {field.name for field in fields(cls)}
+            values = {name: value for name, value in json.loads(text).items() if name in known}
+            for name in ("class_names", "mean", "std"):
+                values[name] = tuple(values[name])
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DeliveryError(
+                f"{where}: its {METADATA_KEY} metadata is damaged: export the student again with `cli export RUN`"
+            ) from None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -108,7 +124,11 @@ class TrainedModel(Protocol):
         """float32 [B, 3, S, S] (clips [B, T, 3, S, S]) → logits [B, C]; masks [B, C, S, S].
 
         Detectors: boxes as centre and size in pixels of the input, then class scores, [B, 4 + C, A] of A anchors.
+        Label-free students: embeddings [B, D].
         """
+
+    def outputs(self, batch: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """All outputs by name; the first is what `run` returns. See `Embeddings` for those of label-free students."""
 
 
 class TorchModel:
@@ -117,10 +137,17 @@ class TorchModel:
     def __init__(self, student: Student, card: ModelCard, device: torch.device) -> None:
         self.student, self.card, self.device = student.to(device).eval(), card, device
 
-    @torch.inference_mode()
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        output = self.student(torch.from_numpy(batch).to(self.device, non_blocking=True))
-        return np.asarray(output.logits.float().cpu().numpy())
+        return next(iter(self.outputs(batch).values()))
+
+    @torch.inference_mode()
+    def outputs(self, batch: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        images = torch.from_numpy(batch).to(self.device, non_blocking=True)
+        if isinstance(self.student, LabelFreeStudent):
+            found = self.student.embed(images).named()
+        else:
+            found = {"logits": self.student(images).logits}
+        return {name: np.asarray(value.float().cpu().numpy()) for name, value in found.items()}
 
 
 class OnnxModel:
@@ -146,11 +173,20 @@ class OnnxModel:
             raise DeliveryError(
                 f"{path}: not exported by `cli export`: no {METADATA_KEY} entry in its metadata"
             )
-        self.card = ModelCard.from_json(metadata[METADATA_KEY])
+        self.card = ModelCard.from_json(metadata[METADATA_KEY], str(path))
         self.input_name = self.session.get_inputs()[0].name
+        self.output_names = [output.name for output in self.session.get_outputs()]
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.asarray(self.session.run(None, {self.input_name: batch})[0], dtype=np.float32)
+        first = self.session.run(self.output_names[:1], {self.input_name: batch})[0]
+        return np.asarray(first, dtype=np.float32)
+
+    def outputs(self, batch: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        found = self.session.run(self.output_names, {self.input_name: batch})
+        return {
+            name: np.asarray(value, dtype=np.float32)
+            for name, value in zip(self.output_names, found, strict=True)
+        }
 
 
 def open_model(path: Path, device: str = "auto") -> TrainedModel:
@@ -171,8 +207,7 @@ def open_model(path: Path, device: str = "auto") -> TrainedModel:
 def open_student(run: Path) -> tuple[Student, ModelCard]:
     """The student as it is deployed: evaluation mode, LoRA merged into its weights.
 
-    Raises DeliveryError for a run folder whose training has not finished, and when the student has no head (task
-    `features`): there is nothing to predict.
+    A label-free student is a `LabelFreeStudent`. Raises DeliveryError for a run folder whose training has not finished.
     """
     check_finished(run)
     student, content = load_student_from_run(run)
@@ -181,10 +216,7 @@ def open_student(run: Path) -> tuple[Student, ModelCard]:
 
         student = merge_lora(student)
     if student.spec.num_classes == 0:
-        raise DeliveryError(
-            f"{run}: a label-free student has no classes to predict; train one from it: "
-            f"cli train STORE --student {student.spec.name} --student-path {run / 'best.pt'} --out RUN"
-        )
+        student = label_free_student(student, content)
     return student.eval(), ModelCard.of_checkpoint(content)
 
 
@@ -219,8 +251,13 @@ class LogitsOnly(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.student(images).logits
-        assert logits is not None  # open_student refuses students without a head
+        assert logits is not None  # label-free students have their own face
         return logits
+
+
+def exported_face(student: Student) -> nn.Module:
+    """The student as a module of tensors in and tensors out, as exporters take it."""
+    return EmbeddingsOnly(student) if isinstance(student, LabelFreeStudent) else LogitsOnly(student)
 
 
 def class_name(card: ModelCard, index: int) -> str:

@@ -21,6 +21,7 @@ from imaging.video import VideoFrame, iterate_frames
 from train.delivery.clips import find_clips, predict_clip
 from train.delivery.detect import describe, detect
 from train.delivery.draw import IGNORE_INDEX, Label, draw_label, draw_legend, draw_mask, mask_image
+from train.delivery.embedding_files import EmbeddingFiles
 from train.delivery.files import find_pictures, is_video
 from train.delivery.model import ModelCard, TrainedModel, batches, class_name, open_model
 from train.delivery.records import BadFile, Prediction, VideoSummary, read_image
@@ -74,7 +75,7 @@ def predict_files(
     if out is not None:
         check_writable(out, "--out")
     model = open_model(run, device)
-    clips = model.card.task == "sequence"
+    clips = model.card.takes_clips
     files = find_clips(inputs) if clips else find_pictures(inputs)
     if not sampling.is_default and (clips or not any(map(is_video, files))):
         option = "--fps" if sampling.every is None else "--every"
@@ -100,7 +101,7 @@ def predict_found(
     model: TrainedModel, found: Sequence[Path], batch_size: int, confidence: float, sampling: Sampling
 ) -> Iterator[Prediction | VideoSummary | BadFile]:
     """Predict images in batches, clips and videos one by one."""
-    if model.card.task == "sequence":
+    if model.card.takes_clips:
         yield from (predict_clip(model, path) for path in found)
         return
     for videos, files in itertools.groupby(found, is_video):
@@ -116,8 +117,8 @@ def predict_batch(
     model: TrainedModel, files: Sequence[Path], confidence: float
 ) -> Iterator[Prediction | BadFile]:
     """Predict one batch; unreadable files come out as `BadFile`, in their place."""
-    # Boxes and masks are drawn on the picture's own pixels; for a label, a JPEG may be decoded at a fraction of its size.
-    target_size = model.card.image_size if model.card.task == "classification" else None
+    # Boxes and masks are drawn on the picture's own pixels; else a JPEG may be decoded at a fraction of its size.
+    target_size = model.card.image_size if model.card.task in ("classification", "features") else None
     images = [read_image(path, target_size, model.card.bit_depth) for path in files]
     results = iter(infer(model, [image for image in images if isinstance(image, Image.Image)], confidence))
     for path, image in zip(files, images, strict=True):
@@ -178,7 +179,7 @@ def batched(items: Iterable[VideoFrame], size: int) -> Iterator[list[VideoFrame]
 def infer(
     model: TrainedModel, images: Sequence[Image.Image], confidence: float
 ) -> Sequence[NDArray[np.float32]]:
-    """What the student says of each image: logits [C] or [C, S, S], or boxes [n, 6] in the image's pixels."""
+    """What the student says of each image: logits [C] or [C, S, S], an embedding [D], or boxes [n, 6] in pixels."""
     if not images:
         return []
     if model.card.task == "detection":
@@ -192,6 +193,8 @@ def interpret(
     """One image's result as a record and a picture; `whole_legend` names all classes, not only those in it."""
     if card.task == "detection":
         return describe(card, path, image, result)
+    if card.task == "features":
+        return Prediction({"file": str(path)}, None, embedding=result)
     if card.task == "segmentation":
         return segmentation(card, path, image, result, whole_legend)
     top = top_classes(card, result)
@@ -213,12 +216,16 @@ def segmentation(
 
 
 class PredictionWriter:
-    """predictions.jsonl, pictures and annotated videos in a folder; the records of an earlier call are replaced."""
+    """predictions.jsonl, pictures and annotated videos in a folder; the records of an earlier call are replaced.
+
+    Of label-free students: the embeddings as `.npy` and Parquet (see EmbeddingFiles) in the place of pictures.
+    """
 
     def __init__(self, folder: Path) -> None:
         make_folder(folder)
         self.folder, self.taken = folder, set[str]()
         self.video: VideoOutput | None = None  # the one whose frames are coming in
+        self.embeddings = EmbeddingFiles(folder)
         with writing(folder / RECORDS_FILE):
             self.records = (folder / RECORDS_FILE).open("wb", buffering=0)
 
@@ -227,6 +234,9 @@ class PredictionWriter:
         source = Path(prediction.record["file"])
         if isinstance(prediction, VideoSummary):
             self.append(prediction.record)
+        elif prediction.embedding is not None:
+            self.append(prediction.record)
+            self.embeddings.add(key_of(prediction.record), prediction.embedding)
         elif prediction.video_rate is not None:
             self.write_frame(source, prediction, prediction.video_rate)
         else:
@@ -234,6 +244,7 @@ class PredictionWriter:
 
     def write_picture(self, source: Path, prediction: Prediction) -> None:
         self.close_video()
+        assert prediction.image is not None
         stem = self.name(source)
         with whole_file(self.folder / f"{stem}.jpg") as partial:
             prediction.image.save(partial, quality=90)
@@ -244,6 +255,7 @@ class PredictionWriter:
 
     def write_frame(self, source: Path, prediction: Prediction, rate: Fraction) -> None:
         """A frame of the annotated video, which begins with the first frame of another file."""
+        assert prediction.image is not None
         if self.video is None or self.video.source != source:
             self.close_video()
             path = self.folder / f"{self.name(source)}.mp4"
@@ -283,5 +295,12 @@ class PredictionWriter:
                 self.close_video()
             elif self.video is not None:
                 self.video.discard()
+            self.embeddings.__exit__(kind, *error)
         finally:
             self.records.close()
+
+
+def key_of(record: dict[str, Any]) -> str:
+    """The key of an embedding: the file, of a video with the frame's number."""
+    frame = record.get("frame")
+    return record["file"] if frame is None else f"{record['file']}#{frame}"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.delivery.model import METADATA_KEY, LogitsOnly, ModelCard, OnnxModel
+from train.delivery.model import METADATA_KEY, ModelCard, OnnxModel, TorchModel, exported_face
 from train.errors import DeliveryError
 from train.students.base import Student
 
@@ -24,8 +24,8 @@ OPSET = 20
 
 def write_onnx(
     student: Student, card: ModelCard, path: Path, inputs: NDArray[np.float32], opset: int
-) -> NDArray[np.float32]:
-    """Write the ONNX file and return its logits on `inputs` in ONNX Runtime."""
+) -> dict[str, NDArray[np.float32]]:
+    """Write the ONNX file and return its outputs on `inputs` in ONNX Runtime, by name."""
     with quiet():
         program = exporting(
             lambda: torch.onnx.export(
@@ -33,14 +33,19 @@ def write_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=output_names(student, card, inputs),
             ),
             f"{card.student} to ONNX (operator set {opset})",
         )
     assert program is not None  # torch returns None only for the old exporter
     check_opset(program.model_proto, card, opset)
     add_card(program.model_proto, card, path)
-    return OnnxModel(path).run(inputs)
+    return OnnxModel(path).outputs(inputs)
+
+
+def output_names(student: Student, card: ModelCard, inputs: NDArray[np.float32]) -> list[str]:
+    """Names of what the student returns: `logits`, or those of `Embeddings`."""
+    return list(TorchModel(student, card, torch.device("cpu")).outputs(inputs[:1]))
 
 
 def check_opset(model: Any, card: ModelCard, opset: int) -> None:
@@ -65,8 +70,8 @@ def add_card(model: Any, card: ModelCard, path: Path) -> None:
 
 def write_torch_export(
     student: Student, card: ModelCard, path: Path, inputs: NDArray[np.float32], opset: int
-) -> NDArray[np.float32]:
-    """Write a `torch.export` program (the model card in its extra files) and return its logits on `inputs`."""
+) -> dict[str, NDArray[np.float32]]:
+    """Write a `torch.export` program (the model card in its extra files) and return its outputs on `inputs`, by name."""
     with quiet():
         program = exporting(lambda: traced(student, inputs), f"{card.student} with torch.export")
     with path.open("wb") as file:  # a name without .pt2 would draw a warning
@@ -74,7 +79,10 @@ def write_torch_export(
     with path.open("rb") as file:
         loaded = torch.export.load(io.BytesIO(file.read()))
     with torch.inference_mode():
-        return np.asarray(loaded.module()(torch.from_numpy(inputs)).numpy())
+        found = loaded.module()(torch.from_numpy(inputs))
+    values = found if isinstance(found, tuple) else (found,)
+    names = output_names(student, card, inputs)
+    return {name: np.asarray(value.numpy()) for name, value in zip(names, values, strict=True)}
 
 
 def traced(student: Student, inputs: NDArray[np.float32]) -> torch.export.ExportedProgram:
@@ -85,7 +93,7 @@ def traced(student: Student, inputs: NDArray[np.float32]) -> torch.export.Export
     """
     example = torch.from_numpy(np.resize(inputs, (3, *inputs.shape[1:])))
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
-    return torch.export.export(LogitsOnly(student), (example,), dynamic_shapes=dynamic)
+    return torch.export.export(exported_face(student), (example,), dynamic_shapes=dynamic)
 
 
 def exporting(work: Callable[[], Any], what: str) -> Any:

@@ -31,6 +31,7 @@ from train.delivery.int8 import (
     write_int8,
 )
 from train.delivery.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
+from train.delivery.onnx_student import OnnxStudent
 from train.delivery.packages import require_torchao
 from train.delivery.program import OPSET, write_onnx
 from train.errors import DeliveryError
@@ -172,20 +173,6 @@ class QuantizedStudent(Student):
         return StudentOutput(logits, features)
 
 
-class OnnxStudent(Student):
-    """An ONNX file as a student, so that the task's own evaluation measures it."""
-
-    def __init__(self, student: Student, model: OnnxModel) -> None:
-        super().__init__()
-        self.spec, self.session = student.spec, model
-        # Where evaluation looks for the normalisation of the input.
-        self.model = copy.copy(getattr(student, "model", None))
-
-    def forward(self, images: torch.Tensor, lengths: torch.Tensor | None = None) -> StudentOutput:
-        logits = torch.from_numpy(self.session.run(images.numpy()))
-        return StudentOutput(logits, logits)
-
-
 def summarize(
     models: Mapping[str, Path],
     student: Student,
@@ -199,7 +186,7 @@ def summarize(
     latencies = measure_latencies(models, inputs[:1])
     rows: list[dict[str, Any]] = []
     for name, path in models.items():
-        metrics = measure_metrics(OnnxModel(path), student, config, store, split)
+        metrics = measure_metrics(OnnxModel(path), config, store, split)
         size = path.stat().st_size / 1e6
         rows.append(
             {
@@ -245,26 +232,19 @@ def measure_latencies(models: Mapping[str, Path], image: NDArray[np.float32]) ->
     return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
 
-def measure_metrics(
-    model: OnnxModel, student: Student, config: TrainConfig, store: Any, split: str
-) -> dict[str, float]:
+def measure_metrics(model: OnnxModel, config: TrainConfig, store: Any, split: str) -> dict[str, float]:
     """The task's metrics on a split."""
     from train.engine.machine import build_accelerator
-    from train.evaluation import data_to_evaluate, measure
+    from train.evaluation import about, data_to_evaluate, measure
 
-    content = {
-        "task": model.card.task,
-        "class_names": list(model.card.class_names),
-        "student": {"num_classes": student.spec.num_classes},
-        "preprocessing": model.card.preprocessing,
-    }
     config = config.replace(
         device="cpu",
-        image_size=student.spec.image_size,
+        image_size=model.card.image_size,
         batch_size=BATCH,
         train_split=f"not {split}",  # only the measured split is opened
         val_split=split,
     )
-    data = data_to_evaluate(config, store, content)
-    measured = measure(OnnxStudent(student, model), config, store, data, build_accelerator(config))
+    student = OnnxStudent(model)
+    data = data_to_evaluate(config, store, about(model.card), student.spec.num_classes)
+    measured = measure(student, config, store, data, build_accelerator(config))
     return {name: measured[name] for name in METRICS if name in measured}

@@ -6,6 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from imaging.decode import decode
@@ -22,13 +24,15 @@ class BadFile(NamedTuple):
 class Prediction(NamedTuple):
     """`record` is plain JSON; `image` is the file's picture with the prediction drawn on it.
 
+    `embedding` [D] is what a label-free student gives; there is no picture then.
     `video_rate`: frames a second to show the pictures of a video's frames with. None: the picture of an image or clip.
     """
 
     record: dict[str, Any]
-    image: Image.Image
+    image: Image.Image | None
     mask: Image.Image | None = None
     video_rate: Fraction | None = None
+    embedding: NDArray[np.float32] | None = None
 
 
 class VideoSummary(NamedTuple):

@@ -21,10 +21,10 @@ OPSETS = range(11, 21)  # that torch's older exporter, which ultralytics uses, a
 
 def write_yolo_onnx(
     student: Student, card: ModelCard, path: Path, inputs: NDArray[np.float32], opset: int
-) -> NDArray[np.float32]:
+) -> dict[str, NDArray[np.float32]]:
     """Write what `YOLO(…).export(format="onnx", dynamic=True)` writes, with the model card added to its metadata.
 
-    Returns its predictions [B, 4 + C, A] on `inputs`.
+    Returns its predictions [B, 4 + C, A] on `inputs`, as `logits`.
     """
     import onnx
 
@@ -43,12 +43,13 @@ def write_yolo_onnx(
         exporter = Exporter(overrides={**options, "imgsz": card.image_size, "opset": opset})
         made = exporting(lambda: exporter(model=network), f"{card.student} to ONNX (operator set {opset})")
         add_card(onnx.load(made), card, path)
-    return OnnxModel(path).run(inputs)
+    # ultralytics' name for it is output0.
+    return {"logits": OnnxModel(path).run(inputs)}
 
 
 def write_yolo_program(
     student: Student, card: ModelCard, path: Path, inputs: NDArray[np.float32], opset: int
-) -> NDArray[np.float32]:
+) -> dict[str, NDArray[np.float32]]:
     """`write_torch_export` for a detector, whose head would take the batch of the example for the only one."""
     network: Any = copy.deepcopy(student)
     network.network.model[

@@ -110,7 +110,7 @@ def subject_of(run: Run, store: Store) -> Subject:
     config = run_options(run.folder)
     name = config.val_split
     rows = spread(np.flatnonzero(store[name].valid), SAMPLES_LOOKED_AT)
-    clips = card.task == "sequence"
+    clips = card.takes_clips
     reader: Any = clip_reader(config, store, name, card) if clips else image_reader(config, store, name, card)
     model = TorchModel(student, card, choose_device("auto"))
     return Subject(run, model, reader, store, name, rows, student.spec.num_classes)
@@ -131,7 +131,7 @@ def looked_at(subject: Subject, rows: NDArray[np.int64], what: str = "samples") 
 def classification(subject: Subject, count: int) -> Findings:
     """Worst by cross-entropy; the confusion matrix beside them. A clip is shown by its middle frame."""
     model, card, reader = subject.model, subject.card, subject.reader
-    clips = card.task == "sequence"
+    clips = card.takes_clips
     labels = subject.split.read("targets/label")
     rows = subject.rows[labels[subject.rows] >= 0]
     confusion = np.zeros((subject.classes,) * 2, dtype=np.int64)

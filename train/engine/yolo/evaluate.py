@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from store.reader import open_store
-from train.checkpoint import load_student_from_run
 from train.config import load_config
 from train.engine.yolo.offline import prepare_ultralytics
 from train.errors import TrainError
+from train.students.base import Student
 from train.validation import warn_of_measured_split
 
 
 def evaluate_yolo(
     run: Path,
     store: str | Path,
+    student: Student,
+    content: Mapping[str, Any],
     *,
     split: str = "val",
     batch_size: int = 16,
@@ -28,6 +31,8 @@ def evaluate_yolo(
 ) -> dict[str, Any]:
     """`student, task, split, samples, metrics, per_class, run, store` of a run's best student on a split.
 
+    `student`, `content`: of the run's checkpoint; of an exported ONNX file (`run`), ultralytics opens the file itself.
+
     Raises TrainError when the store has other classes than the student, or no boxes.
     """
     prepare_ultralytics()
@@ -36,7 +41,6 @@ def evaluate_yolo(
     from train.engine.yolo.records import open_split
     from train.engine.yolo.summary import name_precisions
 
-    student, content = load_student_from_run(run)
     opened = open_store(store)
     check_same_classes(tuple(opened.manifest.class_names), tuple(content["class_names"]), store, run)
     size = student.spec.image_size
@@ -44,7 +48,8 @@ def evaluate_yolo(
     warn_of_measured_split(str(store), opened, split, "detection")
     options = {"store": store, "student": student.spec.name, "out": run, "device": device}
     config = load_config(options)
-    network: Any = student.network
+    exported = run.suffix == ".onnx"
+    network: Any = str(run) if exported else student.network
     names = dict(enumerate(content["class_names"]))
     with tempfile.TemporaryDirectory() as scratch:
         validator = build_validator(
@@ -56,9 +61,11 @@ def evaluate_yolo(
             device=str(device_arguments(config)["device"]),
             workers=workers or 0,
         )
-        network.names, network.args = names, vars(validator.args)
+        if not exported:
+            network.names, network.args = names, vars(validator.args)
+            network.float().eval()
         with torch.inference_mode():
-            stats = validator(model=network.float().eval())
+            stats = validator(model=network)
     box = validator.metrics.box
     return {
         "student": student.spec.name,
