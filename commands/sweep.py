@@ -108,7 +108,7 @@ def parse_sets(items: list[str]) -> dict[str, list[Any]]:
 
 def print_states(states: list[TrialState], out: Path) -> None:
     from console.output import print_table
-    from train.metrics import label_of
+    from train.metrics import label_of, shown_text
 
     rows = [
         {
@@ -116,7 +116,7 @@ def print_states(states: list[TrialState], out: Path) -> None:
             "state": state.state,
             "epochs": state.epoch,
             "metric": label_of(state.metric) if state.metric else None,
-            "best": state.best,
+            "best": shown_text(state.metric, state.best) if state.metric else None,
             "reason": state.reason or None,
         }
         for state in states
