@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +53,7 @@ def measure_extraction(settings: Settings, note: Note) -> None:
     if not settings.brief:
         note(bare_again_images_per_second=bare_rate(settings, size))
     note(resumed_identical=stop_and_resume(settings, photos, size))
-    note(verified=verify(settings, settings.work / "grid8.zarr"))
+    note(verified=verify(settings, settings.work / "grid8.zarr", note))
 
 
 def bare_rate(settings: Settings, size: int) -> float:
@@ -74,7 +76,7 @@ def options_of(settings: Settings, photos: Path, size: int, out: Path) -> dict[s
 
 def extract_once(
     settings: Settings, photos: Path, size: int, name: str, options: dict[str, Any]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Rate after the first batch, share of that time in which the GPU did nothing, CPU seconds by kind of thread."""
     from extract.config import load_config
     from extract.run import run_extraction
@@ -94,6 +96,10 @@ def extract_once(
         "startup_s": result.startup_seconds,
         "cpu_main_per_1000": (last.main_s - first.main_s) / thousands,
         "cpu_decoders_per_1000": (last.decoders_s - first.decoders_s) / thousands,
+        "cpu_threads_per_1000": {
+            thread: round((seconds - first.threads_s.get(thread, 0.0)) / thousands, 3)
+            for thread, seconds in last.threads_s.items()
+        },
     }
     if settings.cuda:
         found["idle"] = idle_share(passes)
@@ -101,12 +107,13 @@ def extract_once(
 
 
 class Moment(NamedTuple):
-    """Rows encoded at a time, and the CPU seconds that this process and its decoders had used."""
+    """Rows encoded at a time, and the CPU seconds that this process, its threads and its decoders had used."""
 
     at: float
     rows: int
     main_s: float
     decoders_s: float
+    threads_s: dict[str, float]
 
 
 class RateObserver:
@@ -132,7 +139,12 @@ def current_moment(rows: int) -> Moment:
             decoders += times.user + times.system
         except psutil.NoSuchProcess:
             continue
-    return Moment(time.perf_counter(), rows, own, decoders)
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    threads: dict[str, float] = {}
+    for thread in psutil.Process().threads():
+        name = names.get(thread.id, "others")
+        threads[name] = threads.get(name, 0.0) + thread.user_time + thread.system_time
+    return Moment(time.perf_counter(), rows, own, decoders, threads)
 
 
 @contextmanager
@@ -218,8 +230,10 @@ def same_arrays(left: Path, right: Path) -> bool:
     )
 
 
-def verify(settings: Settings, store: Path) -> int:
+def verify(settings: Settings, store: Path, note: Note) -> int:
     """1 when `cli verify` re-reads every checksum and encodes samples again without a finding."""
-    command = [sys.executable, str(ROOT / "cli.py"), "verify", str(store), "--samples", "16"]
+    command = [sys.executable, str(ROOT / "cli.py"), "verify", str(store), "--samples", "16", "--json"]
     command += ["--teacher-path", str(make_checkpoint(settings)), "--device", settings.device]
-    return int(subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    note(verify=json.loads(done.stdout))
+    return int(done.returncode == 0)

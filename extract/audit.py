@@ -70,7 +70,6 @@ def audit_store(
         dtype=manifest.teacher.dtype,
         image_size=manifest.preprocessing.image_size,
         resize=manifest.preprocessing.resize,
-        compile_tower=False,  # a few images; and a path of its own is the better check
     )
     stored, given = manifest.teacher.model_dump(), teacher.spec.model_dump()
     audit.findings += [
