@@ -132,10 +132,14 @@ def train_step(trainer: Any, batch: dict[str, Any]) -> None:
 
 
 def measure(store: Path, work: Path, image_size: int, rounds: int) -> dict[str, Any]:
+    from train.engine.yolo.targets import PENDING
+
     trainers = {
         levels: set_up(store, work / f"{image_size}-{levels}", image_size, levels) for levels in LEVELS
     }
     batches = {levels: next(iter(trainer.train_loader)) for levels, trainer in trainers.items()}
+    for batch in batches.values():
+        batch.pop(PENDING, None)  # what the loader has begun to read: each step reads its own
     times: dict[str, list[float]] = {levels: [] for levels in LEVELS}
     for turn in range(rounds + 2):
         for levels, trainer in trainers.items():

@@ -281,6 +281,7 @@ def synchronizations(step: Callable[[], None], steps: int = 20) -> float:
 def measure_yolo(settings: Settings, note: Note) -> None:
     """A step of YOLOv8s with and without the distilled level P5, as ultralytics' trainer does it."""
     from benchmarks.detection_cost import make_store, set_up
+    from train.engine.yolo.targets import PENDING
 
     size, batch = (64, 2) if settings.quick else (640, 16)
     student = "yolov8/n" if settings.quick else "yolov8/s"
@@ -292,6 +293,8 @@ def measure_yolo(settings: Settings, note: Note) -> None:
         for levels in ("none", "P5")
     }
     batches = {levels: next(iter(trainer.train_loader)) for levels, trainer in trainers.items()}
+    for values in batches.values():
+        values.pop(PENDING, None)  # what the loader has begun to read
     kinds = {levels: yolo_step(trainers[levels], batches[levels]) for levels in trainers}
     times = time_steps(kinds, settings)
     note(step_plain_yolov8s_ms=1e3 * statistics.median(times["none"]))
@@ -299,9 +302,24 @@ def measure_yolo(settings: Settings, note: Note) -> None:
 
 
 def yolo_step(trainer: Any, batch: dict[str, Any]) -> Callable[[], None]:
+    """A step on the batch; as in a training, the grids of the next step are being read meanwhile."""
     from benchmarks.detection_cost import train_step
 
-    return lambda: train_step(trainer, batch)
+    targets = trainer.job.splits["train"].targets
+    ahead: list[dict[str, Any]] = []
+
+    def fetch() -> None:
+        ahead.append(dict(batch))
+        if targets is not None:
+            targets.prefetch(ahead[-1])
+
+    def step() -> None:
+        if not ahead:
+            fetch()
+        fetch()
+        train_step(trainer, ahead.pop(0))
+
+    return step
 
 
 # -- trainings ------------------------------------------------------------------------------------------------

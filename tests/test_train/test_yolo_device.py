@@ -127,3 +127,27 @@ def test_a_norm_that_is_not_finite_is_noticed_before_anything_is_saved() -> None
     with pytest.raises(TrainError, match="the loss is not finite in epoch 4"):
         trainer.check_finite()
     assert trainer.unread == []
+
+
+def test_grids_are_read_a_batch_ahead() -> None:
+    """The loader starts reading batch n + 1 before it hands out batch n, and hands out each once, in order."""
+    from train.engine.yolo.targets import PENDING
+    from train.engine.yolo.trainer import ReadingAhead
+
+    events: list[str] = []
+
+    class Targets:
+        def prefetch(self, batch: dict[str, Any]) -> None:
+            events.append(f"read {int(batch['number'])}")
+            batch[PENDING] = "reading"
+
+    data = [{"number": torch.tensor(n), "source_rows": torch.tensor([n])} for n in range(3)]
+    loader = ReadingAhead(data, batch_size=1, collate_fn=lambda items: items[0])
+    loader.targets = Targets()
+    for _ in range(2):
+        for batch in loader:
+            events.append(f"step {int(batch['number'])}")
+            assert batch.pop(PENDING) == "reading"
+    assert events == 2 * ["read 0", "read 1", "step 0", "read 2", "step 1", "step 2"]
+    loader.targets = None
+    assert [int(batch["number"]) for batch in loader] == [0, 1, 2]

@@ -82,6 +82,7 @@ class TeacherTargets:
         self.device = torch.device("cpu")
         self.copies: torch.cuda.Stream | None = None
         self.centres: dict[tuple[int, int], Tensor] = {}
+        self.views_by_size: dict[tuple[int, ...], tuple[NDArray[np.float64], tuple[float, ...]]] = {}
         # One thread, so that reading overlaps the student's forward pass and batches stay in order.
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-grids")
 
@@ -128,10 +129,12 @@ class TeacherTargets:
         views = np.empty((len(rows), 2, 3), dtype=np.float32)
         content = np.empty((len(rows), 4), dtype=np.float32)
         for n, row in enumerate(rows):
-            source_size = (int(self.sizes[row][0]), int(self.sizes[row][1]))
-            view = resize_view(self.resize, source_size, self.teacher_size)
-            views[n] = view.inverse().matrix
-            content[n] = content_cells(view, height, width)
+            # Few distinct sizes, each worked out once: this thread and the trainer's share the interpreter's lock.
+            size = (int(self.sizes[row][0]), int(self.sizes[row][1]), height, width)
+            if size not in self.views_by_size:
+                view = resize_view(self.resize, size[:2], self.teacher_size)
+                self.views_by_size[size] = (view.inverse().matrix, content_cells(view, height, width))
+            views[n], content[n] = self.views_by_size[size]
         return torch.from_numpy(views), torch.from_numpy(content)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
@@ -28,6 +29,7 @@ from train.engine.yolo.dataset import SOURCE_ROWS, StoreDataset
 from train.engine.yolo.job import TrainingJob
 from train.engine.yolo.recorder import METRICS
 from train.engine.yolo.state import epoch_seed, only_validation_left, restore_state, seed_everything
+from train.engine.yolo.targets import PENDING
 from train.errors import TrainError
 
 log = get_logger("train")
@@ -112,12 +114,15 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
     ) -> Any:
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
         loader.worker_init_fn = start_seeded_worker
+        if mode == "train":
+            loader.__class__ = ReadingAhead
+            loader.targets = self.job.splits["train"].targets
         return loader
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Start reading the teacher's grids, then ultralytics' own preprocessing."""
+        """ultralytics' own preprocessing; the teacher's grids are being read already, or are from now on."""
         targets = self.job.splits["train"].targets
-        if targets is not None and SOURCE_ROWS in batch:
+        if targets is not None and SOURCE_ROWS in batch and PENDING not in batch:
             targets.prefetch(batch)
         processed: dict[str, Any] = super().preprocess_batch(batch)
         return processed
@@ -362,6 +367,26 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         if not all(math.isfinite(value) for value in (self.metrics or {}).values()):
             raise not_finite("validation loss", epoch)
         return False
+
+
+class ReadingAhead(InfiniteDataLoader):  # type: ignore[misc]
+    """ultralytics' loader, one batch ahead: the grids of a batch are read while the one before is trained on.
+
+    Without targets too, so that a control draws its random numbers in the same order.
+    """
+
+    targets: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        waiting = None
+        for batch in super().__iter__():
+            if self.targets is not None and SOURCE_ROWS in batch:
+                self.targets.prefetch(batch)
+            if waiting is not None:
+                yield waiting
+            waiting = batch
+        if waiting is not None:
+            yield waiting
 
 
 def close_loaders(trainer: Any) -> None:
