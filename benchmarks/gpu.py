@@ -53,6 +53,10 @@ STAGES: dict[str, StageEntry] = {
 }
 
 
+#: Parts of the stages extraction (the first six) and training that can be run on their own.
+PARTS = ("pooled", "grid8", "grid16", "letterbox", "resume", "verify", "steps", "yolo", "families")
+
+
 class Goal(NamedTuple):
     """What a figure has to reach: `must`, and what it should reach: `aim`. `at_most`: smaller is better.
 
@@ -107,6 +111,11 @@ class Settings:
     quick: bool
     work: Path
     brief: bool = False
+    parts: tuple[str, ...] = ()
+
+    def wants(self, part: str) -> bool:
+        """Whether a part of a stage is to run; all are, unless some were named."""
+        return not self.parts or part in self.parts
 
     @property
     def cuda(self) -> bool:
@@ -270,12 +279,20 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="folder for temporary files (default: one below /dev/shm or the temporary folder)",
     )
+    parser.add_argument("--parts", default="", help=f"only these parts of the stages: {', '.join(PARTS)}")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     unknown = [name for name in arguments.stages.split(",") if name not in STAGES]
     if unknown:
         parser.error(f"--stages {arguments.stages}: unknown {unknown[0]}; valid: {', '.join(STAGES)}")
+    unknown = [name for name in parts_of(arguments.parts) if name not in PARTS]
+    if unknown:
+        parser.error(f"--parts {arguments.parts}: unknown {unknown[0]}; valid: {', '.join(PARTS)}")
     return arguments
+
+
+def parts_of(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def check_device(device: str) -> None:
@@ -291,8 +308,10 @@ def check_device(device: str) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(words)
     if arguments.stage:
+        parts = parts_of(arguments.parts)
         run_stage(
-            arguments.stage, Settings(arguments.device, arguments.quick, arguments.work, arguments.brief)
+            arguments.stage,
+            Settings(arguments.device, arguments.quick, arguments.work, arguments.brief, parts),
         )
         return 0
     check_device(arguments.device)
@@ -305,7 +324,7 @@ def main(words: Sequence[str] | None = None) -> int:
             deadline = entry.quick_deadline_s if arguments.quick else entry.deadline_s
             left = arguments.total - (time.monotonic() - started)
             command = [sys.executable, __file__, "--stage", name, "--device", arguments.device]
-            command += ["--work", str(work)]
+            command += ["--work", str(work), "--parts", arguments.parts]
             command += [option for option in ("--quick", "--brief") if getattr(arguments, option[2:])]
             if arguments.device == "cpu":
                 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -41,6 +41,8 @@ def measure_extraction(settings: Settings, note: Note) -> None:
     bare = bare_rate(settings, size)
     note(tower_images_per_second=bare)
     for name, options in RUNS.items():
+        if not settings.wants(name):
+            continue
         if settings.quick:
             options = {**options, "grid": min(4, int(options["grid"]))}
         run = extract_once(settings, photos, size, name, options)
@@ -52,8 +54,10 @@ def measure_extraction(settings: Settings, note: Note) -> None:
             shutil.rmtree(settings.work / f"{name}.zarr")
     if not settings.brief:
         note(bare_again_images_per_second=bare_rate(settings, size))
-    note(resumed_identical=stop_and_resume(settings, photos, size))
-    note(verified=verify(settings, settings.work / "grid8.zarr", note))
+    if settings.wants("resume"):
+        note(resumed_identical=stop_and_resume(settings, photos, size))
+    if settings.wants("verify"):
+        note(verified=verify(settings, settings.work / "grid8.zarr", note))
 
 
 def bare_rate(settings: Settings, size: int) -> float:

@@ -33,9 +33,12 @@ QUICK_STUDENTS = {"resnet50": "resnet18", "vit-base": "vit-tiny"}
 
 def measure_training(settings: Settings, note: Note) -> None:
     """Step times first, then trainings of every family from stores that the tower has filled on this device."""
-    measure_steps(settings, note)
-    measure_yolo(settings, note)
-    train_families(settings, note)
+    if settings.wants("steps"):
+        measure_steps(settings, note)
+    if settings.wants("yolo"):
+        measure_yolo(settings, note)
+    if settings.wants("families"):
+        train_families(settings, note)
 
 
 # -- what a step costs --------------------------------------------------------------------------------------
