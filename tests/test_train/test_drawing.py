@@ -159,3 +159,12 @@ def test_ultralytics_draws_other_scripts_with_a_font_of_this_machine() -> None:
     annotator = Annotator(Image.new("RGB", (200, 100)), example=f"names {CHINESE}", pil=True)
     glyphs = {bytes(annotator.font.getmask(character)) for character in CHINESE}
     assert bytes(annotator.font.getmask("\U0010fffd")) not in glyphs
+
+
+@pytest.mark.parametrize(("height", "lines"), [(300, 2), (40, 1)])
+def test_a_label_leaves_most_of_a_small_picture_free(height: int, lines: int) -> None:
+    white = Image.new("RGB", (120, height), (255, 255, 255))
+    shown = np.asarray(draw_label(white, Label("a class name of many words", 0, "93%")).convert("L"))
+    band = int((shown[:, 0] < 255).sum())
+    _, font = drawable(Label("a", 0), max(10, 120 // 20 if height > 120 else height // 20))
+    assert lines * sum(font.getmetrics()) <= band <= lines * (sum(font.getmetrics()) + 1) + 4

@@ -67,12 +67,12 @@ def mask_color(index: int) -> Color:
 
 
 def draw_label(image: Image.Image, label: Label) -> Image.Image:
-    """The image with the label on a band along its lower edge, in at most two lines."""
+    """The image with the label on a band along its lower edge; in two lines where they cover a third of it at most."""
     shown = image.convert("RGB").copy()
     pen, size = ImageDraw.Draw(shown, "RGBA"), text_size(shown)
     label, font = drawable(label, size)
-    lines = wrap(label, font, shown.width - 8)
-    height = line_height(font)
+    width, height = shown.width - 8, line_height(font)
+    lines = wrap(label, font, width) if 6 * height <= shown.height else [shorten(label, font, width)]
     top = shown.height - height * len(lines) - 4
     pen.rectangle((0, top, shown.width, shown.height), fill=BAND)
     for number, line in enumerate(lines):
