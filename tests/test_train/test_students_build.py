@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from train.students import StudentError, build_student, list_students, rebuild_student
+from train.students import StudentError, build_student, list_students, rebuild_student, timm_student
 from train.students.base import Student
-from train.students.catalog import count_macs, input_shape
+from train.students.catalog import count_macs, input_shape, kept_measurements, measure_all, measure_student
+from train.students.names import all_student_names
 
 # Published: torchvision (ResNet), Steiner et al. 2021 (ViT-Ti, B, L at 16), Ronneberger et al. 2015 with batch norm.
 PUBLISHED_PARAMETERS = {
@@ -215,6 +218,38 @@ def test_unknown_timm_model_names_the_nearest() -> None:
 def test_unknown_options_are_refused(name: str) -> None:
     with pytest.raises(StudentError, match="dropp"):
         build_student(name, num_classes=2, dropp=0.1)
+
+
+def test_pretrained_tries_the_hub_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A closed port stands for a machine without a network; the client alone would repeat for most of a minute."""
+    from huggingface_hub import constants
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+    real = timm_student.hub_failure
+    monkeypatch.setattr(timm_student, "hub_failure", lambda url: asked.append(url) or real(url))
+    with pytest.raises(StudentError, match=r"does not answer.*--student-path FILE"):
+        build_student("resnet18", num_classes=2, image_size=32, pretrained=True)
+    assert asked == [endpoint]
+    assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.slow
+def test_kept_measurements_are_those_of_today() -> None:
+    assert kept_measurements() == measure_all()
+
+
+def test_kept_measurements_cover_all_fixed_students() -> None:
+    names = {key.partition(" at ")[0] for key in kept_measurements()}
+    assert names == {str(name) for name in all_student_names()}
+    key = next(key for key in kept_measurements() if key.startswith("unet/small"))
+    size, classes = (int(word) for word in key.replace(",", "").split() if word.isdigit())
+    assert kept_measurements()[key] == measure_student("unet/small", classes, size)
 
 
 def test_pretrained_says_what_to_do_when_there_is_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,9 @@ def set_determinism(enabled: bool) -> None:
     """Deterministic kernels only (an operation without one raises), or the fast ones."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(enabled)
+    # The call imports torch's compiler, several seconds: it is made only where it changes something.
+    if enabled != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(enabled)
     # Timing every kernel for every shape took 13 to 15 s at the start of each run (resnet18, 224 px, on an H100), more
     # than small data sets train for, and lets two runs of one seed differ. cuDNN's heuristics choose instead.
     torch.backends.cudnn.benchmark = False

@@ -1,18 +1,25 @@
-"""Every student with what is measured of it: parameters, multiply-accumulates, distilled layer."""
+"""Every student with what is measured of it: parameters, multiply-accumulates, distilled layer.
+
+Building and counting all fixed students takes many seconds, so what was measured of them is kept in `measured.json`:
+`python -m train.students.catalog` measures again and writes it, and a test does the same and compares.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from train.errors import TrainError
 from train.recipes import STUDENT_TASKS, recipe_of
-from train.students.base import Student
-from train.students.construct import DEFAULT_IMAGE_SIZE, construct_student
 from train.students.names import all_student_names, parse_student_name
+
+if TYPE_CHECKING:
+    from train.students.base import Student
+
+KEPT = Path(__file__).with_name("measured.json")
 
 #: Classes of the usual public data set of each task: the parameters below are counted with such a head.
 USUAL_CLASSES = {"classification": 1000, "detection": 80, "segmentation": 21, "sequence": 400}
@@ -20,7 +27,10 @@ CLIP_FRAMES = 16
 
 
 def list_students(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """One row a student (all fixed ones, or `names`, which may hold `timm:NAME`), measured on the meta device.
+    """One row a student (all fixed ones, or `names`, which may hold `timm:NAME`).
+
+    What was measured of the fixed students at their recipe's image size is read from `measured.json`; others are
+    measured now, on the meta device.
 
     Keys: `name, type, size, task, parameters, macs, input_shape, num_classes, feature_width, feature_kind,
     feature_stride, distilled_layer, recipe`, and `note` (None, or why a student could not be measured: then its
@@ -35,9 +45,12 @@ def describe_student(name: str) -> dict[str, Any]:
     parsed = parse_student_name(name)
     recipe = recipe_of(str(parsed))
     task = STUDENT_TASKS[parsed.type]
-    size = int(recipe.get("image_size", DEFAULT_IMAGE_SIZE))
+    size = usual_size(recipe)
     row: dict[str, Any] = {"name": str(parsed), "type": parsed.type, "size": parsed.size, "task": task}
     row |= {"num_classes": USUAL_CLASSES[task], "recipe": recipe, "note": None}
+    kept = kept_measurements().get(f"{parsed} at {size} px, {USUAL_CLASSES[task]} classes")
+    if kept is not None:
+        return row | kept
     try:
         return row | measure_student(str(parsed), USUAL_CLASSES[task], size)
     except (TrainError, ImportError) as error:
@@ -55,8 +68,37 @@ MEASURED = (
 )
 
 
+def usual_size(recipe: dict[str, Any]) -> int:
+    """The side of the input that a student is counted with, pixels."""
+    if "image_size" in recipe:
+        return int(recipe["image_size"])
+    from train.students.construct import DEFAULT_IMAGE_SIZE
+
+    return DEFAULT_IMAGE_SIZE
+
+
+@cache
+def kept_measurements() -> dict[str, dict[str, Any]]:
+    """The content of measured.json: `NAME at SIZE px, N classes` → the values of MEASURED."""
+    kept: dict[str, dict[str, Any]] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    return kept
+
+
+def measure_all() -> dict[str, dict[str, Any]]:
+    """What measured.json holds, measured now. Raises TrainError or ImportError for a student that cannot be built."""
+    measured = {}
+    for name in all_student_names():
+        classes, size = USUAL_CLASSES[STUDENT_TASKS[name.type]], usual_size(recipe_of(str(name)))
+        measured[f"{name} at {size} px, {classes} classes"] = measure_student(str(name), classes, size)
+    return measured
+
+
 def measure_student(name: str, num_classes: int, image_size: int) -> dict[str, Any]:
     """Build a student without memory and count: the values of MEASURED."""
+    import torch
+
+    from train.students.construct import construct_student
+
     with torch.device("meta"):
         student = construct_student(name, num_classes=num_classes, image_size=image_size)
     shape = input_shape(student)
@@ -84,6 +126,9 @@ def count_macs(student: Student, shape: Sequence[int] | None = None) -> int:
     `shape` as `input_shape` (the default). Convolutions, matrix products and attention are counted; norms and
     activations are not, as usual. The student may lie on any device, "meta" costs nothing.
     """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     device = next(student.parameters()).device
     was_training = student.training
     student.eval()
@@ -91,3 +136,7 @@ def count_macs(student: Student, shape: Sequence[int] | None = None) -> int:
         student(torch.zeros(*(shape or input_shape(student)), device=device))
     student.train(was_training)
     return int(counter.get_total_flops()) // 2
+
+
+if __name__ == "__main__":
+    KEPT.write_text(json.dumps(measure_all(), indent=1) + "\n", encoding="utf-8")

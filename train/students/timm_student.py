@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ ARCHITECTURES = {
     "vit-base": "vit_base_patch16_224",
     "vit-large": "vit_large_patch16_224",
 }
+HUB_TIMEOUT_S = 5.0
 DISTILLED = {
     "map": "last stage's map before pooling (token models: the last block's patch tokens as a grid)",
     "sequence": "tokens of the last block",
@@ -155,7 +158,8 @@ def check_known(architecture: str) -> None:
 def create_timm_model(architecture: str, pretrained: bool, **settings: Any) -> nn.Module:
     """`timm.create_model`, with an error that says what to do when weights cannot be fetched."""
     try:
-        return timm.create_model(architecture, pretrained=pretrained, **settings)
+        with one_try_at_the_hub() if pretrained else contextlib.nullcontext():
+            return timm.create_model(architecture, pretrained=pretrained, **settings)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if pretrained:
@@ -165,6 +169,39 @@ def create_timm_model(architecture: str, pretrained: bool, **settings: Any) -> n
             ) from error
         given = ", ".join(f"{key}={value}" for key, value in settings.items())
         raise StudentError(f"timm cannot build {architecture} with {given}: {reason}") from error
+
+
+@contextlib.contextmanager
+def one_try_at_the_hub() -> Iterator[None]:
+    """Inside, the hub's client uses its cache alone when one short request to the hub gets no answer.
+
+    By itself it repeats several requests with pauses in between: most of a minute without a network.
+    """
+    from huggingface_hub import constants
+
+    online = not constants.HF_HUB_OFFLINE
+    failure = hub_failure(constants.ENDPOINT) if online else None
+    if failure is None:
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as error:
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer: {failure}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def hub_failure(endpoint: str) -> str | None:
+    """Why the hub does not answer within HUB_TIMEOUT_S; None when it does. The client's proxies and certificates hold."""
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=HUB_TIMEOUT_S)
+    except Exception as error:
+        return " ".join(str(error).split())[:160] or type(error).__name__
+    return None
 
 
 def _image_size_settings(architecture: str, image_size: int) -> dict[str, Any]:
