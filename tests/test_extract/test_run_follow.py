@@ -286,10 +286,8 @@ CASES = [
 # The others run with the slow tests: each is three extractions.
 QUICK = {
     ("folder", "removed"),
-    ("folder", "new class"),
     ("yolo", "boxes outside"),
     ("yolo", "a class less"),
-    ("coco", "boxes and order"),
     ("masks", "broken mask"),
     ("csv", "labels and boxes"),
     ("clips", "frame"),
@@ -427,6 +425,7 @@ def test_a_recorded_view_belongs_to_its_key(follower: Follower, tmp_path: Path) 
     follower.check(views=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", ["jpeg", "raw"])
 def test_stored_images_come_along(follower: Follower, tmp_path: Path, images: str) -> None:
     follower.extract(images=images)
@@ -450,6 +449,7 @@ class TestBadImages:
         assert not (Path(follower.options["out"]) / "bad_images.jsonl").exists()
         follower.check()
 
+    @pytest.mark.slow
     def test_an_image_that_breaks_becomes_a_bad_row(self, follower: Follower, tmp_path: Path) -> None:
         follower.extract()
         (tmp_path / "data/train/bird/0.png").write_bytes(b"")
@@ -481,6 +481,7 @@ class TestBadImages:
         assert (result.encoded, result.bad) == (1, 0)
         follower.check()
 
+    @pytest.mark.slow
     def test_all_bad_ones_are_tried_again_when_every_file_is_read(self, follower: Follower) -> None:
         assert follower.extract(max_pixels=10, max_bad="100%").bad == 11
         assert follower.extract().encoded == 0
@@ -571,6 +572,7 @@ class TestLogits:
         assert "logits/probe" not in follower.store["train"].names
         assert read_measured(Path(follower.options["out"]))["probe_top1"] is None
 
+    @pytest.mark.slow
     def test_zero_shot_scores_stay_while_images_and_class_names_do(
         self, follower: Follower, tmp_path: Path
     ) -> None:

@@ -165,6 +165,7 @@ class TestChangesWhileItIsIncomplete:
         assert result.encoded <= 11 - committed + 3
         follower.check(batch_size=2)
 
+    @pytest.mark.slow
     def test_class_names_may_change_too(self, follower: Follower, tmp_path: Path) -> None:
         options = {**follower.options, "batch_size": 2}
         interrupt(options, rows=4)
@@ -192,6 +193,7 @@ class TestChangesWhileItIsIncomplete:
         assert follower.extract().encoded == 1  # 93: what the first change needed is there already
         follower.check()
 
+    @pytest.mark.slow
     def test_encoded_rows_whose_files_changed_again_are_encoded_again(
         self,
         follower: Follower,
@@ -214,6 +216,7 @@ class TestChangesWhileItIsIncomplete:
         assert "changed again since rows were encoded" in caplog.text
         follower.check()
 
+    @pytest.mark.slow
     def test_a_change_that_is_taken_back_leaves_nothing(
         self, follower: Follower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -316,6 +319,7 @@ def test_boxes_that_come_later_need_a_grid_that_is_not_there(
     assert np.isfinite(open_store(options["out"])["train"].read("features/pooled")).all()
 
 
+@pytest.mark.slow
 def test_what_is_being_encoded_is_shown_and_can_be_shared(follower: Follower, tmp_path: Path) -> None:
     """`cli inspect` counts the new samples; `--shard-range` encodes some of them, and the rest of it comes after."""
     from store.summary import describe_store
