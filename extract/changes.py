@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extract.decoding import boxes_to_store
-from extract.planning import RowSamples
+from extract.planning import RowSamples, sample_key
 from extract.sources.base import REMOVED, AnnotationError, Boxes, Samples
 from extract.stamps import NEVER_SEEN, UNKNOWN, Stamps, digests_of, load_stamps, stamps_of
 from store import format as names
@@ -62,7 +62,7 @@ class Part:
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        return {key: row for row, key in enumerate(self.split.keys)}
+        return {sample_key(key): row for row, key in enumerate(self.split.keys)}  # of two rows the later one
 
     @cached_property
     def valid(self) -> Flags:
@@ -353,7 +353,8 @@ class Finder:
         if not was_here and not elsewhere:
             if number == ENCODE or self.parts[number].fresh:
                 return "new"
-            return "copied" if self.parts[number].split.keys[row] in self.all_keys else "renamed"
+            source = sample_key(self.parts[number].split.keys[row])
+            return "copied" if source in self.all_keys else "renamed"
         own = (here, self.parts[here].rows[key]) if here is not None and was_here else None
         old = own or (elsewhere[0], self.parts[elsewhere[0]].rows[key])
         if (number, row) != old:

@@ -11,8 +11,9 @@ Until the last step the store stays as it was and readable. A run that was kille
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from extract.config import ExtractConfig
 from extract.decoding import boxes_to_store
 from extract.existing import FOLDER, adopt_rows, job_of, record_source
 from extract.measured import forget_probe
-from extract.planning import ExtractTask
+from extract.planning import AGAIN, ExtractTask, sample_key
 from extract.sources.base import Boxes
 from extract.stamps import Stamps, load_stamps, save_stamps
 from store import format as names
@@ -147,30 +148,18 @@ def plan_rows(path: Path, task: ExtractTask, store: Store, changes: Changes) -> 
     stamps = {name: changes.splits[name].stamps[some] for name, some in wanted.items()}
     if (rows / ZARR_JSON).exists():
         encoded = open_store(rows)
-        twice = [
-            key
-            for some in keys.values()
-            for key in some
-            if any(key in part.keys for part in encoded.values())
-        ]
-        other = encoded.manifest.class_names != task.manifest.class_names or {
-            spec.name for spec in encoded.manifest.arrays
-        } - {names.VALID, names.REASONS} != {spec.name for spec in task.arrays}
-        if twice or other:
-            log.warning(
-                "%s: the data set has changed again since rows were encoded: they are encoded again", path
-            )
-            drop_rows_store(path)
-        else:
-            before: dict[str, Stamps] = {
-                name: load_stamps(rows / FOLDER, name, len(part)) for name, part in encoded.items()
-            }
-            extend_store(rows, keys)
-            save_stamps(
-                rows / FOLDER,
-                {n: np.concatenate([before[n], s]) if n in before else s for n, s in stamps.items()},
-            )
-            return
+        before: dict[str, Stamps] = {
+            name: load_stamps(rows / FOLDER, name, len(part)) for name, part in encoded.items()
+        }
+        taken = {name: part.keys for name, part in encoded.items()}
+        extend_store(
+            rows, {name: [free_key(key, taken.get(name, ())) for key in some] for name, some in keys.items()}
+        )
+        save_stamps(
+            rows / FOLDER,
+            {n: np.concatenate([before[n], s]) if n in before else s for n, s in stamps.items()},
+        )
+        return
     manifest = store.manifest
     scales = scales_of(store, [spec for spec in task.arrays if spec.scaled])
     create_store(
@@ -183,12 +172,17 @@ def plan_rows(path: Path, task: ExtractTask, store: Store, changes: Changes) -> 
     save_stamps(rows / FOLDER, stamps)
 
 
+def free_key(key: str, taken: Container[str]) -> str:
+    """The key of another row of the same sample, whose file has changed since it was encoded; see `sample_key`."""
+    return next(name for n in count(1) if (name := key if n == 1 else f"{key}{AGAIN}{n}") not in taken)
+
+
 def rows_task(task: ExtractTask) -> ExtractTask:
     """The task of the rows that are being encoded for a new version of the store at `task.path`."""
     rows = rows_path(task.path)
     adopted = adopt_rows(task, rows)
     store = open_store(task.path)
-    planned = {key for samples in adopted.splits.values() for key in samples.keys}
+    planned = {sample_key(key) for samples in adopted.splits.values() for key in samples.keys}
     kept = {key for samples in task.splits.values() for key in samples.samples.keys} - planned
     bad = [
         key

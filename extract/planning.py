@@ -35,6 +35,7 @@ CUDA_PATCHES, PATCH_PX = 65_536, 14
 DECODED_BYTES = 512 << 20
 PARALLEL_SHARDS = 16  # shards that a large data set has at least, so that several devices can share it
 MIN_SHARD_ROWS = 1024
+AGAIN = "\0again "  # in keys of rows that are encoded for a new version: no file has such a name
 
 
 class NoSamples(Samples):
@@ -265,10 +266,16 @@ def calibration_samples(task: ExtractTask, count: int) -> list[Sample]:
     return list(itertools.chain.from_iterable(samples.between(row, row + 1) for row in rows.tolist()))
 
 
+def sample_key(key: str) -> str:
+    """The sample's key for that of its row, which differs where a sample was encoded twice for one new version."""
+    start, again, number = key.rpartition(AGAIN)
+    return start if again and number.isdigit() else key
+
+
 def in_stored_order(samples: Samples, table: KeyTable) -> RowSamples:
     """The samples in the order of a store's keys."""
     if len(samples) == len(table) and all(a == b for a, b in zip(samples.keys, table, strict=True)):
         return RowSamples(samples, keys=table)
     index = {key: number for number, key in enumerate(samples.keys)}
-    order = np.fromiter((index.get(key, -1) for key in table), np.int64, len(table))
+    order = np.fromiter((index.get(sample_key(key), -1) for key in table), np.int64, len(table))
     return RowSamples(samples, order, table)
