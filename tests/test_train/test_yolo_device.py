@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,3 +152,80 @@ def test_grids_are_read_a_batch_ahead() -> None:
     assert events == 2 * ["read 0", "read 1", "step 0", "read 2", "step 1", "step 2"]
     loader.targets = None
     assert [int(batch["number"]) for batch in loader] == [0, 1, 2]
+
+
+def config_of(**options: Any) -> Any:
+    from train.config import TrainConfig
+
+    return TrainConfig(**{"store": "s.zarr", "student": "yolov8/n", "out": Path("run"), **options})
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "amp"),
+    [
+        ("auto", True, "bf16"),
+        ("auto", False, True),
+        ("bf16", True, "bf16"),
+        ("fp16", True, True),
+        ("fp32", True, False),
+    ],
+)
+def test_the_precision_option_decides_ultralytics_amp(
+    precision: str, has_bf16: bool, amp: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the answers of torch.cuda are faked: there is no GPU here."""
+    from ultralytics.cfg import get_cfg
+
+    from train.engine.yolo.assemble import device_arguments
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    found = device_arguments(config_of(device="cuda:1", precision=precision))
+    assert found == {"device": "1", "amp": amp}
+    assert get_cfg(overrides=found).amp == amp  # ultralytics accepts it
+
+
+def test_a_precision_or_device_that_the_gpu_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.engine.yolo.assemble import device_arguments
+    from train.errors import ConfigError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    with pytest.raises(ConfigError, match="precision bf16: this GPU does not have it"):
+        device_arguments(config_of(device="cuda", precision="bf16"))
+    with pytest.raises(ConfigError, match="device cuda:1: this machine has 1 CUDA devices"):
+        device_arguments(config_of(device="cuda:1"))
+
+
+def test_fp16_training_is_set_up_without_ultralytics_own_check(
+    yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`check_amp` loads a model file that it would have to download; it runs on a CPU too when amp is True."""
+    from store import open_store
+    from train.engine.yolo.assemble import build_job
+    from train.engine.yolo.offline import prepare_ultralytics
+    from train.engine.yolo.trainer import StoreTrainer
+
+    prepare_ultralytics()
+    config = config_of(out=tmp_path, image_size=64, device="cpu", batch_size=4, yolo_settings="plots=false")
+    job = build_job(config, tmp_path, open_store(yolo_store), None)
+    job.arguments["amp"] = True
+    trainer = StoreTrainer(job)
+    before = set(Path.cwd().iterdir())
+    trainer._setup_train()
+    assert trainer.amp is True
+    assert set(Path.cwd().iterdir()) == before
+
+
+def test_loader_processes_are_this_process_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from console import cores
+    from train.engine.yolo.assemble import worker_count
+
+    monkeypatch.setattr(cores, "available_cores", lambda: 16)
+    assert worker_count(config_of(), {"device": "0"}) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert worker_count(config_of(), {"device": "0,1,2,3"}) == 4
+    assert worker_count(config_of(), {"device": "cpu"}) == 0
+    assert worker_count(config_of(workers=3), {"device": "0"}) == 3

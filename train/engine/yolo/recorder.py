@@ -136,28 +136,29 @@ class Recorder:
             "epoch": epoch,
             "accuracy": record.get("map50"),
             "metrics": {name: record[name] for name in METRICS},
-            "model_state_dict": student_state(trainer.job.detector(trainer.ema.ema)),
+            "model_state_dict": student_state(trainer.job.merged(trainer.ema.ema)),
         }
+        state = {**training_state(trainer), "best_epoch": epoch if trainer.is_best else self.best_epoch}
+        self.latest = HostCopy({**content, "training": state}).content()
+        content = {name: value for name, value in self.latest.items() if name != "training"}
         if trainer.is_best:
             self.best_epoch, self.unsaved_best = epoch, content
             self.writer.note_best(content, None, epoch)
         if self.is_kept(epoch):
             self.writer.save_beside(self.run / f"checkpoint_epoch_{epoch}.pt", content, epoch)
-        state = {**training_state(trainer), "best_epoch": self.best_epoch}
-        self.latest = {**content, "training": HostCopy(state).content()}
 
     def is_kept(self, epoch: int) -> bool:
         interval = self.config.checkpoint_interval
         return interval is not None and epoch % interval == 0
 
     def save(self, trainer: Any, *, last: bool) -> None:
-        """Write the checkpoints of the epoch that has just ended; after the `last` one they are on disk on return."""
-        best = self.unsaved_best
-        if last and best is None:
-            # A run that was killed and resumed may have files of ultralytics from an epoch that went differently.
+        """Write the checkpoints of the epoch that has just ended; after the `last` one they are on disk on return.
+
+        ultralytics' own files are written then only, before `last.pt` says that nothing but the validation is left.
+        """
+        if last:
             self.reports += self.writer.finish()
-            best = load_checkpoint(self.run / BEST)
-        trainer.write_checkpoints(best)
+            trainer.write_checkpoints(self.unsaved_best or load_checkpoint(self.run / BEST))
         self.unsaved_best, self.saved_epoch = None, self.latest["epoch"]
         self.writer.save(self.latest, self.saved_epoch, wait=last)
 
@@ -185,8 +186,12 @@ class Recorder:
 
 
 def student_state(network: Any) -> dict[str, Tensor]:
-    """The network's tensors on the CPU under the names of `train.students.yolo.YoloStudent`."""
-    return {f"network.{name}": value.detach().cpu() for name, value in network.state_dict().items()}
+    """The detector's tensors, without alignment heads, under the names of `train.students.yolo.YoloStudent`."""
+    return {
+        f"network.{name}": value
+        for name, value in network.state_dict().items()
+        if not name.startswith("distillation.")
+    }
 
 
 def hard_sum(items: Mapping[str, float]) -> float:

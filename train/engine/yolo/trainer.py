@@ -280,16 +280,13 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         return bool(self.best_fitness == self.fitness)
 
     def save_model(self) -> bool:
-        """Nothing after each epoch: the recorder decides when, and calls `write_checkpoints`."""
+        """Nothing after each epoch: the recorder calls `write_checkpoints` after the last one."""
         return False
 
-    def write_checkpoints(self, best: Mapping[str, Any] | None) -> None:
+    def write_checkpoints(self, best: Mapping[str, Any]) -> None:
         """ultralytics' last.pt of now, and its best.pt of `best`, the content of our best.pt: its own plain models."""
         with self.ema_replaced_by(self.job.detector), self.replacing_checkpoints():
             super().save_model()
-            self.best.unlink(missing_ok=True)
-            if best is None:
-                return
             checkpoint = torch.load(self.last, map_location="cpu", weights_only=False)  # written just now
             half = torch.finfo(torch.half).max
             checkpoint["ema"].load_state_dict(
