@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from store import open_store
 from tests.test_train.yolo_data import scenes
 from tests.test_train.yolo_runs import (
     Listener,
@@ -44,9 +45,22 @@ def test_the_run_folder_is_that_of_other_students(yolo_run: tuple[Path, Listener
     assert summary["metrics"].keys() >= {"map50", "map50_95"}
     assert summary["trainable_parameters"] > 3_000_000
     assert summary["store"]["fingerprint"]
+    assert summary["optimizer"] == "AdamW"
+    assert summary["learning_rate"] == pytest.approx(0.002 * 5 / (4 + 2), abs=1e-6)
     config = json.loads((folder / "config.json").read_text())
     assert config["options"]["student"] == "yolov8/n"
     assert config["resolved"]["ultralytics"]["close_mosaic"] == 1
+
+
+def test_images_per_second_are_those_of_the_training_epochs(
+    yolo_run: tuple[Path, Listener], yolo_store: Path
+) -> None:
+    """Validation and saving do not count; every training image counts once an epoch."""
+    folder, listener = yolo_run
+    seconds = sum(record["train_time_s"] for record in metrics_of(folder))
+    assert 0 < seconds < listener.summary["wall_time_s"]
+    images = len(open_store(yolo_store)["train"])
+    assert listener.summary["images_per_second"] == pytest.approx(3 * images / seconds, rel=0.01)
 
 
 def test_the_distillation_term_has_its_own_column_everywhere(yolo_run: tuple[Path, Listener]) -> None:
