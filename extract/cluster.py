@@ -112,6 +112,8 @@ def cluster_client(config: ExtractConfig) -> Iterator[Client]:
             yield client
         return
     os.environ.setdefault("PYTHONWARNINGS", QUIET_TRACKER)
+    # Workers would ask the driver for figures of the GPU, which nothing here uses and not every driver answers.
+    os.environ.setdefault("DASK_DISTRIBUTED__DIAGNOSTICS__NVML", "False")
     # Daemonic workers could not start decoding processes. Signals are for this process alone.
     with dask.config.set({"distributed.worker.daemon": False}), blocked_signals():
         cluster = LocalCluster(

@@ -95,7 +95,9 @@ class DeviceCopies:
         if not self.cuda:
             return tensor
         pinned = torch.empty_like(tensor, pin_memory=True)
-        pinned.copy_(tensor)
+        # NumPy copies in this thread. torch would wake a thread for each core, which then spin beside the decoders:
+        # 0.54 of 0.72 CPU seconds for 1,000 images of 224 px, on 16 cores.
+        np.copyto(pinned.numpy(), tensor.numpy())
         compute = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.up):
             there = pinned.to(self.device, non_blocking=True)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,7 +78,9 @@ def pinned(value: Tensor, name: tuple[str, str], buffers: dict[tuple[str, str], 
     if known is None or known.dtype != value.dtype or known.numel() < value.numel():
         known = buffers[name] = torch.empty(value.numel(), dtype=value.dtype, pin_memory=True)
     room = known[: value.numel()].view(value.shape)
-    return room.copy_(value)
+    # NumPy copies in this thread; torch would wake a thread for each core, which then spin beside the decoding workers.
+    np.copyto(room.numpy(), value.numpy())
+    return room
 
 
 class Failure(NamedTuple):

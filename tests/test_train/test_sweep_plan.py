@@ -12,7 +12,7 @@ import pytest
 
 from console.cores import core_share
 from console.option_file import read_option_file
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainError
 from train.sweep.board import best_of, line, read_records, read_state
 from train.sweep.config import Trial, load_sweep_config, plan_trials
 from train.sweep.run import (
@@ -351,3 +351,29 @@ def plan_names(config: Any, student: str) -> str:
     from train.sweep.config import trial_name
 
     return trial_name({"student": student, "seed": 0}, config, "f", "")
+
+
+def test_workers_that_cannot_be_started_are_one_line_with_the_first_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """dask wraps the reason in errors of its own."""
+    from train.sweep import run
+
+    def fail(*arguments: Any) -> None:
+        try:
+            try:
+                raise OSError(12, "Cannot allocate memory")
+            except OSError as error:
+                raise RuntimeError("Nanny failed to start worker process") from error
+        except RuntimeError as error:
+            raise RuntimeError("Nanny failed to start.") from error
+
+    monkeypatch.setattr(run, "local_spec", fail)
+    config = load_sweep_config({**STORE, "students": "resnet18", "jobs": 2})
+    with (
+        pytest.raises(
+            TrainError, match=r"^2 worker processes .*OSError: .*Cannot allocate memory; try fewer --jobs"
+        ),
+        run.cluster(config, 2),
+    ):
+        pass

@@ -19,7 +19,7 @@ from console.files import check_writable
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
 from store import open_store
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainError
 from train.rundir import SUMMARY, make_folder, warn_of_random_teacher
 from train.sweep.board import Board, TrialState, read_state
 from train.sweep.config import SweepConfig, Trial, plan_trials
@@ -257,6 +257,8 @@ def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str
     """
     # Workers read it from the environment; their comings and goings are no news to who runs a sweep.
     os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
+    # Workers would ask the driver for figures of the GPU, which nothing here uses and not every driver answers.
+    os.environ.setdefault("DASK_DISTRIBUTED__DIAGNOSTICS__NVML", "False")
     import dask
     from distributed import Client
 
@@ -275,10 +277,23 @@ def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str
     logger.info("local cluster: %d trials at a time, %d cores each", len(workers), cores)
     from distributed import SpecCluster
 
-    with deaf_to_ctrl_c():
-        local = local_spec(SpecCluster, workers)
+    try:
+        with deaf_to_ctrl_c():
+            local = local_spec(SpecCluster, workers)
+    except RuntimeError as error:
+        raise TrainError(
+            f"{len(workers)} worker processes for the trials cannot be started: {first_cause(error)}; try fewer --jobs, or "
+            "start workers yourself (dask worker) and name their --scheduler"
+        ) from error
     with local, Client(local) as client:
         yield client, {"trial": 1}, Cores(cores, {})
+
+
+def first_cause(error: BaseException) -> str:
+    """One line about what an error began with: dask wraps it in errors of its own."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextlib.contextmanager

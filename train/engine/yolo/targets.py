@@ -21,6 +21,7 @@ from torch.nn import functional
 from imaging.geometry import View, cell_centres, resize_view
 from train.engine.yolo.dataset import SOURCE_PLACEMENTS, SOURCE_ROWS
 from train.losses.precision import full_precision
+from train.prefetch import pinned
 from train.projector import TargetStandardizer
 
 PENDING = "teacher_grids"
@@ -118,7 +119,7 @@ class TeacherTargets:
             return GatheredGrids(grids, index, views, content)
         with torch.cuda.stream(self.copies):
             grids, index, views, content = (
-                tensor.pin_memory().to(self.device, non_blocking=True) for tensor in read.tensors
+                pinned(tensor, ("", ""), {}).to(self.device, non_blocking=True) for tensor in read.tensors
             )
             ready = torch.cuda.Event()
             ready.record(self.copies)
