@@ -85,3 +85,29 @@ def test_secrets_in_the_address_of_the_store_are_in_no_file_of_a_run(
     with pytest.raises(StoreError, match="the password was left out when this address was recorded"):
         open_store(recorded["store"]["path"])
     run_training(config.replace(resume=True, epochs=2))
+
+
+@pytest.mark.parametrize("place", ["train.images.decode", "train.engine.model.DistilledStudent.forward"])
+def test_images_per_second_count_waiting_for_data_and_computing(make_store, make_config, monkeypatch, place):
+    """A wait in either place bounds the rate: no more images than waits allow, whatever the machine does."""
+    import importlib
+    import time
+
+    holder, _, name = place.rpartition(".")
+    try:
+        owner = importlib.import_module(holder)
+    except ModuleNotFoundError:
+        module, _, kind = holder.rpartition(".")
+        owner = getattr(importlib.import_module(module), kind)
+    plain = getattr(owner, name)
+    wait_s = {"decode": 0.01, "forward": 0.08}[name]  # of an image, of a batch of 8
+
+    def slow(*arguments, **options):
+        time.sleep(wait_s)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, slow)
+    config = make_config(make_store(train=24), epochs=2)
+    summary = run_training(config)
+    assert 0 < summary["images_per_second"] <= 100
+    assert summary["images_per_second"] >= 48 / summary["wall_time_s"]

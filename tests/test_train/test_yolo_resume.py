@@ -27,6 +27,7 @@ from tests.test_train.yolo_runs import (
     metrics_of,
 )
 from train.checkpoint import load_checkpoint
+from train.config import load_config
 from train.engine.yolo.run import run_yolo
 from train.errors import ConfigError
 from train.events import SilentObserver
@@ -69,6 +70,7 @@ def test_a_complete_run_is_not_repeated_and_a_taken_folder_is_refused(
     before = (folder / "last.pt").stat().st_mtime_ns
     options = {"control": True, **RUN_OPTIONS}
     assert run_yolo(make_config(yolo_store, folder, resume=True, **options)) == listener.summary
+    assert run_yolo(load_config({"out": folder, "resume": True})) == listener.summary
     assert (folder / "last.pt").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="--resume to continue it, or --overwrite"):
         run_yolo(make_config(yolo_store, folder, **options))
