@@ -63,6 +63,7 @@ DISK_ERRORS = {
     errno.EROFS: "choose another folder",
     errno.EACCES: "change its permissions or choose another",
     errno.EPERM: "change its permissions or choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 INTERRUPTED = 130  # what typer returns after a Ctrl-C that no command took care of
@@ -190,7 +191,8 @@ def program_name() -> str:
 def error_line(error: Exception) -> str:
     """What went wrong, on one line; for a misused command line also where its help is."""
     if isinstance(error, OSError) and not hasattr(error, "exit_code"):
-        where = f"{error.filename}: " if error.filename else ""
+        name = str(error.filename or "")
+        where = f"{name if len(name) <= 200 else name[:100] + '…' + name[-100:]}: " if name else ""
         return f"error: {where}{error.strerror}: {DISK_ERRORS[error.errno or 0]}, then run the same command again"
     if isinstance(error, Stopped):
         return str(error)  # asked for, so no error

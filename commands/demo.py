@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from commands.demo_steps import NORMAL, SMALLEST, VAL_FRACTION, Step, list_steps
+from console.files import check_writable
 from console.stop import Stopped
 
 IMAGE_SIDE = 64
@@ -96,6 +97,7 @@ def write_digits(folder: Path, count: int) -> Path:
 def check_disk(out: Path) -> None:
     import shutil
 
+    check_writable(out, "--out")
     place = out.absolute()
     while not place.is_dir():
         place = place.parent

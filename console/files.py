@@ -20,11 +20,16 @@ def check_writable(path: Path, option: str) -> None:
 
     `path` need not exist; nothing is left behind. `option` is named in the error, like `--out`.
     """
-    place = path.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    folder = place.parent if place == path.absolute() and not place.is_dir() else place
-    if not folder.is_dir():
+    with refused(path, option):
+        if "\0" in str(path):  # pathlib says that no such file exists
+            raise ValueError("a name cannot hold a NUL byte")
+        place = path.absolute()
+        check_replaceable(path, option)
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        folder = place.parent if place == path.absolute() and not place.is_dir() else place
+        is_folder = folder.is_dir()
+    if not is_folder:
         raise OutputError(f"{option} {path}: {folder} is a file, expected a folder; choose another place")
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -37,6 +42,36 @@ def check_writable(path: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
+def refused(path: Path, option: str) -> Iterator[None]:
+    """Turn a path that the system cannot even look at (too long, a NUL byte) into an OutputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"{option} {shortened(str(path))}: cannot be written: {reason}; choose another place"
+        ) from None
+
+
+def check_replaceable(path: Path, option: str = "") -> None:
+    """Raise OutputError for a device, pipe or socket: renaming a file to its name would replace it.
+
+    Writing to `/dev/null` as root would otherwise take it from the whole machine.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OutputError(
+            f"{option} {path}".strip()
+            + ": is a device, pipe or socket, expected a file or folder; choose another place"
+        )
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    """The text, cut in the middle where it is longer: both ends of a path are worth reading."""
+    text = text.replace("\0", "\\0")
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-longest // 2 :]}"
+
+
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what the system refuses while `path` is written into an OutputError that names it."""
     try:
@@ -46,13 +81,15 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise OutputError(
-            f"{path}: cannot be written: {reason}; choose another place (or make room), then run it again"
+            f"{shortened(str(path))}: cannot be written: {reason}; choose another place (or make room), then run it again"
         ) from error
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name to write to: it becomes `path` when the block ends well, and is removed when not."""
+    with writing(path):
+        check_replaceable(path)
     partial = path.with_name(f".partial-{path.name}")  # keeps the suffix, which says the format
     try:
         with writing(path):

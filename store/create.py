@@ -116,9 +116,11 @@ def remove_abandoned(folder: Path, begun: str) -> None:
 
 
 def check_free(target: Path) -> None:
-    if target.is_file():
+    with disk_errors(target):
+        exists, is_folder = target.exists(), target.is_dir()
+    if exists and not is_folder:
         raise StoreError(f"{target}: is a file; a store is a folder: choose another path")
-    if target.exists() and any(target.iterdir()):
+    if exists and any(target.iterdir()):
         raise StoreError(
             f"{target}: exists and is not empty; a store needs a folder of its own, choose another path"
         )

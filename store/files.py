@@ -106,9 +106,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.EACCES: "no permission to write: choose another folder or change its permissions",
         errno.EPERM: "no permission to write: choose another folder or change its permissions",
+        errno.ENOENT: "no file can be made there: choose another folder",
+        errno.ENOTDIR: "a part of the path is a file: choose another folder",
+        errno.EEXIST: "a part of the path is a file: choose another folder",
+        errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+        errno.EINVAL: "the file system does not support it: choose another folder",
+        errno.ENOSYS: "the file system does not support it: choose another folder",
+        errno.ENOTSUP: "the file system does not support it: choose another folder",
     }
     try:
         yield
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        raise StoreError(f"{str(path)!r}: a name cannot hold a NUL byte: choose another name") from None
     except OSError as error:
         known = advice.get(error.errno or 0)
         if known is None:

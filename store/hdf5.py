@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def store_to_hdf5(path: str | os.PathLike[str], file: str | os.PathLike[str]) ->
     Raises StoreError when the file exists or the store cannot be read.
     """
     target = Path(file)
-    if target.exists():
+    with disk_errors(target):
+        taken = target.exists()
+    if taken:
         raise StoreError(f"{target}: exists; choose another name or delete it")
     store = open_store(path)
     store.require_plain("conversion to HDF5")
@@ -43,7 +46,8 @@ def store_to_hdf5(path: str | os.PathLike[str], file: str | os.PathLike[str]) ->
             write_hdf5(store, partial)
             os.replace(partial, target)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError, ValueError):  # what refused the file may refuse this too
+                partial.unlink(missing_ok=True)
             raise
         sync_folder(target.parent)
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from console.files import check_writable, shortened
 from console.log import get_logger
 from console.output import plain_json
 from console.redaction import redact_values
@@ -77,6 +78,7 @@ def check_run_folder(config: TrainConfig) -> None:
     For the command line: a training platform keeps files of its own in the output folder.
     """
     folder = config.out
+    check_writable(folder, "--out")
     started = has_results(folder) or has_config(folder)
     if config.resume and not started:
         raise ConfigError(f"--resume: nothing to resume in {folder}: check --out, or leave --resume out")
@@ -112,8 +114,11 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise TrainError(f"--out {folder}: is a file, expected a folder") from None
-    except OSError as error:
-        raise TrainError(f"--out {folder}: cannot be created: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainError(
+            f"--out {shortened(str(folder))}: cannot be created: {reason}; choose another place"
+        ) from None
 
 
 def remove_run(folder: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from console.files import check_writable
 from extract.teachers.errors import TeacherError
 
 
@@ -25,6 +26,7 @@ def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> P
     target = Path(folder)
     if depth < 1:
         raise TeacherError(f"depth {depth}: expected at least 1 block")
+    check_writable(target, "DIR")
     if target.exists() and not (
         target.is_dir() and (not any(target.iterdir()) or (target / RANDOM_WEIGHTS_FILE).is_file())
     ):
