@@ -6,6 +6,8 @@ import errno
 import ipaddress
 import re
 import socket
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,6 +18,7 @@ from console.redaction import redact
 LONGEST_NAME = 200
 FORBIDDEN_IN_IDS = frozenset("/\\:*?\"'<>|#%&;$`")
 DATABASE_SETTINGS = frozenset({"charset", "collation", "connect_timeout", "sslmode", "ssl_verify_cert"})
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 SERVER_DATABASES = ("mysql", "mariadb", "postgresql")
 
 
@@ -125,17 +128,49 @@ def is_host(host: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9._\-]+", encoded) is not None
 
 
+# Metadata services of clouds outside 169.254/16 and fe80::/10: AWS over IPv6, Alibaba Cloud, Oracle Cloud.
+METADATA_ADDRESSES = frozenset(
+    ipaddress.ip_address(text) for text in ("fd00:ec2::254", "100.100.100.200", "192.0.0.192")
+)
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
 def is_link_local(host: str) -> bool:
-    """True for 169.254/16 and fe80::/10, however the address is written; false for host names."""
+    """True for link-local addresses and those of metadata services, however they are written; false for names."""
     address = read_address(host.partition("%")[0])
-    if address is None:
+    return address is not None and any(
+        meant.is_link_local or meant in METADATA_ADDRESSES for meant in meanings(address)
+    )
+
+
+def resolves_to_link_local(host: str) -> bool:
+    """The same for names too, by what they resolve to now; false for a name that is not known."""
+    if is_link_local(host):
+        return True
+    if not host or read_address(host) is not None:
         return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_link_local)
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False  # connecting says so
+    return any(is_link_local(str(entry[4][0])) for entry in found)
 
 
-def read_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def meanings(address: Address) -> Iterator[Address]:
+    """The address itself, and the IPv4 address that an IPv6 one carries: mapped, compatible, 6to4, Teredo or NAT64."""
+    yield address
+    if isinstance(address, ipaddress.IPv6Address):
+        carried = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+        number = int(address)
+        if address in NAT64 or number >> 32 == 0:
+            carried.append(ipaddress.IPv4Address(number & 0xFFFFFFFF))
+        yield from (one for one in carried if one is not None)
+
+
+def read_address(host: str) -> Address | None:
     """The address that `host` spells, also as 2852039166 or 0xa9fea9fe, which connecting understands, too."""
+    # Resolvers ignore the root's dot, and internationalized names turn full-width digits into plain ones.
+    host = unicodedata.normalize("NFKC", host).rstrip(".")
     for read in (ipaddress.ip_address, lambda text: ipaddress.ip_address(socket.inet_aton(text))):
         try:
             return read(host)
@@ -163,7 +198,7 @@ def check_database_url(value: str, root: Path, allow_local: bool = False) -> str
         host, settings = parts.hostname or "", parse_qs(parts.query, keep_blank_values=True)
     except ValueError:
         raise OptionError("--dataset_url: the host cannot be read") from None
-    if not allow_local and is_link_local(host):
+    if not allow_local and resolves_to_link_local(host):
         raise OptionError(f"--dataset_url: a link-local host is not allowed, got {shown(host)}")
     odd = sorted(set(settings) - DATABASE_SETTINGS)
     if odd and not allow_local:

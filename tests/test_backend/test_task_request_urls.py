@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from backend.errors import OptionError
 from backend.request import TaskRequest, read_request
+from backend.safety import check_database_url, is_link_local
 from tests.test_backend.platform_site import Site
 from tests.test_backend.refusals import problem
 
@@ -33,6 +37,20 @@ from tests.test_backend.refusals import problem
         "http://2852039166/",
         "http://0xa9fea9fe/",
         "http://169.254.43518/",
+        "http://[fd00:ec2::254]/",
+        "http://[fd00:0ec2:0:0:0:0:0:254]/",
+        "http://100.100.100.200/",
+        "http://1684301000/",
+        "http://[::ffff:100.100.100.200]/",
+        "http://[::ffff:6464:64c8]/",
+        "http://[64:ff9b::6464:64c8]/",
+        "http://[::100.100.100.200]/",
+        "http://192.0.0.192/",
+        "http://0xc00000c0/",
+        "http://0300.0.0.0300/",
+        "http://192.0.0.192./",
+        "http://１９２.0.0.192/",
+        "http://[2002:a9fe:a9fe::1]/",
         "javascript:alert(1)",
     ],
 )
@@ -55,6 +73,37 @@ def test_urls_that_are_refused(site: Site, url: str) -> None:
 )
 def test_urls_of_platforms(site: Site, url: str) -> None:
     assert read_request(site.words(api_base_url=url)).api_base_url == url.rstrip("/")
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "100.100.100.200", "192.0.0.192", "fd00:ec2::254"])
+def test_whatever_the_resolver_takes_for_the_address_is_refused(address: str) -> None:
+    """The system's own resolver reads decimal, octal, hexadecimal and short forms: so does the filter."""
+    version = ipaddress.ip_address(address)
+    number, forms = int(version), [address]
+    if version.version == 4:
+        octets = [int(part) for part in address.split(".")]
+        forms += [str(number), hex(number), f"0{number:o}", f"::ffff:{address}"]
+        forms += [".".join(f"0{part:o}" for part in octets), ".".join(hex(part) for part in octets)]
+        forms += [f"{octets[0]}.{number & 0xFFFFFF}", f"{octets[0]}.{octets[1]}.{number & 0xFFFF}"]
+    else:
+        forms += [version.exploded, address.upper()]
+    for form in forms:
+        found = socket.getaddrinfo(form, 80, type=socket.SOCK_STREAM)
+        assert is_link_local(form), form
+        assert all(is_link_local(str(entry[4][0])) for entry in found), form
+    near = str(version + 1 if version.version == 6 else ipaddress.ip_address("100.100.100.201"))
+    assert not is_link_local(near)
+
+
+def test_a_database_host_that_resolves_to_a_metadata_service(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = "postgresql://u:p@meta.example/db"
+    entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("100.100.100.200", 0))]
+    monkeypatch.setattr("backend.safety.socket.getaddrinfo", lambda *_, **__: entries)
+    with pytest.raises(OptionError, match=r"link-local host is not allowed, got 'meta\.example'"):
+        check_database_url(url, Path("/"))
+    assert check_database_url(url, Path("/"), allow_local=True) == url
 
 
 def test_link_local_when_the_operator_allows_it(site: Site, write: Callable[[str, str], Path]) -> None:
