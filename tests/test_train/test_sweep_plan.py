@@ -353,27 +353,31 @@ def plan_names(config: Any, student: str) -> str:
     return trial_name({"student": student, "seed": 0}, config, "f", "")
 
 
-def test_workers_that_cannot_be_started_are_one_line_with_the_first_cause(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.timeout(120)
+def test_workers_that_cannot_be_started_are_one_line_with_their_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """dask wraps the reason in errors of its own."""
+    """A worker whose start fails inside its process: dask's own exception says only that its nanny failed."""
     from train.sweep import run
 
-    def fail(*arguments: Any) -> None:
-        try:
-            try:
-                raise OSError(12, "Cannot allocate memory")
-            except OSError as error:
-                raise RuntimeError("Nanny failed to start worker process") from error
-        except RuntimeError as error:
-            raise RuntimeError("Nanny failed to start.") from error
+    (tmp_path / "broken_preload.py").write_text("raise OSError(12, 'Cannot allocate memory')\n")
+    plain = run.local_workers
 
-    monkeypatch.setattr(run, "local_spec", fail)
-    config = load_sweep_config({**STORE, "students": "resnet18", "jobs": 2})
+    def workers(*arguments: Any) -> Any:
+        found, cores = plain(*arguments)
+        for worker in found.values():
+            worker["options"]["preload"] = [str(tmp_path / "broken_preload.py")]
+        return found, cores
+
+    monkeypatch.setattr(run, "local_workers", workers)
+    config = load_sweep_config({**STORE, "students": "resnet18", "jobs": 1})
     with (
-        pytest.raises(
-            TrainError, match=r"^2 worker processes .*OSError: .*Cannot allocate memory; try fewer --jobs"
-        ),
-        run.cluster(config, 2),
+        pytest.raises(TrainError, match=r"^1 worker processes .*Cannot allocate memory; try fewer --jobs"),
+        run.cluster(config, 1),
     ):
         pass
+
+
+def test_workers_of_a_sweep_listen_on_this_machine_only() -> None:
+    workers, _ = local_workers(2, 2)
+    assert {worker["options"]["host"] for worker in workers.values()} == {"127.0.0.1"}

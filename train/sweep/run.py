@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -277,22 +278,42 @@ def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str
     logger.info("local cluster: %d trials at a time, %d cores each", len(workers), cores)
     from distributed import SpecCluster
 
+    causes: list[str] = []
     try:
-        with deaf_to_ctrl_c():
+        with deaf_to_ctrl_c(), nanny_errors(causes):
             local = local_spec(SpecCluster, workers)
     except RuntimeError as error:
         raise TrainError(
-            f"{len(workers)} worker processes for the trials cannot be started: {first_cause(error)}; try fewer --jobs, or "
-            "start workers yourself (dask worker) and name their --scheduler"
+            f"{len(workers)} worker processes for the trials cannot be started: {(causes or [one_line(error)])[-1]}; try "
+            "fewer --jobs, or start workers yourself (dask worker) and name their --scheduler"
         ) from error
     with local, Client(local) as client:
         yield client, {"trial": 1}, Cores(cores, {})
 
 
-def first_cause(error: BaseException) -> str:
-    """One line about what an error began with: dask wraps it in errors of its own."""
-    while (before := error.__cause__ or error.__context__) is not None:
-        error = before
+@contextlib.contextmanager
+def nanny_errors(found: list[str]) -> Iterator[None]:
+    """Collect what dask's nannies log as errors, a line each: the exceptions they raise say only that they failed."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            cause = record.exc_info[1] if record.exc_info else None
+            found.append(one_line(cause) if cause is not None else record.getMessage())
+
+    nanny, handler = logging.getLogger("distributed.nanny"), Collector()
+    before = nanny.level, nanny.propagate
+    nanny.addHandler(handler)
+    nanny.setLevel(logging.ERROR)
+    nanny.propagate = False
+    try:
+        yield
+    finally:
+        nanny.removeHandler(handler)
+        nanny.setLevel(before[0])
+        nanny.propagate = before[1]
+
+
+def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -351,7 +372,13 @@ def local_workers(jobs: int | None, trials: int) -> tuple[dict[int, dict[str, An
 
     gpus, cores = visible_gpus(), core_share()
     count = min(jobs or (len(gpus) or max(2, cores // 4)), trials)
-    options: dict[str, Any] = {"nthreads": 1, "resources": {"trial": 1}, "dashboard": False}
+    # Without a host, workers listen on every network of the machine.
+    options: dict[str, Any] = {
+        "nthreads": 1,
+        "resources": {"trial": 1},
+        "dashboard": False,
+        "host": "127.0.0.1",
+    }
     workers: dict[int, dict[str, Any]] = {}
     for index in range(count):
         env = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}

@@ -374,7 +374,7 @@ class ReadingAhead(InfiniteDataLoader):  # type: ignore[misc]
 
     targets: Any = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         waiting = None
         for batch in super().__iter__():
             if self.targets is not None and SOURCE_ROWS in batch:
