@@ -16,7 +16,7 @@ from store import open_store
 from tests.test_train.runs import trained
 from train.delivery.embedding_files import EmbeddingFiles
 from train.delivery.export import export_student
-from train.delivery.model import OnnxModel, TorchModel, open_student
+from train.delivery.model import ModelCard, OnnxModel, TorchModel, open_student
 from train.errors import DeliveryError
 from train.evaluation import evaluate_run
 
@@ -155,6 +155,60 @@ def test_exported_classifiers_are_evaluated_as_their_runs(run_folder: Path, tmp_
         evaluate_run(exported.path, store, device="cuda")
     with pytest.raises(DeliveryError, match="no such file"):
         evaluate_run(tmp_path / "none.onnx", store)
+
+
+def test_commands_end_with_the_next_one_on_stderr(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from commands.deliver import export
+    from commands.train import evaluate
+
+    file, store = tmp_path / "student.onnx", tmp_path / "store.zarr"
+    export(run_folder, out=file, json_=True)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["path"] == str(file)
+    assert f"next: cli evaluate {file} STORE, or cli predict {file} INPUTS" in printed.err
+    for run, after in (
+        (run_folder, f"cli export {run_folder}, or cli quantize"),
+        (file, f"cli predict {file}"),
+    ):
+        evaluate(run, str(store), device="cpu", workers=0, json_=True)
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["samples"] == 8
+        assert f"next: {after}" in printed.err
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"student": 3},
+        {"image_size": "wide"},
+        {"image_size": 10**9},
+        {"mean": [1]},
+        {"task": "x"},
+        {"class_names": 1},
+    ],
+)
+def test_a_damaged_model_card_is_one_line(changed: dict[str, Any]) -> None:
+    card = ModelCard(
+        student="timm:x",
+        task="features",
+        class_names=("a",),
+        image_size=32,
+        resize="squash",
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+    text = json.loads(card.to_json())
+    assert ModelCard.from_json(json.dumps({**text, "of_a_newer_version": 1}), "m.onnx") == card
+    for damaged in (json.dumps({**text, **changed}), "{", "[]", "{}"):
+        with pytest.raises(DeliveryError, match="metadata is damaged: export the student again"):
+            ModelCard.from_json(damaged, "m.onnx")
+
+
+def test_an_exported_file_is_not_exported_again(tmp_path: Path) -> None:
+    with pytest.raises(DeliveryError, match="an exported file already; name the run folder"):
+        export_student(tmp_path / "model.onnx", "onnx", tmp_path / "other.onnx")
 
 
 @pytest.mark.slow

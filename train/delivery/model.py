@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import TypeAdapter
 from torch import nn
 
 from imaging.decode import FULL_DEPTH
@@ -27,6 +28,8 @@ from train.students.base import Student
 from train.views import base_view, render_image
 
 METADATA_KEY = "qwen_distill"
+TASKS = frozenset({"classification", "sequence", "segmentation", "detection", "features"})
+LARGEST_SIDE = 16_384  # of an input: a file from elsewhere could ask for any memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +86,11 @@ class ModelCard:
         try:
             known = {field.name for field in fields(cls)}
             values = {name: value for name, value in json.loads(text).items() if name in known}
-            for name in ("class_names", "mean", "std"):
-                values[name] = tuple(values[name])
-            return cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            card = TypeAdapter(cls).validate_python(values)
+            if card.task not in TASKS or not 0 < card.image_size <= LARGEST_SIDE:
+                raise ValueError
+            return card
+        except (ValueError, AttributeError):  # pydantic's error is a ValueError
             raise DeliveryError(
                 f"{where}: its {METADATA_KEY} metadata is damaged: export the student again with `cli export RUN`"
             ) from None
@@ -209,6 +213,8 @@ def open_student(run: Path) -> tuple[Student, ModelCard]:
 
     A label-free student is a `LabelFreeStudent`. Raises DeliveryError for a run folder whose training has not finished.
     """
+    if run.suffix == ".onnx":
+        raise DeliveryError(f"{run}: an exported file already; name the run folder that it was made from")
     check_finished(run)
     student, content = load_student_from_run(run)
     if content["config"].get("lora_rank"):
