@@ -9,6 +9,7 @@ import difflib
 import errno
 import importlib
 import inspect
+import io
 import os
 import sys
 from typing import Annotated, NamedTuple
@@ -160,10 +161,14 @@ def root(
 
 def main() -> None:
     """Run the command line; an error is one readable line on stderr and a non-zero exit code."""
+    from console.file_names import printable
     from console.log import configure_logging
     from console.redaction import redact
 
     configure_logging()
+    for stream in (sys.stdout, sys.stderr):  # a file name that is not UTF-8 is printed with \xNN
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv or os.environ.get("QWEN_DISTILL_DEBUG") == "1"
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
@@ -175,7 +180,7 @@ def main() -> None:
         exit_code = getattr(error, "exit_code", 1 if refused else None)
         if debug or exit_code is None:
             raise
-        print(redact(error_line(error)), file=sys.stderr, flush=True)
+        print(printable(redact(error_line(error))), file=sys.stderr, flush=True)
         sys.exit(exit_code)
     if code == INTERRUPTED:
         print("stopped by Ctrl-C; the same command starts again", file=sys.stderr, flush=True)

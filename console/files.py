@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from console.file_names import printable
+
 
 class OutputError(Exception):
     """Something cannot be written; the text says where, why and what to do."""
@@ -23,6 +25,8 @@ def check_writable(path: Path, option: str) -> None:
     with refused(path, option):
         if "\0" in str(path):  # pathlib says that no such file exists
             raise ValueError("a name cannot hold a NUL byte")
+        if printable(str(path)) != str(path):  # the libraries that write models and videos do not take it
+            raise ValueError("the name is not UTF-8")
         place = path.absolute()
         check_replaceable(path, option)
         while not place.exists() and place != place.parent:
@@ -67,7 +71,7 @@ def check_replaceable(path: Path, option: str = "") -> None:
 
 def shortened(text: str, longest: int = 200) -> str:
     """The text, cut in the middle where it is longer: both ends of a path are worth reading."""
-    text = text.replace("\0", "\\0")
+    text = printable(text).replace("\0", "\\0")
     return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-longest // 2 :]}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from console.file_names import printable
 from console.redaction import redact
 
 ROOT = "qwen_distill"
@@ -45,5 +46,5 @@ class Formatter(logging.Formatter):
     """`warning: text` from level WARNING on, the bare text below; passwords in addresses are hidden."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = redact(super().format(record))
+        text = printable(redact(super().format(record)))
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text

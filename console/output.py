@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from console.file_names import printable
 from console.redaction import redact, redact_values
 
 MISSING = "-"
@@ -18,18 +19,18 @@ def print_json(value: Any) -> None:
 
 
 def plain_json(value: Any) -> Any:
-    """The same value made of dict, list, str, int, float, bool and None only."""
+    """The same value made of dict, list, str, int, float, bool and None only; texts are valid Unicode."""
     if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
+        return {printable(str(key)): plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain_json(item) for item in value]
     if hasattr(value, "tolist"):  # numpy scalars and arrays
         return plain_json(value.tolist())
     if isinstance(value, float):
         return value if value - value == 0 else None
-    if value is None or isinstance(value, (bool, int, str)):
+    if value is None or isinstance(value, (bool, int)):
         return value
-    return str(value)
+    return printable(str(value))
 
 
 def print_table(
@@ -52,7 +53,7 @@ def cell(value: Any) -> str:
     if value is None:
         return MISSING
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return redact(str(value))
+        return printable(redact(str(value)))
     return f"{value:,.0f}" if isinstance(value, int) or 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from console.file_names import printable
 from extract.augment import LARGEST_ZOOM, Matrix, sample_views
 from extract.preprocess import decode_for, resize_pixels
 from extract.sources.annotations import clip_boxes
@@ -102,7 +103,7 @@ def decode_sample(job: DecodeJob, sample: Sample, planes: Pixels) -> DecodedSamp
     except MemoryError:
         reason = "decoding needs more memory than there is"
     planes[...] = 0
-    return DecodedSample(reason=reason, content=content)
+    return DecodedSample(reason=printable(reason), content=content)
 
 
 def boxes_to_store(sample: Sample, size: tuple[int, int]) -> tuple[Boxes | None, int]:

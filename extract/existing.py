@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from console.output import plain_json
 from console.redaction import redact, redact_values
 from extract.config import ExtractConfig
 from extract.planning import NO_SAMPLES, ExtractTask, in_stored_order
@@ -111,7 +112,7 @@ def record_source(path: Path, config: ExtractConfig) -> None:
         "val_fraction": config.val_fraction,
         "group_duplicates": config.group_duplicates,
     }
-    record = redact_values(record)
+    record = redact_values(plain_json(record))
     if record != read_source_record(path):
         write_json(path / FOLDER / SOURCE_FILE, record)
 

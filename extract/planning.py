@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from console.file_names import printable
 from console.log import get_logger
 from extract.bit_depth import choose_bit_depth
 from extract.config import ConfigError, ExtractConfig
@@ -216,7 +217,7 @@ def make_manifest(
         class_names=source.class_names,
         task=source.task,
         source=source.kind,
-        data_root=source.root,
+        data_root=printable(source.root),
         grid=encoding.grid or None,
         views=encoding.views,
         images=config.images,

@@ -7,7 +7,6 @@ field which of them it came from.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from console.option_file import read_option_file
+from console.output import plain_json
 from console.redaction import redact_values
 from train.errors import ConfigError
 from train.recipes import recipe_of
@@ -304,5 +304,5 @@ def nearest_names(name: str, valid: Any) -> str:
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain JSON types, for records: passwords in addresses are hidden."""
-    values: dict[str, Any] = redact_values(json.loads(config.model_dump_json()))
+    values: dict[str, Any] = redact_values(plain_json(config.model_dump()))
     return values

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from console.file_names import path_on_disk
 from imaging.decode import MOST_PIXELS, decode
 from imaging.errors import ImageError
 from imaging.geometry import View, resize_view
@@ -45,7 +46,7 @@ def path_of(key: str, data_root: Path | str | None) -> Path:
         raise DataError(
             f"key {key!r} leads out of the data set's root: the store is damaged or was made by others"
         )
-    path = Path(data_root or ".") / key
+    path = path_on_disk(Path(data_root or ".") / key)
     if not key.isascii() and not path.exists():
         # Keys are in Unicode NFC; files that came from macOS may have kept their decomposed names.
         decomposed = Path(data_root or ".") / unicodedata.normalize("NFD", key)

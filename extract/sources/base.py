@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from console.file_names import printable
 from imaging.clips import ClipFrame
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, read_file
 from imaging.errors import ImageError
@@ -31,6 +32,7 @@ class SourceError(DistillError):
     """
 
     def __init__(self, text: str) -> None:
+        text = printable(text)
         if len(text) > MOST_ERROR_CHARACTERS:
             end = MOST_ERROR_CHARACTERS // 4
             text = f"{text[: MOST_ERROR_CHARACTERS - end]} … {text[-end:]}"

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from console.file_names import path_on_disk
 from extract.sources.base import Source, SourceError
 from extract.sources.listing import Progress, check_unique, suffix_of
 from extract.sources.splitting import cut_validation, join_splits
@@ -134,7 +135,7 @@ def open_one(path: Path | str, kind: str, progress: Progress | None, options: Ma
 
 def existing(path: Path | str) -> Path:
     """The absolute path. Raises SourceError when nothing is there."""
-    target = Path(os.path.abspath(path))
+    target = path_on_disk(Path(os.path.abspath(path)))
     if not target.exists():
         raise SourceError(f"{target} does not exist")
     return target

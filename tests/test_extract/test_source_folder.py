@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
+from extract.ledger import LEDGER
 from extract.sources import SourceError, open_source
 from extract.sources import listing as listing_module
 from extract.sources.listing import list_files, make_key
 from extract.sources.splitting import in_validation
 from imaging.decode import read_file
 from imaging.errors import ImageError
+from store import open_store
+from tests.test_extract.extractions import extract
 from tests.test_extract.source_datasets import picture, save
 
 PICTURE = picture(0)
@@ -320,3 +326,18 @@ def test_class_folders_named_like_splits_are_warned_of(tmp_path: Path) -> None:
     assert "--split train=train --split val=val" in warning
     assert "--source masks" in warning
     assert open_source(make(tmp_path / "plain", "cat/1.png", "dog/2.png", "mask/3.png")).warnings == ()
+
+
+def test_a_data_set_whose_folder_is_not_utf_8(extract_options: dict[str, Any], tmp_path: Path) -> None:
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/data\xff"))
+    shutil.copytree(extract_options["data"], data)
+    for number, file in enumerate(sorted(data.rglob("*.png"))[:3]):
+        file.rename(file.with_name(os.fsdecode(b"scan\xe9%d.png" % number)))
+    (data / os.fsdecode(b"0/bad\xfe.png")).write_bytes(b"")
+    assert extract({**extract_options, "data": str(data)}, max_bad=1).rows == 61
+    store = open_store(extract_options["out"])
+    assert store.manifest.data_root == str(tmp_path / r"data\xff")
+    (bad,) = (json.loads(line) for line in (extract_options["out"] / LEDGER).read_text("utf-8").splitlines())
+    assert bad["key"] == r"0/bad\xfe.png"
+    assert len(open_source(store.manifest.data_root)) == len(open_source(data)) > 0
+    assert extract({**extract_options, "data": str(data)}, max_bad=1).encoded == 0

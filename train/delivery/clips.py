@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from console.file_names import printable
 from imaging.clips import frame_files, read_clip_frames
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.errors import ImageError
@@ -66,10 +67,10 @@ def predict_clip(model: TrainedModel, path: Path) -> Prediction | BadFile:
             path, card.frames or FRAMES, pairs=card.frame_pairs, bit_depth=card.bit_depth
         )
     except (ImageError, OSError) as error:
-        return BadFile(str(path), str(error))
+        return BadFile(printable(str(path)), printable(str(error)))
     logits = model.run(card.normalize(clip_pixels(card, images))[None])[0]
     if card.task == "features":
-        return Prediction({"file": str(path), "frames": len(images)}, None, embedding=logits)
+        return Prediction({"file": printable(str(path)), "frames": len(images)}, None, embedding=logits)
     top = top_classes(card, logits)
     picture = draw_label(images[len(images) // 2], top_label(top))
-    return Prediction({"file": str(path), "frames": len(images), "top": top}, picture)
+    return Prediction({"file": printable(str(path)), "frames": len(images), "top": top}, picture)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from console.file_names import printable
 from train.delivery.draw import Box, Label, draw_boxes
 from train.delivery.model import ModelCard, TrainedModel, class_name
 from train.delivery.records import Prediction
@@ -55,7 +56,7 @@ def describe(card: ModelCard, path: Path, image: Image.Image, found: NDArray[np.
         }
         for row in found
     ]
-    return Prediction({"file": str(path), "boxes": boxes}, draw_boxes(image, drawn(card, found)))
+    return Prediction({"file": printable(str(path)), "boxes": boxes}, draw_boxes(image, drawn(card, found)))
 
 
 def drawn(card: ModelCard, found: NDArray[np.float32]) -> list[Box]:

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from console.file_names import printable
 from console.files import check_writable, whole_file, writing
+from console.output import plain_json
 from imaging.errors import ImageError
 from imaging.video import VideoFrame, iterate_frames
 from train.delivery.clips import find_clips, predict_clip
@@ -136,17 +138,23 @@ def predict_video(
             results = infer(model, [frame.image for frame in some], confidence)
             for frame, result in zip(some, results, strict=True):
                 told = interpret(model.card, path, frame.image, result, whole_legend=True)
-                place = {"file": str(path), "frame": frame.number, "time_s": round(frame.time_s, 3)}
+                place = {
+                    "file": printable(str(path)),
+                    "frame": frame.number,
+                    "time_s": round(frame.time_s, 3),
+                }
                 rate = shown_rate(frame.rate, sampling)
                 yield told._replace(record={**place, **told.record}, video_rate=rate)
             if model.card.task == "classification":
                 probabilities = softmax(np.stack(results)).astype(np.float64).sum(0)
                 total, seen = probabilities if not seen else total + probabilities, seen + len(some)
     except ImageError as error:
-        yield BadFile(str(path), error.reason)
+        yield BadFile(printable(str(path)), error.reason)
     if seen:
         mean = np.log(np.maximum(total / seen, 1e-12)).astype(np.float32)
-        yield VideoSummary({"file": str(path), "frames": seen, "top": top_classes(model.card, mean)})
+        yield VideoSummary(
+            {"file": printable(str(path)), "frames": seen, "top": top_classes(model.card, mean)}
+        )
 
 
 def shown_rate(rate: Fraction, sampling: Sampling) -> Fraction:
@@ -194,11 +202,11 @@ def interpret(
     if card.task == "detection":
         return describe(card, path, image, result)
     if card.task == "features":
-        return Prediction({"file": str(path)}, None, embedding=result)
+        return Prediction({"file": printable(str(path))}, None, embedding=result)
     if card.task == "segmentation":
         return segmentation(card, path, image, result, whole_legend)
     top = top_classes(card, result)
-    return Prediction({"file": str(path), "top": top}, draw_label(image, top_label(top)))
+    return Prediction({"file": printable(str(path)), "top": top}, draw_label(image, top_label(top)))
 
 
 def segmentation(
@@ -212,7 +220,7 @@ def segmentation(
     named = range(logits.shape[0]) if whole_legend else np.flatnonzero(counts[:IGNORE_INDEX])
     legend = [Label(class_name(card, int(i)), int(i)) for i in named]
     picture = draw_legend(draw_mask(image, classes), legend)
-    return Prediction({"file": str(path), "shares": shares}, picture, classes)
+    return Prediction({"file": printable(str(path)), "shares": shares}, picture, classes)
 
 
 class PredictionWriter:
@@ -270,7 +278,7 @@ class PredictionWriter:
 
     def append(self, record: dict[str, Any]) -> None:
         """A whole line or none."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(plain_json(record), ensure_ascii=False) + "\n").encode()
         end = self.records.tell()
         with writing(self.folder / RECORDS_FILE):
             if self.records.write(line) != len(line):  # the disk is full

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from console.file_names import printable
 from imaging.decode import decode
 from imaging.errors import ImageError
 
@@ -49,4 +50,4 @@ def read_image(path: Path, target_size: int | None, bit_depth: int) -> Image.Ima
     try:
         return decode(path, target_size=target_size, bit_depth=bit_depth).image
     except (ImageError, OSError) as error:
-        return BadFile(str(path), str(error))
+        return BadFile(printable(str(path)), printable(str(error)))

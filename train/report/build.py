@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from console.file_names import printable
 from console.files import check_writable, whole_file
 from console.log import get_logger
 from console.redaction import redact
@@ -79,7 +80,7 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
         "Distillation report", subtitle, introduction, sections, rows, headlines, collection.unfinished
     )
     with whole_file(path) as partial:
-        partial.write_text(redact(page), encoding="utf-8")
+        partial.write_text(printable(redact(page)), encoding="utf-8")
     write_tables(path.parent, rows)
     return Report(path, rows, [*SHORT_COLUMNS, *headlines, "gain_over_control"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from console.cores import core_share
 from console.files import check_writable
 from console.log import get_logger
+from console.output import plain_json
+from console.redaction import redact_values
 from console.stop import Stopped, StopRequest
 from store import open_store
 from train.errors import ConfigError, TrainError
@@ -109,7 +110,7 @@ def write_plan(config: SweepConfig, trials: Sequence[Trial]) -> None:
     before = (read_json(config.out / PLAN_FILE) or {}).get("trials", [])
     rows = {row["name"]: {**row, "current": False} for row in before}
     rows |= {trial.name: {**trial._asdict(), "current": True} for trial in trials}
-    plan = {"config": json.loads(config.model_dump_json()), "trials": list(rows.values())}
+    plan = {"config": redact_values(plain_json(config.model_dump())), "trials": list(rows.values())}
     write_json(config.out / PLAN_FILE, plan)
 
 

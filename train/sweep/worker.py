@@ -20,6 +20,7 @@ from typing import Any, TypedDict
 
 from console.cores import SHARE_VARIABLE, available_cores
 from console.files import whole_file
+from console.output import plain_json
 from console.redaction import redact_values
 
 POLL_S = 0.25
@@ -242,5 +243,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     with whole_file(path) as partial:
         partial.write_text(
-            json.dumps(redact_values(value), ensure_ascii=False, indent=1, default=str), encoding="utf-8"
+            json.dumps(redact_values(plain_json(value)), ensure_ascii=False, indent=1), encoding="utf-8"
         )
