@@ -87,7 +87,8 @@ class TestCluster:
         assert (result.complete, result.encoded) == (True, 60)
         assert files_of(options["out"]) == whole
 
-    def test_new_images_are_appended(self, extract_options: dict[str, Any], tmp_path: Path) -> None:
+    @pytest.mark.timeout(900)
+    def test_a_store_follows_its_data_set(self, extract_options: dict[str, Any], tmp_path: Path) -> None:
         data = tmp_path / "data"
         shutil.copytree(extract_options["data"], data)
         options = {**extract_options, "data": str(data), "shard_rows": 16, "device": "cpu,cpu"}
