@@ -119,7 +119,7 @@ def digest_source(source: Source, check_stop: Callable[[], None] = lambda: None)
                 content = hashlib.blake2b(sample.read(), digest_size=16).hexdigest()
             except ImageError:
                 content = ""
-            boxes = sample.read_boxes(ANY_SIZE)  # as they are given, whatever lies inside the image
+            boxes = sample.read_boxes(ANY_SIZE)  # as they are given, also where they reach outside
             # Lists, because the text of a long array leaves out its middle.
             entries = () if boxes is None else (boxes.values.tolist(), boxes.classes.tolist())
             whole.update(repr((name, sample.key, sample.label, entries, content)).encode())

@@ -58,7 +58,7 @@ def rows_path(path: Path) -> Path:
 
 
 def is_rows_store(path: Path) -> bool:
-    """Whether this is such a store: nobody trains from it."""
+    """Whether this is such a store: not one to train from."""
     return path.parent.name == names.WORK_FOLDER
 
 

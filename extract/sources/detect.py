@@ -54,7 +54,7 @@ SWITCHES: Mapping[str, bool] = {
     "off": False,
 }
 
-# Options that only one layout has, and that nobody gives for another one.
+# Options that only one layout has, and so that they decide between layouts.
 MASK_OPTIONS = frozenset(["masks", "ignore", "colors", "mask_suffix"])
 
 # How many files are looked at to tell one layout from another, in all and in one folder: the masks of a large data set
