@@ -159,6 +159,14 @@ def test_folders_that_are_no_results_are_errors(tmp_path: Path, content: str | N
         collect([folder])
 
 
+def test_a_file_in_the_place_of_a_run_is_not_a_problem_of_the_output(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(ReportError) as caught:
+        build_report([tmp_path / "model.onnx"], None, samples=0)
+    assert "--out" not in str(caught.value)
+    assert str(tmp_path / "model.onnx") in str(caught.value)
+
+
 def test_a_real_run_shows_its_control_and_worst_samples(make_store: Any, tmp_path: Path) -> None:
     store, out = make_store(), tmp_path / "run"
     options = {"epochs": 1, "image_size": 32, "batch_size": 8, "workers": 0, "control": True}
