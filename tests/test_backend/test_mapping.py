@@ -89,7 +89,12 @@ def test_every_setting_of_the_back_end_arrives(site: Site) -> None:
         ("vit-tiny", {"learning_rate": 5e-5, "batch_size": 64, "weight_decay": 0.05}),
         (
             "yolov8n",
-            {"learning_rate": 1e-3, "optimizer": "sgd", "image_size": 640, "distillation_type": "feature"},
+            {
+                "optimizer": "auto",
+                "lr_scheduler": "linear",
+                "image_size": 640,
+                "distillation_type": "feature",
+            },
         ),
         ("unet/small", {"optimizer": "adam", "batch_size": 8, "image_size": 512, "feature_loss_type": "mse"}),
         ("lstm/small", {"optimizer": "adam", "feature_loss_type": "cosine", "distillation_type": "feature"}),

@@ -79,6 +79,31 @@ def test_foreign_files_are_refused(tmp_path: Path, content: Any, capsys: pytest.
     assert "harm" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("reader", ["yolo", "checkpoint", "timm"])
+def test_classes_that_ultralytics_has_allowed_are_not_allowed_to_us(
+    tmp_path: Path, reader: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training in this process has read its own checkpoint before: ultralytics leaves its classes allowed."""
+    from ultralytics.nn.tasks import DetectionModel
+
+    from train.checkpoint import load_checkpoint
+    from train.students import build_student
+    from train.students.yolo import read_yolo_weights
+
+    readers: dict[str, Any] = {
+        "yolo": read_yolo_weights,
+        "checkpoint": load_checkpoint,
+        "timm": lambda path: build_student("resnet18", num_classes=2, image_size=32, student_path=path),
+    }
+
+    torch.save({"model": HarmfulModel()}, tmp_path / "bad.pt")
+    with torch.serialization.safe_globals([DetectionModel]):
+        with pytest.raises(DistillError, match=r"bad\.pt"):
+            readers[reader](tmp_path / "bad.pt")
+        assert DetectionModel in torch.serialization.get_safe_globals()
+    assert "harm" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"", "empty or cut short"), (b"junk" * 100, "not a file of"), (b"a readme\n", "not a file of")],

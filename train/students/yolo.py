@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from console.torch_files import begins_as_torch_file, why_unreadable
+from console.torch_files import (
+    begins_as_torch_file,
+    load_weights_only,
+    nothing_allowed,
+    why_unreadable,
+)
 from train.engine.yolo.offline import prepare_ultralytics
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
 from train.students.names import StudentName
@@ -163,18 +168,15 @@ def read_safely(path: Path) -> Any:
     ultralytics pickles whole models, which its restricted loader rebuilds from its own classes alone.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_weights_only(path)
     except pickle.UnpicklingError:
         prepare_ultralytics()
         from ultralytics.nn.tasks import torch_safe_load
 
-        known = torch.serialization.get_safe_globals()
-        try:
+        with (
+            nothing_allowed()
+        ):  # it leaves its classes allowed; outside of it their constructors can run code
             return torch_safe_load(path, safe_only=True)[0]
-        finally:
-            # It leaves its classes allowed for the process, and outside of it their constructors can run code.
-            torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(known)
 
 
 def tensors_in(content: Any) -> dict[str, Tensor]:
