@@ -1,4 +1,4 @@
-"""Files of weights: read without running code, and why one could not be read; torch is imported when one is read."""
+"""Files of weights: what may be in them, and why one could not be read, in our own words; imports no torch."""
 
 from __future__ import annotations
 
@@ -13,30 +13,21 @@ from typing import Any
 MARKS = (b"\x80", b"PK\x03\x04")
 
 
-def load_weights_only(path: Path) -> Any:
-    """`torch.load` onto the CPU of tensors and plain types alone. Raises what it raises; see `why_unreadable`.
+@contextmanager
+def nothing_allowed(serialization: Any) -> Iterator[None]:
+    """Inside, `torch.load(weights_only=True)` knows no classes but torch's own plain ones.
 
     Whatever other libraries have allowed in this process counts for nothing: ultralytics leaves the classes of every
     checkpoint that it reads allowed, and the constructors of some run code from their arguments.
+    serialization: `torch.serialization` (this package imports no torch).
     """
-    import torch
-
-    with nothing_allowed():
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def nothing_allowed() -> Iterator[None]:
-    """Inside, `torch.load(weights_only=True)` knows no classes but torch's own plain ones."""
-    import torch
-
-    known = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
+    known = serialization.get_safe_globals()
+    serialization.clear_safe_globals()
     try:
         yield
     finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(known)
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(known)
 
 
 def begins_as_torch_file(path: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from console.torch_files import load_weights_only, why_unreadable
+from console.torch_files import nothing_allowed, why_unreadable
 from store.format import Manifest
 from train.errors import TrainError
 from train.students.base import Student
@@ -69,7 +69,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises CheckpointError for a missing, damaged or foreign file.
     """
     try:
-        content = load_weights_only(path)
+        with nothing_allowed(torch.serialization):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no such checkpoint: expected {BEST} or {LAST} of a run folder"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from console.torch_files import load_weights_only, why_unreadable
+from console.torch_files import nothing_allowed, why_unreadable
 from extract.teachers.base import Encoded
 from extract.teachers.checkpoint import one_line
 from extract.teachers.compiled import CompiledModel, warn_of_compiler
@@ -271,7 +271,8 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return dict(load_file(file))
-        content: Any = load_weights_only(file)
+        with nothing_allowed(torch.serialization):
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and OS errors
         reason = one_line(error) if file.suffix == ".safetensors" else why_unreadable(file, error)
         raise CheckpointError(f"{file}: weights cannot be read: {reason}") from None

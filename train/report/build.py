@@ -58,8 +58,10 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
         ReportError: a folder is neither run nor sweep, nothing in them has finished, or `out` is no page's name.
     """
     path = page_path(out) if out is not None else folders[0] / "report.html"
-    collection = collect(folders)  # first: a file in the place of a run is not a problem of --out
-    check_writable(path, "--out")
+    if out is not None:
+        check_writable(path, "--out")
+    collection = collect(folders)
+    check_writable(path, "--out")  # in the first folder, which is one
     make_folder(path.parent)
     latencies = measure_latencies(collection.runs)
     collection = collection.with_latencies(latencies.by_run)

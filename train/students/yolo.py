@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from console.torch_files import (
     begins_as_torch_file,
-    load_weights_only,
     nothing_allowed,
     why_unreadable,
 )
@@ -168,14 +167,14 @@ def read_safely(path: Path) -> Any:
     ultralytics pickles whole models, which its restricted loader rebuilds from its own classes alone.
     """
     try:
-        return load_weights_only(path)
+        with nothing_allowed(torch.serialization):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         prepare_ultralytics()
         from ultralytics.nn.tasks import torch_safe_load
 
-        with (
-            nothing_allowed()
-        ):  # it leaves its classes allowed; outside of it their constructors can run code
+        # It leaves its classes allowed; outside of it their constructors can run code.
+        with nothing_allowed(torch.serialization):
             return torch_safe_load(path, safe_only=True)[0]
 
 
