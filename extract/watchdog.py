@@ -40,7 +40,7 @@ class Watchdog:
             self.give_up(COMMIT_S)
         if self.over.is_set():
             return
-        print(f"error: {self.message()}", file=sys.stderr, flush=True)
+        print(self.message(), file=sys.stderr, flush=True)
         os._exit(self.stop.exit_code)
 
     def __enter__(self) -> Self:

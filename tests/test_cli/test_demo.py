@@ -86,4 +86,4 @@ def test_a_signal_ends_the_command_that_runs_in_its_own_way(number: signal.Signa
         rest = list(lines)
     assert demo.returncode == 128 + number
     assert any(line.startswith("stopped: ") and "Go on with: cli extract" in line for line in rest)
-    assert rest[-1] == "error: the demo was stopped: the same command goes on with what is done\n"
+    assert rest[-1] == "the demo was stopped: the same command goes on with what is done\n"
