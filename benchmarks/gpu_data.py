@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,10 +136,3 @@ def write_clips(folder: Path, count: int) -> None:
         clip.mkdir(parents=True)
         for frame in range(4):
             scene(2 * (10 * number + frame) + number % 2)[0].save(clip / f"{frame}.jpg", quality=90)
-
-
-def jpeg_bytes(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] as the bytes of a JPEG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    return np.frombuffer(buffer.getvalue(), np.uint8)

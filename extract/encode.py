@@ -186,11 +186,6 @@ class Encoder:
             else {name: torch.from_numpy(1 / scale).to(teacher.device) for name, scale in scales.items()}
         )
 
-    @property
-    def stores(self) -> bool:
-        """Whether the features come as they are stored."""
-        return self.factors is not None
-
     def launch(self, batch: DecodedBatch) -> Pending:
         """Start the forward passes. The batch's pixels are not needed any more when this returns."""
         with explained_errors(self.teacher.device), torch.inference_mode():
