@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses import feature_loss, logit_loss, relational_loss, weighted_mean
+from train.losses import feature, feature_loss, logit_loss, relational_loss, weighted_mean
 
 KINDS = ("mse", "cosine", "smooth_l1")
 
@@ -36,6 +36,53 @@ def test_feature_loss_equals_numpy(kind: str) -> None:
     assert float(feature_loss(kind, student, target)) == pytest.approx(distances.mean(), rel=1e-5)
     expected = (distances * weight.numpy()).sum() / weight.numpy().sum()
     assert float(feature_loss(kind, student, target, weight)) == pytest.approx(expected, rel=1e-5)
+
+
+def by_autograd(kind: str, student: Tensor, target: Tensor) -> Tensor:
+    if kind == "mse":
+        return (student - target).square().mean(-1)
+    if kind == "cosine":
+        return 1 - functional.cosine_similarity(student, target, dim=-1)
+    return functional.smooth_l1_loss(student, target, reduction="none").mean(-1)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_rows_taken_in_parts_is_that_of_autograd(
+    kind: str, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature, "CPU_CHUNK", rows_at_once * 7)
+    target, weight = rows(2, 5, 7, seed=1), rows(2, 5, seed=2).relu()
+    ours, reference = (rows(2, 5, 7).requires_grad_() for _ in range(2))
+    loss = feature_loss(kind, ours, target, weight, normalizer=3.0) * 0.5
+    expected = (by_autograd(kind, reference, target) * weight).sum() / 3 * 0.5
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, reference.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_zeros_has_a_finite_gradient(kind: str) -> None:
+    student = torch.zeros(2, 5, requires_grad=True)
+    feature_loss(kind, student, rows(2, 5)).backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_keeps_no_float32_copies(kind: str) -> None:
+    """One gradient in the student's dtype; float32 copies were four times that, most of a GPU's extra memory."""
+    kept: list[Tensor] = []
+    student = rows(32, 64).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        loss = feature_loss(kind, student, rows(32, 64, seed=1), torch.ones(32))
+    large = [tensor for tensor in kept if tensor.numel() >= student.numel()]
+    assert [tensor.dtype for tensor in large] == [torch.bfloat16]
+    loss.backward()
+    assert student.grad is not None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 10.0])

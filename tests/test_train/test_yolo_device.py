@@ -41,7 +41,7 @@ def make_targets(**options: Any) -> Any:
 
     generator = np.random.default_rng(0)
     return TeacherTargets(
-        lambda rows: generator.normal(size=(len(rows), 4, 4, WIDTH)).astype(np.float16),
+        lambda rows, _: torch.from_numpy(generator.normal(size=(len(rows), 4, 4, WIDTH)).astype(np.float16)),
         np.array([[64, 48]] * 9),
         TargetStandardizer(np.zeros(WIDTH), np.ones(WIDTH)),
         resize="letterbox",
@@ -229,3 +229,23 @@ def test_loader_processes_are_this_process_share_of_the_cores(monkeypatch: pytes
     assert worker_count(config_of(), {"device": "0,1,2,3"}) == 4
     assert worker_count(config_of(), {"device": "cpu"}) == 0
     assert worker_count(config_of(workers=3), {"device": "0"}) == 3
+
+
+def test_grids_are_gathered_into_buffers_that_are_used_in_turn(tmp_path: Path) -> None:
+    """A new array for each batch costs page faults and a second copy to pinned memory."""
+    from benchmarks.detection_cost import make_store
+    from store import open_store
+    from train.engine.yolo.records import GridReader
+    from train.engine.yolo.targets import BUFFERS
+
+    split = open_store(make_store(tmp_path / "store.zarr"))["train"]
+    read, device = GridReader(split), torch.device("cpu")
+    read(np.arange(4), device)  # tells the shapes
+    for _ in range(BUFFERS - 1):
+        read(np.arange(4), device)
+    seen = [read(np.array([turn, 9, 3]), device) for turn in range(BUFFERS)]
+    assert len({grids.data_ptr() for grids in seen}) == BUFFERS
+    for turn, grids in enumerate(seen):
+        expected = split.gather([turn, 9, 3], ["features/grid"])["features/grid"]
+        assert np.array_equal(grids.numpy(), expected)
+    assert read(np.array([0]), device).data_ptr() == seen[0].data_ptr()

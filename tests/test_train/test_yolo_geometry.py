@@ -246,7 +246,7 @@ def test_a_teacher_with_letterbox_has_its_padding_left_out() -> None:
     wide = np.arange(GRID * GRID, dtype=np.float32).reshape(1, GRID, GRID, 1)
     for policy, first, last in (("letterbox", 2, 5), ("center-crop", 0, GRID - 1), ("squash", 0, GRID - 1)):
         targets = TeacherTargets(
-            lambda rows: wide,
+            lambda rows, _: torch.from_numpy(wide),
             np.array([[200, 100]]),
             nn.Identity(),
             resize=policy,

@@ -1,7 +1,7 @@
 """Losses as pure functions: float32 inside, no gradient into targets, invariant to the order of the batch."""
 
 from train.losses.classification import Mixing, classification_losses, mix
-from train.losses.feature import FEATURE_LOSSES, feature_distances, feature_loss, weighted_mean
+from train.losses.feature import FEATURE_LOSSES, feature_loss, weighted_mean
 from train.losses.logit import logit_divergences, logit_loss
 from train.losses.relational import cosine_similarities, relational_loss
 from train.losses.segmentation import IGNORE_INDEX, dice_loss, pixel_cross_entropy, segmentation_loss
@@ -13,7 +13,6 @@ __all__ = [
     "classification_losses",
     "cosine_similarities",
     "dice_loss",
-    "feature_distances",
     "feature_loss",
     "logit_divergences",
     "logit_loss",

@@ -6,51 +6,85 @@ All arithmetic is float32 whatever the autocast state, and no gradient flows int
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from train.losses.precision import full_precision
 
 FEATURE_LOSSES = ("mse", "cosine", "smooth_l1", "relation")
 
+#: Values that are compared at once, each copy of them float32: on a CPU what stays in its caches, elsewhere few launches.
+CPU_CHUNK, CHUNK = 1 << 18, 1 << 22
 
-def _mse(student: Tensor, target: Tensor) -> Tensor:
-    return (student - target).square().mean(-1)
-
-
-def _cosine(student: Tensor, target: Tensor) -> Tensor:
-    # torch's cosine_similarity makes normalised copies of both sides and costs twice as much, forward and backward.
-    lengths = [torch.linalg.vector_norm(side, dim=-1).clamp_min(1e-8) for side in (student, target)]
-    return 1.0 - (student * target).sum(-1) / (lengths[0] * lengths[1])
+#: Distances float32 [N] of rows [N, D], and their gradients with respect to the student's rows [N, D].
+Distances = tuple[Tensor, Tensor]
 
 
-def _smooth_l1(student: Tensor, target: Tensor) -> Tensor:
-    return functional.smooth_l1_loss(student, target, reduction="none").mean(-1)
+def _mse(student: Tensor, target: Tensor) -> Distances:
+    difference = student.sub_(target)
+    return difference.square().mean(-1), difference.mul_(2 / difference.shape[-1])
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def _cosine(student: Tensor, target: Tensor) -> Distances:
+    norm, target_norm = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (student, target))
+    lengths = norm.clamp_min(1e-8) * target_norm.clamp_min(1e-8)
+    cosine = (student * target).sum(-1, keepdim=True) / lengths
+    # d(−s·t / |s||t|)/ds; a row of zeros has no direction, so its norm counts as a constant.
+    along = torch.where(norm > 1e-8, cosine / norm.clamp_min(1e-8).square(), 0.0)
+    return 1.0 - cosine.squeeze(-1), student.mul_(along).addcmul_(target, lengths.reciprocal(), value=-1)
+
+
+def _smooth_l1(student: Tensor, target: Tensor) -> Distances:
+    distances = functional.smooth_l1_loss(student, target, reduction="none").mean(-1)
+    return distances, student.sub_(target).clamp_(-1, 1).div_(student.shape[-1])
+
+
+#: Each may overwrite the student's rows, which are a copy.
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Distances]] = {
     "mse": _mse,
     "cosine": _cosine,
     "smooth_l1": _smooth_l1,
 }
 
 
-def feature_distances(kind: str, student: Tensor, target: Tensor) -> Tensor:
-    """Distance of every row: `student`, `target` [..., D] → float32 [...].
+class _WeightedSum(torch.autograd.Function):
+    """Σ weight · distance of rows, with the gradient worked out in the same pass, some rows at a time.
 
-    `mse` and `smooth_l1` (beta 1) are means over D; `cosine` is 1 − cosine similarity.
-    Raises ValueError for an unknown kind or shapes that differ (never broadcasts).
+    Left to autograd, float32 copies of the student's rows, of the targets without the rows of weight 0 and of their
+    differences stay in memory until the backward pass: for a ViT-B with a batch of 256, each is 257 MB.
+    Here one tensor stays, the gradient in the student's own dtype.
     """
-    if kind not in DISTANCES:
-        raise ValueError(f"feature_loss_type {kind!r}: expected one of {', '.join(FEATURE_LOSSES)}")
-    if student.shape != target.shape:
-        raise ValueError(
-            f"student features {tuple(student.shape)} and targets {tuple(target.shape)} must have one shape"
-        )
-    with full_precision(student):
-        return DISTANCES[kind](student.float(), target.detach().float())
+
+    @staticmethod
+    def forward(ctx: Any, kind: str, student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """`student`, `target` [N, D], `weight` float32 [N] → scalar float32."""
+        differentiable = ctx.needs_input_grad[1]
+        gradient = torch.empty_like(student) if differentiable else None
+        distances = torch.empty(len(student), dtype=torch.float32, device=student.device)
+        counted, values = weight > 0, CPU_CHUNK if student.device.type == "cpu" else CHUNK
+        step = max(1, values // max(1, student.shape[1]))
+        for start in range(0, len(student), step):
+            part = slice(start, start + step)
+            rows = student[part].to(torch.float32, copy=True)
+            # A target of weight 0 may hold anything, also NaN, and 0 · NaN is NaN.
+            clean = torch.where(counted[part, None], target[part].float(), 0.0)
+            distances[part], slope = DISTANCES[kind](rows, clean)
+            if gradient is not None:
+                gradient[part] = slope.mul_(weight[part, None])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return torch.where(counted, distances * weight, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        # In place: the memory's peak is here, and autograd refuses a second pass over what was changed.
+        return None, gradient.mul_(factor), None, None
 
 
 def weighted_mean(
@@ -62,15 +96,13 @@ def weighted_mean(
     outside the image may hold anything. `normalizer` replaces Σ weight, e.g. by the mean over DDP ranks of it,
     so that every sample weighs the same in the global batch. All weights 0 gives 0 with a zero gradient.
     """
-    if weight is None:
-        total = values.sum()
-        count: Tensor | float = float(max(values.numel(), 1))
-    else:
-        weight = weight.detach().to(values.dtype).expand_as(values)
-        total = torch.where(weight > 0, values * weight, 0.0).sum()
-        count = weight.sum()
-    if normalizer is not None:
-        count = normalizer
+    weight = torch.ones_like(values) if weight is None else weight.detach().to(values.dtype).expand_as(values)
+    total = torch.where(weight > 0, values * weight, 0.0).sum()
+    return divide(total, weight.sum() if normalizer is None else normalizer)
+
+
+def divide(total: Tensor, count: Tensor | float) -> Tensor:
+    """`total / count`, 0 where nothing counts."""
     return total / count.clamp_min(1e-12) if isinstance(count, Tensor) else total / max(count, 1e-12)
 
 
@@ -83,9 +115,21 @@ def feature_loss(
 ) -> Tensor:
     """Weighted mean distance of `student` and `target` [..., D] with `weight` [...]; scalar float32.
 
-    `kind`: mse, cosine, smooth_l1. (`relation` compares rows with each other: `relational_loss`.)
+    `kind`: mse and smooth_l1 (beta 1) are means over D; cosine is 1 − cosine similarity. (`relation` compares rows with
+    each other: `relational_loss`.) `weight` and `normalizer` as in `weighted_mean`. The backward pass can run once.
+    Raises ValueError for an unknown kind or shapes that differ (never broadcasts).
     """
-    if weight is not None:
-        # A NaN target would poison the gradient through 0·NaN, so it is replaced before the distance.
-        target = torch.where(weight.unsqueeze(-1) > 0, target, 0.0)
-    return weighted_mean(feature_distances(kind, student, target), weight, normalizer)
+    if kind not in DISTANCES:
+        raise ValueError(f"feature_loss_type {kind!r}: expected one of {', '.join(FEATURE_LOSSES)}")
+    if student.shape != target.shape:
+        raise ValueError(
+            f"student features {tuple(student.shape)} and targets {tuple(target.shape)} must have one shape"
+        )
+    rows, goal = student.flatten(0, -2), target.detach().flatten(0, -2)
+    if weight is None:
+        weights = torch.ones(len(rows), device=rows.device)
+    else:
+        weights = weight.detach().float().expand(student.shape[:-1]).flatten()
+    with full_precision(student):
+        total: Tensor = _WeightedSum.apply(kind, rows, goal, weights)  # type: ignore[no-untyped-call]
+        return divide(total, weights.sum() if normalizer is None else normalizer)

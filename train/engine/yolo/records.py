@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from console.log import get_logger
 from imaging.geometry import resize_view
 from store.format import BOX_CLASSES, BOXES, GRID, SIZES
 from store.reader import Split, Store
+from train.data import FeatureGatherer
 from train.engine.yolo.dataset import DetectionRecord
-from train.engine.yolo.targets import TeacherTargets
+from train.engine.yolo.targets import BUFFERS, TeacherTargets
 from train.errors import TrainError
 from train.images import ImageReader
 from train.projector import TargetStandardizer
@@ -174,10 +176,14 @@ def teacher_targets(
 
 
 class GridReader:
-    """Gathers stored grids by row; each call into an array of its own, since a thread reads ahead."""
+    """Gathers stored grids by row: for a GPU into pinned buffers that are used in turn, and copied from directly."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
+        self.gatherer: FeatureGatherer | None = None
 
-    def __call__(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        return self.split.gather_features(rows, [GRID])[GRID]
+    def __call__(self, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+        """Grids [U, g, g, D] of rows int64 [U], valid until `BUFFERS` more calls."""
+        if self.gatherer is None or self.gatherer.device != device:
+            self.gatherer = FeatureGatherer(self.split, [GRID], BUFFERS, device)
+        return self.gatherer.gather(rows)[GRID]

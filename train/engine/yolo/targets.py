@@ -7,6 +7,7 @@ training image, `h w` student cells, `g g` teacher cells, `D` teacher width.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from train.prefetch import pinned
 from train.projector import TargetStandardizer
 
 PENDING = "teacher_grids"
+#: Batches whose grids are in memory at once: one in use, one being copied, one being read.
+BUFFERS = 3
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,15 @@ class GatheredGrids:
 class TeacherTargets:
     """Looks up targets for batches of one split.
 
-    `gather(rows)` returns the stored grids of rows int64 [U] as a new array [U, g, g, D]; `sizes` int [N, 2] are the
-    originals' (width, height); `resize` and `teacher_size` (width, height) the teacher's view of them.
+    `gather(rows, device)` returns the stored grids [U, g, g, D] of rows int64 [U] on the host, for copying to `device`;
+    they stay valid until `BUFFERS` more calls. `sizes` int [N, 2] are the originals' (width, height); `resize` and
+    `teacher_size` (width, height) the teacher's view of them.
     `sources_per_cell` is 2 where MixUp may blend two images into one cell.
     """
 
     def __init__(
         self,
-        gather: Callable[[NDArray[np.int64]], NDArray[Any]],
+        gather: Callable[[NDArray[np.int64], torch.device], Tensor],
         sizes: NDArray[np.integer[Any]],
         standardizer: TargetStandardizer,
         *,
@@ -82,6 +86,7 @@ class TeacherTargets:
         self.sources_per_cell = sources_per_cell
         self.device = torch.device("cpu")
         self.copies: torch.cuda.Stream | None = None
+        self.copying: deque[torch.cuda.Event] = deque()
         self.centres: dict[tuple[int, int], Tensor] = {}
         self.views_by_size: dict[tuple[int, ...], tuple[NDArray[np.float64], tuple[float, ...]]] = {}
         # One thread, so that reading overlaps the student's forward pass and batches stay in order.
@@ -106,7 +111,9 @@ class TeacherTargets:
         """The grids of the batch's sources `rows` int64 [B, K], −1 where there is none."""
         distinct = np.unique(rows[rows >= 0])
         inverse = np.searchsorted(distinct, np.where(rows >= 0, rows, distinct[0]))
-        grids = torch.from_numpy(self.gather(distinct))
+        if len(self.copying) == BUFFERS:
+            self.copying.popleft().synchronize()  # from the buffer that is filled next
+        grids = self.gather(distinct, self.device)
         views, content = self.teacher_views(distinct, grids.shape[1], grids.shape[2])
         return self.upload(
             GatheredGrids(grids, torch.from_numpy(inverse.reshape(rows.shape)), views, content)
@@ -123,6 +130,7 @@ class TeacherTargets:
             )
             ready = torch.cuda.Event()
             ready.record(self.copies)
+        self.copying.append(ready)
         return GatheredGrids(grids, index, views, content, ready)
 
     def teacher_views(self, rows: NDArray[np.int64], height: int, width: int) -> tuple[Tensor, Tensor]:
