@@ -30,7 +30,7 @@ def check_student(config: TrainConfig) -> None:
     Raises:
         ConfigError, StudentError, LoraError: what the training itself would raise.
     """
-    from train.engine.adapters import apply_lora_options
+    from train.lora import apply_lora_options
     from train.students.build import build_student
 
     # Without a number the data's counts; a head of another size is drawn anew, so any will do here.

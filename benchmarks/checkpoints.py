@@ -59,7 +59,7 @@ class Cost:
 
 def measure(work: Path, images: int, epochs: int, minutes: float) -> dict[str, Any]:
     from train.config import load_config
-    from train.engine import saving
+    from train.loop import saving
     from train.run import run_training
 
     cost = Cost()

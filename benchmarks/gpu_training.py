@@ -96,9 +96,9 @@ def build(settings: Settings, options: dict[str, Any], name: str) -> Any:
     """The parts of a training, with the decoded images of its first batches kept in memory."""
     from console.stop import StopRequest
     from store import open_store
-    from train.assemble import build_training
     from train.config import load_config
-    from train.engine.machine import build_accelerator
+    from train.loop.assemble import build_training
+    from train.loop.machine import build_accelerator
     from train.resolve import resolve_data, resolve_task
 
     config = load_config({"out": settings.work / "runs" / name, "workers": 0, "augment": "none", **options})
@@ -132,7 +132,7 @@ def endless(loader: Any) -> Iterator[Any]:
 
 def loop_step(built: Any, change: Callable[[Any], None] | None) -> Callable[[], None]:
     """One step of our loop, reading the stored features included; `change` may alter the batch before."""
-    from train.engine.loop import Loop
+    from train.loop.loop import Loop
 
     loop = Loop(built.parts)
     batches = endless(built.parts.train_loader)

@@ -29,7 +29,7 @@ import torch
 from benchmarks.train_data import SIDE, jpeg, make_store
 from console.output import print_json, print_table
 from console.stop import StopRequest
-from train.engine.machine import peak_resident_mb
+from train.loop.machine import peak_resident_mb
 
 BATCH = 32
 
@@ -37,9 +37,9 @@ BATCH = 32
 def build(store: Path, out: Path, workers: int = 0, **options: Any) -> Any:
     """The loop's parts for resnet18, without starting it."""
     from store import open_store
-    from train.assemble import build_training
     from train.config import load_config
-    from train.engine.machine import build_accelerator
+    from train.loop.assemble import build_training
+    from train.loop.machine import build_accelerator
     from train.resolve import resolve_data, resolve_task
 
     settings = {
@@ -79,7 +79,7 @@ def interleave(steps: dict[str, Callable[[], None]], rounds: int, warmup: int = 
 
 def loop_step(built: Any, change: Callable[[Any], None] = lambda batch: None) -> Callable[[], None]:
     """One step of our loop, loading included; `change` may alter the batch before."""
-    from train.engine.loop import Loop
+    from train.loop.loop import Loop
 
     loop = Loop(built.parts)
     batches = endless(built.parts.train_loader)
@@ -222,10 +222,10 @@ def files_loader(root: Path) -> Callable[[], Iterator[Any]]:
     from hashlib import blake2b
 
     from store import Preprocessing
-    from train.data import ImageViews, ViewSettings, collate_views
-    from train.images import ImageReader
-    from train.plan import Item
-    from train.views import AUGMENTATIONS
+    from train.data.batches import ImageViews, ViewSettings, collate_views
+    from train.data.images import ImageReader
+    from train.data.plan import Item
+    from train.data.views import AUGMENTATIONS
 
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))
 

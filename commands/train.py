@@ -76,7 +76,7 @@ def train(
         check_run_folder(settings)
     # ultralytics starts the processes of YOLO students.
     if len(settings.devices) > 1 and "RANK" not in os.environ and settings.student_type != "yolov8":
-        from train.engine.launch import launch_ranks
+        from train.loop.launch import launch_ranks
 
         raise typer.Exit(launch_ranks(sys.argv, settings.devices))
     from train.run import run_training

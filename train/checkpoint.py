@@ -146,6 +146,6 @@ def load_student_from_run(run: Path, name: str = BEST) -> tuple[Student, dict[st
 
 def apply_saved_lora(student: Student, config: Mapping[str, Any]) -> None:
     """Put LoRA layers where the run had them, so that its state dict fits."""
-    from train.engine.adapters import apply_lora_options
+    from train.lora import apply_lora_options
 
     apply_lora_options(student, config)

@@ -9,24 +9,24 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from train.assemble import build_loader, build_normalizer
 from train.checkpoint import load_student_from_run
 from train.config import TrainConfig, load_config
-from train.data import labels_of
+from train.data.batches import labels_of
+from train.data.views import AUGMENTATIONS
 from train.delivery.embedding import label_free_student
 from train.delivery.embedding_quality import measure_embeddings
 from train.delivery.model import ModelCard, OnnxModel, TorchModel
 from train.delivery.onnx_student import OnnxStudent
-from train.engine.evaluate import evaluate
-from train.engine.machine import build_accelerator
-from train.engine.model import DistilledStudent
+from train.distill.module import DistilledStudent
+from train.distill.objective import Objective
 from train.errors import DeliveryError, TrainError
-from train.objective import Objective
+from train.loop.assemble import build_loader, build_normalizer
+from train.loop.evaluate import evaluate
+from train.loop.machine import build_accelerator
 from train.resolve import TrainingData, check_targets, open_split, student_preprocessing, valid_rows
 from train.students.base import Student
 from train.tasks import build_task
 from train.validation import count_validation, warn_of_measured_split
-from train.views import AUGMENTATIONS
 
 
 def evaluate_run(

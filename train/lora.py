@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,6 +54,27 @@ class LoraReport:
     targets: tuple[str, ...]
     trainable_parameters: int
     total_parameters: int
+
+
+def apply_lora_options(student: Student, options: Mapping[str, Any], *, trained: bool = True) -> Any:
+    """Put adapters into `student` by the `lora_*` options; None when `lora_rank` is 0.
+
+    `trained`: the student is rebuilt to read trained weights back, so random ones are fine for now.
+    """
+    if not options.get("lora_rank"):
+        return None
+    names = str(options.get("lora_target_modules") or "").split(",")
+    return apply_lora(
+        student,
+        LoraOptions(
+            rank=int(options["lora_rank"]),
+            alpha=float(options["lora_alpha"]),
+            dropout=float(options["lora_dropout"]),
+            target_modules=tuple(name.strip() for name in names if name.strip()),
+            bias=options["lora_bias"],
+        ),
+        require_weights=not trained,
+    )
 
 
 def apply_lora(student: Student, options: LoraOptions, *, require_weights: bool = True) -> LoraReport:

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.assemble import Built, build_loader
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
-from train.data import BatchLoader
-from train.objective import Objective
-from train.projector import pooled_rows
+from train.data.batches import BatchLoader
+from train.data.views import AUGMENTATIONS
+from train.distill.objective import Objective
+from train.distill.projector import pooled_rows
+from train.loop.assemble import Built, build_loader
 from train.resolve import TrainingData
 from train.students.base import Student
 from train.students.catalog import count_macs, input_shape
-from train.views import AUGMENTATIONS
 
 LATENCY_RUNS = 5
 

@@ -29,12 +29,12 @@ from store.format import (
     Preprocessing,
 )
 from train.config import TrainConfig
-from train.data import labels_of
+from train.data.batches import labels_of
+from train.data.views import AUGMENTATIONS, Augmentation
 from train.errors import ConfigError, TrainError
 from train.recipes import STUDENT_TASKS
 from train.students.base import StudentSpec
 from train.validation import count_validation
-from train.views import AUGMENTATIONS, Augmentation
 
 log = get_logger("train")
 

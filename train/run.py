@@ -15,11 +15,12 @@ import torch
 
 from console.log import get_logger
 from console.stop import StopRequest
-from train.assemble import Built, build_training
 from train.checkpoint import BEST, LAST
 from train.config import TrainConfig
-from train.engine.distributed import barrier
-from train.engine.machine import (
+from train.errors import ConfigError
+from train.events import Observer, Observers
+from train.loop.assemble import Built, build_training
+from train.loop.machine import (
     MEMORY_ADVICE,
     OutOfMemoryError,
     build_accelerator,
@@ -28,11 +29,10 @@ from train.engine.machine import (
     peak_memory,
     set_determinism,
 )
-from train.engine.progress import Progress
-from train.engine.session import Session
-from train.engine.snapshot import StopWatch, nothing_to_save
-from train.errors import ConfigError
-from train.events import Observer, Observers
+from train.loop.progress import Progress
+from train.loop.session import Session
+from train.loop.snapshot import StopWatch, nothing_to_save
+from train.ranks import barrier
 from train.resolve import TrainingData, resolve_data, resolve_task
 from train.rundir import (
     SUMMARY,

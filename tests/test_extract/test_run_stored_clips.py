@@ -17,9 +17,9 @@ from store import open_store
 from tests.test_extract.extractions import extract
 from tests.test_extract.test_run_targets import picture
 from tests.test_extract.test_source_media import levels_of, write_video
-from train.clips import ClipReader, clip_places
 from train.config import load_config
-from train.images import DataError
+from train.data.clips import ClipReader, clip_places
+from train.data.images import DataError
 from train.run import run_training
 
 FRAMES = 3

@@ -18,18 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from store.format import FRAMES, GRID, POOLED, VIEWS_GRID, VIEWS_POOLED
-from train.assemble import build_normalizer
 from train.config import load_config
-from train.data import Batch
-from train.distillation import Distillation, DistillationPlan
-from train.engine.ema import WeightAverage
-from train.engine.loop import Loop, Parts
-from train.engine.model import DistilledStudent
-from train.engine.optimizer import build_optimizer
-from train.engine.progress import Progress
-from train.engine.snapshot import StepGuard
-from train.objective import Objective
-from train.projector import Projector
+from train.data.batches import Batch
+from train.distill.module import DistilledStudent
+from train.distill.objective import Objective
+from train.distill.projector import Projector
+from train.distill.targets import Distillation, DistillationPlan
+from train.loop.assemble import build_normalizer
+from train.loop.ema import WeightAverage
+from train.loop.loop import Loop, Parts
+from train.loop.optimizer import build_optimizer
+from train.loop.progress import Progress
+from train.loop.snapshot import StepGuard
 from train.students import build_student
 from train.tasks import build_task
 

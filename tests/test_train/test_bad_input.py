@@ -14,9 +14,9 @@ from store import open_store
 from store.errors import DistillError
 from train import run as run_module
 from train.checkpoint import CheckpointError, load_checkpoint, load_student_from_run, save_checkpoint
-from train.engine import loop
 from train.errors import ConfigError, TrainError
 from train.events import SilentObserver
+from train.loop import loop
 from train.run import OutOfMemoryError, run_training
 
 
@@ -309,7 +309,7 @@ def test_error_types():
 
 @pytest.mark.parametrize("key", ["../secret.png", "/etc/passwd", "a/../../b.png"])
 def test_keys_cannot_lead_out_of_the_data_root(tmp_path, key):
-    from train.images import DataError, path_of
+    from train.data.images import DataError, path_of
 
     with pytest.raises(DataError, match="leads out of the data set's root"):
         path_of(key, tmp_path)

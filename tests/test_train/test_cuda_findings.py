@@ -11,16 +11,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_train.runs import records
-from train.assemble import use_channels_last
-from train.data import Batch
-from train.distillation import Targets
-from train.engine import loop
-from train.engine.evaluate import LossSums, cosine
-from train.engine.machine import OutOfMemoryError, choose_device, choose_precision
-from train.engine.model import DistilledOutput, DistilledStudent
-from train.engine.optimizer import match_layout
+from train.data.batches import Batch
+from train.distill.losses.segmentation import pixel_entropy_sum
+from train.distill.module import DistilledOutput, DistilledStudent
+from train.distill.targets import Targets
 from train.errors import TrainError
-from train.losses.segmentation import pixel_entropy_sum
+from train.loop import loop
+from train.loop.assemble import use_channels_last
+from train.loop.evaluate import LossSums, cosine
+from train.loop.machine import OutOfMemoryError, choose_device, choose_precision
+from train.loop.optimizer import match_layout
 from train.run import run_training
 from train.students import build_student
 from train.tasks import build_task

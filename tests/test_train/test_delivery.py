@@ -20,6 +20,7 @@ from console.stop import Stopped
 from store import open_store
 from tests.test_train.runs import cli, trained
 from train.checkpoint import load_student_from_run
+from train.data.images import ImageReader
 from train.delivery.clips import find_clips
 from train.delivery.detect import to_image
 from train.delivery.draw import mask_image
@@ -30,7 +31,6 @@ from train.delivery.model import METADATA_KEY, ModelCard, OnnxModel, open_model,
 from train.delivery.predict import PredictionWriter, predict_files
 from train.delivery.records import BadFile, Prediction
 from train.errors import DeliveryError
-from train.images import ImageReader
 
 SURE_BOXES = 5
 

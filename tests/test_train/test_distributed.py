@@ -39,7 +39,7 @@ def run_all(runs: list[dict[str, Any]], processes: int) -> None:
             sys.executable,
             "-c",
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "from train.engine.launch import launch_ranks\n"
+            "from train.loop.launch import launch_ranks\n"
             "sys.exit(launch_ranks(sys.argv[1:], ['cpu', 'cpu']))",
             *command[1:],
         ]
@@ -89,7 +89,7 @@ def compare(name: str, one: list[dict[str, float]], two: list[dict[str, float]])
 
 def test_a_failing_rank_ends_the_others(monkeypatch):
     code = "import os, sys, time\nsys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
-    from train.engine import launch
+    from train.loop import launch
 
     monkeypatch.setattr(launch, "FAILURE_GRACE_S", 0.2)
     assert launch.launch_ranks(["-c", code], ["cpu", "cpu"]) == 7
@@ -102,7 +102,7 @@ def test_a_signal_reaches_every_rank_and_gives_the_exit_code(tmp_path):
         f"Path({str(tmp_path)!r}, os.environ['RANK']).touch()\ntime.sleep(60)"
     )
     outer = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom train.engine.launch import launch_ranks\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom train.loop.launch import launch_ranks\n"
         "sys.exit(launch_ranks(['-c', sys.argv[1]], ['cpu', 'cpu']))"
     )
     process = subprocess.Popen([sys.executable, "-c", outer, script])

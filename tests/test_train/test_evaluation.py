@@ -55,7 +55,7 @@ def test_the_student_s_bit_depth_wins(make_store: Any, tmp_path: Path, monkeypat
     run = trained(store, tmp_path / "run")
     set_preprocessing(store, options={"bit_depth": 12})
     seen = set()
-    monkeypatch.setattr("train.images.decode", spy_on_depth(seen))
+    monkeypatch.setattr("train.data.images.decode", spy_on_depth(seen))
     evaluate_run(run, store, device="cpu", workers=0)
     assert seen == {16}
 

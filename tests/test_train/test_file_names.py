@@ -15,7 +15,7 @@ from PIL import Image
 
 from console.file_names import path_on_disk, printable
 from console.files import OutputError, check_writable
-from train.images import path_of
+from train.data.images import path_of
 
 
 def write_pictures(folder: bytes) -> Path:

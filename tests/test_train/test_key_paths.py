@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.images import DataError, path_of
+from train.data.images import DataError, path_of
 
 
 def test_files_with_decomposed_names_are_found_by_their_composed_keys(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from console.cores import core_share
-from train.engine.launch import launch_ranks
+from train.loop.launch import launch_ranks
 
 SCRIPT = "import os; open(os.environ['RANK'] + '.txt', 'w').write(os.environ['OMP_NUM_THREADS'])"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses import feature, feature_loss, logit_loss, relational_loss, weighted_mean
+from train.distill.losses import feature, feature_loss, logit_loss, relational_loss, weighted_mean
 
 KINDS = ("mse", "cosine", "smooth_l1")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses import (
+from train.distill.losses import (
     IGNORE_INDEX,
     Mixing,
     classification_losses,

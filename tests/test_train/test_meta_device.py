@@ -18,8 +18,8 @@ from tests.test_train.meta_steps import (
     make_plan,
     meta_student,
 )
-from train.engine.evaluate import add_up
-from train.engine.model import DistilledStudent
+from train.distill.module import DistilledStudent
+from train.loop.evaluate import add_up
 
 #: Small models with the parts of the real ones: residual blocks, tokens, depthwise convolutions.
 IMAGES = ("timm:test_resnet", "timm:test_vit", "timm:test_efficientnet")

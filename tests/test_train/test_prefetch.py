@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from store import open_store
-from train.data import Batch, FeatureGatherer, default_workers
-from train.prefetch import AHEAD, Prefetcher
+from train.data.batches import Batch, FeatureGatherer, default_workers
+from train.data.prefetch import AHEAD, Prefetcher
 from train.run import run_training
 
 
@@ -108,8 +108,9 @@ def test_a_training_through_the_thread_is_bit_identical(
 ) -> None:
     """The same losses and weights as on the plain path, over two epochs with persistent workers."""
     from tests.test_train.runs import records
-    from train import data, prefetch
     from train.checkpoint import load_checkpoint
+    from train.data import batches as data
+    from train.data import prefetch
 
     store = make_store(logits=True, train=27)
     options = {"grad_accum_steps": 2, "workers": workers}

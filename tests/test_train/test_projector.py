@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.losses import feature_loss
-from train.projector import (
+from train.distill.losses import feature_loss
+from train.distill.projector import (
     AlignmentError,
     Projector,
     TargetStandardizer,

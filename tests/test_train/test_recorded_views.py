@@ -16,7 +16,7 @@ from train.run import run_training
 @pytest.mark.parametrize("grid", [0, 4])
 def test_recorded_views_are_replayed_exactly(make_store, make_config, monkeypatch, grid):
     """Image, target and geometry of a step all belong to the same recorded view."""
-    from train.distillation import Distillation
+    from train.distill.targets import Distillation
 
     seen: list[Any] = []
     plain = Distillation.prepare
@@ -51,10 +51,10 @@ def test_recorded_views_are_replayed_exactly(make_store, make_config, monkeypatc
 
 
 def test_recorded_view_shows_the_crop_itself(make_store):
-    from train.data import ImageViews, ViewSettings
-    from train.images import ImageReader
-    from train.plan import Item
-    from train.views import AUGMENTATIONS
+    from train.data.batches import ImageViews, ViewSettings
+    from train.data.images import ImageReader
+    from train.data.plan import Item
+    from train.data.views import AUGMENTATIONS
 
     store = open_store(make_store(views=2))
     reader = ImageReader(store["train"], None, store.manifest.preprocessing)

@@ -24,13 +24,13 @@ from store import (
     open_store,
 )
 from store.format import feature_arrays, image_arrays, target_arrays
-from train.data import ImageViews, ViewSettings
+from train.data.batches import ImageViews, ViewSettings
+from train.data.images import ImageReader
+from train.data.plan import Item
+from train.data.views import AUGMENTATIONS
 from train.delivery.model import ModelCard
-from train.images import ImageReader
-from train.plan import Item
 from train.report.collect import Run
 from train.report.samples import Subject, detection, mask_on, pixel_confusion, segmentation
-from train.views import AUGMENTATIONS
 
 SIDE = 64  # of the teacher's input and of the student's
 COLORS = np.array([[30, 30, 30], [220, 40, 40], [40, 60, 220]])
@@ -193,7 +193,7 @@ def test_boxes_of_a_perfect_predictor_are_all_hits(tmp_path: Path, resize: str, 
 
 
 def test_a_stored_picture_shows_the_part_that_its_view_says() -> None:
-    from train.images import Shown
+    from train.data.images import Shown
 
     whole = Shown(Image.new("RGB", (8, 8)), (16, 8))
     assert whole.into_image(View.identity()) == View.identity()

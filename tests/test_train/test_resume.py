@@ -34,7 +34,7 @@ import torch
 torch.set_num_threads(1)
 from train.config import load_config
 from train.run import run_training
-import train.engine.loop as loop
+import train.loop.loop as loop
 
 slow_step, slow_s = {slow_step}, {slow_s}
 plain = loop.Loop.forward
@@ -346,7 +346,7 @@ def test_a_start_that_failed_does_not_block_the_next(make_store, make_config, mo
     config = make_config(store, epochs=1)
     for again in ({"learning_rate": 0.01}, {"learning_rate": 0.02, "resume": True}):
         with monkeypatch.context() as patch:
-            patch.setattr("train.engine.loop.Loop.forward", fail)
+            patch.setattr("train.loop.loop.Loop.forward", fail)
             with pytest.raises(OSError, match="unreadable"):
                 run_training(config)
         assert (config.out / "config.json").exists()

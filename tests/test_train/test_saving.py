@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from train.checkpoint import BEST, FORMAT, LAST, CheckpointError, load_checkpoint
-from train.engine import loop, saving
-from train.engine.saving import NEXT_BEST, CheckpointWriter, Saved, adopt_best
+from train.loop import loop, saving
+from train.loop.saving import NEXT_BEST, CheckpointWriter, Saved, adopt_best
 from train.run import run_training
 
 ROOT = Path(__file__).parents[2]

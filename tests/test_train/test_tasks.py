@@ -11,12 +11,12 @@ import torch
 
 from store import open_store
 from train.checkpoint import load_checkpoint, load_student_from_run
-from train.clips import ClipReader, clip_places, gather_frames
-from train.data import Batch
-from train.engine.model import DistilledOutput
+from train.data.batches import Batch
+from train.data.clips import ClipReader, clip_places, gather_frames
+from train.distill.losses import Mixing
+from train.distill.module import DistilledOutput
 from train.errors import TrainError
 from train.evaluation import evaluate_run
-from train.losses import Mixing
 from train.run import run_training
 from train.tasks import TASKS, build_task
 

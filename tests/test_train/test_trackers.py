@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.test_train.runs import records
-from train.engine.trackers import open_trackers
 from train.errors import TrainError
+from train.loop.trackers import open_trackers
 from train.run import run_training
 
 

@@ -8,7 +8,17 @@ import torch
 from PIL import Image
 
 from imaging.geometry import View, cell_centres, resize_view
-from train.transport import (
+from train.data.views import (
+    AUGMENTATIONS,
+    Augmentation,
+    change_colour,
+    draw_colour,
+    draw_view,
+    render_image,
+    render_mask,
+    sample_generator,
+)
+from train.distill.transport import (
     Geometry,
     Transported,
     apply_transport,
@@ -18,16 +28,6 @@ from train.transport import (
     resize_matrices,
     transport_grid,
     turned_weights,
-)
-from train.views import (
-    AUGMENTATIONS,
-    Augmentation,
-    change_colour,
-    draw_colour,
-    draw_view,
-    render_image,
-    render_mask,
-    sample_generator,
 )
 
 GRID, SIDE = 16, 128

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.projector import TargetStandardizer
+from train.distill.projector import TargetStandardizer
 
 pytest.importorskip("ultralytics")
 WIDTH, IMAGES, SOURCES = 6, 2, 3

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from store import open_store
 from tests.test_train.yolo_runs import make_config
-from train.projector import TargetStandardizer
+from train.distill.projector import TargetStandardizer
 
 pytest.importorskip("ultralytics")
 WIDTH = 6

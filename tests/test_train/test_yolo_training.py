@@ -16,9 +16,9 @@ from tests.test_train.yolo_runs import (
     metrics_of,
 )
 from train.checkpoint import load_checkpoint, load_student_from_run
-from train.engine.machine import OutOfMemoryError
 from train.engine.yolo.run import run_yolo
 from train.errors import ConfigError, TrainError
+from train.loop.machine import OutOfMemoryError
 
 pytest.importorskip("ultralytics")
 

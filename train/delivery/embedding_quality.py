@@ -15,16 +15,16 @@ from torch.nn import functional
 from console.log import get_logger
 from store.format import NO_LABEL, POOLED
 from store.quality import knn_accuracy, probe_accuracy
-from train.assemble import build_loader
 from train.config import TrainConfig
-from train.data import labels_of
+from train.data.batches import labels_of
+from train.data.views import AUGMENTATIONS
 from train.delivery.model import OnnxModel, TrainedModel
 from train.delivery.onnx_student import check_frames
-from train.distillation import build_standardizer
-from train.objective import Objective
+from train.distill.objective import Objective
+from train.distill.targets import build_standardizer
+from train.loop.assemble import build_loader
 from train.resolve import TrainingData, valid_rows
 from train.tasks import build_task
-from train.views import AUGMENTATIONS
 
 log = get_logger("evaluate")
 

@@ -14,13 +14,13 @@ from imaging.clips import read_clip_frames
 from imaging.decode import decode
 from imaging.errors import ImageError
 from store import open_store
-from train.clips import ClipReader
 from train.config import TrainConfig
+from train.data.clips import ClipReader
+from train.data.images import ImageReader
 from train.delivery.clips import FRAMES, clip_pixels, find_clips
 from train.delivery.files import find_images
 from train.delivery.model import ModelCard
 from train.errors import DeliveryError
-from train.images import ImageReader
 from train.rundir import CONFIG
 
 

@@ -20,12 +20,12 @@ from torch import nn
 from imaging.decode import FULL_DEPTH
 from imaging.geometry import View
 from train.checkpoint import BEST, load_student_from_run
+from train.data.images import Shown
+from train.data.views import base_view, render_image
 from train.delivery.embedding import EmbeddingsOnly, LabelFreeStudent, label_free_student
 from train.errors import DeliveryError
-from train.images import Shown
 from train.rundir import SUMMARY
 from train.students.base import Student
-from train.views import base_view, render_image
 
 METADATA_KEY = "qwen_distill"
 TASKS = frozenset({"classification", "sequence", "segmentation", "detection", "features"})

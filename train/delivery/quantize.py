@@ -234,8 +234,8 @@ def measure_latencies(models: Mapping[str, Path], image: NDArray[np.float32]) ->
 
 def measure_metrics(model: OnnxModel, config: TrainConfig, store: Any, split: str) -> dict[str, float]:
     """The task's metrics on a split."""
-    from train.engine.machine import build_accelerator
     from train.evaluation import about, data_to_evaluate, measure
+    from train.loop.machine import build_accelerator
 
     config = config.replace(
         device="cpu",

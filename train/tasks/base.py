@@ -1,4 +1,4 @@
-"""What a task is: its loss on labels, and its metrics. Distillation is the same for all (train.distillation).
+"""What a task is: its loss on labels, and its metrics. Distillation is the same for all (train.distill.targets).
 
 `B` samples, `C` classes, `H W` the student's input.
 """
@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from train.data import Batch
-from train.engine.distributed import sum_over_ranks
-from train.engine.model import DistilledOutput
-from train.losses import Mixing
+from train.data.batches import Batch
+from train.distill.losses import Mixing
+from train.distill.module import DistilledOutput
+from train.ranks import sum_over_ranks
 
 
 class Meter:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.data import Batch
-from train.engine.model import DistilledOutput
-from train.losses import Mixing, classification_losses, mix, weighted_mean
+from train.data.batches import Batch
+from train.distill.losses import Mixing, classification_losses, mix, weighted_mean
+from train.distill.module import DistilledOutput
 from train.tasks.base import Meter, count_classes
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.data import Batch
-from train.engine.distributed import differentiable_sum, world_size
-from train.engine.model import DistilledOutput
-from train.losses import IGNORE_INDEX, Mixing
-from train.losses.segmentation import dice_from_sums, dice_sums, pixel_entropy_sum
+from train.data.batches import Batch
+from train.distill.losses import IGNORE_INDEX, Mixing
+from train.distill.losses.segmentation import dice_from_sums, dice_sums, pixel_entropy_sum
+from train.distill.module import DistilledOutput
+from train.ranks import differentiable_sum, world_size
 from train.tasks.base import Meter, count_classes
 
 

@@ -14,7 +14,6 @@ from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
 from train.delivery.fonts import register_with_matplotlib
-from train.engine.adapters import apply_lora_options
 from train.engine.yolo.job import TrainingJob
 from train.engine.yolo.model import LEVELS, Distillation
 from train.engine.yolo.options import (
@@ -26,6 +25,7 @@ from train.engine.yolo.options import (
 )
 from train.engine.yolo.records import DetectionSplit, open_split
 from train.errors import ConfigError
+from train.lora import apply_lora_options
 from train.students.names import parse_student_name
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
 

@@ -23,10 +23,10 @@ from console.progress import Progress, track_progress
 from console.stop import Stopped
 from store.reader import open_store
 from train.config import TrainConfig
-from train.engine.snapshot import StopWatch
 from train.engine.yolo.job import TrainingJob
 from train.errors import TrainError
 from train.events import Observer, SilentObserver
+from train.loop.snapshot import StopWatch
 from train.rundir import CONFIG, METRICS
 
 EVENTS = ".events-of-ranks.jsonl"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
+from train.distill.losses.feature import feature_loss
+from train.distill.projector import build_projector, channels_last_rows
 from train.engine.yolo.targets import TeacherTargets, foreground_weights
-from train.losses.feature import feature_loss
-from train.projector import build_projector, channels_last_rows
 
 # Inputs of the Detect head, in its order, and their strides in pixels.
 LEVELS = ("P3", "P4", "P5")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from train.checkpoint import BEST, FORMAT, load_checkpoint
 from train.config import TrainConfig, config_to_json
-from train.engine.saving import CheckpointWriter, HostCopy, Saved
-from train.engine.trackers import Tracker, open_trackers
 from train.engine.yolo.model import DISTILLATION_ITEM
 from train.engine.yolo.state import training_state
 from train.events import Observer
+from train.loop.saving import CheckpointWriter, HostCopy, Saved
+from train.loop.trackers import Tracker, open_trackers
 from train.rundir import METRICS as METRICS_LINES
 from train.rundir import append_metrics, write_metrics
 from train.validation import warn_of_zero_metric
@@ -57,7 +57,7 @@ class Recorder:
 
     `described` is what every checkpoint of the run says about the student besides its weights. The record of
     metrics.jsonl comes first, `last.pt` last: a run continues after the epoch that `last.pt` holds, and drops later
-    lines of metrics.jsonl. Checkpoints are written by time (`train.engine.saving`); the state after the last finished
+    lines of metrics.jsonl. Checkpoints are written by time (`train.loop.saving`); the state after the last finished
     epoch is kept in memory for a stop signal, since ultralytics' trainer can be resumed between two epochs only.
     """
 

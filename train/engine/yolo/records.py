@@ -15,12 +15,12 @@ from console.log import get_logger
 from imaging.geometry import resize_view
 from store.format import BOX_CLASSES, BOXES, GRID, SIZES
 from store.reader import Split, Store
-from train.data import FeatureGatherer
+from train.data.batches import FeatureGatherer
+from train.data.images import ImageReader
+from train.distill.projector import TargetStandardizer
 from train.engine.yolo.dataset import DetectionRecord
 from train.engine.yolo.targets import BUFFERS, TeacherTargets
 from train.errors import TrainError
-from train.images import ImageReader
-from train.projector import TargetStandardizer
 
 log = get_logger("train")
 MIN_SIDE = 1e-6  # of a normalised box; ultralytics drops boxes without area as well

@@ -18,12 +18,12 @@ from console.stop import Stopped, StopRequest
 from store.reader import Store, open_store
 from train.checkpoint import LAST
 from train.config import TrainConfig
-from train.engine.machine import MEMORY_ADVICE, OutOfMemoryError, is_out_of_memory
-from train.engine.snapshot import StopWatch
 from train.engine.yolo.offline import prepare_ultralytics
 from train.engine.yolo.options import check_options
 from train.errors import ConfigError, TrainError
 from train.events import Observer, Observers
+from train.loop.machine import MEMORY_ADVICE, OutOfMemoryError, is_out_of_memory
+from train.loop.snapshot import StopWatch
 from train.rundir import (
     SUMMARY,
     is_complete,

@@ -15,8 +15,8 @@ import torch
 
 from console.log import get_logger
 from train.checkpoint import LAST, load_checkpoint
-from train.engine.saving import adopt_best
 from train.errors import TrainError
+from train.loop.saving import adopt_best
 
 log = get_logger("train")
 STATE_VERSION = 1

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from imaging.geometry import View, cell_centres, resize_view
+from train.data.prefetch import pinned
+from train.distill.losses.precision import full_precision
+from train.distill.projector import TargetStandardizer
 from train.engine.yolo.dataset import SOURCE_PLACEMENTS, SOURCE_ROWS
-from train.losses.precision import full_precision
-from train.prefetch import pinned
-from train.projector import TargetStandardizer
 
 PENDING = "teacher_grids"
 #: Batches whose grids are in memory at once: one in use, one being copied, one being read.

@@ -24,7 +24,7 @@ from ultralytics.utils import RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 from console.log import get_logger
-from train.data import start_worker
+from train.data.batches import start_worker
 from train.engine.yolo.dataset import SOURCE_ROWS, StoreDataset
 from train.engine.yolo.job import TrainingJob
 from train.engine.yolo.recorder import METRICS

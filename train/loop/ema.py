@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from train.engine.buffers import copy_all
+from train.loop.buffers import copy_all
 from train.students.base import Student
 
 

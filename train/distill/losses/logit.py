@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses.feature import weighted_mean
-from train.losses.precision import full_precision
+from train.distill.losses.feature import weighted_mean
+from train.distill.losses.precision import full_precision
 
 
 def logit_divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses.precision import full_precision
+from train.distill.losses.precision import full_precision
 
 IGNORE_INDEX = 255
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from train.losses.precision import full_precision
+from train.distill.losses.precision import full_precision
 
 FEATURE_LOSSES = ("mse", "cosine", "smooth_l1", "relation")
 

@@ -11,16 +11,16 @@ from console.log import get_logger
 from console.progress import track_progress
 from console.stop import Stopped
 from store.format import Manifest
-from train.assemble import Built
 from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint
 from train.config import TrainConfig, config_to_json
-from train.engine.loop import Loop, NotFiniteError
-from train.engine.optimizer import match_layout
-from train.engine.progress import Progress
-from train.engine.saving import CheckpointWriter, Saved, adopt_best
-from train.engine.snapshot import LOCK_S, StopWatch
-from train.engine.trackers import Tracker, open_trackers
 from train.events import Observers
+from train.loop.assemble import Built
+from train.loop.loop import Loop, NotFiniteError
+from train.loop.optimizer import match_layout
+from train.loop.progress import Progress
+from train.loop.saving import CheckpointWriter, Saved, adopt_best
+from train.loop.snapshot import LOCK_S, StopWatch
+from train.loop.trackers import Tracker, open_trackers
 from train.metrics import label_of, text_of
 from train.rundir import append_metrics, write_metrics
 from train.validation import warn_of_zero_metric

@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from store.format import FRAMES, GRID, POOLED, VIEWS_GRID, VIEWS_POOLED
-from train.data import Batch
-from train.engine.distributed import gather_rows, world_size
-from train.engine.model import DistilledOutput
-from train.errors import TrainError
-from train.losses import Mixing, feature_loss, logit_loss, mix, relational_loss
-from train.projector import TargetStandardizer
-from train.transport import (
+from train.data.batches import Batch
+from train.distill.losses import Mixing, feature_loss, logit_loss, mix, relational_loss
+from train.distill.module import DistilledOutput
+from train.distill.projector import TargetStandardizer
+from train.distill.transport import (
     Geometry,
     TransportWeights,
     apply_transport,
@@ -29,6 +27,8 @@ from train.transport import (
     relate_views,
     transport_weights,
 )
+from train.errors import TrainError
+from train.ranks import gather_rows, world_size
 
 Counts = Mapping[str, Tensor]
 

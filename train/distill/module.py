@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.projector import channels_last_rows, pooled_rows
+from train.data.transfer import to_device
+from train.distill.projector import channels_last_rows, pooled_rows
 from train.students.base import Student, StudentOutput
-from train.transfer import to_device
 
 
 class DistilledOutput(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from console.stop import SIGNALS, Stopped, StopRequest
 from store.errors import DistillError
-from train.engine.buffers import copy_all
+from train.loop.buffers import copy_all
 
 #: Seconds that the loop gets to finish its step and save by itself.
 GRACE_S = 1.5

@@ -1,7 +1,7 @@
 """How training shows an image: one geometric view and one change of colours per sample and epoch.
 
 The view is drawn first, as data; the image, the mask and the stored features then all follow it
-(`train.transport` carries the features), so they cannot drift apart.
+(`train.distill.transport` carries the features), so they cannot drift apart.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from console.cores import core_share
 from imaging.geometry import View
 from store.errors import DistillError
 from store.format import LABEL, VIEWS_GEOMETRY, VIEWS_GRID, VIEWS_POOLED
-from train.images import ImageReader
-from train.plan import EpochBatches, Item
-from train.views import (
+from train.data.images import ImageReader
+from train.data.plan import EpochBatches, Item
+from train.data.views import (
     Augmentation,
     base_view,
     draw_colour,
@@ -42,7 +42,7 @@ class Batch:
     `views` float64 [B, 2, 3] into the source image; `recorded` int64 [B], the recorded view shown, else None;
     `weight` float32 [B], 0 for padding; `labels` int64 [B]; `masks` uint8 [B, S, S], 255 ignored;
     `features`: stored values by array name, of recorded views the one shown; `transport`: how stored grids are
-    carried to the student's cells, by name (see `train.transport.TransportWeights`); `samples`: Σ weight, known on the
+    carried to the student's cells, by name (see `train.distill.transport.TransportWeights`); `samples`: Σ weight, known on the
     host, so that nothing has to wait for a device to tell it. `rows`, `views`, `recorded` and `lengths` stay on the host.
     """
 
@@ -282,7 +282,7 @@ class BatchLoader:
         host = self.joined(iter(self.loader))
         if self.gatherer.device.type != "cuda":
             return host
-        from train.prefetch import CopyStream, Prefetcher
+        from train.data.prefetch import CopyStream, Prefetcher
 
         if self.engine is None:
             self.engine = CopyStream(self.gatherer.device, self.gatherer.depth)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.data import Batch
-from train.distillation import Targets
-from train.engine.distributed import sum_over_ranks
-from train.engine.model import DistilledOutput, DistilledStudent
-from train.objective import Objective, add_counts
+from train.data.batches import Batch
+from train.distill.module import DistilledOutput, DistilledStudent
+from train.distill.objective import Objective, add_counts
+from train.distill.targets import Targets
+from train.ranks import sum_over_ranks
 from train.tasks.base import Meter
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.data import Batch
-from train.distillation import Distillation, Targets
-from train.engine.distributed import sum_over_ranks
-from train.engine.model import DistilledOutput
-from train.losses import Mixing
+from train.data.batches import Batch
+from train.distill.losses import Mixing
+from train.distill.module import DistilledOutput
+from train.distill.targets import Distillation, Targets
+from train.ranks import sum_over_ranks
 from train.tasks.base import Task
 
 TERMS = ("hard_loss", "feature_loss", "logit_loss")

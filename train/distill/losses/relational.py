@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses.precision import full_precision
+from train.distill.losses.precision import full_precision
 
 
 def relational_loss(student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from console.stop import StopRequest
 from store.format import GRID, SIZES
 from train.checkpoint import normalization
-from train.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
 from train.config import TrainConfig
-from train.data import BatchLoader, FeatureGatherer, ImageViews, ViewSettings, default_workers
-from train.distillation import Distillation, DistillationPlan
-from train.engine.adapters import apply_lora_options
-from train.engine.ema import WeightAverage
-from train.engine.loop import Parts, derive_seed
-from train.engine.model import DistilledStudent
-from train.engine.optimizer import build_optimizer
-from train.engine.progress import Progress
-from train.engine.snapshot import StepGuard
+from train.data.batches import BatchLoader, FeatureGatherer, ImageViews, ViewSettings, default_workers
+from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
+from train.data.images import ImageReader
+from train.data.plan import EpochBatches
+from train.data.views import AUGMENTATIONS, Augmentation
+from train.distill.module import DistilledStudent
+from train.distill.objective import Objective
+from train.distill.projector import build_projector
+from train.distill.targets import Distillation, DistillationPlan
+from train.distill.transport import resize_matrices
 from train.errors import ConfigError
-from train.images import ImageReader
-from train.objective import Objective
-from train.plan import EpochBatches
-from train.projector import build_projector
+from train.loop.ema import WeightAverage
+from train.loop.loop import Parts, derive_seed
+from train.loop.optimizer import build_optimizer
+from train.loop.progress import Progress
+from train.loop.snapshot import StepGuard
+from train.lora import apply_lora_options
 from train.resolve import FeatureChoice, TrainingData, check_mixing, resolve_augmentation, resolve_features
 from train.students.base import Student
 from train.students.build import build_student
 from train.tasks import build_task
-from train.transport import resize_matrices
-from train.views import AUGMENTATIONS, Augmentation
 
 #: Sub-seeds: the alignment head must not change the student's initial weights.
 STUDENT_SEED, HEAD_SEED = 1, 2

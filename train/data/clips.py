@@ -20,10 +20,10 @@ from imaging.clips import clip_content, read_clip_frames, sample_frame_indices
 from imaging.decode import FULL_DEPTH, MOST_PIXELS, decode_image
 from imaging.errors import ImageError
 from store.format import CONTENT, FRAMES, IMAGES_ENCODED, IMAGES_FRAMES, Manifest
-from train.data import Views, ViewSettings, collate_views
-from train.images import DataError, path_of
-from train.plan import Item
-from train.views import base_view, draw_colour, draw_view, render_image, sample_generator
+from train.data.batches import Views, ViewSettings, collate_views
+from train.data.images import DataError, path_of
+from train.data.plan import Item
+from train.data.views import base_view, draw_colour, draw_view, render_image, sample_generator
 
 
 class ClipReader:

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from train.losses import Mixing
-from train.transfer import to_device
+from train.data.transfer import to_device
+from train.distill.losses import Mixing
 
 Box = tuple[int, int, int, int]
 

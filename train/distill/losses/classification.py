@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses.precision import full_precision
+from train.distill.losses.precision import full_precision
 
 
 class Mixing(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.data import Batch
+from train.data.batches import Batch
 
 #: Batches that wait on the device for the loop; the thread holds one more.
 AHEAD = 1

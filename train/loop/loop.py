@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from console.progress import Progress as ProgressDisplay
 from console.stop import Stopped, StopRequest
 from train.config import TrainConfig
-from train.data import Batch, BatchLoader
-from train.engine.distributed import sum_over_ranks, world_size
-from train.engine.ema import WeightAverage
-from train.engine.evaluate import evaluate
-from train.engine.mixing import draw_mixing, mix_images
-from train.engine.model import DistilledStudent
-from train.engine.progress import Progress
-from train.engine.schedule import learning_rate_at, warmup_steps
-from train.engine.snapshot import StepGuard
+from train.data.batches import Batch, BatchLoader
+from train.data.plan import group_sizes
+from train.distill.module import DistilledStudent
+from train.distill.objective import Objective, add_counts
 from train.errors import TrainError
-from train.objective import Objective, add_counts
-from train.plan import group_sizes
+from train.loop.ema import WeightAverage
+from train.loop.evaluate import evaluate
+from train.loop.mixing import draw_mixing, mix_images
+from train.loop.progress import Progress
+from train.loop.schedule import learning_rate_at, warmup_steps
+from train.loop.snapshot import StepGuard
+from train.ranks import sum_over_ranks, world_size
 
 #: Steps on a GPU between two readings of their losses: each makes the CPU wait for the step before the newest.
 READ_EVERY = 10
