@@ -10,7 +10,7 @@ from backend.calls import TaskCalls
 from backend.ends import describe, leave
 from backend.pipe import PipeSender
 from backend.plain_output import use_plain_output
-from backend.ranks import PIPE_VARIABLE, TASK_VARIABLE
+from backend.ranks import PIPE_VARIABLE
 from console.log import configure_logging
 from console.stop import Stopped, StopRequest
 
@@ -20,7 +20,7 @@ def main() -> None:
     configure_logging(logging.INFO if os.environ["RANK"] == "0" else logging.ERROR)
     pipe = os.environ.pop(PIPE_VARIABLE, None)
     sender = PipeSender(int(pipe)) if pipe else None
-    calls = TaskCalls(os.environ.pop(TASK_VARIABLE))
+    calls = TaskCalls(sys.argv[1])
     text = sys.stdin.read()
     with StopRequest(patient=True) as stop:
         leave(train(text, sender, calls, stop))

@@ -76,9 +76,11 @@ def train(
         check_run_folder(settings)
     # ultralytics starts the processes of YOLO students.
     if len(settings.devices) > 1 and "RANK" not in os.environ and settings.student_type != "yolov8":
-        from train.loop.launch import launch_ranks
+        from console.stop import StopRequest
+        from processes.ranks import run_ranks
 
-        raise typer.Exit(launch_ranks(sys.argv, settings.devices))
+        with StopRequest() as stop:
+            raise typer.Exit(run_ranks(sys.argv, settings.devices, stop).exit_code)
     from train.run import run_training
 
     summary = run_training(settings)

@@ -20,6 +20,7 @@ OURS = {
     "console",
     "extract",
     "imaging",
+    "processes",
     "store",
     "train",
     "train_qwen_vl_distillation.py",

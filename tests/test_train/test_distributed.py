@@ -39,8 +39,9 @@ def run_all(runs: list[dict[str, Any]], processes: int) -> None:
             sys.executable,
             "-c",
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "from train.loop.launch import launch_ranks\n"
-            "sys.exit(launch_ranks(sys.argv[1:], ['cpu', 'cpu']))",
+            "from console.stop import StopRequest\nfrom processes.ranks import run_ranks\n"
+            "with StopRequest() as stop:\n"
+            "    sys.exit(run_ranks(sys.argv[1:], ['cpu', 'cpu'], stop).exit_code)",
             *command[1:],
         ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -85,28 +86,3 @@ def compare(name: str, one: list[dict[str, float]], two: list[dict[str, float]])
         assert left.keys() == right.keys()
         for key, value in left.items():
             assert right[key] == pytest.approx(value, abs=1e-5), f"{name}: {key} in epoch {left['epoch']}"
-
-
-def test_a_failing_rank_ends_the_others(monkeypatch):
-    code = "import os, sys, time\nsys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
-    from train.loop import launch
-
-    monkeypatch.setattr(launch, "FAILURE_GRACE_S", 0.2)
-    assert launch.launch_ranks(["-c", code], ["cpu", "cpu"]) == 7
-
-
-def test_a_signal_reaches_every_rank_and_gives_the_exit_code(tmp_path):
-    script = (
-        "import os, signal, sys, time\nfrom pathlib import Path\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        f"Path({str(tmp_path)!r}, os.environ['RANK']).touch()\ntime.sleep(60)"
-    )
-    outer = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom train.loop.launch import launch_ranks\n"
-        "sys.exit(launch_ranks(['-c', sys.argv[1]], ['cpu', 'cpu']))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", outer, script])
-    while not all((tmp_path / name).exists() for name in "01"):
-        assert process.poll() is None
-    process.terminate()
-    assert process.wait(timeout=30) == 143

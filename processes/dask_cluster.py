@@ -1,0 +1,120 @@
+"""Clients of dask clusters: a scheduler that is already running, or worker processes of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+#: Seconds that a local cluster gets to close; its processes end with this one in any case.
+CLOSE_S = 10.0
+# For worker processes, which read it from the environment, and only where the user chose nothing else:
+WORKER_ENVIRONMENT = {
+    # Their starts and ends are nothing the user can act on.
+    "DASK_LOGGING__DISTRIBUTED": "error",
+    # Workers would ask the driver for figures of the GPU, which nothing here uses and not every driver answers.
+    "DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "False",
+    # The tracker gives back what processes leave that were killed; that it had to is nothing the user can act on.
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
+}
+
+
+class ClusterStartError(Exception):
+    """The scheduler does not answer, or worker processes cannot be started; the text is one line, the bare reason."""
+
+
+@contextmanager
+def connect(address: str, timeout_s: float = 20.0) -> Iterator[Client]:
+    """A client of the scheduler at `address`.
+
+    Raises:
+        ClusterStartError: when it does not answer.
+    """
+    prepare_environment()
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=timeout_s, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ClusterStartError(" ".join(str(error).split())) from None
+    with client:
+        yield client
+
+
+@contextmanager
+def local_cluster(
+    workers: Sequence[Mapping[str, Any]], signals: AbstractContextManager[None]
+) -> Iterator[Client]:
+    """A client of a cluster of this machine: one process with one thread for each of `workers`.
+
+    Each entry holds further options of `distributed.Nanny` (`env`, `resources`). `signals` is entered while processes
+    start, and says which signals they get (`processes.ending`).
+
+    Raises:
+        ClusterStartError: when a worker cannot be started.
+    """
+    prepare_environment()
+    import dask
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+
+    # Without a host, scheduler and workers listen on every network of the machine.
+    here = {"host": "127.0.0.1", "dashboard": False}
+    options = {**here, "nthreads": 1, "memory_limit": 0}
+    nannies = {
+        index: {"cls": Nanny, "options": {**options, **worker}} for index, worker in enumerate(workers)
+    }
+    causes: list[str] = []
+    try:
+        # Daemonic workers could not start processes of their own.
+        with dask.config.set({"distributed.worker.daemon": False}), signals, nanny_errors(causes):
+            cluster = SpecCluster(
+                workers=nannies,
+                scheduler={"cls": Scheduler, "options": {**here, "port": 0}},
+                silence_logs=logging.CRITICAL,
+            )
+            client = Client(cluster, set_as_default=False)
+    except RuntimeError as error:
+        raise ClusterStartError((causes or [one_line(error)])[-1]) from error
+    try:
+        yield client
+    finally:
+        for part in (client, cluster):
+            with contextlib.suppress(TimeoutError):
+                part.close(timeout=CLOSE_S)
+
+
+def prepare_environment() -> None:
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def nanny_errors(found: list[str]) -> Iterator[None]:
+    """Collect what dask's nannies log as errors, a line each: the exceptions they raise only tell that they failed."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            cause = record.exc_info[1] if record.exc_info else None
+            found.append(one_line(cause) if cause is not None else record.getMessage())
+
+    nanny, handler = logging.getLogger("distributed.nanny"), Collector()
+    before = nanny.level, nanny.propagate
+    nanny.addHandler(handler)
+    nanny.setLevel(logging.ERROR)
+    nanny.propagate = False
+    try:
+        yield
+    finally:
+        nanny.removeHandler(handler)
+        nanny.setLevel(before[0])
+        nanny.propagate = before[1]
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
