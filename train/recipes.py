@@ -1,4 +1,4 @@
-"""Default settings per type of student (SPEC.md section 2, "Recipes"); any option or file overrides them."""
+"""Default settings per type of student; any option or file overrides them."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def run_control(
 
 
 def summarize(outcome: Outcome, store: Any, data: TrainingData, folder: Path) -> dict[str, Any]:
-    """The content of summary.json (SPEC.md section 4)."""
+    """The content of summary.json."""
     from train.measure import measure_student
 
     built, progress, config = outcome.built, outcome.progress, outcome.config
