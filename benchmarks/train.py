@@ -222,9 +222,8 @@ def files_loader(root: Path) -> Callable[[], Iterator[Any]]:
     from hashlib import blake2b
 
     from store import Preprocessing
-    from train.data.batches import ImageViews, ViewSettings, collate_views
-    from train.data.images import ImageReader
-    from train.data.plan import Item
+    from train.data.batches import Item, collate_views
+    from train.data.images import ImageReader, ImageViews, ViewSettings
     from train.data.views import AUGMENTATIONS
 
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))

@@ -17,8 +17,8 @@ from train.delivery.embedding import label_free_student
 from train.delivery.embedding_quality import measure_embeddings
 from train.delivery.model import ModelCard, OnnxModel, TorchModel
 from train.delivery.onnx_student import OnnxStudent
-from train.distill.module import DistilledStudent
 from train.distill.objective import Objective
+from train.distill.projector import DistilledStudent
 from train.errors import DeliveryError, TrainError
 from train.loop.assemble import build_loader, build_normalizer
 from train.loop.evaluate import evaluate

@@ -20,6 +20,7 @@ from train.config import TrainConfig
 from train.errors import ConfigError
 from train.events import Observer, Observers
 from train.loop.assemble import Built, build_training
+from train.loop.loop import Progress
 from train.loop.machine import (
     MEMORY_ADVICE,
     OutOfMemoryError,
@@ -29,7 +30,6 @@ from train.loop.machine import (
     peak_memory,
     set_determinism,
 )
-from train.loop.progress import Progress
 from train.loop.session import Session
 from train.loop.snapshot import StopWatch, nothing_to_save
 from train.ranks import barrier

@@ -20,16 +20,13 @@ from torch.utils._pytree import tree_leaves
 from store.format import FRAMES, GRID, POOLED, VIEWS_GRID, VIEWS_POOLED
 from train.config import load_config
 from train.data.batches import Batch
-from train.distill.module import DistilledStudent
 from train.distill.objective import Objective
-from train.distill.projector import Projector
+from train.distill.projector import DistilledStudent, Projector
 from train.distill.targets import Distillation, DistillationPlan
 from train.loop.assemble import build_normalizer
-from train.loop.ema import WeightAverage
-from train.loop.loop import Loop, Parts
-from train.loop.optimizer import build_optimizer
-from train.loop.progress import Progress
-from train.loop.snapshot import StepGuard
+from train.loop.loop import Loop, Parts, Progress
+from train.loop.optimizer import WeightAverage, build_optimizer
+from train.loop.saving import StepGuard
 from train.students import build_student
 from train.tasks import build_task
 

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_train.runs import records
 from train.data.batches import Batch
-from train.distill.losses.segmentation import pixel_entropy_sum
-from train.distill.module import DistilledOutput, DistilledStudent
+from train.distill.projector import DistilledOutput, DistilledStudent
 from train.distill.targets import Targets
 from train.errors import TrainError
 from train.loop import loop
@@ -24,6 +23,7 @@ from train.loop.optimizer import match_layout
 from train.run import run_training
 from train.students import build_student
 from train.tasks import build_task
+from train.tasks.segmentation import pixel_entropy_sum
 
 
 def test_validation_without_features_keeps_its_sums_on_the_device() -> None:

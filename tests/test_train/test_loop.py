@@ -18,12 +18,11 @@ from store import open_store
 from tests.test_train.runs import records
 from train.checkpoint import load_checkpoint
 from train.data.batches import FeatureGatherer
+from train.distill.mixing import draw_mixing, mix_images
 from train.events import SilentObserver
 from train.loop import loop, saving, session
-from train.loop.ema import WeightAverage
-from train.loop.mixing import draw_mixing, mix_images
-from train.loop.optimizer import parameter_groups
-from train.loop.snapshot import StepGuard
+from train.loop.optimizer import WeightAverage, parameter_groups
+from train.loop.saving import StepGuard
 from train.run import run_training
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.distill.losses import feature, feature_loss, logit_loss, relational_loss, weighted_mean
+from train.distill import losses
+from train.distill.losses import feature_loss, logit_loss, relational_loss, weighted_mean
 
 KINDS = ("mse", "cosine", "smooth_l1")
 
@@ -51,7 +52,7 @@ def by_autograd(kind: str, student: Tensor, target: Tensor) -> Tensor:
 def test_gradient_of_rows_taken_in_parts_is_that_of_autograd(
     kind: str, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature, "CPU_CHUNK", rows_at_once * 7)
+    monkeypatch.setattr(losses, "CPU_CHUNK", rows_at_once * 7)
     target, weight = rows(2, 5, 7, seed=1), rows(2, 5, seed=2).relu()
     ours, reference = (rows(2, 5, 7).requires_grad_() for _ in range(2))
     loss = feature_loss(kind, ours, target, weight, normalizer=3.0) * 0.5

@@ -7,15 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.distill.losses import (
-    IGNORE_INDEX,
-    Mixing,
-    classification_losses,
-    dice_loss,
-    mix,
-    pixel_cross_entropy,
-    segmentation_loss,
-)
+from train.distill.mixing import Mixing, mix
+from train.tasks.classification import classification_losses
+from train.tasks.segmentation import IGNORE_INDEX, dice_loss, pixel_cross_entropy, segmentation_loss
 
 
 def scores(*shape: int) -> Tensor:

@@ -18,7 +18,7 @@ from tests.test_train.meta_steps import (
     make_plan,
     meta_student,
 )
-from train.distill.module import DistilledStudent
+from train.distill.projector import DistilledStudent
 from train.loop.evaluate import add_up
 
 #: Small models with the parts of the real ones: residual blocks, tokens, depthwise convolutions.

@@ -51,9 +51,8 @@ def test_recorded_views_are_replayed_exactly(make_store, make_config, monkeypatc
 
 
 def test_recorded_view_shows_the_crop_itself(make_store):
-    from train.data.batches import ImageViews, ViewSettings
-    from train.data.images import ImageReader
-    from train.data.plan import Item
+    from train.data.batches import Item
+    from train.data.images import ImageReader, ImageViews, ViewSettings
     from train.data.views import AUGMENTATIONS
 
     store = open_store(make_store(views=2))

@@ -24,9 +24,8 @@ from store import (
     open_store,
 )
 from store.format import feature_arrays, image_arrays, target_arrays
-from train.data.batches import ImageViews, ViewSettings
-from train.data.images import ImageReader
-from train.data.plan import Item
+from train.data.batches import Item
+from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.views import AUGMENTATIONS
 from train.delivery.model import ModelCard
 from train.report.collect import Run

@@ -88,7 +88,7 @@ def test_secrets_in_the_address_of_the_store_are_in_no_file_of_a_run(
 
 
 @pytest.mark.parametrize(
-    "place", ["train.data.images.decode", "train.distill.module.DistilledStudent.forward"]
+    "place", ["train.data.images.decode", "train.distill.projector.DistilledStudent.forward"]
 )
 def test_images_per_second_count_waiting_for_data_and_computing(make_store, make_config, monkeypatch, place):
     """A wait in either place bounds the rate: no more images than waits allow, whatever the machine does."""

@@ -15,7 +15,7 @@ from store import open_store
 from store.splits import count_classes, count_kinds, count_shared, split_warnings
 from train.config import TrainConfig
 from train.data.batches import Batch
-from train.distill.module import DistilledOutput
+from train.distill.projector import DistilledOutput
 from train.evaluation import evaluate_run
 from train.run import run_training
 from train.tasks import build_task

@@ -1,15 +1,15 @@
-"""Batches for the loop: workers decode and augment images, the training process gathers stored features by row.
+"""Batches for the loop: which samples a step sees, decoded by workers, with the stored features of their rows.
 
-`B` samples of this process, `S` the student's image size.
+`B` samples of this process, `S` the student's image size. A micro-batch is what one forward pass of all processes
+together sees; a step sums one or more of them.
 """
 
 from __future__ import annotations
 
 import signal
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +18,72 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from console.cores import core_share
-from imaging.geometry import View
 from store.errors import DistillError
-from store.format import LABEL, VIEWS_GEOMETRY, VIEWS_GRID, VIEWS_POOLED
-from train.data.images import ImageReader
-from train.data.plan import EpochBatches, Item
-from train.data.views import (
-    Augmentation,
-    base_view,
-    draw_colour,
-    draw_view,
-    render_image,
-    render_mask,
-    sample_generator,
-)
+from store.format import LABEL, VIEWS_GRID, VIEWS_POOLED
+
+Rows = NDArray[np.int64]
+
+
+class Item(NamedTuple):
+    """One sample for a worker. `weight` 0 marks padding, which makes the shares of all ranks equally large."""
+
+    epoch: int
+    row: int
+    weight: float
+
+
+def epoch_order(rows: Rows, seed: int, epoch: int) -> Rows:
+    """`rows` in the random order of an epoch, the same in every process."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def micro_batches(count: int, batch_size: int) -> list[slice]:
+    """Cut `count` samples into batches; the last one is smaller, but never a single sample (batch norm)."""
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def group_sizes(batches: int, grad_accum_steps: int) -> list[int]:
+    """How many micro-batches each optimizer step of an epoch sums; the last step takes what is left."""
+    full, rest = divmod(batches, grad_accum_steps)
+    return [grad_accum_steps] * full + ([rest] if rest else [])
+
+
+def rank_share(rows: Sequence[int] | Rows, rank: int, world: int) -> list[tuple[int, float]]:
+    """This rank's (row, weight) of a micro-batch: equally many on each rank, padded with weight 0."""
+    size = -(-len(rows) // world)
+    own = [(int(row), 1.0) for row in rows[rank * size : (rank + 1) * size]]
+    return own + [(int(rows[0]), 0.0)] * (size - len(own))
+
+
+@dataclass
+class EpochBatches:
+    """The batch sampler of a loader; `start` is the first micro-batch that is wanted (resume)."""
+
+    rows: Rows
+    batch_size: int
+    seed: int | None
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
+    slices: list[slice] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.slices = micro_batches(len(self.rows), self.batch_size)
+
+    def __len__(self) -> int:
+        return len(self.slices) - self.start
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        order = self.rows if self.seed is None else epoch_order(self.rows, self.seed, self.epoch)
+        for part in self.slices[self.start :]:
+            yield [
+                Item(self.epoch, row, weight)
+                for row, weight in rank_share(order[part], self.rank, self.world)
+            ]
 
 
 @dataclass
@@ -90,75 +142,6 @@ class Batch:
         return self.with_tensors(
             {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewSettings:
-    """How a data set shows its images: side in pixels, resize policy, augmentation, seed."""
-
-    image_size: int
-    policy: str
-    augmentation: Augmentation
-    seed: int
-    masks: bool = False
-    recorded_views: int = 0
-
-
-class Views(Dataset[Any], ABC):
-    """Items of a plan → decoded, augmented samples. A function of (seed, epoch, key) only.
-
-    An error for the user comes back as a sample: a worker process would bury its text in a traceback.
-    """
-
-    def __getitem__(self, item: Item) -> dict[str, Any] | DistillError:
-        try:
-            return self.show(item)
-        except DistillError as error:
-            return error
-
-    @abstractmethod
-    def show(self, item: Item) -> dict[str, Any]:
-        """The sample of an item. Raises DataError naming its key."""
-
-
-class ImageViews(Views):
-    """Images of one split."""
-
-    def __init__(self, reader: ImageReader, settings: ViewSettings) -> None:
-        self.reader, self.settings = reader, settings
-
-    def show(self, item: Item) -> dict[str, Any]:
-        settings, reader = self.settings, self.reader
-        shown = reader.read(item.row, decode_size(settings))
-        generator = sample_generator(settings.seed, item.epoch, reader.key(item.row))
-        base = base_view(settings.policy, shown.size, settings.image_size)
-        recorded = -1
-        if settings.recorded_views:
-            recorded = int(generator.integers(settings.recorded_views))
-            view = self.recorded_view(item.row, recorded)
-        else:
-            view = draw_view(settings.augmentation, generator, base)
-        colour = draw_colour(settings.augmentation, generator)
-        pixels = render_image(shown.image, shown.into_image(view), settings.image_size, colour)
-        sample = {
-            "row": item.row,
-            "weight": item.weight,
-            "image": pixels,
-            "view": view.matrix,
-            "recorded": recorded,
-        }
-        if settings.masks:
-            sample["mask"] = render_mask(reader.read_mask(item.row), view, settings.image_size)
-        return sample
-
-    def recorded_view(self, row: int, index: int) -> View:
-        return View(self.reader.split.gather(np.array([row]), [VIEWS_GEOMETRY])[VIEWS_GEOMETRY][0][index])
-
-
-def decode_size(settings: ViewSettings) -> int:
-    """Pixels a side that a decoded JPEG keeps at least, so that the smallest crop is not magnified."""
-    scale = settings.augmentation.crop_scale[0] if not settings.recorded_views else 0.35
-    return int(np.ceil(settings.image_size / np.sqrt(scale)))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from imaging.clips import clip_content, read_clip_frames, sample_frame_indices
 from imaging.decode import FULL_DEPTH, MOST_PIXELS, decode_image
 from imaging.errors import ImageError
 from store.format import CONTENT, FRAMES, IMAGES_ENCODED, IMAGES_FRAMES, Manifest
-from train.data.batches import Views, ViewSettings, collate_views
-from train.data.images import DataError, path_of
-from train.data.plan import Item
+from train.data.batches import Item, collate_views
+from train.data.images import DataError, Views, ViewSettings, path_of
 from train.data.views import base_view, draw_colour, draw_view, render_image, sample_generator
 
 

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import io
 import unicodedata
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import Dataset
 
 from console.file_names import path_on_disk
 from imaging.decode import MOST_PIXELS, decode
 from imaging.errors import ImageError
 from imaging.geometry import View, resize_view
 from imaging.regular_file import read_regular
-from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, Preprocessing
+from store.errors import DistillError
+from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, VIEWS_GEOMETRY, Preprocessing
+from train.data.batches import Item
+from train.data.views import (
+    Augmentation,
+    base_view,
+    draw_colour,
+    draw_view,
+    render_image,
+    render_mask,
+    sample_generator,
+)
 from train.errors import TrainError
 
 
@@ -134,3 +148,72 @@ class ImageReader:
 
     def key(self, row: int) -> str:
         return str(self.split.keys[row])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """How a data set shows its images: side in pixels, resize policy, augmentation, seed."""
+
+    image_size: int
+    policy: str
+    augmentation: Augmentation
+    seed: int
+    masks: bool = False
+    recorded_views: int = 0
+
+
+class Views(Dataset[Any], ABC):
+    """Items of a plan → decoded, augmented samples. A function of (seed, epoch, key) only.
+
+    An error for the user comes back as a sample: a worker process would bury its text in a traceback.
+    """
+
+    def __getitem__(self, item: Item) -> dict[str, Any] | DistillError:
+        try:
+            return self.show(item)
+        except DistillError as error:
+            return error
+
+    @abstractmethod
+    def show(self, item: Item) -> dict[str, Any]:
+        """The sample of an item. Raises DataError naming its key."""
+
+
+class ImageViews(Views):
+    """Images of one split."""
+
+    def __init__(self, reader: ImageReader, settings: ViewSettings) -> None:
+        self.reader, self.settings = reader, settings
+
+    def show(self, item: Item) -> dict[str, Any]:
+        settings, reader = self.settings, self.reader
+        shown = reader.read(item.row, decode_size(settings))
+        generator = sample_generator(settings.seed, item.epoch, reader.key(item.row))
+        base = base_view(settings.policy, shown.size, settings.image_size)
+        recorded = -1
+        if settings.recorded_views:
+            recorded = int(generator.integers(settings.recorded_views))
+            view = self.recorded_view(item.row, recorded)
+        else:
+            view = draw_view(settings.augmentation, generator, base)
+        colour = draw_colour(settings.augmentation, generator)
+        pixels = render_image(shown.image, shown.into_image(view), settings.image_size, colour)
+        sample = {
+            "row": item.row,
+            "weight": item.weight,
+            "image": pixels,
+            "view": view.matrix,
+            "recorded": recorded,
+        }
+        if settings.masks:
+            sample["mask"] = render_mask(reader.read_mask(item.row), view, settings.image_size)
+        return sample
+
+    def recorded_view(self, row: int, index: int) -> View:
+        return View(self.reader.split.gather(np.array([row]), [VIEWS_GEOMETRY])[VIEWS_GEOMETRY][0][index])
+
+
+def decode_size(settings: ViewSettings) -> int:
+    """Pixels a side that a decoded JPEG keeps at least, so that the smallest crop is not magnified."""
+    scale = settings.augmentation.crop_scale[0] if not settings.recorded_views else 0.35
+    return int(np.ceil(settings.image_size / np.sqrt(scale)))

@@ -18,6 +18,14 @@ from torch import Tensor
 
 from train.data.batches import Batch
 
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, without making the host wait: a copy from pageable memory to a GPU would."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 #: Batches that wait on the device for the loop; the thread holds one more.
 AHEAD = 1
 #: Seconds that closing waits for a batch that is being decoded.

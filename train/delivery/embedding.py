@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from train.distill.module import pool_cells
-from train.distill.projector import Projector, channels_last_rows, pooled_rows
+from train.distill.projector import Projector, channels_last_rows, pool_cells, pooled_rows
 from train.students.base import Student, StudentOutput
 
 

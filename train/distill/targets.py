@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from store.format import FRAMES, GRID, POOLED, VIEWS_GRID, VIEWS_POOLED
 from train.data.batches import Batch
-from train.distill.losses import Mixing, feature_loss, logit_loss, mix, relational_loss
-from train.distill.module import DistilledOutput
-from train.distill.projector import TargetStandardizer
+from train.distill.losses import feature_loss, logit_loss, relational_loss
+from train.distill.mixing import Mixing, mix
+from train.distill.projector import DistilledOutput, TargetStandardizer
 from train.distill.transport import (
     Geometry,
     TransportWeights,

@@ -16,22 +16,18 @@ from console.stop import StopRequest
 from store.format import GRID, SIZES
 from train.checkpoint import normalization
 from train.config import TrainConfig
-from train.data.batches import BatchLoader, FeatureGatherer, ImageViews, ViewSettings, default_workers
+from train.data.batches import BatchLoader, EpochBatches, FeatureGatherer, default_workers
 from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
-from train.data.images import ImageReader
-from train.data.plan import EpochBatches
+from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.views import AUGMENTATIONS, Augmentation
-from train.distill.module import DistilledStudent
 from train.distill.objective import Objective
-from train.distill.projector import build_projector
+from train.distill.projector import DistilledStudent, build_projector
 from train.distill.targets import Distillation, DistillationPlan
 from train.distill.transport import resize_matrices
 from train.errors import ConfigError
-from train.loop.ema import WeightAverage
-from train.loop.loop import Parts, derive_seed
-from train.loop.optimizer import build_optimizer
-from train.loop.progress import Progress
-from train.loop.snapshot import StepGuard
+from train.loop.loop import Parts, Progress, derive_seed
+from train.loop.optimizer import WeightAverage, build_optimizer
+from train.loop.saving import StepGuard
 from train.lora import apply_lora_options
 from train.resolve import FeatureChoice, TrainingData, check_mixing, resolve_augmentation, resolve_features
 from train.students.base import Student

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from train.data.batches import Batch
-from train.distill.module import DistilledOutput, DistilledStudent
 from train.distill.objective import Objective, add_counts
+from train.distill.projector import DistilledOutput, DistilledStudent
 from train.distill.targets import Targets
 from train.ranks import sum_over_ranks
 from train.tasks.base import Meter

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -16,18 +17,104 @@ from torch import Tensor, nn
 from console.progress import Progress as ProgressDisplay
 from console.stop import Stopped, StopRequest
 from train.config import TrainConfig
-from train.data.batches import Batch, BatchLoader
-from train.data.plan import group_sizes
-from train.distill.module import DistilledStudent
+from train.data.batches import Batch, BatchLoader, group_sizes
+from train.distill.mixing import draw_mixing, mix_images
 from train.distill.objective import Objective, add_counts
+from train.distill.projector import DistilledStudent
 from train.errors import TrainError
-from train.loop.ema import WeightAverage
 from train.loop.evaluate import evaluate
-from train.loop.mixing import draw_mixing, mix_images
-from train.loop.progress import Progress
-from train.loop.schedule import learning_rate_at, warmup_steps
-from train.loop.snapshot import StepGuard
+from train.loop.optimizer import WeightAverage
+from train.loop.saving import StepGuard
 from train.ranks import sum_over_ranks, world_size
+
+
+@dataclass
+class Progress:
+    """`epoch`: epochs finished; `step`: optimizer steps finished in the running one; `global_step`: in all.
+
+    `sums`: Σ value · samples of each loss over the running epoch; `seconds`: training time of the running epoch;
+    `history`: the lines of metrics.jsonl.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    samples: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    wall_time_s: float = 0.0
+    trained_samples: float = 0.0
+    trained_seconds: float = 0.0
+    best_epoch: int = 0
+    best_value: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    best_details: dict[str, float] = field(default_factory=dict)
+    stale_epochs: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_step(self, seconds: float) -> None:
+        """Count one finished optimizer step."""
+        self.step += 1
+        self.global_step += 1
+        self.seconds += seconds
+
+    def add_losses(self, losses: dict[str, float], samples: float) -> None:
+        """Count the losses of a step of `samples` samples in the epoch's means."""
+        self.samples += samples
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * samples
+
+    def mean_losses(self) -> dict[str, float]:
+        """The running epoch's mean of each loss over its samples."""
+        return {name: total / max(self.samples, 1.0) for name, total in self.sums.items()}
+
+    def finish_epoch(self, record: dict[str, Any]) -> None:
+        """The running epoch is validated; the next begins."""
+        self.history.append(record)
+        self.epoch += 1
+        self.trained_samples += self.samples
+        self.trained_seconds += self.seconds
+        self.step, self.samples, self.seconds, self.sums = 0, 0.0, 0.0, {}
+
+    def note_value(
+        self, value: float, epoch: int, metrics: dict[str, float], details: dict[str, float]
+    ) -> bool:
+        """Remember the best epoch; True when `value` (higher is better) is the best so far."""
+        if self.best_value is not None and not value > self.best_value:
+            self.stale_epochs += 1
+            return False
+        self.best_value, self.best_epoch, self.stale_epochs = value, epoch, 0
+        self.best_metrics, self.best_details = metrics, details
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, a copy."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def warmup_steps(warmup_epochs: float, steps_per_epoch: int, total_steps: int) -> int:
+    """Length of the linear warm-up: as asked, but at most a fifth of the run."""
+    return min(round(warmup_epochs * steps_per_epoch), total_steps // 5)
+
+
+def learning_rate_at(step: int, *, total: int, warmup: int, kind: str, peak: float) -> float:
+    """The rate of optimizer step `step` (from 0) of `total`.
+
+    It rises linearly to `peak` during the `warmup` steps; cosine and linear then reach 0 exactly when the last
+    step is done (step `total`), so the last step itself still learns.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    if kind == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress) if kind == "linear" else peak
+
 
 #: Steps on a GPU between two readings of their losses: each makes the CPU wait for the step before the newest.
 READ_EVERY = 10

@@ -1,11 +1,15 @@
-"""Optimizers by name; weight decay spares norms, biases and what a model says itself."""
+"""The optimizer by name, and the exponential moving average of the weights that it produces."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
+
+from train.loop.saving import copy_all
+from train.students.base import Student
 
 SGD_MOMENTUM = 0.9
 
@@ -62,3 +66,22 @@ def undecayed_names(module: nn.Module) -> set[str]:
         if callable(listed):
             names |= {f"{prefix}.{name}" if prefix else name for name in listed()}
     return names
+
+
+class WeightAverage:
+    """A second student whose weights follow the trained one. Buffers (batch-norm statistics) are copied.
+
+    The decay grows with the steps, `min(decay, (1 + n) / (10 + n))`, so that short runs are averaged as well.
+    """
+
+    def __init__(self, student: Student, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.student: Student = copy.deepcopy(student).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, student: Student) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages = [p.detach() for p in self.student.parameters()]
+        torch._foreach_lerp_(averages, [p.detach() for p in student.parameters()], 1 - decay)
+        copy_all(self.student.buffers(), student.buffers())

@@ -8,19 +8,36 @@ takes the old one's place afterwards. So whatever moment the process is killed a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.checkpoint import ADAPTERS, BEST, LAST, load_checkpoint, save_checkpoint, sync_folder
+
+
+@torch.no_grad()
+def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copy each source into its target; one kernel for each kind of tensors instead of one for each tensor.
+
+    `_foreach_copy_` does so only for lists of one device and dtype; batch norm's counters are integers.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        group = groups.setdefault((target.dtype, target.device), ([], []))
+        group[0].append(target)
+        group[1].append(source.detach())
+    for target_list, source_list in groups.values():
+        torch._foreach_copy_(target_list, source_list)
+
 
 NEXT_BEST = f".{BEST}.next"
 #: Copies of a run's state that may wait for the disk at once.
@@ -178,3 +195,36 @@ def adopt_best(folder: Path, best_epoch: int) -> None:
         os.replace(written, folder / BEST)
     else:
         written.unlink()
+
+
+class StepGuard:
+    """Knows when weights are consistent, and what the buffers were after the last finished step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.lock = threading.Lock()
+        self.whole = True  # false once an error came in the middle of an update
+        self.buffers: dict[str, Tensor] = {}
+        self.copy_buffers()
+
+    @contextlib.contextmanager
+    def update(self) -> Iterator[None]:
+        """Held while weights, optimizer state and progress change together."""
+        with self.lock:
+            self.whole = False
+            yield
+            self.copy_buffers()
+            self.whole = True
+
+    def copy_buffers(self) -> None:
+        named = dict(self.module.named_buffers())
+        if self.buffers.keys() != named.keys():
+            self.buffers = {name: value.detach().clone() for name, value in named.items()}
+            return
+        copy_all(self.buffers.values(), (named[name] for name in self.buffers))
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Put the buffers of the last finished step back; the step that runs is given up. Hold the lock."""
+        named = dict(self.module.named_buffers())
+        copy_all(named.values(), (self.buffers[name] for name in named))

@@ -15,9 +15,8 @@ from train.checkpoint import LAST, CheckpointError, describe_student, load_check
 from train.config import TrainConfig, config_to_json
 from train.events import Observers
 from train.loop.assemble import Built
-from train.loop.loop import Loop, NotFiniteError
+from train.loop.loop import Loop, NotFiniteError, Progress
 from train.loop.optimizer import match_layout
-from train.loop.progress import Progress
 from train.loop.saving import CheckpointWriter, Saved, adopt_best
 from train.loop.snapshot import LOCK_S, StopWatch
 from train.loop.trackers import Tracker, open_trackers

@@ -8,22 +8,17 @@ finished step left and ends the process.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
-
 from console.stop import SIGNALS, Stopped, StopRequest
 from store.errors import DistillError
-from train.loop.buffers import copy_all
 
 #: Seconds that the loop gets to finish its step and save by itself.
 GRACE_S = 1.5
@@ -31,39 +26,6 @@ GRACE_S = 1.5
 LOCK_S = 1.0
 #: Seconds that observers get to say that the run ended.
 REPORT_S = 0.8
-
-
-class StepGuard:
-    """Knows when weights are consistent, and what the buffers were after the last finished step."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.lock = threading.Lock()
-        self.whole = True  # false once an error came in the middle of an update
-        self.buffers: dict[str, Tensor] = {}
-        self.copy_buffers()
-
-    @contextlib.contextmanager
-    def update(self) -> Iterator[None]:
-        """Held while weights, optimizer state and progress change together."""
-        with self.lock:
-            self.whole = False
-            yield
-            self.copy_buffers()
-            self.whole = True
-
-    def copy_buffers(self) -> None:
-        named = dict(self.module.named_buffers())
-        if self.buffers.keys() != named.keys():
-            self.buffers = {name: value.detach().clone() for name, value in named.items()}
-            return
-        copy_all(self.buffers.values(), (named[name] for name in self.buffers))
-
-    @torch.no_grad()
-    def restore_buffers(self) -> None:
-        """Put the buffers of the last finished step back; the step that runs is given up. Hold the lock."""
-        named = dict(self.module.named_buffers())
-        copy_all(named.values(), (self.buffers[name] for name in named))
 
 
 def nothing_to_save() -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from train.data.batches import Batch
-from train.distill.losses import Mixing, classification_losses, mix, weighted_mean
-from train.distill.module import DistilledOutput
+from train.distill.losses import full_precision, weighted_mean
+from train.distill.mixing import Mixing, mix
+from train.distill.projector import DistilledOutput
 from train.tasks.base import Meter, count_classes
 
 
@@ -94,3 +96,11 @@ def sample_weight(batch: Batch) -> Tensor:
     if batch.labels is None:
         return torch.zeros_like(batch.weight)
     return batch.weight * (batch.labels >= 0)
+
+
+def classification_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of every sample: logits [B, C], labels int64 [B] → float32 [B]."""
+    with full_precision(logits):
+        return functional.cross_entropy(
+            logits.float(), labels, reduction="none", label_smoothing=label_smoothing
+        )

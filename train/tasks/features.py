@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from train.data.batches import Batch
-from train.distill.losses import Mixing
-from train.distill.module import DistilledOutput
+from train.distill.mixing import Mixing
+from train.distill.projector import DistilledOutput
 from train.tasks.base import Meter
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
-from train.distill.losses.feature import feature_loss
+from train.distill.losses import feature_loss
 from train.distill.projector import build_projector, channels_last_rows
 from train.engine.yolo.targets import TeacherTargets, foreground_weights
 

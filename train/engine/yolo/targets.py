@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from imaging.geometry import View, cell_centres, resize_view
 from train.data.prefetch import pinned
-from train.distill.losses.precision import full_precision
+from train.distill.losses import full_precision
 from train.distill.projector import TargetStandardizer
 from train.engine.yolo.dataset import SOURCE_PLACEMENTS, SOURCE_ROWS
 

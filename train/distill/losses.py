@@ -1,10 +1,11 @@
-"""Distances between student features and stored teacher features.
+"""Distillation losses as pure functions: float32 inside, no gradient into targets, invariant to the order of the batch.
 
-All arithmetic is float32 whatever the autocast state, and no gradient flows into targets.
+`B` samples, `N` rows, `D` width of the features, `C` classes.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from train.distill.losses.precision import full_precision
+
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Context that switches autocast off for the tensor's device; cast the operands with `.float()` inside.
+
+    Without it, autocast would run matrix products (pairwise similarities) in bfloat16 or float16 again.
+    """
+    kind = tensor.device.type
+    # The meta device, which the tests use to find host syncs, has no autocast.
+    return (
+        torch.autocast(kind, enabled=False)
+        if torch.amp.is_autocast_available(kind)
+        else contextlib.nullcontext()
+    )
+
 
 FEATURE_LOSSES = ("mse", "cosine", "smooth_l1", "relation")
 
@@ -133,3 +147,63 @@ def feature_loss(
     with full_precision(student):
         total: Tensor = _WeightedSum.apply(kind, rows, goal, weights)  # type: ignore[no-untyped-call]
         return divide(total, weights.sum() if normalizer is None else normalizer)
+
+
+def logit_divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) of every row: logits [B, Cs] and [B, Ct] → float32 [B].
+
+    A head wider than the teacher's classes is allowed: the teacher gives the extra classes probability 0.
+    Raises ValueError for a narrower head or a temperature that is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    extra = student.shape[-1] - teacher.shape[-1]
+    if extra < 0 or student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student logits {tuple(student.shape)} do not cover teacher logits {tuple(teacher.shape)}"
+        )
+    with full_precision(student):
+        log_student = (student.float() / temperature).log_softmax(-1)
+        wide = functional.pad(teacher.detach().float() / temperature, (0, extra), value=float("-inf"))
+        probabilities = wide.softmax(-1)
+        terms = torch.xlogy(probabilities, probabilities) - probabilities * log_student
+        return terms.sum(-1) * temperature**2
+
+
+def logit_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """Weighted mean over samples of `logit_divergences`; scalar float32. Rows of weight 0 may hold NaN."""
+    if weight is not None:
+        teacher = torch.where(weight.unsqueeze(-1) > 0, teacher, 0.0)
+    return weighted_mean(logit_divergences(student, teacher, temperature), weight, normalizer)
+
+
+def relational_loss(student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared difference of pairwise cosine similarities; scalar float32.
+
+    `student` [N, Ds], `target` [N, Dt] (widths may differ), `weight` [N]: a pair weighs the product of its
+    samples' weights. Under DDP pass features gathered over the ranks (with gradients), since pairs across
+    ranks belong to the loss. Fewer than two samples of weight above 0 give 0.
+    Raises ValueError when the row counts differ.
+    """
+    if student.ndim != 2 or target.ndim != 2 or student.shape[0] != target.shape[0]:
+        raise ValueError(
+            f"expected [N, D] features of equal N, got {tuple(student.shape)} and {tuple(target.shape)}"
+        )
+    with full_precision(student):
+        rows = torch.ones(len(student), device=student.device) if weight is None else weight.detach().float()
+        clean = torch.where(rows.unsqueeze(1) > 0, target.detach().float(), 0.0)
+        difference = cosine_similarities(student.float()) - cosine_similarities(clean)
+        pairs = torch.outer(rows, rows).fill_diagonal_(0.0)
+        return (difference.square() * pairs).sum() / pairs.sum().clamp_min(1e-12)
+
+
+def cosine_similarities(features: Tensor) -> Tensor:
+    """[N, D] → [N, N] cosine similarities of all pairs."""
+    unit = functional.normalize(features, dim=-1, eps=1e-8)
+    return unit @ unit.T
