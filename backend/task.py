@@ -178,8 +178,8 @@ def make_folder(path: Path) -> None:
 
 def is_complete(path: Path) -> bool:
     """True when a finished store lies at `path`."""
-    from store import open_store
     from store.errors import StoreError
+    from store.reader import open_store
 
     if not path.exists():
         return False
@@ -191,7 +191,7 @@ def is_complete(path: Path) -> bool:
 
 def count_validated(store: Path) -> int:
     """Samples of the validation split that have features."""
-    from store import open_store
+    from store.reader import open_store
 
     return int(open_store(store)["val"].valid.sum())
 

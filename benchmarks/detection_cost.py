@@ -35,8 +35,11 @@ LEVELS = ("none", "P5", "P4,P5", "P3,P4,P5")
 
 def make_store(path: Path) -> Path:
     """A detection store of noise images with two boxes each and random 16×16 grids, 1280 wide."""
-    from store import Manifest, Plan, Preprocessing, StoreWriter, TeacherSpec, create_store, finalize_store
-    from store.format import feature_arrays, image_arrays, target_arrays
+    from store.create import create_store
+    from store.finalize import finalize_store
+    from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
+    from store.keys import Plan
+    from store.writer import StoreWriter
 
     manifest = Manifest(
         teacher=TeacherSpec(name="random", fingerprint="0", layer="none", width=WIDTH, random_weights=True),
@@ -88,7 +91,7 @@ def set_up(
     batch_size: int = BATCH,
 ) -> Any:
     """A trainer that is ready for its first step."""
-    from store import open_store
+    from store.reader import open_store
     from train.config import TrainConfig
     from train.engine.yolo.assemble import build_job
     from train.engine.yolo.offline import prepare_ultralytics

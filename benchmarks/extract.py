@@ -53,7 +53,6 @@ from extract.teachers import Teacher, load_teacher
 from extract.teachers.tiny import make_tiny_teacher
 from extract.workers import DecodedBatch
 from store import format as names
-from store.block import prepare_block
 from store.create import create_store
 from store.files import crc32c
 from store.format import (
@@ -65,8 +64,8 @@ from store.format import (
     logits_array,
     target_arrays,
 )
-from store.plan import Plan
-from store.scale import channel_scale, to_stored
+from store.keys import Plan
+from store.rows import channel_scale, prepare_block, to_stored
 from store.writer import StoreWriter
 
 SIZE, BATCH = 224, 4

@@ -20,8 +20,11 @@ KINDS = ("classes", "masks", "boxes", "clips")
 
 def make_step_store(path: Path, rows: int, side: int, grid: int) -> Path:
     """Images of `side` pixels and grids in memory-mapped shards, random: for the time of a step, not for its result."""
-    from store import Manifest, Plan, Preprocessing, StoreWriter, TeacherSpec, create_store, finalize_store
-    from store.format import feature_arrays, image_arrays, target_arrays
+    from store.create import create_store
+    from store.finalize import finalize_store
+    from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
+    from store.keys import Plan
+    from store.writer import StoreWriter
 
     arrays = feature_arrays(WIDTH, grid=grid) + target_arrays(label=True) + image_arrays("raw", side)
     manifest = Manifest(

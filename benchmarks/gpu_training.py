@@ -95,7 +95,7 @@ def measure_steps(settings: Settings, note: Note) -> None:
 def build(settings: Settings, options: dict[str, Any], name: str) -> Any:
     """The parts of a training, with the decoded images of its first batches kept in memory."""
     from console.stop import StopRequest
-    from store import open_store
+    from store.reader import open_store
     from train.config import load_config
     from train.loop.assemble import build_training
     from train.loop.machine import build_accelerator

@@ -183,7 +183,7 @@ class Bench:
 
     def size(self, study: Study, draw: int, unlabelled: bool) -> int:
         """Training images of a study's store."""
-        from store import open_store
+        from store.reader import open_store
 
         return len(open_store(self.store(study, draw, unlabelled=unlabelled))["train"])
 

@@ -20,9 +20,9 @@ def probe_ceiling(bench: Bench, study: Study, draw: int) -> float:
     """The study's metric on the test split, of a linear probe on the teacher's features and the study's labels."""
     if study.scenes:
         return cell_probe_ceiling(bench, study)
-    from store import open_store
     from store.format import LABEL, POOLED
     from store.quality import probe_accuracy
+    from store.reader import open_store
 
     learnt = open_store(bench.store(study, draw, unlabelled=study.unlabelled))["train"]
     parts = []
@@ -55,8 +55,8 @@ def cells_and_masks(bench: Bench, study: Study, name: str) -> tuple[np.ndarray, 
     """A split's grids float32 [N, g, g, D] in true units, and its masks uint8 [N, H, W]."""
     from PIL import Image
 
-    from store import open_store
     from store.format import GRID
+    from store.reader import open_store
 
     split = open_store(bench.test_store(study))[name]
     folder = bench.work / "scenes" / "masks" / name
@@ -78,8 +78,8 @@ def fidelity(bench: Bench, study: Study) -> dict[str, float]:
     from PIL import Image
 
     from extract.teachers import load_teacher
-    from store import open_store
     from store.format import GRID
+    from store.reader import open_store
 
     path = bench.store(study, 0, unlabelled=False)
     split = open_store(path)["val"]

@@ -46,8 +46,10 @@ from benchmarks.store_contestants import (
     write_rows,
     write_store,
 )
-from store import ArraySpec, StoreWriter, finalize_store
-from store.layout import Layout, choose_shard_rows
+from store.finalize import finalize_store
+from store.format import ArraySpec
+from store.shards import Layout, choose_shard_rows
+from store.writer import StoreWriter
 
 CASES = [Case("pooled", 200_000, (1280,), 20_000), Case("grid", 4_000, (16, 16, 1280), 1_000)]
 QUICK = [Case("pooled", 20_000, (1280,), 2_000), Case("grid", 400, (16, 16, 1280), 100)]

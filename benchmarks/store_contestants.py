@@ -11,17 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from store import (
-    ArraySpec,
-    Manifest,
-    Plan,
-    Preprocessing,
-    StoreWriter,
-    TeacherSpec,
-    create_store,
-    finalize_store,
-    open_store,
-)
+from store.create import create_store
+from store.finalize import finalize_store
+from store.format import ArraySpec, Manifest, Preprocessing, TeacherSpec
+from store.keys import Plan
+from store.reader import open_store
+from store.writer import StoreWriter
 
 BATCH = 64
 BLOCK = 1024

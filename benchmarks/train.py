@@ -36,7 +36,7 @@ BATCH = 32
 
 def build(store: Path, out: Path, workers: int = 0, **options: Any) -> Any:
     """The loop's parts for resnet18, without starting it."""
-    from store import open_store
+    from store.reader import open_store
     from train.config import load_config
     from train.loop.assemble import build_training
     from train.loop.machine import build_accelerator
@@ -221,7 +221,7 @@ def files_loader(root: Path) -> Callable[[], Iterator[Any]]:
     """Our data set over the same files: read, hash, decode, view, colours, to normalised tensors."""
     from hashlib import blake2b
 
-    from store import Preprocessing
+    from store.format import Preprocessing
     from train.data.batches import Item, collate_views
     from train.data.images import ImageReader, ImageViews, ViewSettings
     from train.data.views import AUGMENTATIONS

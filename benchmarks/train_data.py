@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from store import Manifest, Plan, Preprocessing, StoreWriter, TeacherSpec, create_store, finalize_store
-from store.format import feature_arrays, image_arrays, target_arrays
+from store.create import create_store
+from store.finalize import finalize_store
+from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
+from store.keys import Plan
+from store.writer import StoreWriter
 
 WIDTH, GRID, SIDE, CLASSES = 1280, 7, 112, 10
 

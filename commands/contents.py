@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from console.output import print_table
 from store.reader import Split, Store
-from store.splits import count_classes, count_kinds, store_warnings, target_kind
+from store.summary import count_classes, count_kinds, store_warnings, target_kind
 from train.validation import MASKS_READ, count_mask_classes
 
 SHOWN_CLASSES = 40

@@ -148,8 +148,8 @@ def run_probe(store: Path, seed: int, as_json: bool) -> None:
     configure_logging()
     from extract.logits import add_probe
     from extract.measured import note_probe
-    from store import open_store
     from store.format import RANDOM_WEIGHTS_NOTICE
+    from store.reader import open_store
 
     result = vars(add_probe(store, seed=seed))
     note_probe(store, result)

@@ -191,7 +191,7 @@ def verify(
 def refuse_url(path: str, what: str) -> None:
     """Raises StoreError for an address where a local path is needed."""
     from store.errors import StoreError
-    from store.location import is_url
+    from store.metadata import is_url
 
     if is_url(path):
         raise StoreError(f"{path}: {what} works on local paths only; copy it to a local disk first")

@@ -277,7 +277,7 @@ def fill_up(tensor: Tensor, count: int, value: float) -> Tensor:
 
 
 def as_stored(values: Tensor, factor: Tensor | None) -> Tensor:
-    """float32 features [..., D] times `factor` [D] in float16, as `store.scale.to_stored` does it on the host.
+    """float32 features [..., D] times `factor` [D] in float16, as `store.rows.to_stored` does it on the host.
 
     What does not fit becomes infinite.
     """

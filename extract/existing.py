@@ -14,13 +14,11 @@ from console.redaction import redact, redact_values
 from extract.config import ExtractConfig
 from extract.planning import NO_SAMPLES, ExtractTask, in_stored_order
 from store import format as names
-from store.commits import read_commits
 from store.errors import DistillError
 from store.files import write_json
 from store.format import Manifest
-from store.job import Job, job_folder, keys_folder, load_job, log_path, pending_jobs
-from store.keys import KeyTable
-from store.mapped import open_keys
+from store.job import Job, job_folder, keys_folder, load_job, log_path, pending_jobs, read_commits
+from store.keys import KeyTable, open_keys
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 

@@ -28,14 +28,12 @@ from extract.planning import AGAIN, ExtractTask, sample_key
 from extract.sources.base import Boxes
 from extract.stamps import Stamps, load_stamps, save_stamps
 from store import format as names
-from store.create import create_store
+from store.create import create_store, extend_store, scales_of
 from store.errors import DistillError
-from store.extend import extend_store, scales_of
 from store.format import ArraySpec
 from store.job import ROWS_STORE
-from store.keys import KeyTable
+from store.keys import KeyTable, Plan
 from store.metadata import ZARR_JSON, write_manifest
-from store.plan import Plan
 from store.reader import Store, open_store
 from store.switch import being_switched, clear_version, drop_rows_store, publish_version
 from store.version import RaggedChange, VersionSplit, bytes_to_write, can_link, write_version

@@ -17,8 +17,8 @@ from extract.config import ZERO_SHOT, ExtractConfig
 from extract.outcome import ExtractObserver, logits_stop_message
 from extract.watchdog import Watchdog
 from store import format as names
+from store.create import add_arrays
 from store.errors import DistillError
-from store.extend import add_arrays
 from store.finalize import finalize_store
 from store.format import logits_array
 from store.quality import Probe, assign_folds, fit_probe, knn_accuracy

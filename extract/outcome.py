@@ -16,7 +16,7 @@ from extract.follow import work_path
 from extract.ledger import write_ledger
 from store.metadata import ZARR_JSON
 from store.reader import open_store
-from store.splits import store_warnings
+from store.summary import store_warnings
 
 log = get_logger("extract")
 

@@ -25,7 +25,7 @@ from imaging.decode import FULL_DEPTH
 from store import format as names
 from store.format import ArraySpec, Manifest
 from store.keys import KeyTable
-from store.layout import choose_shard_rows, power_of_two_below
+from store.shards import choose_shard_rows, power_of_two_below
 
 log = get_logger("extract")
 

@@ -35,16 +35,15 @@ from extract.stamps import annotation_stamp, digest_of, load_stamps, save_stamps
 from extract.teachers import Teacher
 from extract.workers import DecodedBatch
 from store import format as names
-from store.commits import read_commits
 from store.create import create_store
 from store.errors import StoreError
 from store.files import write_json
 from store.finalize import finalize_store
-from store.job import Job, log_path
+from store.job import Job, log_path, read_commits
+from store.keys import Plan
 from store.metadata import ZARR_JSON
-from store.plan import Plan
 from store.reader import open_store
-from store.scale import channel_scale
+from store.rows import channel_scale
 
 log = get_logger("extract")
 

@@ -25,7 +25,7 @@ from extract.planning import ExtractTask, make_task
 from extract.teachers.zero_shot import ZeroShotScorer
 from extract.watchdog import Watchdog
 from extract.workers import DecodePool
-from store.extend import add_arrays
+from store.create import add_arrays
 from store.finalize import finalize_store
 from store.format import LOGITS, logits_array
 from store.writer import StoreWriter

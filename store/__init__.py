@@ -2,8 +2,12 @@
 
 Write (stage one):
 
-    from store import Manifest, Plan, StoreWriter, channel_scale, create_store, finalize_store
-    from store.format import feature_arrays, target_arrays
+    from store.create import create_store
+    from store.finalize import finalize_store
+    from store.format import Manifest, feature_arrays, target_arrays
+    from store.keys import Plan
+    from store.rows import channel_scale
+    from store.writer import StoreWriter
 
     plan = Plan({"train": ["a.jpg", "b.jpg"], "val": ["c.jpg"]}, batch_rows=32)
     create_store(path, Manifest(teacher=TeacherSpec(...), preprocessing=Preprocessing(...)), plan,
@@ -36,36 +40,18 @@ Read (stage two):
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOMES = {
-    "open_store": "store.reader",
-    "Store": "store.reader",
-    "Split": "store.reader",
-    "Statistics": "store.reader",
-    "create_store": "store.create",
-    "StoreWriter": "store.writer",
-    "finalize_store": "store.finalize",
-    "extend_store": "store.extend",
-    "add_arrays": "store.extend",
-    "Plan": "store.plan",
-    "KeyTable": "store.keys",
-    "Manifest": "store.format",
-    "TeacherSpec": "store.format",
-    "Preprocessing": "store.format",
-    "ArraySpec": "store.format",
-    "channel_scale": "store.scale",
-    "DistillError": "store.errors",
-    "StoreError": "store.errors",
-    "LockedError": "store.errors",
-}
+if TYPE_CHECKING:
+    from store.reader import open_store
 
-__all__ = list(_HOMES)
+__all__ = ["open_store"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'store' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    """`from store import open_store` for users of the library; numpy is not imported before."""
+    if name == "open_store":
+        from store.reader import open_store
+
+        return open_store
+    raise AttributeError(f"module 'store' has no attribute {name!r}")

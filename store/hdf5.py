@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from store.create import KEY_SPECS
+from store.arrays import RowArray
 from store.errors import StoreError
 from store.files import PARTIAL, disk_errors, sync_folder
 from store.format import FORMAT_VERSION, KEY_OFFSETS, KEY_VALUES, ArraySpec, Manifest
 from store.hdf5_file import MAX_ROW_BYTES, Hdf5Error, find_dataset, open_hdf5_file
-from store.keys import KeyTable
-from store.location import RowArray
+from store.keys import KEY_SPECS, KeyTable
 from store.reader import Split, Store, open_store
 from store.transfer import BLOCK_BYTES, Block, copy_store
 

@@ -1,17 +1,29 @@
-"""Sample keys: UTF-8 bytes, offsets, and a sorted hash index, for ten million keys as for ten."""
+"""Sample keys: UTF-8 bytes, offsets, and a sorted hash index, for ten million keys as for ten.
+
+The plan: which key has which row in which split, and where batches are cut.
+
+One process makes it and writes it into the new store; every writer reads it from there.
+"""
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 
+from store.arrays import MappedArray
 from store.errors import RowRangeError, StoreError, UnknownNameError
+from store.files import write_json
+from store.format import COMMITS_FOLDER, KEY_HASHES, KEY_OFFSETS, KEY_ROWS, KEY_VALUES, ArraySpec
+from store.metadata import write_array_metadata
+from store.shards import ArrayWriter, Layout
 
 
 def key_hash(key: str) -> int:
@@ -115,3 +127,78 @@ class KeyTable(Sequence[str]):
                 raise UnknownNameError(f"{where}: no key {key!r} among {len(self)} keys")
             rows.append(row)
         return np.array(rows, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ordered keys per split. Row number = position. Batches start anew at every shard.
+
+    `splits` takes any iterables of str (or ready KeyTables); `batch_rows` is the extractor's batch size,
+    fixed for the whole store so that a resumed run encodes the very same batches.
+    `shard_rows` None lets the store choose about 160 MB a shard of its largest array; a smaller power of
+    two makes more, smaller units for parallel writers.
+    """
+
+    splits: Mapping[str, Iterable[str]]
+    batch_rows: int = 32
+    shard_rows: int | None = None
+    tables: dict[str, KeyTable] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.batch_rows < 1:
+            raise StoreError(f"plan: batch_rows is {self.batch_rows}, expected at least 1")
+        if self.shard_rows is not None and (self.shard_rows < 1 or self.shard_rows & (self.shard_rows - 1)):
+            raise StoreError(f"plan: shard_rows is {self.shard_rows}, expected a power of two")
+        for name, keys in self.splits.items():
+            if not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*", name):
+                raise StoreError(f"plan: split name {name!r}: use letters, digits, '_', '-' and '.'")
+            table = keys if isinstance(keys, KeyTable) else KeyTable.build(keys, f"split {name!r}")
+            self.tables[name] = table
+
+
+def batches(start: int, stop: int, batch_rows: int, shard_rows: int) -> Iterator[tuple[int, int]]:
+    """Batches (first row, end row) of the rows [start, stop), cut at every shard's start.
+
+    Resuming at any cut gives the remaining cuts unchanged.
+    """
+    row = start
+    while row < stop:
+        shard_start = row - row % shard_rows
+        within = row - shard_start
+        end = min(stop, shard_start + min(shard_rows, within - within % batch_rows + batch_rows))
+        yield row, end
+        row = end
+
+
+KEY_SPECS = {
+    KEY_VALUES: ArraySpec(name=KEY_VALUES, dtype="uint8"),
+    KEY_OFFSETS: ArraySpec(name=KEY_OFFSETS, dtype="int64"),
+    KEY_HASHES: ArraySpec(name=KEY_HASHES, dtype="uint64"),
+    KEY_ROWS: ArraySpec(name=KEY_ROWS, dtype="int64"),
+}
+
+
+def write_keys(folder: Path, split: str, table: KeyTable) -> None:
+    """The key arrays of a split, and their checksums in `.commits/<split>.keys.json`."""
+    arrays = {
+        KEY_VALUES: table.values,
+        KEY_OFFSETS: table.offsets,
+        KEY_HASHES: table.hashes,
+        KEY_ROWS: table.rows,
+    }
+    checksums = {}
+    for name, values in arrays.items():
+        spec = KEY_SPECS[name]
+        layout = Layout.of(spec, len(values), 0)
+        writer = ArrayWriter(folder / split / name, layout)
+        writer.append(np.ascontiguousarray(values, dtype=spec.dtype).tobytes())
+        checksums[name] = writer.close()
+        write_array_metadata(folder / split, name, layout, {})
+    (folder / COMMITS_FOLDER).mkdir(exist_ok=True)
+    write_json(folder / COMMITS_FOLDER / f"{split}.keys.json", checksums)
+
+
+def open_keys(split: Path) -> KeyTable:
+    """The memory-mapped keys of a split's folder."""
+    arrays = [MappedArray.open(split, name) for name in (KEY_VALUES, KEY_OFFSETS, KEY_HASHES, KEY_ROWS)]
+    return KeyTable(*(array.slice(0, len(array)) for array in arrays))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from store.errors import StoreError
 from store.files import read_json, write_json
 from store.format import COMMITS_FOLDER, COMPONENTS, FORMAT_VERSION, KEY_ARRAYS, WORK_FOLDER, Manifest
-from store.layout import Layout
+from store.shards import Layout
 
 HOW_TO_MAKE = "make one with `cli extract DATA --out STORE`"
 
@@ -126,3 +127,38 @@ def parse_manifest(root: dict[str, Any], where: str) -> Manifest:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise StoreError(f"{where}: manifest is damaged: {problems}") from error
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    return "://" in str(path)
+
+
+def read_root_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The root's zarr.json, from a folder or a URL. Raises StoreError when there is no store."""
+    if not is_url(path):
+        return read_root(Path(path))
+    if "***" in str(path):
+        raise StoreError(
+            f"{path}: the password was left out when this address was recorded: give the address again"
+        )
+    try:
+        import fsspec
+    except ImportError as error:
+        raise StoreError(f"{path}: remote stores need fsspec: pip install fsspec s3fs") from error
+    try:
+        content = fsspec.open(f"{str(path).rstrip('/')}/zarr.json", "rb")
+        with content as file:
+            root = json.loads(file.read())
+    except FileNotFoundError as error:
+        raise StoreError(f"{path}: no such store (no zarr.json at this address)") from error
+    except ImportError as error:
+        raise StoreError(f"{path}: this kind of address needs another package: {error}") from error
+    except (
+        Exception
+    ) as error:  # no network, no credentials, no such protocol: each package has its own errors
+        raise StoreError(
+            f"{path}: cannot be read: {error}; check address, network and credentials"
+        ) from error
+    if not isinstance(root, dict):
+        raise StoreError(f"{path}/zarr.json: not a Zarr group")
+    return root

@@ -20,12 +20,10 @@ from store.files import read_json, write_json
 from store.finalize import commit_record
 from store.format import COMMITS_FOLDER, COMPONENTS, TOKEN_SCALE, ArraySpec, Manifest
 from store.keys import KeyTable
-from store.layout import Layout
-from store.location import is_url
-from store.metadata import ZARR_JSON, parse_manifest, read_root, write_array_metadata, write_manifest
+from store.metadata import ZARR_JSON, is_url, parse_manifest, read_root, write_array_metadata, write_manifest
 from store.reader import Split, Statistics, Store, open_store
-from store.scale import channel_scale, to_stored
-from store.shards import ArrayWriter
+from store.rows import channel_scale, to_stored
+from store.shards import ArrayWriter, Layout
 from store.transfer import Block, copy_store
 
 SAMPLE_ROWS = 512

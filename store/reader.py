@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from store.arrays import RowArray, open_array
 from store.errors import RowRangeError, StoreError, UnknownNameError
 from store.files import to_json
 from store.format import (
@@ -31,8 +32,7 @@ from store.format import (
 )
 from store.job import describe_progress
 from store.keys import KeyTable
-from store.location import RowArray, is_url, open_array, read_root_of
-from store.metadata import parse_manifest
+from store.metadata import is_url, parse_manifest, read_root_of
 
 
 @dataclass(frozen=True)

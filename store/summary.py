@@ -1,18 +1,191 @@
-"""What is in a store, as plain data for `cli inspect`."""
+"""Facts about the splits of a store: samples by kind and class, images that two splits share, what is worth a warning.
+
+Shapes: `N` rows of a split, `C` classes. A target's kind is `label`, `boxes` or `mask`.
+
+What is in a store, as plain data for `cli inspect`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from store.files import read_json
-from store.format import MEASURED_FILE, WORK_FOLDER, ArraySpec
+from store.format import (
+    BOX_CLASSES,
+    BOXES,
+    CONTENT,
+    LABEL,
+    MASK,
+    MEASURED_FILE,
+    NO_LABEL,
+    WORK_FOLDER,
+    ArraySpec,
+)
 from store.job import ROWS_STORE, load_job, pending_jobs, progress
-from store.location import is_url
+from store.metadata import is_url
 from store.reader import Split, Store, open_store
+
+TARGET_ARRAYS = {"boxes": BOXES, "mask": MASK, "label": LABEL}
+FEW_SAMPLES = 30  # below, one sample is worth more than three points of accuracy
+SHOWN_CLASSES = 5
+# What a class without samples means, for the split that is measured on and for the one that is trained on.
+UNDEFINED, UNLEARNED = "their metrics are undefined", "they cannot be learned"
+
+
+def target_kind(split: Split) -> str | None:
+    """What the rows of a split are labeled with; None for nothing."""
+    return next((kind for kind, array in TARGET_ARRAYS.items() if array in split.names), None)
+
+
+def labeled_rows(split: Split, kind: str | None) -> np.ndarray:
+    """[N] bool: rows with a class label, at least one box, or a mask."""
+    if kind is None or TARGET_ARRAYS[kind] not in split.names:
+        return np.zeros(len(split), dtype=bool)
+    if kind == "label":
+        return np.asarray(split.read(LABEL) != NO_LABEL)
+    return np.asarray(np.diff(split.read(split.specs[TARGET_ARRAYS[kind]].offsets_name)) > 0)
+
+
+def count_kinds(split: Split) -> dict[str, int]:
+    """Rows that are `labeled`, `unlabeled`, `background` (without a box in a detection data set) or `bad`."""
+    kind = target_kind(split)
+    labeled, valid = labeled_rows(split, kind), split.valid
+    others = int((valid & ~labeled).sum())
+    return {
+        "labeled": int((valid & labeled).sum()),
+        "unlabeled": 0 if kind == "boxes" else others,
+        "background": others if kind == "boxes" else 0,
+        "bad": int((~valid).sum()),
+    }
+
+
+def count_measured(split: Split, kind: str | None) -> int:
+    """Valid rows that a metric is measured on: those with a label or mask; all of them for boxes and for no target.
+
+    An image without boxes counts: what a detector finds there is wrong.
+    """
+    return int((split.valid & labeled_rows(split, kind) if kind in ("label", "mask") else split.valid).sum())
+
+
+def count_classes(split: Split, classes: int, kind: str | None) -> dict[str, np.ndarray]:
+    """`samples` int64 [C]: valid rows that have the class; for boxes also `boxes` int64 [C].
+
+    Empty for masks, whose classes are known only after every mask is decoded, and where there are no targets.
+    """
+    if kind is None or kind == "mask" or TARGET_ARRAYS[kind] not in split.names:
+        return {}
+    if kind == "label":
+        labels = split.read(LABEL)[split.valid]
+        return {"samples": np.bincount(labels[labels >= 0], minlength=classes)}
+    rows = np.repeat(np.arange(len(split)), np.diff(split.read(split.specs[BOX_CLASSES].offsets_name)))
+    numbers, kept = split.read(BOX_CLASSES), split.valid[rows]
+    pairs = np.unique(np.stack([rows[kept], numbers[kept]]), axis=1)
+    return {
+        "samples": np.bincount(pairs[1], minlength=classes),
+        "boxes": np.bincount(numbers[kept], minlength=classes),
+    }
+
+
+# -- copies ----------------------------------------------------------------------------------------------
+
+
+def content_hashes(split: Split) -> np.ndarray:
+    """uint64 [n]: the first half of the content digest of every valid row that has one.
+
+    64 bits are enough for counting: among ten million different files a false pair has a probability of 3e-6.
+    """
+    if CONTENT not in split.names:
+        return np.empty(0, np.uint64)
+    content = split.read(CONTENT)[split.valid]
+    return np.ascontiguousarray(content[content.any(axis=1), :8]).view(np.uint64).ravel()
+
+
+def count_shared(store: Store, splits: Sequence[str] | None = None) -> dict[tuple[str, str], int]:
+    """(split, other split) → samples of the *other* one whose bytes are also those of a sample of the first.
+
+    `splits`: which ones, in the order in which the first of a pair is chosen; None for all, `train` first.
+    Pairs without shared samples are left out.
+    """
+    order = list(splits) if splits is not None else sorted(store.splits, key=lambda name: name != "train")
+    hashes = {name: content_hashes(store[name]) for name in order if name in store}
+    found = {
+        (first, other): int(np.isin(hashes[other], hashes[first]).sum())
+        for first, other in combinations(hashes, 2)
+    }
+    return {pair: count for pair, count in found.items() if count}
+
+
+# -- warnings --------------------------------------------------------------------------------------------
+
+
+def shared_warnings(store: Store, splits: Sequence[str] | None = None) -> list[str]:
+    """One sentence for each pair of splits that share images, see `count_shared`."""
+    return [
+        f"{count:,} of {len(store[other]):,} samples of {other} are exact copies of samples of {first}: "
+        f"results on {other} are too optimistic, remove the copies from one of the two"
+        for (first, other), count in count_shared(store, splits).items()
+    ]
+
+
+def size_warnings(split: Split, kind: str | None) -> list[str]:
+    """A sentence when there are so few samples to measure on that a metric says little."""
+    counted = count_measured(split, kind)
+    if counted >= FEW_SAMPLES:
+        return []
+    worth = f": one sample changes top-1 by {100 / counted:.3g} points" if counted and kind == "label" else ""
+    return [f"{split.name} has {counted} samples to measure on, fewer than {FEW_SAMPLES}{worth}"]
+
+
+def class_warnings(
+    store: Store, splits: Sequence[str], kind: str | None, consequence: str = UNDEFINED
+) -> list[str]:
+    """A sentence for each split that lacks some of the store's classes; splits without any label are left out."""
+    names = store.manifest.class_names
+    counts = {split: count_classes(store[split], len(names), kind).get("samples") for split in splits}
+    return [
+        text
+        for split, samples in counts.items()
+        if samples is not None
+        for text in absent_warnings(split, names, samples, consequence)
+    ]
+
+
+def absent_warnings(split: str, names: Sequence[str], samples: np.ndarray, consequence: str) -> list[str]:
+    """A sentence when some classes have no sample (`samples` int64 [C]) and others have."""
+    absent = [name for name, count in zip(names, samples, strict=False) if not count]
+    if not absent or not samples.any():
+        return []
+    more = f" and {len(absent) - SHOWN_CLASSES} more" if len(absent) > SHOWN_CLASSES else ""
+    listed = ", ".join(absent[:SHOWN_CLASSES]) + more
+    return [f"{split} has no sample of {len(absent)} of {len(names)} classes ({listed}): {consequence}"]
+
+
+def split_warnings(store: Store, train: str, val: str, kind: str | None) -> list[str]:
+    """Why results of training on one split and measuring on the other are less certain than they look."""
+    return [
+        *shared_warnings(store, [train, val]),
+        *size_warnings(store[val], kind),
+        *class_warnings(store, [val], kind),
+        *class_warnings(store, [train], kind, UNLEARNED),
+    ]
+
+
+def store_warnings(store: Store) -> list[str]:
+    """The same for all splits of a store, whatever is trained from it later."""
+    others = [name for name in store.splits if name != "train"]
+    kind = target_kind(store[store.splits[0]])
+    return [
+        *shared_warnings(store),
+        *(text for name in others for text in size_warnings(store[name], kind)),
+        *class_warnings(store, others, kind),
+        *class_warnings(store, [name for name in store.splits if name == "train"], kind, UNLEARNED),
+    ]
 
 
 def describe_store(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from store.create import check_free, create_store, new_folder
 from store.errors import StoreError
 from store.finalize import finalize_store
 from store.format import OWN_ARRAYS, REASONS, VALID, ArraySpec, Manifest
-from store.keys import KeyTable
+from store.keys import KeyTable, Plan
 from store.metadata import parse_manifest, read_root, write_manifest
-from store.plan import Plan
 from store.writer import StoreWriter
 
 BLOCK_BYTES, BLOCK_ROWS = 32 * 1024 * 1024, 1024

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from store.block import all_finite
-from store.commits import Commit, read_commits
+from store.arrays import open_shard
 from store.errors import LockedError, StoreError
 from store.files import PARTIAL, read_json
 from store.finalize import commit_record
@@ -32,20 +31,21 @@ from store.job import (
     NEXT,
     REPLACED,
     ROWS_STORE,
+    Commit,
     Job,
     describe_progress,
     job_folder,
     load_job,
     log_path,
     pending_jobs,
+    read_commits,
 )
 from store.keys import KeyTable
-from store.layout import Layout
 from store.locks import SUFFIX, Owner, is_abandoned, read_owner
-from store.mapped import open_shard
 from store.metadata import ZARR_JSON, node_names, parse_manifest, read_root
 from store.reader import Split, Store
-from store.shards import ShardFile, checksum_of
+from store.rows import all_finite
+from store.shards import Layout, ShardFile, checksum_of
 from store.switch import switch_is_done
 
 BLOCK_BYTES = 32 * 1024 * 1024

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from store.create import write_keys
 from store.files import disk_errors, read_json, sync_folder, write_json
 from store.finalize import Checksums, commit_record, digest_of, remove_done, write_statistics
 from store.format import (
@@ -32,8 +31,7 @@ from store.format import (
     Manifest,
 )
 from store.job import CREATING, locks_of, offsets_spec, own_specs
-from store.keys import KeyTable
-from store.layout import Layout
+from store.keys import KeyTable, write_keys
 from store.locks import RowLock
 from store.metadata import (
     ZARR_JSON,
@@ -42,7 +40,7 @@ from store.metadata import (
     write_manifest,
 )
 from store.reader import Split, Store
-from store.shards import ArrayWriter, ShardFile
+from store.shards import ArrayWriter, Layout, ShardFile
 from store.switch import next_folder
 
 BLOCK_BYTES = 32 * 1024 * 1024

@@ -44,7 +44,7 @@ def evaluate_run(
     `run` may be an exported ONNX file too: it says itself how images are prepared and what its classes are called.
     Raises TrainError when the store has other classes than the student, or no targets for its task.
     """
-    from store import open_store
+    from store.reader import open_store
 
     onnx = open_exported(run, device) if run.suffix == ".onnx" else None
     student, content = load_student_from_run(run) if onnx is None else (OnnxStudent(onnx), about(onnx.card))

@@ -88,7 +88,7 @@ def run_training(
 
 def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> dict[str, Any]:
     """Check, train, train the control, summarise."""
-    from store import open_store
+    from store.reader import open_store
 
     task = resolve_task(config)
     if (config.control or config.control_only) and task == "features":

@@ -15,7 +15,7 @@ from imaging.errors import ImageError
 from imaging.masks import IGNORE, decode_mask
 from store.format import MASK
 from store.reader import Split, Store
-from store.splits import (
+from store.summary import (
     UNDEFINED,
     UNLEARNED,
     absent_warnings,

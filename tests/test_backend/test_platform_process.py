@@ -187,7 +187,7 @@ def test_a_stop_in_extraction_is_resumed_as_if_it_had_not_been(
 
 
 def same_features(one: Path, two: Path) -> bool:
-    from store import open_store
+    from store.reader import open_store
 
     first, second = open_store(one), open_store(two)
     return all(

@@ -36,7 +36,7 @@ def make_small_store(path: Path) -> None:
     from store.create import create_store
     from store.finalize import finalize_store
     from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
-    from store.plan import Plan
+    from store.keys import Plan
     from tests.test_train.conftest import WIDTH, write_split
 
     manifest = Manifest(

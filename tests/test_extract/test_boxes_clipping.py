@@ -11,8 +11,8 @@ import pytest
 
 from extract.sources.annotations import clip_boxes
 from extract.sources.base import Boxes
-from store import open_store
 from store.format import BOX_CLASSES, BOXES
+from store.reader import open_store
 from tests.test_extract.extractions import extract
 from tests.test_extract.source_datasets import write_coco, write_voc, write_yolo
 

@@ -25,7 +25,7 @@ from extract.teachers.timm_encoder import TimmTeacher
 from extract.workers import DecodedBatch
 from store import format as names
 from store.format import Preprocessing, TeacherSpec
-from store.scale import channel_scale, to_stored
+from store.rows import channel_scale, to_stored
 from tests.test_extract.test_teacher_forward_pass import HOST_READS, OpCounter, few_dimensional_teacher
 
 SIZE = 56

@@ -19,8 +19,7 @@ from extract.measured import note_probe
 from extract.run import run_extraction
 from extract.teachers import CheckpointError
 from store.reader import open_store
-from store.splits import count_shared, split_warnings
-from store.summary import describe_store
+from store.summary import count_shared, describe_store, split_warnings
 from tests.test_extract.source_datasets import mask_of, picture, save
 
 

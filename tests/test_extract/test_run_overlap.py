@@ -18,7 +18,7 @@ from extract.encode import DeviceCopies
 from extract.planning import RowSamples
 from extract.score import score_split
 from extract.sources import open_source
-from store.plan import batches
+from store.keys import batches
 from tests.test_extract.extractions import extract, files_of, interrupt
 
 

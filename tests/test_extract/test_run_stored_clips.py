@@ -13,7 +13,7 @@ from PIL import Image
 
 from extract.audit import audit_store
 from imaging.clips import read_clip_frames, sample_frame_indices
-from store import open_store
+from store.reader import open_store
 from tests.test_extract.extractions import extract
 from tests.test_extract.test_run_targets import picture
 from tests.test_extract.test_source_media import levels_of, write_video

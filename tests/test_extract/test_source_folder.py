@@ -20,7 +20,7 @@ from extract.sources.listing import list_files, make_key
 from extract.sources.splitting import in_validation
 from imaging.decode import read_file
 from imaging.errors import ImageError
-from store import open_store
+from store.reader import open_store
 from tests.test_extract.extractions import extract
 from tests.test_extract.source_datasets import picture, save
 

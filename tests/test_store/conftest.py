@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for store_samples, here and in
 
 from store_samples import small_arrays, small_manifest, write_rows
 
-from store import Plan, create_store, finalize_store
+from store.create import create_store
+from store.finalize import finalize_store
+from store.keys import Plan
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 from store_samples import small_arrays, small_block, small_manifest
 
-from store import Plan, StoreWriter, add_arrays, create_store, extend_store, finalize_store, open_store
+from store.create import add_arrays, create_store, extend_store
+from store.finalize import finalize_store
 from store.format import FEATURES_JOB, logits_array
 from store.job import pending_jobs
+from store.keys import Plan
+from store.reader import open_store
+from store.writer import StoreWriter
 
 FIRST, ALL = 150, 230
 LOGITS = "logits/probe"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from store_samples import small_block
 
-from store import StoreError, open_store
-from store.reader import Split
+from store.errors import StoreError
+from store.reader import Split, open_store
 
 ROWS = 150
 NAMES = ["features/pooled", "features/grid", "targets/label"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from store import Manifest, Preprocessing, StoreWriter, TeacherSpec
-from store.format import ArraySpec, feature_arrays, target_arrays
+from store.format import ArraySpec, Manifest, Preprocessing, TeacherSpec, feature_arrays, target_arrays
+from store.writer import StoreWriter
 
 WIDTH, GRID = 16, 2
 

@@ -15,8 +15,12 @@ from object_server import BUCKET, object_server
 from store_conformance import ROWS, StoreConformance
 from store_samples import small_arrays, small_block, small_manifest
 
-from store import Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
-from store.reader import Split
+from store.create import create_store
+from store.errors import StoreError
+from store.finalize import finalize_store
+from store.keys import Plan
+from store.reader import Split, open_store
+from store.writer import StoreWriter
 
 
 def write_store(path: Path, *, shard_rows: int, codec: str = "none") -> Path:

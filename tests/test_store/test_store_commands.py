@@ -15,8 +15,13 @@ from store_samples import small_manifest, write_rows
 from typer.testing import CliRunner
 
 from commands import store as commands
-from store import Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
+from store.create import create_store
+from store.errors import StoreError
+from store.finalize import finalize_store
 from store.format import feature_arrays
+from store.keys import Plan
+from store.reader import open_store
+from store.writer import StoreWriter
 
 
 def run(*arguments: Any) -> Any:

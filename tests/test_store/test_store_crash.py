@@ -18,18 +18,15 @@ import pytest
 from crash_writer import build
 from store_samples import files_of, small_arrays, small_block, small_manifest, write_rows
 
-from store import (
-    Plan,
-    StoreError,
-    StoreWriter,
-    create_store,
-    extend_store,
-    finalize,
-    finalize_store,
-    open_store,
-)
+from store import finalize
+from store.create import create_store, extend_store
+from store.errors import StoreError
+from store.finalize import finalize_store
 from store.job import Job
+from store.keys import Plan
+from store.reader import open_store
 from store.verify import verify_store
+from store.writer import StoreWriter
 
 KILLED = 9
 

@@ -13,21 +13,14 @@ import pytest
 import zarr
 from store_samples import WIDTH, small_arrays, small_block, small_manifest, write_rows
 
-from store import (
-    ArraySpec,
-    KeyTable,
-    Plan,
-    Preprocessing,
-    StoreError,
-    StoreWriter,
-    TeacherSpec,
-    channel_scale,
-    create_store,
-    open_store,
-)
-from store.format import FORMAT_VERSION, feature_arrays
-from store.layout import Layout, choose_shard_rows
-from store.scale import to_stored
+from store.create import create_store
+from store.errors import StoreError
+from store.format import FORMAT_VERSION, ArraySpec, Preprocessing, TeacherSpec, feature_arrays
+from store.keys import KeyTable, Plan
+from store.reader import open_store
+from store.rows import channel_scale, to_stored
+from store.shards import Layout, choose_shard_rows
+from store.writer import StoreWriter
 
 
 def expected_arrays(store: Path) -> dict[str, np.ndarray]:
@@ -198,7 +191,7 @@ def test_importing_the_store_is_light() -> None:
     code = (
         "import sys, store; assert 'numpy' not in sys.modules, 'numpy';"
         "store.open_store; store.StoreWriter; store.create_store; store.finalize_store;"
-        "import store.verify, store.pack, store.hdf5, store.summary, store.quality;"
+        "import store.verify, store.pack, store.hdf5, store.splits, store.quality;"
         "found = {'torch', 'zarr', 'transformers', 'dask', 'sklearn', 'h5py', 'fsspec'} & set(sys.modules);"
         "assert not found, found"
     )
@@ -209,7 +202,7 @@ def test_an_empty_split_and_a_wide_range_of_names(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
     create_store(path, small_manifest(), Plan({"train": [], "a.b-c_1": ["x"]}), small_arrays())
     write_rows(path, "a.b-c_1")
-    from store import finalize_store
+    from store.finalize import finalize_store
 
     finalize_store(path)
     store = open_store(path)

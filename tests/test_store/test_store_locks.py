@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from store import LockedError
+from store.errors import LockedError
 from store.locks import STALE_AFTER_S, RowLock, is_abandoned, process_start, read_owner, this_process
 
 HOLD = """

@@ -11,18 +11,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from store_samples import files_of, small_manifest
 
-from store import (
-    ArraySpec,
-    KeyTable,
-    Plan,
-    StoreWriter,
-    create_store,
-    extend_store,
-    finalize_store,
-    open_store,
-)
-from store.plan import batches
+from store.create import create_store, extend_store
+from store.finalize import finalize_store
+from store.format import ArraySpec
+from store.keys import KeyTable, Plan, batches
+from store.reader import open_store
 from store.verify import verify_store
+from store.writer import StoreWriter
 
 QUICK = settings(
     max_examples=20,

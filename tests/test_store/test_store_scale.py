@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 from store_samples import small_manifest
 
-from store import ArraySpec, Plan, StoreWriter, create_store, finalize_store, open_store
+from store.create import create_store
+from store.finalize import finalize_store
+from store.format import ArraySpec
+from store.keys import Plan
+from store.reader import open_store
+from store.writer import StoreWriter
 
 ROOT = Path(__file__).parent.parent.parent
 READ = """

@@ -16,20 +16,16 @@ import pytest
 import zarr
 from store_samples import WIDTH, files_of, small_arrays, small_block, small_manifest, write_rows
 
-from store import (
-    Plan,
-    StoreError,
-    StoreWriter,
-    add_arrays,
-    create_store,
-    extend_store,
-    finalize_store,
-    open_store,
-)
+from store.create import add_arrays, create_store, extend_store
+from store.errors import StoreError
+from store.finalize import finalize_store
 from store.format import feature_arrays, image_arrays, logits_array, target_arrays
 from store.hdf5 import hdf5_to_store, store_to_hdf5
+from store.keys import Plan
 from store.pack import StoreRows, pack_store
+from store.reader import open_store
 from store.transfer import BLOCK_BYTES, blocks
+from store.writer import StoreWriter
 
 
 def full_store(path: Path, rows: int = 150) -> Path:

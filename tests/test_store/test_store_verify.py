@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 from store_samples import files_of, small_arrays, small_block, small_manifest, write_rows
 
-from store import LockedError, Plan, StoreError, StoreWriter, create_store, finalize_store, open_store
+from store.create import create_store
+from store.errors import LockedError, StoreError
+from store.finalize import finalize_store
+from store.keys import Plan
+from store.reader import open_store
 from store.verify import repair_store, verify_store
+from store.writer import StoreWriter
 
 
 def data_files(store: Path) -> list[Path]:
@@ -106,7 +111,7 @@ def test_wrong_values_with_right_checksums_are_found(
 ) -> None:
     """Damage that came before the checksum: written through the commit record."""
     from store.files import crc32c, read_json, write_json
-    from store.layout import Layout
+    from store.shards import Layout
 
     path = make_store(train=100)
     layout = Layout.from_metadata(read_json(path / "train" / name / "zarr.json"), name)

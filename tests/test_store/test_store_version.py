@@ -21,7 +21,8 @@ from version_writer import (
     second_version,
 )
 
-from store import StoreError, open_store
+from store.errors import StoreError
+from store.reader import open_store
 from store.switch import publish_version
 from store.verify import verify_store
 from store.version import bytes_to_write, can_link, write_version

@@ -11,21 +11,16 @@ import numpy as np
 import pytest
 from store_samples import WIDTH, files_of, small_arrays, small_block, small_manifest, write_rows
 
-from store import (
-    LockedError,
-    Plan,
-    StoreError,
-    StoreWriter,
-    add_arrays,
-    create_store,
-    extend_store,
-    finalize_store,
-    open_store,
-)
-from store.commits import read_commits
+from store.create import add_arrays, create_store, extend_store
+from store.errors import LockedError, StoreError
 from store.files import crc32c
+from store.finalize import finalize_store
 from store.format import logits_array
+from store.job import read_commits
+from store.keys import Plan
+from store.reader import open_store
 from store.verify import verify_store
+from store.writer import StoreWriter
 
 
 def assert_same_files(one: Path, other: Path) -> None:

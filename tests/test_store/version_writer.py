@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 from store_samples import small_block, small_manifest, write_rows
 
-from store import KeyTable, Plan, StoreWriter, create_store, finalize_store, open_store
+from store.create import create_store
+from store.finalize import finalize_store
 from store.format import ArraySpec, feature_arrays, image_arrays, target_arrays
+from store.keys import KeyTable, Plan
+from store.reader import open_store
 from store.switch import publish_version
 from store.version import RaggedChange, VersionSplit, write_version
+from store.writer import StoreWriter
 
 GRID_WIDTH, GRID = 16, 2
 FIRST = 200

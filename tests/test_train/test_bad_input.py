@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from store import open_store
 from store.errors import DistillError
+from store.reader import open_store
 from train import run as run_module
 from train.checkpoint import CheckpointError, load_checkpoint, load_student_from_run, save_checkpoint
 from train.errors import ConfigError, TrainError

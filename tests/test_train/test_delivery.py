@@ -17,7 +17,7 @@ from PIL import Image
 
 from console.files import OutputError
 from console.stop import Stopped
-from store import open_store
+from store.reader import open_store
 from tests.test_train.runs import cli, trained
 from train.checkpoint import load_student_from_run
 from train.data.images import ImageReader

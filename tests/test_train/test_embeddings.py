@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from store import open_store
+from store.reader import open_store
 from tests.test_train.runs import trained
 from train.delivery.embedding_files import EmbeddingFiles
 from train.delivery.export import export_student

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from store import open_store
+from store.reader import open_store
 from tests.test_train.runs import trained
 from train.checkpoint import load_checkpoint
 from train.delivery.finetune import build_finetuning

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from store import open_store
+from store.reader import open_store
 from tests.test_train.runs import records
 from train.checkpoint import load_checkpoint
 from train.data.batches import FeatureGatherer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from store import open_store
+from store.reader import open_store
 from train.data.batches import Batch, FeatureGatherer, default_workers
 from train.data.prefetch import AHEAD, Prefetcher
 from train.run import run_training

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from store import open_store
+from store.reader import open_store
 from train.run import run_training
 
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from store import open_store
+from store.reader import open_store
 from train.config import load_config
 from train.errors import ReportError
 from train.report import figures

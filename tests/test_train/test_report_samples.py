@@ -13,17 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaging.geometry import PADDING_COLOUR, View, resize_view
-from store import (
-    Manifest,
-    Plan,
-    Preprocessing,
-    StoreWriter,
-    TeacherSpec,
-    create_store,
-    finalize_store,
-    open_store,
-)
-from store.format import feature_arrays, image_arrays, target_arrays
+from store.create import create_store
+from store.finalize import finalize_store
+from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
+from store.keys import Plan
+from store.reader import open_store
+from store.writer import StoreWriter
 from train.data.batches import Item
 from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.views import AUGMENTATIONS

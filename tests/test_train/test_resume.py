@@ -311,7 +311,7 @@ def test_a_store_of_other_data_is_refused_on_resume(tmp_path, make_store, make_c
 
 def test_targets_that_were_added_since_are_not_mixed_in(make_store, make_config):
     """`cli probe` adds logits and changes no image: `auto` options would come to something else."""
-    from store import add_arrays
+    from store.create import add_arrays
     from store.format import logits_array
 
     store = make_store()
@@ -324,7 +324,9 @@ def test_targets_that_were_added_since_are_not_mixed_in(make_store, make_config)
 def fill_logits(store, job):
     import numpy as np
 
-    from store import StoreWriter, finalize_store, open_store
+    from store.finalize import finalize_store
+    from store.reader import open_store
+    from store.writer import StoreWriter
 
     for split in open_store(store).splits:
         with StoreWriter(store, split, job=job) as writer:

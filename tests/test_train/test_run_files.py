@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from store import StoreError, open_store
+from store.errors import StoreError
 from store.format import RANDOM_WEIGHTS_NOTICE
+from store.reader import open_store
 from train.run import run_training
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from store import open_store
+from store.reader import open_store
 from train.checkpoint import load_checkpoint
 from train.config import load_config
 from train.loop.assemble import build_training

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from store import open_store
+from store.reader import open_store
 from train.checkpoint import load_checkpoint, load_student_from_run
 from train.data.batches import Batch
 from train.data.clips import ClipReader, clip_places, gather_frames

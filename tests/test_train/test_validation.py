@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from store import open_store
-from store.splits import count_classes, count_kinds, count_shared, split_warnings
+from store.reader import open_store
+from store.summary import count_classes, count_kinds, count_shared, split_warnings
 from train.config import TrainConfig
 from train.data.batches import Batch
 from train.distill.projector import DistilledOutput

@@ -203,7 +203,7 @@ def test_fp16_training_is_set_up_without_ultralytics_own_check(
     yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`check_amp` loads a model file that it would have to download; it runs on a CPU too when amp is True."""
-    from store import open_store
+    from store.reader import open_store
     from train.engine.yolo.assemble import build_job
     from train.engine.yolo.offline import prepare_ultralytics
     from train.engine.yolo.trainer import StoreTrainer
@@ -234,7 +234,7 @@ def test_loader_processes_are_this_process_share_of_the_cores(monkeypatch: pytes
 def test_grids_are_gathered_into_buffers_that_are_used_in_turn(tmp_path: Path) -> None:
     """A new array for each batch costs page faults and a second copy to pinned memory."""
     from benchmarks.detection_cost import make_store
-    from store import open_store
+    from store.reader import open_store
     from train.engine.yolo.records import GridReader
     from train.engine.yolo.targets import BUFFERS
 

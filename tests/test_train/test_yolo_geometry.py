@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from store import open_store
+from store.reader import open_store
 from tests.test_train.yolo_data import GRID, make_store
 from train.config import TrainConfig
 from train.errors import TrainError

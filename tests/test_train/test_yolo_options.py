@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from store import open_store
+from store.reader import open_store
 from tests.test_train.yolo_data import make_store, scenes
 from train.config import TrainConfig
 from train.errors import ConfigError

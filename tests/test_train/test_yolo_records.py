@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from store import open_store
+from store.reader import open_store
 from tests.test_train.yolo_data import Row, make_store, scene, scenes
 from train.errors import TrainError
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from store import open_store
+from store.reader import open_store
 from tests.test_train.yolo_data import scenes
 from tests.test_train.yolo_runs import (
     Listener,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from store import open_store
+from store.reader import open_store
 from tests.test_train.yolo_runs import make_config
 from train.distill.projector import TargetStandardizer
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from imaging.clips import read_clip_frames
 from imaging.decode import decode
 from imaging.errors import ImageError
-from store import open_store
+from store.reader import open_store
 from train.config import TrainConfig
 from train.data.clips import ClipReader
 from train.data.images import ImageReader

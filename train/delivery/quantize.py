@@ -17,7 +17,7 @@ from torch import nn
 
 from console.files import check_writable, whole_file
 from console.log import get_logger
-from store import open_store
+from store.reader import open_store
 from train.config import TrainConfig
 from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
 from train.delivery.inputs import image_reader, run_content, run_folder, run_options, spread

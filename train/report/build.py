@@ -12,9 +12,9 @@ from console.file_names import printable
 from console.files import check_writable, whole_file
 from console.log import get_logger
 from console.redaction import redact
-from store import Store, open_store
 from store.errors import StoreError
 from store.format import MEASURED_FILE
+from store.reader import Store, open_store
 from train.errors import ReportError
 from train.metrics import label_of, text_of
 from train.report import figures

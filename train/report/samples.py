@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from console.log import get_logger
-from store import Store
 from store.errors import DistillError
+from store.reader import Store
 from train.data.images import ImageReader, Shown
 from train.data.views import render_mask
 from train.delivery.clips import clip_pixels

@@ -20,7 +20,7 @@ from console.log import get_logger
 from console.output import plain_json
 from console.redaction import redact_values
 from console.stop import Stopped, StopRequest
-from store import open_store
+from store.reader import open_store
 from train.errors import ConfigError, TrainError
 from train.rundir import SUMMARY, make_folder, warn_of_random_teacher
 from train.sweep.board import Board, TrialState, read_state
