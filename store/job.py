@@ -14,7 +14,7 @@ A job: arrays that are being written to a store, and over which rows.
 A job lives in `.work/<name>/` until it is finalised:
 
     job.json                  what this file describes, written before the first shard
-    <split>/<shard>.log       the commit log of one shard (see commits.py)
+    <split>/<shard>.log       the commit log of one shard (see below)
     locks/                    who is writing
 """
 

@@ -11,7 +11,7 @@ committed when a process was killed is written again by the next run, and the fi
 
 A second thread syncs data and log, while the next rows are computed. Where rows come faster than the disk, the
 commits of up to 128 MB share a sync: one for each would cost most of the speed. Only a power failure can
-undo those, and the next run notices (see open_shard.py).
+undo those, and the next run notices (see OpenShard).
 """
 
 from __future__ import annotations

@@ -190,8 +190,8 @@ def test_importing_the_store_is_light() -> None:
     """No torch ever; no zarr either for opening and gathering from a local store."""
     code = (
         "import sys, store; assert 'numpy' not in sys.modules, 'numpy';"
-        "store.open_store; store.StoreWriter; store.create_store; store.finalize_store;"
-        "import store.verify, store.pack, store.hdf5, store.splits, store.quality;"
+        "store.open_store;"
+        "import store.writer, store.create, store.verify, store.pack, store.hdf5, store.summary, store.quality;"
         "found = {'torch', 'zarr', 'transformers', 'dask', 'sklearn', 'h5py', 'fsspec'} & set(sys.modules);"
         "assert not found, found"
     )
