@@ -6,9 +6,6 @@ tasks; a worker that is lost loses its shard's uncommitted rows, and dask gives 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import time
 import uuid
 from collections import Counter
@@ -36,8 +33,9 @@ from extract.ledger import append_ledger, check_limit
 from extract.outcome import ExtractObserver, ExtractResult, stop_message
 from extract.prepare import finalize, record_halving, resume_switch
 from extract.sources.base import REMOVED
-from extract.watchdog import Watchdog
-from extract.workers import blocked_signals
+from processes.dask_cluster import ClusterStartError, connect, local_cluster
+from processes.deadline import StopDeadline
+from processes.ending import block_stop_signals
 from store.errors import DistillError
 
 if TYPE_CHECKING:
@@ -48,9 +46,6 @@ log = get_logger("extract")
 PROGRESS_S = 2.0
 STOP_S = 1.5  # how long workers may take to commit when a stop is requested
 ORDERLY_S = 2.3  # the same, and to end the workers of this machine; after that they end with this process
-# The tracker gives back what processes leave that were ended so; that it had to is nothing the user can act on.
-QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
-CLOSE_S = 10.0
 GPU = "GPU"
 
 
@@ -71,7 +66,10 @@ def run_on_cluster(
         check_devices(
             config
         )  # before a process for each is started, not when the last one gets its first shard
-    with Watchdog(stop, lambda: stop_message(config), ORDERLY_S), cluster_client(config) as client:
+    with (
+        StopDeadline(stop, lambda: stop_message(config), orderly_s=ORDERLY_S),
+        cluster_client(config) as client,
+    ):
         return Coordinator(config, client, observers, stop).run()
 
 
@@ -100,37 +98,17 @@ def absolute(config: ExtractConfig) -> ExtractConfig:
 @contextmanager
 def cluster_client(config: ExtractConfig) -> Iterator[Client]:
     """A client of the given scheduler, or of a cluster of one process for each device."""
-    import dask
-    from distributed import Client, LocalCluster
-
-    if config.scheduler is not None:
-        try:
-            client = Client(config.scheduler, timeout=20, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise ClusterError(f"scheduler {config.scheduler} does not answer: {error}") from None
-        with client:
-            yield client
-        return
-    os.environ.setdefault("PYTHONWARNINGS", QUIET_TRACKER)
-    # Workers would ask the driver for figures of the GPU, which nothing here uses and not every driver answers.
-    os.environ.setdefault("DASK_DISTRIBUTED__DIAGNOSTICS__NVML", "False")
-    # Daemonic workers could not start decoding processes. Signals are for this process alone.
-    with dask.config.set({"distributed.worker.daemon": False}), blocked_signals():
-        cluster = LocalCluster(
-            n_workers=len(config.devices),
-            threads_per_worker=1,
-            memory_limit=0,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        )
-        client = Client(cluster, set_as_default=False)
     try:
-        yield client
-    finally:
-        with contextlib.suppress(TimeoutError):  # they end with this process in any case
-            client.close(timeout=CLOSE_S)
-        with contextlib.suppress(TimeoutError):
-            cluster.close(timeout=CLOSE_S)
+        if config.scheduler is not None:
+            with connect(config.scheduler) as client:
+                yield client
+        else:
+            # Signals are for this process alone: workers commit when it tells them to.
+            with local_cluster([{}] * len(config.devices), block_stop_signals()) as client:
+                yield client
+    except ClusterStartError as error:
+        what = f"scheduler {config.scheduler} does not answer" if config.scheduler else "no worker processes"
+        raise ClusterError(f"{what}: {error}") from None
 
 
 class Coordinator:

@@ -15,7 +15,7 @@ from console.log import get_logger
 from console.stop import StopRequest
 from extract.config import ZERO_SHOT, ExtractConfig
 from extract.outcome import ExtractObserver, logits_stop_message
-from extract.watchdog import Watchdog
+from processes.deadline import StopDeadline
 from store import format as names
 from store.create import add_arrays
 from store.errors import DistillError
@@ -64,11 +64,11 @@ def add_logits(
     array = f"{names.LOGITS}/{config.logits}"
     if all(array in open_store(config.out)[split].names for split in open_store(config.out).splits):
         return None
-    with Watchdog(stop, lambda: logits_stop_message(config)) as watchdog:
+    with StopDeadline(stop, lambda: logits_stop_message(config)) as deadline:
         if config.logits.startswith(ZERO_SHOT):
             from extract.score import add_zero_shot
 
-            add_zero_shot(config, observers, stop, watchdog)
+            add_zero_shot(config, observers, stop, deadline)
             return None
         log.info("fitting the linear probe, %d folds", FOLDS)
         return vars(add_probe(config.out, seed=config.seed))

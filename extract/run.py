@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from console.files import check_writable
 from console.stop import Stopped, StopRequest
@@ -29,13 +30,14 @@ from extract.prepare import (
 from extract.session import Session
 from extract.sources.base import REMOVED
 from extract.teachers import Teacher
-from extract.watchdog import Watchdog
+from processes.deadline import StopDeadline
 from store.create import check_free
 from store.job import Job
 from store.metadata import ZARR_JSON
 from store.writer import StoreWriter
 
 STOPPED_DRY_RUN = "stopped: a dry run writes nothing"
+COMMIT_S = 1.0  # how long a commit may take that a stop waits for
 
 
 def run_extraction(
@@ -71,7 +73,7 @@ def dry_run(config: ExtractConfig, stop: StopRequest) -> ExtractResult:
     """Sizes and times alone; nothing is written. Raises Stopped."""
     from extract.estimate import estimate
 
-    with Watchdog(stop, lambda: STOPPED_DRY_RUN):
+    with StopDeadline(stop, lambda: STOPPED_DRY_RUN):
         result = estimate(config)
     if stop.requested:
         raise Stopped(STOPPED_DRY_RUN, stop.exit_code)
@@ -90,7 +92,7 @@ def own_or(stop: StopRequest | None) -> Iterator[StopRequest]:
 
 def run_here(config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest) -> ExtractResult:
     """The whole extraction, or its `--shard-range`, in this process on one device."""
-    with Watchdog(stop, lambda: stop_message(config)) as watchdog:
+    with StopDeadline(stop, lambda: stop_message(config)) as deadline:
         resume_switch(config)
         source = open_data(config)
         raise_if_stopped(config, stop)
@@ -100,7 +102,7 @@ def run_here(config: ExtractConfig, observers: Sequence[ExtractObserver], stop: 
         planned: ExtractTask | None = prepare_store(config, data, teacher)
         result = ExtractResult(store=str(config.out))
         while planned is not None:
-            Run(config, planned, teacher, observers, stop, watchdog).encode(result)
+            Run(config, planned, teacher, observers, stop, deadline).encode(result)
             complete = finalize(planned.path, own_all=config.shards is None)
             if not complete or config.shards is not None:
                 if complete:
@@ -117,6 +119,12 @@ def raise_if_stopped(config: ExtractConfig, stop: StopRequest) -> None:
         raise Stopped(stop_message(config), stop.exit_code)
 
 
+def commit_in_time(session: Session, config: ExtractConfig) -> str:
+    """The last resort of a stop: commit what the teacher has encoded, end the decoders; the line for the user."""
+    session.give_up(COMMIT_S)
+    return stop_message(config)
+
+
 class Run:
     """What is missing of one job, encoded on one device."""
 
@@ -127,10 +135,10 @@ class Run:
         teacher: Teacher,
         observers: Sequence[ExtractObserver],
         stop: StopRequest,
-        watchdog: Watchdog,
+        deadline: StopDeadline,
     ) -> None:
         self.config, self.task, self.teacher = config, task, teacher
-        self.observers, self.stop, self.watchdog = observers, stop, watchdog
+        self.observers, self.stop, self.deadline = observers, stop, deadline
         self.done = self.bad = self.total = 0
         self.first_batch_at: float | None = None
 
@@ -144,12 +152,12 @@ class Run:
         self.total = sum(end - first for _, first, end in list_units(job))
         self.tell()
         with Session(self.task, self.teacher, job.batch_rows, decode_workers(self.config)) as session:
-            self.session, self.watchdog.give_up = session, session.give_up
+            self.session, self.deadline.save = session, partial(commit_in_time, session, self.config)
             started = time.monotonic()
             try:
                 self.encode_units(job)
             finally:
-                self.watchdog.give_up = None
+                self.deadline.save = partial(stop_message, self.config)
                 append_ledger(self.config.out, session.report.bad)
                 record_halving(self.config.out, session.report.halved)
         result.add(session.report.rows, time.monotonic() - started, session.report.halved)

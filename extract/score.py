@@ -23,8 +23,8 @@ from extract.inputs import decode_workers, open_data, open_teacher
 from extract.outcome import ExtractObserver, logits_stop_message
 from extract.planning import ExtractTask, make_task
 from extract.teachers.zero_shot import ZeroShotScorer
-from extract.watchdog import Watchdog
 from extract.workers import DecodePool
+from processes.deadline import StopDeadline
 from store.create import add_arrays
 from store.finalize import finalize_store
 from store.format import LOGITS, logits_array
@@ -32,7 +32,7 @@ from store.writer import StoreWriter
 
 
 def add_zero_shot(
-    config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest, watchdog: Watchdog
+    config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest, deadline: StopDeadline
 ) -> None:
     """Write `logits/zero-shot` (or `zero-shot-calibrated`) [N, C]; an interrupted run goes on where it was.
 
@@ -54,7 +54,7 @@ def add_zero_shot(
     for split in task.splits:
         with StoreWriter(config.out, split, job=job) as writer:
             done += writer.next_row
-            for logits in score_split(config, task, writer, scorer, watchdog):
+            for logits in score_split(config, task, writer, scorer, deadline):
                 writer.append({array.name: logits}, valid=np.asarray(np.isfinite(logits).all(axis=1)))
                 done += len(logits)
                 for observer in observers:
@@ -65,8 +65,18 @@ def add_zero_shot(
     finalize_store(config.out, job=job)
 
 
+def abandon_in_time(pool: DecodePool, config: ExtractConfig) -> str:
+    """The last resort of a stop: nothing is left behind, and the line for the user."""
+    pool.abandon()
+    return logits_stop_message(config)
+
+
 def score_split(
-    config: ExtractConfig, task: ExtractTask, writer: StoreWriter, scorer: ZeroShotScorer, watchdog: Watchdog
+    config: ExtractConfig,
+    task: ExtractTask,
+    writer: StoreWriter,
+    scorer: ZeroShotScorer,
+    deadline: StopDeadline,
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Logits float32 [B, C] of the rows that are not written yet; NaN for bad images.
 
@@ -78,7 +88,7 @@ def score_split(
     copies = DeviceCopies(device)
     launched: deque[Scores] = deque()
     with DecodePool(task.job, writer.job.batch_rows, decode_workers(config)) as pool:
-        watchdog.give_up = lambda timeout_s: pool.abandon()
+        deadline.save = partial(abandon_in_time, pool, config)
         parts = AdaptiveBatch(writer.job.batch_rows, device, config.image_size)
         for batch in pool.batches(cuts):
             images = copies.to_device(torch.from_numpy(batch.pixels[:, 0]))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -22,6 +20,7 @@ from console.log import get_logger
 from extract.decoding import DecodedSample, DecodeJob, decode_samples
 from extract.slabs import Pixels, SharedMemoryFull, Slab, SlabAddress, open_slab
 from extract.sources.base import Sample
+from processes.ending import block_stop_signals, end_with_parent
 from store.errors import DistillError
 
 log = get_logger("extract")
@@ -105,7 +104,7 @@ class DecodePool:
     def submit_chunk(self, chunk: Chunk, slab: Slab) -> None:
         target = slab.address or slab.pixels
         try:
-            with blocked_signals():  # a new process inherits the mask: Ctrl-C is for the parent alone
+            with block_stop_signals():  # a new process inherits the mask: Ctrl-C is for the parent alone
                 chunk.future = self.executor.submit(
                     decode_chunk, self.job, chunk.samples, target, chunk.start
                 )
@@ -162,7 +161,7 @@ class DecodePool:
         self.executor.shutdown(wait=False, cancel_futures=True)
         self.executor = self.start()
         try:
-            with blocked_signals():
+            with block_stop_signals():
                 started = self.executor.submit(os.getpid)
             started.result()
         except BrokenProcessPool:
@@ -235,20 +234,4 @@ def begin_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-
-
-def end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-class blocked_signals:
-    """SIGINT and SIGTERM wait while entered; processes started inside never see them."""
-
-    def __enter__(self) -> None:
-        self.previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-
-    def __exit__(self, *details: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.previous)
+    end_with_parent(parent, signal.SIGKILL)

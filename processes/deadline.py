@@ -20,6 +20,10 @@ REPORT_S = 0.8
 POLL_S = 0.1
 
 
+def nothing_to_save() -> str:
+    return "stopped before the first step: nothing to save"
+
+
 class StopDeadline:
     """While entered: if the work has not stopped `orderly_s` seconds after a stop request, save and end the process.
 
@@ -34,7 +38,7 @@ class StopDeadline:
     def __init__(
         self,
         stop: StopRequest,
-        save: Callable[[], str],
+        save: Callable[[], str] = nothing_to_save,
         *,
         orderly_s: float = ORDERLY_S,
         report: Callable[[Stopped], None] | None = None,

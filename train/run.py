@@ -15,6 +15,7 @@ import torch
 
 from console.log import get_logger
 from console.stop import StopRequest
+from processes.deadline import StopDeadline, nothing_to_save
 from train.checkpoint import BEST, LAST
 from train.config import TrainConfig
 from train.errors import ConfigError
@@ -31,7 +32,6 @@ from train.loop.machine import (
     set_determinism,
 )
 from train.loop.session import Session
-from train.loop.snapshot import StopWatch, nothing_to_save
 from train.ranks import barrier
 from train.resolve import TrainingData, resolve_data, resolve_task
 from train.rundir import (
@@ -80,13 +80,13 @@ def run_training(
             return run_yolo(config, observers, stop)
         with contextlib.ExitStack() as stack:
             stop = stop if stop is not None else stack.enter_context(StopRequest())
-            return run_stages(config, group, stack.enter_context(StopWatch(stop, report=group.failed)))
+            return run_stages(config, group, stack.enter_context(StopDeadline(stop, report=group.failed)))
     except BaseException as error:
         group.failed(error)
         raise
 
 
-def run_stages(config: TrainConfig, observers: Observers, watch: StopWatch) -> dict[str, Any]:
+def run_stages(config: TrainConfig, observers: Observers, watch: StopDeadline) -> dict[str, Any]:
     """Check, train, train the control, summarise."""
     from store.reader import open_store
 
@@ -121,7 +121,7 @@ def train_student(
     config: TrainConfig,
     store: Any,
     data: TrainingData,
-    watch: StopWatch,
+    watch: StopDeadline,
     observers: Observers,
     folder: Path,
     *,
@@ -170,7 +170,7 @@ def train_once(
     config: TrainConfig,
     store: Any,
     data: TrainingData,
-    watch: StopWatch,
+    watch: StopDeadline,
     observers: Observers,
     folder: Path,
     *,
@@ -226,7 +226,7 @@ def resolved(built: Built, data: TrainingData, control: bool) -> dict[str, Any]:
 
 
 def run_control(
-    config: TrainConfig, store: Any, data: TrainingData, watch: StopWatch, main: Outcome
+    config: TrainConfig, store: Any, data: TrainingData, watch: StopDeadline, main: Outcome
 ) -> dict[str, Any]:
     """The same student, seed, images and schedule on the task loss alone, at weight 1, in RUN/control."""
     # Batches as the main run ended up with, in case it ran out of memory.

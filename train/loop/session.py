@@ -10,6 +10,7 @@ from typing import Any
 from console.log import get_logger
 from console.progress import track_progress
 from console.stop import Stopped
+from processes.deadline import StopDeadline
 from store.format import Manifest
 from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint
 from train.config import TrainConfig, config_to_json
@@ -18,7 +19,6 @@ from train.loop.assemble import Built
 from train.loop.loop import Loop, NotFiniteError, Progress
 from train.loop.optimizer import match_layout
 from train.loop.saving import CheckpointWriter, Saved, adopt_best
-from train.loop.snapshot import LOCK_S, StopWatch
 from train.loop.trackers import Tracker, open_trackers
 from train.metrics import label_of, text_of
 from train.rundir import append_metrics, write_metrics
@@ -26,6 +26,8 @@ from train.validation import warn_of_zero_metric
 
 log = get_logger("train")
 
+#: Seconds to wait for an optimizer step that is writing weights right now, when a stop cannot wait longer.
+LOCK_S = 1.0
 #: Keys of an epoch's record that are not metrics of the task.
 NOT_METRICS = frozenset(
     [
@@ -52,7 +54,7 @@ class Session:
         manifest: Manifest,
         task: str,
         observers: Observers,
-        watch: StopWatch,
+        watch: StopDeadline,
     ) -> None:
         self.built, self.parts, self.config = built, built.parts, config
         self.folder, self.observers, self.watch = folder, observers, watch

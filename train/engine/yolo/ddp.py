@@ -21,12 +21,12 @@ import psutil
 
 from console.progress import Progress, track_progress
 from console.stop import Stopped
+from processes.deadline import StopDeadline
 from store.reader import open_store
 from train.config import TrainConfig
 from train.engine.yolo.job import TrainingJob
 from train.errors import TrainError
 from train.events import Observer, SilentObserver
-from train.loop.snapshot import StopWatch
 from train.rundir import CONFIG, METRICS
 
 EVENTS = ".events-of-ranks.jsonl"
@@ -148,7 +148,11 @@ class EventReader:
 
 
 def train_on_ranks(
-    trainer: Any, watch: StopWatch, observer: Observer, first_epoch: int, stopped_message: Callable[[], str]
+    trainer: Any,
+    watch: StopDeadline,
+    observer: Observer,
+    first_epoch: int,
+    stopped_message: Callable[[], str],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Let ultralytics start the ranks and wait for them; returns the records of all epochs and `ending_of` rank 0.
 

@@ -15,6 +15,7 @@ from typing import Any
 from console.log import get_logger
 from console.progress import Progress, track_progress
 from console.stop import Stopped, StopRequest
+from processes.deadline import StopDeadline
 from store.reader import Store, open_store
 from train.checkpoint import LAST
 from train.config import TrainConfig
@@ -23,7 +24,6 @@ from train.engine.yolo.options import check_options
 from train.errors import ConfigError, TrainError
 from train.events import Observer, Observers
 from train.loop.machine import MEMORY_ADVICE, OutOfMemoryError, is_out_of_memory
-from train.loop.snapshot import StopWatch
 from train.rundir import (
     SUMMARY,
     is_complete,
@@ -66,7 +66,7 @@ def run_yolo(
         return done
     with (
         nullcontext(stop) if stop is not None else StopRequest() as request,
-        StopWatch(request, report=group.failed) as watch,
+        StopDeadline(request, report=group.failed) as watch,
     ):
         summary = train_yolo(config, store, folder, watch, group)
         if config.control:
@@ -86,7 +86,7 @@ def check_own_process() -> None:
 
 
 def run_control(
-    config: TrainConfig, store: Store, folder: Path, watch: StopWatch, main: dict[str, Any]
+    config: TrainConfig, store: Store, folder: Path, watch: StopDeadline, main: dict[str, Any]
 ) -> dict[str, Any]:
     """The same student, seed, images and schedule on the task loss alone, at weight 1, in RUN/control."""
     # Batches as the main run ended up with, in case it ran out of memory.
@@ -108,7 +108,7 @@ def run_control(
 
 
 def train_yolo(
-    config: TrainConfig, store: Store, folder: Path, watch: StopWatch, observer: Observer
+    config: TrainConfig, store: Store, folder: Path, watch: StopDeadline, observer: Observer
 ) -> dict[str, Any]:
     """One training in `folder`, from the start or after the epoch that its last.pt holds; returns its summary."""
     from train.engine.yolo.assemble import build_job
@@ -137,7 +137,7 @@ def train_yolo(
 
 
 def train_here(
-    trainer: Any, watch: StopWatch, observer: Observer, first_epoch: int
+    trainer: Any, watch: StopDeadline, observer: Observer, first_epoch: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train in this process; returns the records of all epochs and `ending_of` the trainer."""
     from train.engine.yolo.recorder import Recorder, describe_run
@@ -192,7 +192,7 @@ def trainer_arguments(trainer: Any) -> dict[str, Any]:
     }
 
 
-def count_batches(watch: StopWatch, progress: Progress, stop: Callable[[], str]) -> Callable[[Any], None]:
+def count_batches(watch: StopDeadline, progress: Progress, stop: Callable[[], str]) -> Callable[[Any], None]:
     """After every batch: count it, and end when a stop was asked for; `stop()` saves and says what is saved."""
 
     def batch_finished(trainer: Any) -> None:
