@@ -75,7 +75,11 @@ def local_cluster(
         with dask.config.set({"distributed.worker.daemon": False}), signals, nanny_errors(causes):
             cluster = SpecCluster(
                 workers=nannies,
-                scheduler={"cls": Scheduler, "options": {**here, "port": 0}},
+                # Its HTTP server starts in any case: on a free port, or it warns where 8787 is in use.
+                scheduler={
+                    "cls": Scheduler,
+                    "options": {**here, "port": 0, "dashboard_address": "127.0.0.1:0"},
+                },
                 silence_logs=logging.CRITICAL,
             )
             client = Client(cluster, set_as_default=False)

@@ -279,8 +279,8 @@ def test_each_local_trial_has_a_gpu_where_there_are_gpus(
     monkeypatch.setattr("train.sweep.run.core_share", lambda: 12)
     workers, cores = local_workers(jobs, trials)
     assert cores == 12 // len(expected)
-    assert [w["options"]["env"]["CUDA_VISIBLE_DEVICES"] for w in workers.values()] == expected
-    assert all(worker["options"]["resources"] == {"trial": 1} for worker in workers.values())
+    assert [worker["env"]["CUDA_VISIBLE_DEVICES"] for worker in workers] == expected
+    assert all(worker["resources"] == {"trial": 1} for worker in workers)
 
 
 def test_the_gpus_that_a_sweep_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,8 +365,8 @@ def test_workers_that_cannot_be_started_are_one_line_with_their_reason(
 
     def workers(*arguments: Any) -> Any:
         found, cores = plain(*arguments)
-        for worker in found.values():
-            worker["options"]["preload"] = [str(tmp_path / "broken_preload.py")]
+        for worker in found:
+            worker["preload"] = [str(tmp_path / "broken_preload.py")]
         return found, cores
 
     monkeypatch.setattr(run, "local_workers", workers)
@@ -376,8 +376,3 @@ def test_workers_that_cannot_be_started_are_one_line_with_their_reason(
         run.cluster(config, 1),
     ):
         pass
-
-
-def test_workers_of_a_sweep_listen_on_this_machine_only() -> None:
-    workers, _ = local_workers(2, 2)
-    assert {worker["options"]["host"] for worker in workers.values()} == {"127.0.0.1"}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +17,8 @@ from console.log import get_logger
 from console.output import plain_json
 from console.redaction import redact_values
 from console.stop import Stopped, StopRequest
+from processes.dask_cluster import ClusterStartError, connect, local_cluster
+from processes.ending import ignore_sigint
 from store.reader import open_store
 from train.errors import ConfigError, TrainError
 from train.rundir import SUMMARY, make_folder, warn_of_random_teacher
@@ -257,78 +256,28 @@ def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str
     """A client of the scheduler that was named, or of a local cluster; what a trial takes of a worker's resources;
     and the trials' cores.
     """
-    # Workers read it from the environment; their comings and goings are no news to who runs a sweep.
-    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "error")
-    # Workers would ask the driver for figures of the GPU, which nothing here uses and not every driver answers.
-    os.environ.setdefault("DASK_DISTRIBUTED__DIAGNOSTICS__NVML", "False")
     import dask
-    from distributed import Client
 
     dask.config.set({"distributed.scheduler.allowed-failures": WORKER_LOSSES_ALLOWED})
     if config.scheduler:
         try:
-            client = Client(config.scheduler, timeout=30)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"scheduler {config.scheduler}: cannot be reached: {reason}") from None
-        with client:
-            slot = trial_slot(config.scheduler, client)
-            yield client, slot, Cores(None, count_gpu_trials(client) if "GPU" in slot else {})
+            with connect(config.scheduler, timeout_s=30) as client:
+                slot = trial_slot(config.scheduler, client)
+                yield client, slot, Cores(None, count_gpu_trials(client) if "GPU" in slot else {})
+        except ClusterStartError as error:
+            raise ConfigError(f"scheduler {config.scheduler}: cannot be reached: {error}") from None
         return
     workers, cores = local_workers(config.jobs, trials)
     logger.info("local cluster: %d trials at a time, %d cores each", len(workers), cores)
-    from distributed import SpecCluster
-
-    causes: list[str] = []
     try:
-        with deaf_to_ctrl_c(), nanny_errors(causes):
-            local = local_spec(SpecCluster, workers)
-    except RuntimeError as error:
+        # Ctrl-C reaches the whole terminal group, but the sweep decides when its workers end.
+        with local_cluster(workers, ignore_sigint()) as client:
+            yield client, {"trial": 1}, Cores(cores, {})
+    except ClusterStartError as error:
         raise TrainError(
-            f"{len(workers)} worker processes for the trials cannot be started: {(causes or [one_line(error)])[-1]}; try "
+            f"{len(workers)} worker processes for the trials cannot be started: {error}; try "
             "fewer --jobs, or start workers yourself (dask worker) and name their --scheduler"
         ) from error
-    with local, Client(local) as client:
-        yield client, {"trial": 1}, Cores(cores, {})
-
-
-@contextlib.contextmanager
-def nanny_errors(found: list[str]) -> Iterator[None]:
-    """Collect what dask's nannies log as errors, a line each: the exceptions they raise say only that they failed."""
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            cause = record.exc_info[1] if record.exc_info else None
-            found.append(one_line(cause) if cause is not None else record.getMessage())
-
-    nanny, handler = logging.getLogger("distributed.nanny"), Collector()
-    before = nanny.level, nanny.propagate
-    nanny.addHandler(handler)
-    nanny.setLevel(logging.ERROR)
-    nanny.propagate = False
-    try:
-        yield
-    finally:
-        nanny.removeHandler(handler)
-        nanny.setLevel(before[0])
-        nanny.propagate = before[1]
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-@contextlib.contextmanager
-def deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C: it reaches the whole terminal group, but the sweep decides."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def trial_slot(scheduler: str, client: Client) -> dict[str, float]:
@@ -348,13 +297,6 @@ def trial_slot(scheduler: str, client: Client) -> dict[str, float]:
     return {}
 
 
-def local_spec(spec_cluster: Any, workers: dict[int, dict[str, Any]]) -> Any:
-    from distributed import Scheduler
-
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "port": 0, "host": "127.0.0.1"}}
-    return spec_cluster(workers=workers, scheduler=scheduler, silence_logs=50)
-
-
 def count_gpu_trials(client: Client) -> dict[str, int]:
     """Trials at a time on each host whose workers offer GPUs."""
     counts: dict[str, int] = {}
@@ -364,26 +306,20 @@ def count_gpu_trials(client: Client) -> dict[str, int]:
     return counts
 
 
-def local_workers(jobs: int | None, trials: int) -> tuple[dict[int, dict[str, Any]], int]:
-    """(one worker process for each trial at a time, cores of each trial).
+def local_workers(jobs: int | None, trials: int) -> tuple[list[dict[str, Any]], int]:
+    """(options of one worker process for each trial at a time, cores of each trial).
 
     Where there are GPUs a trial sees one of them; more `jobs` than GPUs share them.
     """
-    from distributed import Nanny
-
     gpus, cores = visible_gpus(), core_share()
     count = min(jobs or (len(gpus) or max(2, cores // 4)), trials)
-    # Without a host, workers listen on every network of the machine.
-    options: dict[str, Any] = {
-        "nthreads": 1,
-        "resources": {"trial": 1},
-        "dashboard": False,
-        "host": "127.0.0.1",
-    }
-    workers: dict[int, dict[str, Any]] = {}
-    for index in range(count):
-        env = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
-        workers[index] = {"cls": Nanny, "options": {**options, "env": env}}
+    workers = [
+        {
+            "resources": {"trial": 1},
+            "env": {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {},
+        }
+        for index in range(count)
+    ]
     return workers, max(1, cores // count)
 
 

@@ -6,7 +6,6 @@ outcome.json says how far it is: `running` from its start, then how it ended.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -22,6 +21,7 @@ from console.cores import SHARE_VARIABLE, available_cores
 from console.files import whole_file
 from console.output import plain_json
 from console.redaction import redact_values
+from processes.ending import signal_on_parent_death, stop_group
 
 POLL_S = 0.25
 STOP_GRACE_S = 15.0  # a training saves and leaves within 4 seconds of SIGTERM
@@ -85,7 +85,7 @@ def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Calla
             env=environment(order["cores"], order["thread_variables"]),
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C in the terminal reaches the sweep, which then stops its trials
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=signal_on_parent_death,  # so that its trial can go on elsewhere
         )
         state, reason = watch(process, order["timeout_s"], stop_requested)
     return Outcome(
@@ -163,12 +163,6 @@ def environment(cores: int | None, thread_variables: Mapping[str, str]) -> dict[
     return {**values, **thread_variables}
 
 
-def end_with_parent() -> None:
-    """Linux: let the kernel send SIGTERM to this process when its worker dies, so that its trial can go on elsewhere."""
-    parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
-
-
 def watch(
     process: subprocess.Popen[bytes], timeout_s: float | None, stop_requested: Callable[[], bool]
 ) -> tuple[str, str]:
@@ -176,29 +170,13 @@ def watch(
     started = time.monotonic()
     while process.poll() is None:
         if timeout_s is not None and time.monotonic() - started > timeout_s:
-            end(process)
+            stop_group(process, STOP_GRACE_S)
             return "timeout", f"did not end within {timeout_s:g} s (--trial-timeout)"
         if stop_requested():
-            end(process)
+            stop_group(process, STOP_GRACE_S)
             return "stopped", STOPPED
         time.sleep(POLL_S)
     return ("done" if process.returncode == 0 else "failed"), ""
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, so that it saves; SIGKILL when it does not leave. The whole session, loader workers too."""
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            if signal_number == signal.SIGTERM:
-                process.terminate()
-            else:
-                os.killpg(process.pid, signal_number)
-            process.wait(STOP_GRACE_S)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
 
 
 def failure_reason(returncode: int, folder: Path) -> str:
