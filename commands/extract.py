@@ -2,209 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from types import TracebackType
+from typing import Annotated, Any, Self
 
 import typer
 
-DATA_PANEL, TEACHER_PANEL = "Data", "Teacher"
-STORED_PANEL, MACHINE_PANEL, RUN_PANEL = "What is stored", "Devices and speed", "The run"
+from commands.options import offer_options
+from console.log import configure_logging, get_logger
+from console.output import print_json, print_table
+from console.progress import Progress, clock, track_progress
+from extract.config import ExtractConfig, load_config
 
-Option = typer.Option
+SHOWN_BAD = 5  # bad samples that a dry run shows
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 def extract(
-    data: Annotated[
-        str, typer.Argument(help="Folder, file or database URL of the data set.", metavar="DATA")
-    ],
-    out: Annotated[Path | None, Option(help="The store to write.", metavar="STORE")] = None,
     config: Annotated[
-        Path | None, Option(help="YAML or TOML file with these options; the command line wins.")
+        Path | None,
+        typer.Option(help="YAML, TOML or JSON file with these options; the command line wins."),
     ] = None,
-    source: Annotated[
-        str | None,
-        Option(
-            help="auto, folder, yolo, coco, voc, masks, clips, hdf5, table or sql.",
-            rich_help_panel=DATA_PANEL,
-        ),
-    ] = None,
-    split: Annotated[
-        list[str] | None,
-        Option(help="NAME=PATH of a split, e.g. val=images/val; repeat it.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    val_fraction: Annotated[
-        float | None,
-        Option(
-            help="Share cut for validation when the data set has none. [default: 0.1]",
-            rich_help_panel=DATA_PANEL,
-        ),
-    ] = None,
-    group_duplicates: Annotated[
-        bool | None,
-        Option(
-            "--group-duplicates/--no-group-duplicates",
-            help="Cut validation by content (reads all twice), or by key alone. [default: by key, copies kept together]",
-            show_default=False,
-            rich_help_panel=DATA_PANEL,
-        ),
-    ] = None,
-    source_option: Annotated[
-        list[str] | None,
-        Option(
-            help="NAME=VALUE for the source, e.g. query='select …' (sql); repeat it.",
-            rich_help_panel=DATA_PANEL,
-        ),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        Option(help="Frames taken evenly from each clip. [default: 16]", rich_help_panel=DATA_PANEL),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        Option(help="qwen2.5-vl or timm:NAME. [default: qwen2.5-vl]", rich_help_panel=TEACHER_PANEL),
-    ] = None,
-    teacher_path: Annotated[
-        str | None,
-        Option(help="Checkpoint folder, weights file or hub name.", rich_help_panel=TEACHER_PANEL),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        Option(
-            help="Side of the square the teacher sees, in pixels. [default: 224]",
-            rich_help_panel=TEACHER_PANEL,
-        ),
-    ] = None,
-    resize: Annotated[
-        str | None,
-        Option(help="squash, letterbox or center-crop. [default: squash]", rich_help_panel=TEACHER_PANEL),
-    ] = None,
-    exact_preprocessing: Annotated[
-        bool | None,
-        Option(
-            "--exact-preprocessing",
-            help="Bit-equal to the Hugging Face image processor; slower on large JPEG.",
-            rich_help_panel=TEACHER_PANEL,
-        ),
-    ] = None,
-    bit_depth: Annotated[
-        str | None,
-        Option(
-            help="Bits used of 16-bit gray images: auto (by a sample), full, 8, 12 or 16. [default: auto]",
-            metavar="BITS",
-            rich_help_panel=TEACHER_PANEL,
-        ),
-    ] = None,
-    max_pixels: Annotated[
-        int | None,
-        Option(
-            help="Images with more pixels are bad images, never decoded. [default: 89478485]",
-            rich_help_panel=TEACHER_PANEL,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None, Option(help="auto, float32 or bfloat16.", rich_help_panel=TEACHER_PANEL)
-    ] = None,
-    grid: Annotated[
-        str | None,
-        Option(
-            help="Side of the stored grid: auto (16 with boxes or masks, else 0), 0, a number, native.",
-            rich_help_panel=STORED_PANEL,
-        ),
-    ] = None,
-    images: Annotated[
-        str | None,
-        Option(
-            help="none, jpeg or raw: with images the store alone is enough.", rich_help_panel=STORED_PANEL
-        ),
-    ] = None,
-    views: Annotated[
-        int | None,
-        Option(help="Recorded augmented views per image. [default: 0]", rich_help_panel=STORED_PANEL),
-    ] = None,
-    logits: Annotated[
-        str | None,
-        Option(
-            help="none, probe, zero-shot or zero-shot-calibrated. [default: none]",
-            rich_help_panel=STORED_PANEL,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, Option(help="Seed of views and probe folds. [default: 0]", rich_help_panel=STORED_PANEL)
-    ] = None,
-    device: Annotated[
-        str | None,
-        Option(
-            help="auto, cpu, cuda, or a list like cuda:0,cuda:1 (a process each).",
-            rich_help_panel=MACHINE_PANEL,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        str | None,
-        Option(
-            help="Images a forward pass, or auto. Halved when memory runs out.", rich_help_panel=MACHINE_PANEL
-        ),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        Option(
-            "--compile/--no-compile",
-            help="Run the teacher through torch.compile. [default: on GPUs, for qwen2.5-vl]",
-            rich_help_panel=MACHINE_PANEL,
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        Option(
-            help="Decoding processes; 0 decodes in a thread. [default: four of five cores, 16 at most]",
-            rich_help_panel=MACHINE_PANEL,
-        ),
-    ] = None,
-    shard_rows: Annotated[
-        int | None,
-        Option(
-            help="Rows of a shard, a power of two: the unit that devices share.",
-            rich_help_panel=MACHINE_PANEL,
-        ),
-    ] = None,
-    shard_range: Annotated[
-        str | None,
-        Option(help="Encode only shards A:B of the plan (SLURM arrays).", rich_help_panel=MACHINE_PANEL),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        Option(help="Address of a dask scheduler, e.g. tcp://host:8786.", rich_help_panel=MACHINE_PANEL),
-    ] = None,
-    max_bad: Annotated[
-        str | None,
-        Option(help="Bad images that end the run: 1% or a count. [default: 1%]", rich_help_panel=RUN_PANEL),
-    ] = None,
-    check_content: Annotated[
-        bool | None,
-        Option(
-            "--check-content",
-            help="Read every file to find changed ones, and try bad images again; otherwise size and time decide.",
-            rich_help_panel=RUN_PANEL,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool | None,
-        Option(
-            "--dry-run",
-            help="Print sizes, an estimated time and what has changed, and stop.",
-            rich_help_panel=RUN_PANEL,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool | None,
-        Option("--overwrite", help="Start anew; the store at --out is deleted.", rich_help_panel=RUN_PANEL),
-    ] = None,
-    break_lock: Annotated[
-        bool | None,
-        Option("--break-lock", help="Take over a lock whose owner is gone.", rich_help_panel=RUN_PANEL),
-    ] = None,
-    json: Annotated[
-        bool, Option("--json", help="One JSON object on stdout.", rich_help_panel=RUN_PANEL)
-    ] = False,
+    json: AsJson = False,
+    **options: Any,
 ) -> None:
     """cli extract photos --out photos.zarr --teacher-path Qwen2.5-VL-7B-Instruct
 
@@ -215,35 +39,171 @@ def extract(
 
     cli extract photos --out photos.zarr --teacher-path tiny --dry-run
     """
-    given = {name: value for name, value in locals().items() if name not in ("config", "json")}
-    from commands.extracting import run_extract
+    configure_logging()
+    settings = load_config(config, options)
+    from extract.measured import ExtractionClock, note_probe
+    from extract.run import run_extraction
 
-    run_extract(given, config, json)
+    with ProgressObserver() as progress, ExtractionClock(settings.out) as timer:
+        result = run_extraction(settings, [progress, timer])
+    if result.probe is not None:
+        note_probe(settings.out, result.probe)
+    if json:
+        print_json(result.as_dict())
+    elif result.estimate is not None:
+        print_estimate(result.as_dict())
+    else:
+        print_result(result.as_dict())
+
+
+offer_options(extract, ExtractConfig)
+
+
+class ProgressObserver:
+    """Shows the progress of each phase (encoding, scoring); a display starts when its total is known."""
+
+    def __init__(self) -> None:
+        self.display: Progress | None = None
+        self.phase: tuple[str, int] | None = None
+        self.done = 0
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        if (message, total) != self.phase or done < self.done:
+            self.close()
+            self.display = track_progress(total, message, "images", done)
+            self.phase = message, total
+        elif self.display is not None:
+            self.display.advance(done - self.done)
+        self.done = done
+        if done >= total:
+            self.close()  # what follows, a probe for one, must not count as the rate of this phase
+
+    def close(self) -> None:
+        if self.display is not None:
+            self.display.close()
+            self.display = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def print_estimate(result: Mapping[str, Any]) -> None:
+    """What `--dry-run` found out."""
+    figures = result["estimate"]
+    splits = ", ".join(f"{rows:,} {name}" for name, rows in result["splits"].items())
+    print(f"{result['rows']:,} images ({splits}), batches of {figures['batch_size']}")
+    if result["changes"]:
+        print_changes(result["changes"], result["changes_text"])
+    if figures["to_encode"] < result["rows"]:
+        print(f"to encode: {figures['to_encode']:,} images, the others are in the store")
+    rows = [
+        {"array": name, "bytes an image": size, "total": f"{size * result['rows'] / 1e6:,.1f} MB"}
+        for name, size in figures["bytes_per_sample"].items()
+    ]
+    print_table(rows, ["array", "bytes an image", "total"])
+    room = "enough" if figures["fits"] else "NOT ENOUGH"
+    more = f", {figures['needed_bytes'] / 1e6:,.1f} MB more" if figures["to_encode"] < result["rows"] else ""
+    print(
+        f"store: {figures['total_bytes'] / 1e6:,.1f} MB{more}, free disk: "
+        f"{figures['free_bytes'] / 1e6:,.1f} MB ({room})"
+    )
+    print(
+        f"time: {clock(figures['estimated_seconds'])} (estimated from {figures['timed_samples']} samples: teacher "
+        f"{figures['encode_ms_per_image']:.2f} ms, decoding {figures['decode_ms_per_image_and_core']:.2f} ms an image "
+        f"with {figures['decoding_workers']} decoding)"
+    )
+    bad = figures["bad_samples"]
+    print(f"checked: {figures['checked_samples']} samples with their targets, {len(bad)} bad")
+    for item in bad[:SHOWN_BAD]:
+        print(f"  bad: {item['split']} {item['key']}: {item['reason']}")
+    if len(bad) > SHOWN_BAD:
+        print(f"  and {len(bad) - SHOWN_BAD} more")
+    print("dry run: nothing was written")
+
+
+def print_changes(counts: Mapping[str, int], text: str) -> None:
+    """What the store has otherwise than the data set has it now."""
+    print(f"the data set has changed since the store was made: {text}")
+    rows = [{"samples": name, "count": count} for name, count in counts.items() if name != "encode"]
+    print_table(rows, ["samples", "count"])
+
+
+def print_probe(result: Mapping[str, Any]) -> None:
+    """Accuracies of the stored features."""
+    line = f"linear probe: {result['out_of_fold_top1']:.1%} out of fold ({result['folds']} folds, "
+    line += f"{result['rows']:,} rows, {result['classes']} classes)"
+    if result["measured_on"] is not None:
+        line += f"; on {result['measured_on']} {result['probe_top1']:.1%}, k-NN {result['knn_top1']:.1%}"
+    print(line)
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """A few lines for people: what is in the store, how fast it was, what to do next."""
+    splits = ", ".join(f"{rows:,} {name}" for name, rows in result["splits"].items())
+    state = "complete" if result["complete"] else "incomplete"
+    print(f"{result['store']}: {state}, {result['rows']:,} images ({splits}), {result['bad']:,} bad")
+    if result["encoded"]:
+        rate, seconds = result["images_per_second"], result["seconds"]
+        print(f"encoded {result['encoded']:,} images in {seconds:.1f} s ({rate:.1f} images/s)")
+    else:
+        print("nothing to encode")
+    if result["changes"]:
+        print(f"followed the data set: {result['changes_text']}")
+    if result["probe"]:
+        print_probe(result["probe"])
+    if result["bad"]:
+        print(f"bad images: {result['store']}/bad_images.jsonl")
+    if result["complete"]:
+        print(f"next: {next_step(result)}")
+
+
+def next_step(result: Mapping[str, Any]) -> str:
+    others = [name for name in result["splits"] if name != "train"]
+    if not others:
+        return "training needs a val split as well: the same command with --val-fraction 0.3 --overwrite"
+    command = train_command(result["store"], result["task"])
+    return command if "val" in others else f"{command} --val-split {others[0]}"
 
 
 def probe(
     store: Annotated[Path, typer.Argument(help="A complete store with class labels.", metavar="STORE")],
-    seed: Annotated[int, Option(help="Seed of the folds.")] = 0,
-    json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
+    json: AsJson = False,
 ) -> None:
     """cli probe photos.zarr
 
     Measure the stored features (k-NN, linear probe) and write the probe's out-of-fold logits to `logits/probe`:
     a row's logits come from a probe that never saw it.
     """
-    from commands.extracting import run_probe
+    configure_logging()
+    from extract.logits import add_probe
+    from extract.measured import note_probe
+    from store import open_store
+    from store.format import RANDOM_WEIGHTS_NOTICE
 
-    run_probe(store, seed, json)
+    result = vars(add_probe(store, seed=seed))
+    note_probe(store, result)
+    if open_store(store).manifest.teacher.random_weights:
+        get_logger("extract").warning("%s: teacher of %s", store, RANDOM_WEIGHTS_NOTICE)
+    if json:
+        print_json({"store": str(store), **result})
+    else:
+        print_probe(result)
+        print(f"{store}: logits/probe written")
 
 
 def teachers(
-    json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    json: AsJson = False,
 ) -> None:
     """cli teachers
 
     List the teachers, the width of their features and how to get their weights.
     """
-    from console.output import print_json, print_table
     from extract.teachers import list_teachers
 
     rows = list_teachers()
@@ -257,8 +217,8 @@ def teachers(
 
 def make_tiny_teacher(
     folder: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.", metavar="DIR")],
-    depth: Annotated[int, Option(help="Blocks of the vision tower.")] = 2,
-    seed: Annotated[int, Option(help="Seed of the random weights.")] = 0,
+    depth: Annotated[int, typer.Option(help="Blocks of the vision tower.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """cli make-tiny-teacher tiny
 
@@ -271,3 +231,49 @@ def make_tiny_teacher(
     path = make(folder, depth=depth, seed=seed)
     print(f"{path}: {RANDOM_WEIGHTS_NOTICE}")
     print(f"next: cli extract DATA --out features.zarr --teacher-path {path}")
+
+
+# -- what to do next ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """`student` is for a real training; the two `small` ones, with the options `quick`, are for the demo.
+
+    `options`: what a training of this task must be told. `control`: whether there is anything to learn without the
+    teacher. `classes`: whether an image has one class, so that features can be probed. `images`: whether a store can
+    keep the images themselves.
+    """
+
+    student: str
+    small: tuple[str, str]
+    quick: Mapping[str, str]
+    options: Mapping[str, str] = field(default_factory=dict)
+    control: bool = True
+    classes: bool = False
+    images: bool = True
+
+
+_TIMM = ("timm:resnet10t", "timm:mobilenetv3_small_050")
+_TIMM_QUICK = {"image-size": "48", "learning-rate": "3e-3"}
+SUGGESTIONS = {
+    "classification": Suggestion("resnet18", _TIMM, _TIMM_QUICK, classes=True),
+    "features": Suggestion("resnet18", _TIMM, _TIMM_QUICK, {"task": "features"}, control=False),
+    "detection": Suggestion("yolov8n", ("yolov8n", "yolov8s"), {"image-size": "64"}),
+    "segmentation": Suggestion("unet/small", ("unet/small", "unet/medium"), {"image-size": "64"}),
+    "sequence": Suggestion(
+        "lstm/small", ("lstm/small", "lstm/medium"), {"image-size": "48"}, classes=True, images=False
+    ),
+}
+
+
+def train_command(store: str, task: str) -> str:
+    """The command line that trains a student from a store whose manifest names this task."""
+    suggestion = SUGGESTIONS[task]
+    run = "runs/" + suggestion.student.replace("/", "-")
+    words = ["cli", "train", store, "--student", suggestion.student, "--out", run]
+    return shlex.join([*words, *option_words(suggestion.options)])
+
+
+def option_words(options: Mapping[str, str]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", value)]

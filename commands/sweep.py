@@ -45,7 +45,7 @@ def sweep(
     Every training option (cli train --help) goes through --set, with one value or several: --set epochs=20
     """
     refuse_unknown(context, [store, *context.args])
-    from console.option_file import read_option_file
+    from console.options import read_option_file
     from console.output import print_json
     from train.errors import ConfigError
     from train.sweep.config import load_sweep_config

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
+from commands.options import offer_options
 from train.config import TrainConfig, load_config
 from train.errors import ConfigError
 from train.recipes import RECIPES
 from train.rundir import check_run_folder
-
-PANELS = {
-    "Data and student": "task num_classes student_path pretrained data_root train_split val_split dropout freeze_encoder "
-    "attention_pooling distill_layers foreground_weight yolo_settings",
-    "Optimisation": "epochs batch_size learning_rate optimizer lr_scheduler warmup_epochs weight_decay "
-    "grad_accum_steps max_grad_norm image_size precision ema_decay label_smoothing early_stopping_patience "
-    "mixup_alpha cutmix_alpha augment gradient_checkpointing compile",
-    "Distillation": "distillation_type hard_label_weight soft_label_weight feature_weight logit_weight "
-    "feature_loss_type feature_target distill_loss_type temperature teacher_logits align_feature align_head views",
-    "LoRA": "lora_rank lora_alpha lora_dropout lora_target_modules lora_bias",
-    "The run": "device workers seed deterministic auto_batch control control_only resume overwrite tracker checkpoint_interval "
-    "checkpoint_minutes",
-}
 
 # What `per_class` holds, by task.
 PER_CLASS_METRICS = {
@@ -38,12 +25,6 @@ PER_CLASS_METRICS = {
 
 
 def train(
-    store: Annotated[
-        str | None,
-        typer.Argument(
-            help="The store of teacher features; --resume knows it.", metavar="STORE", show_default=False
-        ),
-    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML, TOML or JSON file of options; options win.")
     ] = None,
@@ -70,8 +51,8 @@ def train(
     if gpu_devices:
         if options.get("device") is not None:
             raise ConfigError("--gpu-devices and --device both say where to train: give one of them")
-        options["device"] = devices_from_numbers(gpu_devices)
-    settings = load_config({"store": store, **options}, config)
+        options["device"] = gpu_devices
+    settings = load_config(options, config)
     if os.environ.get("RANK", "0") == "0":
         check_run_folder(settings)
     # ultralytics starts the processes of YOLO students.
@@ -88,88 +69,7 @@ def train(
         print_summary(summary, settings.out, json_)
 
 
-def devices_from_numbers(text: str) -> str:
-    """`0,1` → `cuda:0,cuda:1`; `cpu` stays."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    return ",".join(f"cuda:{name}" if name.isdigit() else name for name in names)
-
-
-def option_parameter(name: str, panel: str) -> inspect.Parameter:
-    """A command-line option for a field of TrainConfig: the field says the default and the help.
-
-    Values stay text: pydantic reads them, so that all wrong ones are reported together.
-    """
-    item = TrainConfig.model_fields[name]
-    dashed = name.replace("_", "-")
-    is_flag = item.annotation is bool
-    declaration = f"--{dashed}/--no-{dashed}" if is_flag else f"--{dashed}"
-    choices = choices_of(item.annotation)
-    listed = f" {', '.join(choices)}." if choices else ""
-    info = typer.Option(
-        declaration,
-        help=f"{item.description}{listed}{shown_default(name)}",
-        rich_help_panel=panel,
-        show_default=False,
-        metavar=None if is_flag else type_name(item.annotation),
-    )
-    kind = bool | None if is_flag else str | None
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info]
-    )
-
-
-def choices_of(annotation: Any) -> list[str]:
-    """The texts that a field takes, when it takes no others."""
-    members = [member for kind in (annotation, *get_args(annotation)) for member in get_args(kind)]
-    return list(dict.fromkeys(member for member in members if isinstance(member, str)))
-
-
-def type_name(annotation: Any) -> str:
-    """What a value is, as the other commands' help writes it: `<int>`, `<float>`, `<path>`, `<choice>` or `<str>`."""
-    if choices_of(annotation):
-        return "<choice>"
-    kinds = {annotation, *get_args(annotation)}
-    names = {int: "<int>", float: "<float>", Path: "<path>"}
-    return next((name for kind, name in names.items() if kind in kinds), "<str>")
-
-
-def shown_default(name: str) -> str:
-    """` [default: 0.5]`, or ` [default: the student's recipe, 0.0001 for resnet]`; nothing for an absent default."""
-    default = TrainConfig.model_fields[name].default
-    recipes = {kind: recipe.get(name, default) for kind, recipe in RECIPES.items()}
-    kind, first = next(iter(recipes.items()))
-    if any(value != first for value in recipes.values()):
-        return f" [default: the student's recipe, {default_text(first)} for {kind}]"
-    return "" if first is None or first is False or first == "" else f" [default: {default_text(first)}]"
-
-
-def default_text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def required_parameter(name: str, metavar: str) -> inspect.Parameter:
-    """`--student` and `--out` may come from the file as well, so only the configuration requires them."""
-    info = typer.Option(f"--{name}", help=TrainConfig.model_fields[name].description, metavar=metavar)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
-    )
-
-
-def complete_signature(function: Any) -> None:
-    """Give `function` one keyword per field of TrainConfig in place of its `**options`."""
-    own = inspect.signature(function, eval_str=True)
-    fixed = [item for item in own.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    added = [required_parameter("student", "TYPE/SIZE"), required_parameter("out", "RUN")]
-    added += [option_parameter(name, panel) for panel, names in PANELS.items() for name in names.split()]
-    first, *rest = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in fixed]
-    parameters = [first, *added[:2], *rest, *added[2:]]
-    function.__signature__ = own.replace(parameters=parameters)
-    function.__annotations__ = {item.name: item.annotation for item in parameters} | {"return": None}
-
-
-complete_signature(train)
+offer_options(train, TrainConfig, RECIPES)
 
 
 def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from console.option_file import read_option_file
+from console.devices import parse_devices
+from console.options import load_options, option, read_option_file
 from imaging.decode import DEFAULT_MAX_PIXELS, MOST_PIXELS
 from store.errors import DistillError
 
@@ -25,6 +26,14 @@ class ConfigError(DistillError):
 ZERO_SHOT = "zero-shot"  # `zero-shot-calibrated` subtracts the scores of an empty image
 
 
+# Headings of `cli extract --help`.
+_data = partial(option, panel="Data")
+_teacher = partial(option, panel="Teacher")
+_stored = partial(option, panel="What is stored")
+_machine = partial(option, panel="Devices and speed")
+_run = partial(option, panel="The run")
+
+
 class ExtractConfig(BaseModel):
     """Options of `cli extract`, with the same names (dashes for underscores) and meaning.
 
@@ -33,43 +42,90 @@ class ExtractConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: str
-    out: Path
-    source: SourceKind = "auto"
-    split: dict[str, str] = Field(default_factory=dict)
-    val_fraction: float = Field(0.1, ge=0, lt=1)
-    group_duplicates: bool | None = None  # None: copies stay together, the rest is split by key
-    source_options: dict[str, Any] = Field(default_factory=dict)
-    frames: int = Field(16, ge=2)
+    data: str = option(..., "Folder, file or database URL of the data set.", flag="DATA")
+    out: Path = option(..., "The store to write.", metavar="STORE")
 
-    teacher: str = "qwen2.5-vl"
-    teacher_path: str | None = None
-    image_size: int = Field(224, ge=14, le=4096)
-    resize: Literal["squash", "letterbox", "center-crop"] = "squash"
-    exact_preprocessing: bool = False
-    bit_depth: int | Literal["auto", "full"] = "auto"
-    max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1, le=MOST_PIXELS)
+    source: SourceKind = _data("auto", "Layout of the data set.")
+    split: dict[str, str] = _data(
+        {}, "NAME=PATH of a split, e.g. val=images/val; repeat it.", metavar="NAME=PATH"
+    )
+    val_fraction: float = _data(0.1, "Share cut for validation when the data set has none.", ge=0, lt=1)
+    group_duplicates: bool | None = _data(
+        None,
+        "Cut validation by content (reads all twice), or by key alone.",
+        shown_default="by key, copies kept together",
+    )
+    source_options: dict[str, Any] = _data(
+        {},
+        "NAME=VALUE for the source, e.g. query='select …' (sql); repeat it.",
+        flag="--source-option",
+        metavar="NAME=VALUE",
+    )
+    frames: int = _data(16, "Frames taken evenly from each clip.", ge=2)
 
-    grid: int | Literal["auto", "native"] = "auto"
-    images: Literal["none", "jpeg", "raw"] = "none"
-    views: int = Field(0, ge=0, le=64)
-    logits: Literal["none", "probe", "zero-shot", "zero-shot-calibrated"] = "none"
-    seed: int = 0
+    teacher: str = _teacher("qwen2.5-vl", "qwen2.5-vl or timm:NAME.")
+    teacher_path: str | None = _teacher(None, "Checkpoint folder, weights file or hub name.")
+    image_size: int = _teacher(224, "Side of the square the teacher sees, in pixels.", ge=14, le=4096)
+    resize: Literal["squash", "letterbox", "center-crop"] = _teacher("squash", "How an image becomes square.")
+    exact_preprocessing: bool = _teacher(
+        False, "Bit-equal to the Hugging Face image processor; slower on large JPEG."
+    )
+    bit_depth: int | Literal["auto", "full"] = _teacher(
+        "auto", "Bits used of 16-bit gray images: auto (by a sample), full, 8, 12 or 16.", metavar="BITS"
+    )
+    max_pixels: int = _teacher(
+        DEFAULT_MAX_PIXELS, "Images with more pixels are bad images, never decoded.", ge=1, le=MOST_PIXELS
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = _teacher("auto", "Precision of the teacher.")
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    batch_size: int | Literal["auto"] = "auto"
-    compile: bool | None = None
-    workers: int | None = Field(None, ge=0)
-    shard_rows: int | None = Field(None, ge=1)
-    shard_range: str | None = None
-    scheduler: str | None = None
+    grid: int | Literal["auto", "native"] = _stored(
+        "auto", "Side of the stored grid: auto (16 with boxes or masks, else 0), 0, a number, native."
+    )
+    images: Literal["none", "jpeg", "raw"] = _stored("none", "Images kept in the store, which is then all that training needs.")
+    views: int = _stored(0, "Recorded augmented views per image.", ge=0, le=64)
+    logits: Literal["none", "probe", "zero-shot", "zero-shot-calibrated"] = _stored(
+        "none", "The teacher's logits: of a probe of its features, or of the language model."
+    )
+    seed: int = _stored(0, "Seed of views and probe folds.")
 
-    max_bad: str = "1%"
-    check_content: bool = False
-    dry_run: bool = False
-    overwrite: bool = False
-    break_lock: bool = False
+    device: str = _machine("auto", "auto, cpu, cuda, or a list like cuda:0,cuda:1 (a process each).")
+    batch_size: int | Literal["auto"] = _machine(
+        "auto", "Images a forward pass, or auto. Halved when memory runs out."
+    )
+    compile: bool | None = _machine(
+        None, "Run the teacher through torch.compile.", shown_default="on GPUs, for qwen2.5-vl"
+    )
+    workers: int | None = _machine(
+        None,
+        "Decoding processes; 0 decodes in a thread.",
+        ge=0,
+        shown_default="four of five cores, 16 at most",
+    )
+    shard_rows: int | None = _machine(
+        None, "Rows of a shard, a power of two: the unit that devices share.", ge=1
+    )
+    shard_range: str | None = _machine(None, "Encode only shards A:B of the plan (SLURM arrays).")
+    scheduler: str | None = _machine(None, "Address of a dask scheduler, e.g. tcp://host:8786.")
+
+    max_bad: str = _run("1%", "Bad images that end the run: 1% or a count.")
+    check_content: bool = _run(
+        False,
+        "Read every file to find changed ones, and try bad images again; otherwise size and time decide.",
+    )
+    dry_run: bool = _run(False, "Print sizes, an estimated time and what has changed, and stop.")
+    overwrite: bool = _run(False, "Start from the beginning; the store at --out is deleted.")
+    break_lock: bool = _run(False, "Take over a lock whose owner is gone.")
+
+    @field_validator("split", "source_options", mode="before")
+    @classmethod
+    def read_pairs(cls, value: object) -> object:
+        """The command line's `["a=b", …]` as a mapping."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        pairs = [(text, *str(text).partition("=")) for text in value]
+        if wrong := [text for text, name, equals, _ in pairs if not (name and equals)]:
+            raise ValueError(f"expected NAME=VALUE, got {', '.join(map(str, wrong))}")
+        return {name: rest for _, name, _, rest in pairs}
 
     @field_validator("grid")
     @classmethod
@@ -101,11 +157,7 @@ class ExtractConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def check_device(cls, value: str) -> str:
-        for name in value.split(","):
-            kind, _, index = name.strip().partition(":")
-            if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-                raise ValueError("must be auto, cpu, cuda, or a list like cuda:0,cuda:1")
-        return value
+        return ",".join(parse_devices(value))
 
     @field_validator("shard_range")
     @classmethod
@@ -128,7 +180,7 @@ class ExtractConfig(BaseModel):
     @property
     def devices(self) -> list[str]:
         """The devices to use, one process each when there are several."""
-        return [name.strip() for name in self.device.split(",")]
+        return self.device.split(",")
 
     @property
     def shards(self) -> tuple[int, int | None] | None:
@@ -182,35 +234,5 @@ def load_config(file: Path | None = None, options: Mapping[str, Any] | None = No
     Raises:
         ConfigError: with every problem: unknown names (and the nearest valid one) and bad values.
     """
-    values = read_option_file(file, ConfigError) if file is not None else {}
-    values |= {name: value for name, value in (options or {}).items() if value is not None}
-    try:
-        return ExtractConfig(**values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(describe_problems(error.errors()))) from None
-
-
-def describe_problems(items: Sequence[Mapping[str, Any]]) -> list[str]:
-    """pydantic's problems, one text per option: `name: what is wrong (got …)`."""
-    texts: dict[str, list[str]] = {}
-    for item in items:
-        # pydantic reports each alternative of `int | "auto"` on its own; they belong together.
-        name = ".".join(str(part) for part in item["loc"][:1]) or "options"
-        texts.setdefault(name, []).append(describe_problem(name, item))
-    values = {str(item["loc"][0]): item.get("input") for item in items if item["loc"]}
-    return [f"{name}: {' or '.join(parts)}{got(values.get(name))}" for name, parts in texts.items()]
-
-
-def describe_problem(name: str, item: Mapping[str, Any]) -> str:
-    if item["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(name, ExtractConfig.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"valid: {', '.join(ExtractConfig.model_fields)}"
-        return f"unknown option, {hint}"
-    if item["type"] == "missing":
-        return f"is needed: --{name.replace('_', '-')}"
-    text = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    return text.partition(", unable to parse")[0]  # pydantic says the same thing twice
-
-
-def got(value: object) -> str:
-    return f" (got {value})" if isinstance(value, (str, int, float)) else ""
+    from_file = read_option_file(file, ConfigError) if file is not None else {}
+    return load_options(ExtractConfig, options or {}, from_file, ConfigError)

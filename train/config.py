@@ -6,14 +6,15 @@ field which of them it came from.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from console.option_file import read_option_file
+from console.devices import KINDS, parse_devices
+from console.options import given, load_options, option, options_of, read_option_file
 from console.output import plain_json
 from console.redaction import redact_values
 from train.errors import ConfigError
@@ -22,7 +23,17 @@ from train.students.names import UnknownStudentError, parse_student_name
 
 Task = Literal["auto", "classification", "segmentation", "sequence", "features", "detection"]
 Source = Literal["option", "file", "recipe"]
-LORA = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias")
+
+# Headings of `cli train --help`.
+_data = partial(option, panel="Data and student")
+_optimization = partial(option, panel="Optimization")
+_distillation = partial(option, panel="Distillation", distills=True)
+_lora = partial(option, panel="LoRA")
+_run = partial(option, panel="The run")
+
+_NO_LOGITS = {
+    "yolov8": "detectors have no class logits of the teacher to learn from; use --distillation-type feature"
+}
 
 
 class TrainConfig(BaseModel):
@@ -34,116 +45,195 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # What, from what, to where
-    store: str = Field(description="The store of teacher features (cli extract), a folder or a URL.")
-    student: str = Field(description="TYPE/SIZE, a short form like resnet18, or timm:NAME (cli students).")
-    out: Path = Field(description="The run folder to write.")
-    task: Task = Field("auto", description="auto: the student's own task.")
-    num_classes: int | None = Field(
-        None, ge=1, le=1_000_000, description="Classes of the head; default: the store's."
+    store: str = option(
+        ...,
+        "The store of teacher features (cli extract), a folder or a URL; --resume knows it.",
+        **{"flag": "STORE", "free_on_resume": True, "set_by_sweep": True},
     )
-    student_path: Path | None = Field(None, description="Local weights to start from.")
-    pretrained: bool = Field(False, description="Start from timm's published weights (needs its hub).")
-    data_root: Path | None = Field(None, description="Where the images lie, when the store holds none.")
-    train_split: str = Field("train", description="The split to train on.")
-    val_split: str = Field("val", description="The split to validate on.")
+    student: str = option(
+        ...,
+        "TYPE/SIZE, a short form like resnet18, or timm:NAME (cli students).",
+        metavar="TYPE/SIZE",
+        set_by_sweep=True,
+    )
+    out: Path = option(..., "The run folder to write.", metavar="RUN", free_on_resume=True, set_by_sweep=True)
 
-    # Optimisation
-    epochs: int = Field(100, ge=1, description="Passes over the training split.")
-    batch_size: int = Field(32, ge=1, description="Samples a forward pass, over all processes together.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    optimizer: Literal["adamw", "adam", "sgd", "auto"] = Field(
+    task: Task = _data("auto", "auto: the student's own task.")
+    num_classes: int | None = _data(None, "Classes of the head; default: the store's.", ge=1, le=1_000_000)
+    student_path: Path | None = _data(None, "Local weights to start from.", free_on_resume=True)
+    pretrained: bool = _data(
+        False,
+        "Start from timm's published weights (needs its hub).",
+        free_on_resume=True,
+        not_for={"yolov8": "that needs a download; give a local file with --student-path"},
+    )
+    data_root: Path | None = _data(
+        None, "Where the images are, when the store holds none.", free_on_resume=True
+    )
+    train_split: str = _data("train", "The split to train on.")
+    val_split: str = _data("val", "The split to validate on.")
+    dropout: float = _data(
+        0.0,
+        "timm students: dropout before the classifier.",
+        **{"ge": 0, "lt": 1, "students": ["resnet", "vit", "timm"]},
+        not_for={"yolov8": "YOLOv8 has none"},
+    )
+    freeze_encoder: bool = _data(
+        False,
+        "lstm: keep the frame encoder fixed.",
+        students=["lstm"],
+        not_for={"yolov8": "use --yolo-settings freeze=LAYERS"},
+    )
+    attention_pooling: bool = _data(
+        False, "lstm: attention over time instead of the mean.", students=["lstm"]
+    )
+    distill_layers: str | None = _data(
+        None, "yolov8: P5, or a list like P3,P4,P5.", students=["yolov8"], distills=True
+    )
+    foreground_weight: float = _data(
+        1.0, "yolov8: weight of cells inside boxes.", ge=1, students=["yolov8"], distills=True
+    )
+    yolo_settings: str = _data(
+        "", "yolov8: ultralytics' own settings, e.g. mosaic=0.5,degrees=10.", students=["yolov8"]
+    )
+
+    epochs: int = _optimization(100, "Passes over the training split.", ge=1, free_on_resume=True)
+    batch_size: int = _optimization(32, "Samples a forward pass, over all processes together.", ge=1)
+    learning_rate: float = _optimization(1e-4, "Peak learning rate.", gt=0)
+    optimizer: Literal["adamw", "adam", "sgd", "auto"] = _optimization(
         "adamw",
-        description="sgd uses momentum 0.9; auto: ultralytics' choice, also of the learning rate unless given (yolov8).",
+        "sgd uses momentum 0.9; auto: ultralytics' choice, also of the learning rate unless given (yolov8).",
     )
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up.")
-    warmup_epochs: float = Field(
-        1.0, ge=0, description="Length of the linear warm-up, at most a fifth of the run."
+    lr_scheduler: Literal["cosine", "linear", "constant"] = _optimization("cosine", "After the warm-up.")
+    warmup_epochs: float = _optimization(
+        1.0, "Length of the linear warm-up, at most a fifth of the run.", ge=0
     )
-    weight_decay: float = Field(0.01, ge=0, description="Not applied to norms and biases.")
-    grad_accum_steps: int = Field(1, ge=1, description="Batches summed into one optimizer step.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip student and alignment head together; 0: off.")
-    image_size: int = Field(224, ge=8, le=4096, description="Side of the student's input, pixels.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Mixed precision; auto on GPUs. fp32 on a GPU uses TF32."
+    weight_decay: float = _optimization(0.01, "Not applied to norms and biases.", ge=0)
+    grad_accum_steps: int = _optimization(1, "Batches summed into one optimizer step.", ge=1)
+    max_grad_norm: float = _optimization(1.0, "Clip student and alignment head together; 0: off.", ge=0)
+    image_size: int = _optimization(224, "Side of the student's input, pixels.", ge=8, le=4096)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _optimization(
+        "auto", "Mixed precision; auto on GPUs. fp32 on a GPU uses TF32."
     )
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="Evaluate and keep averaged weights.")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the task's cross-entropy.")
-    early_stopping_patience: int | None = Field(None, ge=1, description="Epochs without improvement.")
-    mixup_alpha: float = Field(0.0, ge=0, description="MixUp's Beta parameter; 0: off.")
-    cutmix_alpha: float = Field(0.0, ge=0, description="CutMix's Beta parameter; 0: off.")
-    augment: Literal["auto", "none", "photometric", "mild", "full"] = Field(
-        "auto", description="auto: full where targets can move with the image, else mild crops and colours."
+    ema_decay: float | None = _optimization(
+        None,
+        "Evaluate and keep averaged weights.",
+        **{"gt": 0, "lt": 1},
+        not_for={
+            "yolov8": "ultralytics' trainer always averages weights, with its own ramp to 0.9999",
+        },
     )
-    gradient_checkpointing: bool = Field(False, description="Less memory for more computing.")
-    compile: bool = Field(False, description="torch.compile the student.")
-
-    # Distillation
-    distillation_type: Literal["feature", "logit", "hybrid", "none"] | None = Field(
-        None, description="Default: hybrid for classification, feature for the other tasks."
+    label_smoothing: float = _optimization(
+        0.0,
+        "Of the task's cross-entropy.",
+        **{"ge": 0, "lt": 1},
+        not_for={"yolov8": "YOLOv8's loss has soft targets of its own"},
     )
-    hard_label_weight: float = Field(0.5, ge=0, description="Weight of the task loss.")
-    soft_label_weight: float = Field(0.5, ge=0, description="Weight of the distillation loss.")
-    feature_weight: float = Field(1.0, ge=0, description="Of the feature term in the distillation loss.")
-    logit_weight: float = Field(1.0, ge=0, description="Of the logit term in the distillation loss.")
-    feature_loss_type: Literal["mse", "cosine", "smooth_l1", "relation"] = Field(
-        "mse", description="Feature term."
+    early_stopping_patience: int | None = _optimization(
+        None, "Epochs without improvement.", ge=1, free_on_resume=True
     )
-    feature_target: Literal["auto", "pooled", "grid", "both"] = Field(
-        "auto", description="Which stored features are learnt; auto: all that the student can match."
+    mixup_alpha: float = _optimization(
+        0.0,
+        "MixUp's Beta parameter; 0: off.",
+        ge=0,
+        not_for={"yolov8": "use --yolo-settings mixup=PROBABILITY"},
     )
-    distill_loss_type: Literal["kl_div"] = Field("kl_div", description="Logit term.")
-    temperature: float = Field(4.0, gt=0, description="Of the logit term.")
-    teacher_logits: str = Field("auto", description="Name of the stored logits, e.g. probe.")
-    align_feature: bool = Field(True, description="Map the student's features into the teacher's space.")
-    align_head: Literal["linear", "mlp"] = Field("linear", description="Form of the alignment head.")
-    views: Literal["auto", "random", "recorded"] = Field(
-        "auto", description="auto: recorded views where stored."
+    cutmix_alpha: float = _optimization(
+        0.0,
+        "CutMix's Beta parameter; 0: off.",
+        ge=0,
+        not_for={"yolov8": "use --yolo-settings cutmix=PROBABILITY"},
     )
-
-    # LoRA
-    lora_rank: int = Field(0, ge=0, description="0: off.")
-    lora_alpha: float = Field(16, gt=0, description="Scale of the adapters.")
-    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Inside the adapters.")
-    lora_target_modules: str = Field(
-        "", description="Comma-separated; empty: defaults of the student's type."
+    augment: Literal["auto", "none", "photometric", "mild", "full"] = _optimization(
+        "auto", "auto: full where targets can move with the image, else mild crops and colors."
     )
-    lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases train.")
-
-    # Students' own options
-    dropout: float = Field(0.0, ge=0, lt=1, description="timm students: dropout before the classifier.")
-    freeze_encoder: bool = Field(False, description="lstm: keep the frame encoder fixed.")
-    attention_pooling: bool = Field(False, description="lstm: attention over time instead of the mean.")
-    distill_layers: str | None = Field(None, description="yolov8: P5, or a list like P3,P4,P5.")
-    foreground_weight: float = Field(1.0, ge=1, description="yolov8: weight of cells inside boxes.")
-    yolo_settings: str = Field(
-        "", description="yolov8: ultralytics' own settings, e.g. mosaic=0.5,degrees=10."
+    gradient_checkpointing: bool = _optimization(
+        False,
+        "Less memory for more computing.",
+        not_for={"yolov8": "ultralytics' trainer has none; use a smaller --batch-size"},
+    )
+    compile: bool = _optimization(
+        False,
+        "torch.compile the student.",
+        free_on_resume=True,
+        not_for={"yolov8": "ultralytics' trainer does not compile models that are distilled"},
     )
 
-    # The machine and the run
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 or a list like cuda:0,cuda:1.")
-    workers: int | None = Field(
-        None, ge=0, description="Processes that decode images; default: by this process's share of the cores."
+    distillation_type: Literal["feature", "logit", "hybrid", "none"] | None = _distillation(
+        None, "Default: hybrid for classification, feature for the other tasks."
     )
-    seed: int = Field(0, ge=0, description="Of initial weights, data order, augmentation and dropout.")
-    deterministic: bool = Field(False, description="Only deterministic kernels (slower on GPUs).")
-    auto_batch: bool = Field(False, description="Out of memory: halve the batch, double the accumulation.")
-    control: bool = Field(False, description="Also train the same student without the teacher.")
-    control_only: bool = Field(
-        False, description="Train the control alone: the images and schedule of these options, no teacher."
+    hard_label_weight: float = _distillation(0.5, "Weight of the task loss.", ge=0)
+    soft_label_weight: float = _distillation(0.5, "Weight of the distillation loss.", ge=0)
+    feature_weight: float = _distillation(1.0, "Of the feature term in the distillation loss.", ge=0)
+    logit_weight: float = _distillation(
+        1.0, "Of the logit term in the distillation loss.", ge=0, needs="logits", not_for=_NO_LOGITS
     )
-    resume: bool = Field(False, description="Continue the run in the run folder.")
-    overwrite: bool = Field(False, description="Delete what is in the run folder first.")
-    tracker: Literal["tensorboard", "wandb", "mlflow"] = Field(
-        "tensorboard", description="TensorBoard is always on."
+    feature_loss_type: Literal["mse", "cosine", "smooth_l1", "relation"] = _distillation(
+        "mse", "Feature term."
     )
-    checkpoint_interval: int | None = Field(
-        None, ge=1, description="Also keep checkpoint_epoch_N.pt every N epochs."
+    feature_target: Literal["auto", "pooled", "grid", "both"] = _distillation(
+        "auto", "Which stored features are learned; auto: all that the student can match."
     )
-    checkpoint_minutes: float = Field(
-        1.0, ge=0, description="Save last.pt, and a new best.pt, every so many minutes; always at the end."
+    distill_loss_type: Literal["kl_div"] = _distillation("kl_div", "Logit term.", needs="logits")
+    temperature: float = _distillation(4.0, "Of the logit term.", gt=0, needs="logits", not_for=_NO_LOGITS)
+    teacher_logits: str = _distillation(
+        "auto", "Name of the stored logits, e.g. probe.", needs="logits", not_for=_NO_LOGITS
+    )
+    align_feature: bool = _distillation(True, "Map the student's features into the teacher's space.")
+    align_head: Literal["linear", "mlp"] = _distillation("linear", "Form of the alignment head.")
+    views: Literal["auto", "random", "recorded"] = _distillation(
+        "auto",
+        "auto: recorded views where stored.",
+        distills=False,  # decides on the images that the control sees as well
+        not_for={
+            "yolov8": "ultralytics' own augmentations are used, recorded views cannot be replayed",
+        },
     )
 
-    sources: dict[str, Source] = Field(default_factory=dict, description="Where each value came from.")
+    lora_rank: int = _lora(0, "0: off.", ge=0)
+    lora_alpha: float = _lora(16, "Scale of the adapters.", gt=0, needs="lora")
+    lora_dropout: float = _lora(0.1, "Inside the adapters.", ge=0, lt=1, needs="lora")
+    lora_target_modules: str = _lora(
+        "", "Comma-separated; empty: defaults of the student's type.", needs="lora"
+    )
+    lora_bias: Literal["none", "all", "lora_only"] = _lora("none", "Which biases train.", needs="lora")
+
+    device: str = _run("auto", "auto, cpu, cuda, cuda:0 or a list like cuda:0,cuda:1.", free_on_resume=True)
+    workers: int | None = _run(
+        None,
+        "Processes that decode images; default: by this process's share of the cores.",
+        ge=0,
+        free_on_resume=True,
+    )
+    seed: int = _run(0, "Of initial weights, data order, augmentation and dropout.", ge=0, set_by_sweep=True)
+    deterministic: bool = _run(False, "Only deterministic kernels (slower on GPUs).")
+    auto_batch: bool = _run(
+        False, "Out of memory: halve the batch, double the accumulation.", free_on_resume=True
+    )
+    control: bool = _run(False, "Also train the same student without the teacher.", set_by_sweep=True)
+    control_only: bool = _run(
+        False,
+        "Train the control alone: the images and schedule of these options, no teacher.",
+        set_by_sweep=True,
+    )
+    resume: bool = _run(False, "Continue the run in the run folder.", free_on_resume=True, set_by_sweep=True)
+    overwrite: bool = _run(
+        False, "Delete what is in the run folder first.", free_on_resume=True, set_by_sweep=True
+    )
+    tracker: Literal["tensorboard", "wandb", "mlflow"] = _run(
+        "tensorboard", "TensorBoard is always on.", free_on_resume=True
+    )
+    checkpoint_interval: int | None = _run(
+        None, "Also keep checkpoint_epoch_N.pt every N epochs.", ge=1, free_on_resume=True
+    )
+    checkpoint_minutes: float = _run(
+        1.0,
+        "Save last.pt, and a new best.pt, every so many minutes; always at the end.",
+        ge=0,
+        free_on_resume=True,
+    )
+
+    sources: dict[str, Source] = {}  # where each value came from
 
     @model_validator(mode="before")
     @classmethod
@@ -172,11 +262,7 @@ class TrainConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def check_device(cls, value: str) -> str:
-        for name in value.split(","):
-            kind, _, index = name.strip().partition(":")
-            if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
-                raise ValueError("must be auto, cpu, cuda, or a list like cuda:0,cuda:1")
-        return value
+        return ",".join(parse_devices(value, (*KINDS, "mps")))
 
     @model_validator(mode="after")
     def check_together(self) -> Self:
@@ -200,7 +286,11 @@ class TrainConfig(BaseModel):
         if self.control and self.control_only:
             problems.append("control and control_only exclude each other: a control has no control")
         if not self.lora_rank and not self.is_explicit("lora_rank"):
-            problems += [f"{name} has no effect without --lora-rank" for name in LORA if self.differs(name)]
+            problems += [
+                f"{name} has no effect without --lora-rank"
+                for name, item in options_of(TrainConfig).items()
+                if item.needs == "lora" and self.differs(name)
+            ]
         if self.train_split == self.val_split:
             problems.append(f"train_split and val_split are both {self.val_split}")
         if problems:
@@ -215,7 +305,20 @@ class TrainConfig(BaseModel):
     @property
     def devices(self) -> list[str]:
         """The devices to use, one process each when there are several."""
-        return [name.strip() for name in self.device.split(",")]
+        return self.device.split(",")
+
+    def unsupported_options(self) -> list[str]:
+        """One text for each option that was chosen and that this type of student does not have."""
+        problems = []
+        for name, item in options_of(TrainConfig).items():
+            if not self.differs(name):
+                continue
+            if reason := item.not_for.get(self.student_type):
+                problems.append(f"{name} has no effect on {self.student_type} students: {reason}")
+            elif item.students and self.student_type not in item.students:
+                kinds = ", ".join(item.students)
+                problems.append(f"{name} is an option of {kinds} students, the student is {self.student}")
+        return problems
 
     def is_explicit(self, name: str) -> bool:
         """True when the value of `name` was chosen by an option or a file, not by recipe or default."""
@@ -238,33 +341,29 @@ def load_config(options: Mapping[str, Any], file: Path | None = None) -> TrainCo
     Raises:
         ConfigError: with every problem: unknown names (and the nearest valid one) and bad values.
     """
-    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen = given(options)
     from_file = read_option_file(file, ConfigError) if file is not None else {}
-    given = {**from_file, **chosen}
-    before = options_to_resume(given)
+    before = options_to_resume({**from_file, **chosen})
     sources = {
         **before.pop("sources", {}),
         **dict.fromkeys(from_file, "file"),
         **dict.fromkeys(chosen, "option"),
     }
-    try:
-        return TrainConfig(**{**before, **given, "sources": sources})
-    except ValidationError as error:
-        raise ConfigError("; ".join(describe_problems(error.errors()))) from None
+    return load_options(TrainConfig, {**chosen, "sources": sources}, {**before, **from_file}, ConfigError)
 
 
-def options_to_resume(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the run that `given` resumes, and their `sources`; empty without `resume` or without a run."""
+def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the run that `options` resume, and their `sources`; empty without `resume` or without a run."""
     from train.rundir import has_results, read_options
 
-    if given.get("resume") not in (True, "true", "True") or "out" not in given:
+    if options.get("resume") not in (True, "true", "True") or "out" not in options:
         return {}
-    folder = Path(str(given["out"]))
-    if {"store", "student"} <= given.keys() and not has_results(folder):
+    folder = Path(str(options["out"]))
+    if {"store", "student"} <= options.keys() and not has_results(folder):
         return {}  # a start that failed: one of its options may be the reason
     before = read_options(folder)
     if before is None:
-        if {"store", "student"} <= given.keys():
+        if {"store", "student"} <= options.keys():
             return {}
         raise ConfigError(
             f"--resume: nothing to resume in {folder}: check --out, or leave --resume out and name STORE and --student"
@@ -274,32 +373,6 @@ def options_to_resume(given: Mapping[str, Any]) -> dict[str, Any]:
     dropped = {"out", "resume", "overwrite"}
     sources = {name: source for name, source in known.pop("sources", {}).items() if name not in dropped}
     return {**{name: value for name, value in known.items() if name not in dropped}, "sources": sources}
-
-
-def describe_problems(items: Sequence[Mapping[str, Any]]) -> list[str]:
-    """pydantic's problems, one text per option: `name: what is wrong (got …)`."""
-    return [describe_problem(item) for item in items]
-
-
-def describe_problem(item: Mapping[str, Any]) -> str:
-    name = ".".join(str(part) for part in item["loc"][:1])
-    if item["type"] == "extra_forbidden":
-        return f"unknown option {name}: {nearest_names(name, TrainConfig.model_fields)}"
-    if item["type"] == "missing":
-        return f"{'STORE' if name == 'store' else '--' + name}: missing"
-    if item["type"] == "too_short":
-        return f"--{name}: expected at least one value, got none"
-    text = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    text = text.partition(", unable to parse")[0]  # pydantic says the same thing twice
-    value = item.get("input")
-    got = f" (got {value})" if isinstance(value, (str, int, float)) else ""
-    return f"{name}: {text}{got}" if name else text
-
-
-def nearest_names(name: str, valid: Any) -> str:
-    """`did you mean a or b?`, or the whole list when nothing is near."""
-    near = difflib.get_close_matches(name, list(valid), n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(valid)}"
 
 
 def config_to_json(config: TrainConfig) -> dict[str, Any]:

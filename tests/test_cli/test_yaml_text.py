@@ -8,7 +8,7 @@ import pytest
 
 from backend.errors import OptionError
 from backend.platform_config import flatten_file
-from console.option_file import read_option_file
+from console.options import read_option_file
 from console.yaml_text import YamlError, load_yaml, load_yaml_documents
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from commands.extracting import ProgressObserver
+from commands.extract import ProgressObserver
 
 
 def test_each_phase_counts_for_itself(capsys: pytest.CaptureFixture[str]) -> None:

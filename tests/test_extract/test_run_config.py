@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from commands.extracting import build_config
+from commands.extract import build_config
 from extract.config import ConfigError, load_config, parse_max_bad, parse_shard_range
 from extract.inputs import decode_workers
 from extract.outcome import resume_command

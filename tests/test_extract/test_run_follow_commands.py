@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from commands import store as commands
-from commands.extracting import print_estimate, print_result
+from commands.extract import print_estimate, print_result
 from extract.existing import DifferentStore
 from tests.test_extract.extractions import files_of, interrupt
 from tests.test_extract.source_datasets import WRITERS, picture, save

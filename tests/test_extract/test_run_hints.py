@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands.extracting import next_step, print_estimate
+from commands.extract import next_step, print_estimate
 from commands.store import print_description
 from extract.config import load_config
 from extract.existing import DifferentStore

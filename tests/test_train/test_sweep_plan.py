@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from console.cores import core_share
-from console.option_file import read_option_file
+from console.options import read_option_file
 from train.errors import ConfigError, TrainError
 from train.sweep.board import best_of, line, read_records, read_state
 from train.sweep.config import Trial, load_sweep_config, plan_trials
