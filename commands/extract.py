@@ -183,8 +183,8 @@ def probe(
     configure_logging()
     from extract.logits import add_probe
     from extract.measured import note_probe
-    from store import open_store
     from store.format import RANDOM_WEIGHTS_NOTICE
+    from store.reader import open_store
 
     result = vars(add_probe(store, seed=seed))
     note_probe(store, result)

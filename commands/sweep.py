@@ -77,7 +77,8 @@ sweep.context_settings = {"ignore_unknown_options": True, "allow_extra_args": Tr
 
 def refuse_unknown(context: typer.Context, words: list[str]) -> None:
     """What the command line holds beside the sweep's own options: only the store may be there."""
-    from train.config import TrainConfig, nearest_names
+    from console.options import nearest_names
+    from train.config import TrainConfig
     from train.sweep.config import OWN_OPTIONS
 
     own = [option for parameter in context.command.params for option in parameter.opts]

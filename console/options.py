@@ -101,7 +101,9 @@ def describe_field(name: str, item: FieldInfo) -> Option:
         if kind is not NoneType
     ]
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    types = frozenset(str if get_origin(kind) is Literal else get_origin(kind) or kind for kind in kinds)
+    types: frozenset[Any] = frozenset(
+        str if get_origin(kind) is Literal else get_origin(kind) or kind for kind in kinds
+    )
     facts: Any = item.json_schema_extra or {}
     return Option(
         name=name,

@@ -81,7 +81,9 @@ class ExtractConfig(BaseModel):
     grid: int | Literal["auto", "native"] = _stored(
         "auto", "Side of the stored grid: auto (16 with boxes or masks, else 0), 0, a number, native."
     )
-    images: Literal["none", "jpeg", "raw"] = _stored("none", "Images kept in the store, which is then all that training needs.")
+    images: Literal["none", "jpeg", "raw"] = _stored(
+        "none", "Images kept in the store, which is then all that training needs."
+    )
     views: int = _stored(0, "Recorded augmented views per image.", ge=0, le=64)
     logits: Literal["none", "probe", "zero-shot", "zero-shot-calibrated"] = _stored(
         "none", "The teacher's logits: of a probe of its features, or of the language model."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from console.log import get_logger
+from console.options import options_of
 from console.redaction import redact
 from extract.changes import Changes
 from extract.config import ExtractConfig
@@ -121,11 +122,10 @@ def committed_text(path: Path) -> str:
 def resume_command(config: ExtractConfig) -> str:
     """The command line that goes on with this extraction; passwords in addresses are left out of it."""
     words = ["cli", "extract", config.data]
-    for name, info in ExtractConfig.model_fields.items():
-        value = getattr(config, name)
-        if name in ("data", "overwrite", "dry_run") or value == info.get_default(call_default_factory=True):
+    for name, item in options_of(ExtractConfig).items():
+        value, option = getattr(config, name), item.written
+        if name in ("data", "overwrite", "dry_run") or value == item.default:
             continue
-        option = "--" + name.replace("_", "-").removesuffix("s" if name == "source_options" else "\0")
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-", 1))
         elif isinstance(value, dict):

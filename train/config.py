@@ -48,7 +48,9 @@ class TrainConfig(BaseModel):
     store: str = option(
         ...,
         "The store of teacher features (cli extract), a folder or a URL; --resume knows it.",
-        **{"flag": "STORE", "free_on_resume": True, "set_by_sweep": True},
+        flag="STORE",
+        free_on_resume=True,
+        set_by_sweep=True,
     )
     student: str = option(
         ...,
@@ -75,7 +77,9 @@ class TrainConfig(BaseModel):
     dropout: float = _data(
         0.0,
         "timm students: dropout before the classifier.",
-        **{"ge": 0, "lt": 1, "students": ["resnet", "vit", "timm"]},
+        ge=0,
+        lt=1,
+        students=["resnet", "vit", "timm"],
         not_for={"yolov8": "YOLOv8 has none"},
     )
     freeze_encoder: bool = _data(
@@ -118,15 +122,15 @@ class TrainConfig(BaseModel):
     ema_decay: float | None = _optimization(
         None,
         "Evaluate and keep averaged weights.",
-        **{"gt": 0, "lt": 1},
-        not_for={
-            "yolov8": "ultralytics' trainer always averages weights, with its own ramp to 0.9999",
-        },
+        gt=0,
+        lt=1,
+        not_for={"yolov8": "ultralytics' trainer always averages weights, with its own ramp to 0.9999"},
     )
     label_smoothing: float = _optimization(
         0.0,
         "Of the task's cross-entropy.",
-        **{"ge": 0, "lt": 1},
+        ge=0,
+        lt=1,
         not_for={"yolov8": "YOLOv8's loss has soft targets of its own"},
     )
     early_stopping_patience: int | None = _optimization(
@@ -185,9 +189,7 @@ class TrainConfig(BaseModel):
         "auto",
         "auto: recorded views where stored.",
         distills=False,  # decides on the images that the control sees as well
-        not_for={
-            "yolov8": "ultralytics' own augmentations are used, recorded views cannot be replayed",
-        },
+        not_for={"yolov8": "ultralytics' own augmentations are used, recorded views cannot be replayed"},
     )
 
     lora_rank: int = _lora(0, "0: off.", ge=0)

@@ -12,6 +12,7 @@ from typing import Any
 
 from console.files import check_writable, shortened
 from console.log import get_logger
+from console.options import names_where
 from console.output import plain_json
 from console.redaction import redact_values
 from store.format import RANDOM_WEIGHTS_NOTICE
@@ -25,28 +26,6 @@ LATENCY = "latency.json"  # measured by `cli report`
 OURS = (CONFIG, METRICS, SUMMARY, LATENCY, "best.pt", "last.pt")
 OUR_FOLDERS = ("tensorboard", "control", "ultralytics", "wandb", "mlflow")
 
-#: What may differ between the command that started a run and the one that resumes it.
-FREE_ON_RESUME = frozenset(
-    [
-        "store",
-        "out",
-        "epochs",
-        "device",
-        "workers",
-        "resume",
-        "overwrite",
-        "data_root",
-        "tracker",
-        "auto_batch",
-        "checkpoint_interval",
-        "checkpoint_minutes",
-        "sources",
-        "student_path",
-        "pretrained",
-        "early_stopping_patience",
-        "compile",
-    ]
-)
 PACKAGES = ("torch", "timm", "accelerate", "numpy", "zarr", "peft", "ultralytics")
 
 
@@ -138,7 +117,9 @@ def check_same_run(config: TrainConfig) -> None:
     before, now = read_json(path).get("options", {}), config_to_json(config)
     differing = [
         f"{name} {before[name]} → {now[name]}"
-        for name in sorted(before.keys() & now.keys() - FREE_ON_RESUME)
+        for name in sorted(
+            before.keys() & now.keys() - names_where(TrainConfig, "free_on_resume") - {"sources"}
+        )
         if before[name] != now[name] and (name != "control" or before[name])  # a control may be added
     ]
     if differing:

@@ -198,7 +198,7 @@ def test_help_shows_types_and_the_recipes_defaults() -> None:
     ):
         assert re.search(line, shown["train"]), line
     assert re.search(
-        r"--resize +<str> +squash, letterbox or center-crop\. \[default: squash\]", shown["extract"]
+        r"--resize +<choice> +How .*\. squash, letterbox, center-crop\. \[default: squash\]", shown["extract"]
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from commands.extract import build_config
 from extract.config import ConfigError, load_config, parse_max_bad, parse_shard_range
 from extract.inputs import decode_workers
 from extract.outcome import resume_command
@@ -18,8 +17,8 @@ def test_all_problems_come_in_one_report_with_the_nearest_names() -> None:
         load_config(None, {"data": "a", "imgae_size": 3, "grid": -1, "device": "tpu", "max_bad": "lots"})
     text = str(error.value)
     for part in (
-        "imgae_size: unknown option, did you mean image_size?",
-        "out: is needed: --out",
+        "unknown option imgae_size: did you mean image_size",
+        "--out: missing",
         "grid: must be auto, native, 0",
         "device: must be auto, cpu, cuda",
         "max_bad: must be a share like 1% or a count like 20 (got lots)",
@@ -105,11 +104,11 @@ def test_the_resume_command_is_the_command_that_was_given() -> None:
         "out": Path("s.zarr"),
         "image_size": "448",
         "split": ["val=b", "train=a"],
-        "source_option": ["query=select 1"],
+        "source_options": ["query=select 1"],
         "exact_preprocessing": True,
         "overwrite": True,
     }
-    command = resume_command(build_config(given, None))
+    command = resume_command(load_config(None, given))
     assert command == (
         "cli extract 'my photos' --out s.zarr --split val=b --split train=a "
         "--source-option 'query=select 1' --image-size 448 --exact-preprocessing"
@@ -119,13 +118,13 @@ def test_the_resume_command_is_the_command_that_was_given() -> None:
 
 def test_the_resume_command_holds_no_password() -> None:
     url = "postgresql://reader:s3cret@db:5432/pictures"
-    command = resume_command(build_config({"data": url, "out": Path("s.zarr")}, None))
+    command = resume_command(load_config(None, {"data": url, "out": Path("s.zarr")}))
     assert command == "cli extract 'postgresql://reader:***@db:5432/pictures' --out s.zarr"
 
 
 def test_a_pair_without_equals_sign_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--split val: expected NAME=VALUE"):
-        build_config({"data": "d", "out": "s", "split": ["val"]}, None)
+    with pytest.raises(ConfigError, match="split: expected NAME=VALUE, got val"):
+        load_config(None, {"data": "d", "out": "s", "split": ["val"]})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from console.options import options_of
 from console.stop import StopRequest
 from store.format import GRID, SIZES
 from train.checkpoint import normalization
@@ -118,23 +119,13 @@ def build_initial_student(config: TrainConfig, data: TrainingData) -> Student:
 
 
 def student_options(config: TrainConfig) -> dict[str, Any]:
-    """Options that only one type of student has; elsewhere an explicit one is an error."""
-    own = {
-        "lstm": ("freeze_encoder", "attention_pooling"),
-        "yolov8": ("distill_layers", "foreground_weight", "yolo_settings"),
-    }
-    chosen: dict[str, Any] = {}
-    for kind, names in own.items():
-        for name in names:
-            if config.student_type == kind:
-                chosen[name] = getattr(config, name)
-            elif config.differs(name):
-                raise ConfigError(f"{name} is an option of {kind} students, the student is {config.student}")
-    if config.dropout:
-        if config.student_type not in ("resnet", "vit", "timm"):
-            raise ConfigError(f"dropout is an option of timm students, the student is {config.student}")
-        chosen["drop_rate"] = config.dropout
-    return chosen
+    """Options that only some types of student have; elsewhere an explicit one is an error."""
+    if problems := config.unsupported_options():
+        raise ConfigError("; ".join(problems))
+    items = options_of(TrainConfig).items()
+    chosen = {name: getattr(config, name) for name, item in items if config.student_type in item.students}
+    dropout = chosen.pop("dropout", 0.0)
+    return chosen | ({"drop_rate": dropout} if dropout else {})
 
 
 def build_module(

@@ -12,32 +12,14 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from train.config import TrainConfig, config_to_json, describe_problem, nearest_names
+from console.options import describe_problems, given, load_options, names_where, nearest_names
+from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError
 
 # Options of the losses: trials that differ in nothing else, and are shown the same images, share one control.
-DISTILLATION_OPTIONS = frozenset(
-    {
-        "distillation_type",
-        "hard_label_weight",
-        "soft_label_weight",
-        "feature_weight",
-        "logit_weight",
-        "feature_loss_type",
-        "feature_target",
-        "distill_loss_type",
-        "temperature",
-        "teacher_logits",
-        "align_feature",
-        "align_head",
-        "distill_layers",
-        "foreground_weight",
-    }
-)
+DISTILLATION_OPTIONS = names_where(TrainConfig, "distills")
 # Options that the sweep itself sets for each trial.
-OWN_OPTIONS = frozenset(
-    {"store", "student", "out", "seed", "control", "control_only", "resume", "overwrite", "sources"}
-)
+OWN_OPTIONS = names_where(TrainConfig, "set_by_sweep") | {"sources"}
 
 
 class SweepConfig(BaseModel):
@@ -94,7 +76,7 @@ def load_sweep_config(values: Mapping[str, Any], file: Mapping[str, Any] | None 
     Raises:
         ConfigError: with every problem.
     """
-    chosen = {name: value for name, value in values.items() if value is not None}
+    chosen = given(values)
     own, training = split_names(file or {})
     merged = {**own, **chosen}
     merged["set"] = {**plain_names(own.get("set")), **plain_names(chosen.get("set"))}
@@ -102,10 +84,7 @@ def load_sweep_config(values: Mapping[str, Any], file: Mapping[str, Any] | None 
     merged["options"] = {
         name: value for name, value in merged["options"].items() if name not in merged["set"]
     }
-    try:
-        return SweepConfig(**merged)
-    except ValidationError as error:
-        raise ConfigError("; ".join(describe_problem(item) for item in error.errors())) from None
+    return load_options(SweepConfig, merged, {}, ConfigError)
 
 
 def split_names(file: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -217,7 +196,7 @@ def checked(config: SweepConfig, combinations: Iterable[dict[str, Any]]) -> list
             plain = config_to_json(parsed)
             settled.append({name: whole_path(getattr(parsed, name)) or plain[name] for name in options})
         except ValidationError as error:
-            problems |= dict.fromkeys(describe_problem(item) for item in error.errors())
+            problems |= dict.fromkeys(describe_problems(error, TrainConfig))
         except ConfigError as error:
             problems[str(error)] = None
     if problems:

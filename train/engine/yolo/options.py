@@ -21,24 +21,6 @@ FEWEST_STEPS = 100
 LONGEST_WARMUP = 0.1  # of the run
 NO_EARLY_STOPPING = 0
 
-# Explicit options that have no counterpart, and what to say instead. None: any value but the default.
-UNSUPPORTED: dict[str, str] = {
-    "temperature": "detectors have no class logits of the teacher to learn from; use --distillation-type feature",
-    "logit_weight": "detectors have no class logits of the teacher to learn from; use --distillation-type feature",
-    "teacher_logits": "detectors have no class logits of the teacher to learn from",
-    "ema_decay": "ultralytics' trainer always averages weights, with its own ramp to 0.9999",
-    "label_smoothing": "YOLOv8's loss has soft targets of its own",
-    "gradient_checkpointing": "ultralytics' trainer has none; use a smaller --batch-size",
-    "compile": "ultralytics' trainer does not compile models that are distilled",
-    "mixup_alpha": "use --yolo-settings mixup=PROBABILITY",
-    "cutmix_alpha": "use --yolo-settings cutmix=PROBABILITY",
-    "dropout": "YOLOv8 has none",
-    "freeze_encoder": "use --yolo-settings freeze=LAYERS",
-    "attention_pooling": "that belongs to lstm students",
-    "pretrained": "that needs a download; give a local file with --student-path",
-    "views": "ultralytics' own augmentations are used, recorded views cannot be replayed",
-}
-
 # Arguments that users may set by `--yolo-settings`: its augmentations, loss gains and schedule.
 SETTINGS = frozenset(
     [
@@ -94,11 +76,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 
 def check_options(config: TrainConfig) -> None:
     """Raises ConfigError listing every explicit option that a YOLO student cannot follow."""
-    problems = [
-        f"{name} has no effect on YOLO students: {reason}"
-        for name, reason in UNSUPPORTED.items()
-        if config.is_explicit(name) and config.differs(name)
-    ]
+    problems = config.unsupported_options()
     if config.task not in ("auto", "detection"):
         problems.append(f"task {config.task}: YOLO students do detection")
     if config.distillation_type == "logit":
