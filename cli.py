@@ -161,9 +161,9 @@ def root(
 
 def main() -> None:
     """Run the command line; an error is one readable line on stderr and a non-zero exit code."""
-    from console.file_names import printable
     from console.log import configure_logging
     from console.redaction import redact
+    from files.names import printable
 
     configure_logging()
     for stream in (sys.stdout, sys.stderr):  # a file name that is not UTF-8 is printed with \xNN

@@ -18,7 +18,7 @@ from backend.digests import FileState, digest_files, file_state, files_below
 from backend.errors import PlatformError
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
-from imaging.regular_file import read_regular
+from files.reading import read_regular
 
 log = get_logger("cache")
 

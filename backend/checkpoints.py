@@ -6,21 +6,19 @@ import os
 import shutil
 from pathlib import Path
 
+from files.writing import replacing
+
 
 def publish(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, at once or not at all; a copy where links are impossible.
 
     Our checkpoints are replaced, never rewritten, so a link keeps what it was made of.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
-    # Replacing a file by another link to itself does nothing and leaves both names.
-    partial.unlink(missing_ok=True)
+    with replacing(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 def same_file(first: Path, second: Path) -> bool:

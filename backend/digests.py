@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from backend.errors import PlatformError
 from console.progress import track_progress
-from imaging.regular_file import open_regular
+from files.reading import open_regular
+from files.writing import publish
 
 if TYPE_CHECKING:
     from extract.sources import Source
@@ -72,7 +73,7 @@ class DigestMemo:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             text = "\0".join(f"{digest} {key}" for key, digest in known.items())
             partial.write_text(text, "utf-8", errors="surrogateescape")
-            partial.replace(self.file)
+            publish(partial, self.file)
         except OSError:
             partial.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from backend.errors import OptionError
 from backend.values import as_boolean, as_text, read_text_file, shown
-from console.yaml_text import YamlError, load_yaml_documents
+from files.reading import YamlError, load_yaml_documents
 
 PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\-]*)(?::([^{}]*))?\}")
 ALLOW_VARIABLE = "QWEN_DISTILL_ALLOW_LOCAL_URLS"

@@ -226,7 +226,6 @@ def plain_details(summary: MappingType[str, Any]) -> dict[str, Any]:
 def write_summary(path: Path, summary: MappingType[str, Any]) -> None:
     """Replace summary.json, complete or not at all."""
     from console.output import plain_json
+    from files.writing import replace_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(plain_json(summary), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    partial.replace(path)
+    replace_file(path, json.dumps(plain_json(summary), indent=2, ensure_ascii=False) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import OptionError
-from imaging.regular_file import open_regular
+from files.reading import open_regular
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", re.ASCII)

@@ -16,8 +16,8 @@ import typer
 
 from commands.assets import PRETRAINED_TEACHER
 from commands.extract import SUGGESTIONS, Suggestion, option_words
-from console.files import check_writable
 from console.stop import Stopped
+from files.writing import check_writable
 
 IMAGE_SIDE = 64
 GRID = "4"  # cells a side: the native grid of the pretrained teacher at its size below, half of Qwen's

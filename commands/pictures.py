@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from console.files import whole_file, writing
+from files.writing import whole_file, writing
 from imaging.clips import read_clip_frames, sample_frame_indices
 from imaging.decode import MOST_PIXELS, decode_image
 from imaging.errors import ImageError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
-from console.file_names import printable
 from console.redaction import redact
+from files.names import printable
 
 ROOT = "qwen_distill"
 STORE = "store"  # imports nothing of ours, so its loggers bear its own name

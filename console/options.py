@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from console.yaml_text import load_yaml
+from files.reading import load_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 

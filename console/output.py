@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from console.file_names import printable
 from console.redaction import redact, redact_values
+from files.names import printable
 
 MISSING = "-"
 

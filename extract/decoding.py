@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from console.file_names import printable
 from extract.augment import LARGEST_ZOOM, Matrix, sample_views
 from extract.preprocess import decode_for, resize_pixels
 from extract.sources.annotations import clip_boxes
 from extract.sources.base import AnnotationError, Boxes, Sample, content_digest
+from files.names import printable
 from imaging.clips import ClipFrame
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, Decoded, decode
 from imaging.errors import ImageError

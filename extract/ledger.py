@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from extract.session import BadSample
+from files.writing import replace_file
 from store import format as names
 from store.errors import DistillError
-from store.files import write_file
 from store.reader import open_store
 
 LEDGER = "bad_images.jsonl"
@@ -49,7 +49,7 @@ def write_ledger(store: Path) -> list[BadSample]:
             digest = content.tobytes().hex() if content.any() else ""
             bad.append(BadSample(name, row, split.keys[row], split.reason(row), digest))
     if bad:
-        write_file(store / LEDGER, "".join(ledger_line(item) for item in bad).encode())
+        replace_file(store / LEDGER, "".join(ledger_line(item) for item in bad).encode())
     else:
         (store / LEDGER).unlink(missing_ok=True)
     return bad

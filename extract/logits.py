@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from console.files import check_writable
 from console.log import get_logger
 from console.stop import StopRequest
 from extract.config import ZERO_SHOT, ExtractConfig
 from extract.outcome import ExtractObserver, logits_stop_message
+from files.writing import check_writable
 from processes.deadline import StopDeadline
 from store import format as names
 from store.create import add_arrays

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from files.writing import replace_file
 from store.errors import DistillError
-from store.files import write_file
 from store.format import MEASURED_FILE
 
 
@@ -87,4 +87,4 @@ def note(store: Path, **values: Any) -> None:
     """Keep `values` beside what is known already."""
     path = store / MEASURED_FILE
     path.parent.mkdir(exist_ok=True)
-    write_file(path, json.dumps({**read_measured(store), **values}, indent=1).encode())
+    replace_file(path, json.dumps({**read_measured(store), **values}, indent=1).encode())

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from console.file_names import printable
 from console.log import get_logger
 from extract.bit_depth import choose_bit_depth
 from extract.config import ConfigError, ExtractConfig
@@ -21,6 +20,7 @@ from extract.decoding import DecodeJob
 from extract.encode import Encoding, averages_unevenly
 from extract.sources.base import RemovedFile, Sample, Samples, Source
 from extract.teachers import Teacher
+from files.names import printable
 from imaging.decode import FULL_DEPTH
 from store import format as names
 from store.format import ArraySpec, Manifest

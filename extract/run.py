@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from console.files import check_writable
 from console.stop import Stopped, StopRequest
 from extract.config import ExtractConfig
 from extract.existing import Unit, job_of, list_units
@@ -30,6 +29,7 @@ from extract.prepare import (
 from extract.session import Session
 from extract.sources.base import REMOVED
 from extract.teachers import Teacher
+from files.writing import check_writable
 from processes.deadline import StopDeadline
 from store.create import check_free
 from store.job import Job

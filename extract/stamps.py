@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from extract.planning import RowSamples
 from extract.sources.base import Boxes, Sample, content_digest
+from files.writing import replace_file
 from imaging.errors import ImageError
-from store.files import write_file
 
 UNKNOWN = -1  # no file, or one that cannot be looked at
 NEVER_SEEN = -2  # recorded for what no run has looked at: differs from everything
@@ -104,8 +104,8 @@ def save_stamps(folder: Path, tables: dict[str, Stamps]) -> None:
     """Record stamps [N, 4] by split in the folder of the extractor's notes."""
     folder.mkdir(exist_ok=True)
     for split, table in tables.items():
-        write_file(folder / f"files-{split}.i64", np.ascontiguousarray(table[:, :2]).tobytes())
-        write_file(folder / f"annotations-{split}.i64", np.ascontiguousarray(table[:, 2:]).tobytes())
+        replace_file(folder / f"files-{split}.i64", np.ascontiguousarray(table[:, :2]).tobytes())
+        replace_file(folder / f"annotations-{split}.i64", np.ascontiguousarray(table[:, 2:]).tobytes())
 
 
 def load_stamps(folder: Path, split: str, rows: int) -> Stamps:

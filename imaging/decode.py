@@ -27,8 +27,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from files.reading import open_regular
 from imaging.errors import ImageError
-from imaging.regular_file import open_regular
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from files.reading import open_regular
 from imaging.decode import DEFAULT_MAX_PIXELS
 from imaging.errors import ImageError
-from imaging.regular_file import open_regular
 
 VIDEO_SUFFIXES = frozenset(
     [".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".ts"]

@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from files.writing import sync_folder
 from store.errors import StoreError
-from store.files import crc32c, disk_errors, sync_folder
+from store.files import crc32c, disk_errors
 from store.finalize import drop_job, keep_records
 from store.format import (
     DIRECT_PREFIXES,

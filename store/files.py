@@ -1,4 +1,4 @@
-"""Durable files: write under a temporary name, fsync, rename, fsync the folder."""
+"""Bytes, checksums and JSON of a store's files, and what a disk that refuses them means."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from files.writing import replace_file
 from store.errors import StoreError
 
 PARTIAL = ".partial"
@@ -52,40 +53,13 @@ def write_pieces(fd: int, pieces: list[bytes]) -> None:
         written = max(0, written - len(piece))
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a written and synced file its final name, durably."""
-    os.replace(partial, final)
-    sync_folder(final.parent)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a whole file so that readers see the old one or the new one, never a part."""
-    partial = path.with_name(path.name + PARTIAL)
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        write_all(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    publish(partial, path)
-
-
 def to_json(value: Any) -> bytes:
     """The one JSON form of a value, so that equal values make equal files."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_file(path, to_json(value))
+    replace_file(path, to_json(value))
 
 
 def read_json(path: Path) -> Any:

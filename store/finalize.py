@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from files.writing import sync_folder
 from store.arrays import MappedArray, RowArray, open_array
 from store.errors import StoreError
-from store.files import PARTIAL, byte_view, disk_errors, read_json, sync_folder, write_json
+from store.files import PARTIAL, byte_view, disk_errors, read_json, write_json
 from store.format import (
     COMMITS_FOLDER,
     DIGESTED,

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from files.writing import replacing
 from store.arrays import RowArray
 from store.errors import StoreError
-from store.files import PARTIAL, disk_errors, sync_folder
+from store.files import disk_errors
 from store.format import FORMAT_VERSION, KEY_OFFSETS, KEY_VALUES, ArraySpec, Manifest
 from store.hdf5_file import MAX_ROW_BYTES, Hdf5Error, find_dataset, open_hdf5_file
 from store.keys import KEY_SPECS, KeyTable
@@ -38,21 +38,14 @@ def store_to_hdf5(path: str | os.PathLike[str], file: str | os.PathLike[str]) ->
         raise StoreError(f"{target}: exists; choose another name or delete it")
     store = open_store(path)
     store.require_plain("conversion to HDF5")
-    partial = target.with_name(target.name + PARTIAL)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(target) as partial:
             write_hdf5(store, partial)
-            os.replace(partial, target)
-        except BaseException:
-            with suppress(OSError, ValueError):  # what refused the file may refuse this too
-                partial.unlink(missing_ok=True)
-            raise
-        sync_folder(target.parent)
 
 
 def write_hdf5(store: Store, path: Path) -> None:
-    """The file's content, synced."""
+    """The file's content."""
     import h5py
 
     with h5py.File(path, "w") as out:
@@ -61,8 +54,6 @@ def write_hdf5(store: Store, path: Path) -> None:
         for name, split in store.items():
             for array in [*split.names, *KEY_SPECS]:
                 copy_array(split.array(array), out, f"{name}/{array}", attributes_of(split, array))
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
 
 
 def attributes_of(split: Split, name: str) -> dict[str, np.ndarray]:

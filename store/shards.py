@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from files.writing import publish
 from store.errors import StoreError
-from store.files import PARTIAL, crc32c, publish, write_all
+from store.files import PARTIAL, crc32c, write_all
 from store.format import ArraySpec
 
 ABSENT = 2**64 - 1
@@ -221,7 +222,6 @@ class ShardFile:
         if self.layout.codec == "zstd":
             return self._finish_compressed()
         self._write(linear_index(self.layout, rows))
-        self.sync()
         self.close()
         publish(self.partial, self.final)
         return self.written, self.crc
@@ -244,7 +244,6 @@ class ShardFile:
             target._write(packed)
             lengths.append(len(packed))
         target._write(encode_index(lengths, self.layout.chunks_per_shard))
-        target.sync()
         target.close()
         self.close()
         publish(target.partial, self.final)

@@ -14,7 +14,8 @@ import os
 import shutil
 from pathlib import Path
 
-from store.files import disk_errors, sync_folder, write_json
+from files.writing import sync_folder
+from store.files import disk_errors, write_json
 from store.finalize import drop_job, remove_done
 from store.format import COMMITS_FOLDER, WORK_FOLDER
 from store.job import CREATING, DONE, NEXT, REPLACED, ROWS_STORE, pending_jobs

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from files.writing import PARTIAL_PREFIX
 from store.arrays import open_shard
 from store.errors import LockedError, StoreError
 from store.files import PARTIAL, read_json
@@ -111,7 +112,7 @@ def leftovers(folder: Path) -> Iterator[Finding]:
     """Temporary files that no job in progress owns, and locks of dead writers."""
     owned = partial_files_of_jobs(folder)
     versions = [folder / WORK_FOLDER / name for name in (ROWS_STORE, NEXT, f"{NEXT}{CREATING}")]
-    for path in sorted(folder.rglob(f"*{PARTIAL}")):
+    for path in unfinished(folder):
         if path not in owned and not any(version in path.parents for version in versions):
             yield Finding(str(path), "temporary file of an interrupted run", leftover=True)
     for path, owner in lock_files(folder):
@@ -125,6 +126,11 @@ def leftovers(folder: Path) -> Iterator[Finding]:
     for path in sorted(folder.glob(f"{WORK_FOLDER}/*")):
         if path.name.endswith((CREATING, DONE)):
             yield Finding(str(path), "a job that was never begun or is done", leftover=True)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Files below `folder` under a temporary name."""
+    return sorted([*folder.rglob(f"*{PARTIAL}"), *folder.rglob(f"{PARTIAL_PREFIX}*")])
 
 
 def lock_files(folder: Path) -> Iterator[tuple[Path, Owner]]:
@@ -142,7 +148,7 @@ def partial_files_of_jobs(folder: Path) -> set[Path]:
         for split in job.splits:
             for spec in job.direct:
                 owned |= set((folder / split / spec.name).rglob(f"*{PARTIAL}"))
-        owned |= set(job_folder(folder, name).rglob(f"*{PARTIAL}"))
+        owned |= set(unfinished(job_folder(folder, name)))
     return owned
 
 

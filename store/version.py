@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from store.files import disk_errors, read_json, sync_folder, write_json
+from files.writing import sync_file, sync_folder
+from store.files import disk_errors, read_json, write_json
 from store.finalize import Checksums, commit_record, digest_of, remove_done, write_statistics
 from store.format import (
     COMMITS_FOLDER,
@@ -381,11 +382,7 @@ class SplitVersion:
                 raise
             self.between()
             shutil.copyfile(old, new)
-            fd = os.open(new, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_file(new)
         sync_folder(new.parent)
 
     def write_statistics(self, spec: ArraySpec) -> None:

@@ -29,8 +29,9 @@ from types import TracebackType
 
 import numpy as np
 
+from files.writing import sync_folder
 from store.errors import StoreError
-from store.files import disk_errors, sync_folder, write_pieces
+from store.files import disk_errors, write_pieces
 from store.format import FEATURES_JOB, OWN_ARRAYS, VALID
 from store.job import (
     Commit,

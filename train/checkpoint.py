@@ -6,14 +6,14 @@ all that a run needs to go on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from console.torch_files import nothing_allowed, why_unreadable
+from files.weights import WeightsError, read_weights
+from files.writing import replacing
 from store.format import Manifest
 from train.errors import TrainError
 from train.students.base import Student
@@ -35,16 +35,10 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises CheckpointError when it cannot be written; what was at `path` before is then untouched.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         # torch's own text hides what the disk said.
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or " ".join(str(error).split())[:200]
@@ -54,29 +48,19 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         ) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in it can run code.
 
     Raises CheckpointError for a missing, damaged or foreign file.
     """
     try:
-        with nothing_allowed(torch.serialization):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_weights(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no such checkpoint: expected {BEST} or {LAST} of a run folder"
         ) from None
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint: {why_unreadable(path, error)}") from None
+    except WeightsError as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
     if not isinstance(content, dict) or "model_state_dict" not in content or "student" not in content:
         raise CheckpointError(f"{path}: not a checkpoint of this program (no student in it)")
     if content.get("format") != FORMAT:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from console.files import check_writable, shortened
 from console.log import get_logger
 from console.options import names_where
 from console.output import plain_json
 from console.redaction import redact_values
+from files.writing import check_writable, replace_file, shortened
 from store.format import RANDOM_WEIGHTS_NOTICE
 from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError, TrainError
@@ -253,12 +252,9 @@ def store_reference(store: Any) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise TrainError(f"{path}: cannot be written: {error.strerror}") from error
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extract.sources.base import AnnotationError, Boxes, Sample, Samples, kinds_where_any
-from imaging.regular_file import read_regular_text
+from files.reading import read_regular_text
 
 Names = tuple[str, ...]
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from console.file_names import printable
+from files.names import printable
 from imaging.clips import ClipFrame
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, read_file
 from imaging.errors import ImageError

@@ -17,7 +17,7 @@ from extract.sources.annotations import BoxedFiles, BoxTable, check_box, clip_bo
 from extract.sources.base import AnnotationError, Samples, Source, SourceError
 from extract.sources.listing import Progress, make_key, resolve_inside
 from extract.sources.splitting import SPLIT_NAMES
-from imaging.regular_file import open_regular, read_regular
+from files.reading import open_regular, read_regular
 
 
 def open_coco(path: Path, *, images: str | None = None, progress: Progress | None = None) -> Source:

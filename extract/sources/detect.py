@@ -13,10 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from console.file_names import path_on_disk
 from extract.sources.base import Source, SourceError
 from extract.sources.listing import Progress, check_unique, suffix_of
 from extract.sources.splitting import cut_validation, join_splits
+from files.names import path_on_disk
 from imaging.clips import time_order
 
 # Kind → "module:function"; the function takes the path and the layout's own options as keywords.

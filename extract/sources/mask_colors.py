@@ -16,7 +16,7 @@ from typing import Any
 
 from extract.sources.annotations import Names, parse_class_names
 from extract.sources.base import AnnotationError, SourceError
-from imaging.regular_file import read_regular_text
+from files.reading import read_regular_text
 
 Color = tuple[int, int, int]
 

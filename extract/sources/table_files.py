@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from extract.sources.base import AnnotationError, SourceError
 from extract.sources.splitting import SPLIT_NAMES
+from files.reading import open_regular
 from imaging.errors import ImageError
-from imaging.regular_file import open_regular
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 BATCH_ROWS = 4096

@@ -18,8 +18,8 @@ from extract.sources.annotations import BoxedFiles, BoxTable, check_box, read_li
 from extract.sources.base import AnnotationError, Samples, Source, SourceError
 from extract.sources.listing import Progress, list_files, make_key, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
+from files.reading import read_regular
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.regular_file import read_regular
 
 IMAGE_FOLDERS = ("JPEGImages", "images")
 XML_FOLDERS = ("Annotations", "annotations", "labels")

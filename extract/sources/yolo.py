@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from console.yaml_text import load_yaml
 from extract.sources.annotations import parse_class_names
 from extract.sources.base import (
     AnnotationError,
@@ -34,8 +33,8 @@ from extract.sources.base import (
 )
 from extract.sources.listing import Progress, list_files, make_keys, resolve_inside, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
+from files.reading import load_yaml, read_regular_text
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.regular_file import read_regular_text
 
 # A coordinate beyond this is no fraction of an image's side that went astray: the file has pixels.
 _NO_FRACTION = 4.0

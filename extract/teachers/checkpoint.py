@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from extract.teachers.errors import CheckpointError
-from imaging.regular_file import open_regular, read_regular
+from files.reading import open_regular, read_regular
 
 if TYPE_CHECKING:
     import torch

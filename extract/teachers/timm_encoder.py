@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from console.torch_files import nothing_allowed, why_unreadable
 from extract.teachers.base import Encoded
 from extract.teachers.checkpoint import one_line
 from extract.teachers.compiled import CompiledModel, warn_of_compiler
@@ -24,6 +23,7 @@ from extract.teachers.errors import CheckpointError, TeacherError
 from extract.teachers.hub import endpoint, hub_client
 from extract.teachers.patchify import normalise
 from extract.teachers.pixels import as_pixels, as_resize_policy, pooled_mean
+from files.weights import WeightsError, read_weights
 from store.format import Preprocessing, TeacherSpec
 
 if TYPE_CHECKING:
@@ -271,11 +271,11 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return dict(load_file(file))
-        with nothing_allowed(torch.serialization):
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, safetensors and OS errors
-        reason = one_line(error) if file.suffix == ".safetensors" else why_unreadable(file, error)
-        raise CheckpointError(f"{file}: weights cannot be read: {reason}") from None
+        content: Any = read_weights(file)
+    except WeightsError as error:
+        raise CheckpointError(f"{file}: weights cannot be read: {error}") from None
+    except Exception as error:  # safetensors and OS errors
+        raise CheckpointError(f"{file}: weights cannot be read: {one_line(error)}") from None
     for key in STATE_DICT_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

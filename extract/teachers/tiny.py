@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from console.files import check_writable
 from extract.teachers.errors import TeacherError
+from files.writing import check_writable
 
 
 def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> Path:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from console import progress
-from console.files import OutputError, whole_file
 from console.output import print_json, print_table
 from console.progress import clock, track_progress
 from console.stop import StopRequest
+from files.writing import OutputError, whole_file
 
 ROOT = Path(__file__).parents[2]
 

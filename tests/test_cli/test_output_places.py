@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from console.files import OutputError, check_writable, whole_file
+from files.writing import OutputError, check_writable, whole_file
 
 PLACES = ("/proc/x", "/sys/x", "FILE/x", "LONG", "FIFO", "SOCKET")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from console.files import OutputError, check_writable
+from files.writing import OutputError, check_writable
 from store.errors import StoreError
 
 MISSING = Path("no such input")

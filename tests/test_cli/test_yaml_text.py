@@ -9,7 +9,7 @@ import pytest
 from backend.errors import OptionError
 from backend.platform_config import flatten_file
 from console.options import read_option_file
-from console.yaml_text import YamlError, load_yaml, load_yaml_documents
+from files.reading import YamlError, load_yaml, load_yaml_documents
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(8)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from console.file_names import path_on_disk, printable
-from console.files import OutputError, check_writable
+from files.names import path_on_disk, printable
+from files.writing import OutputError, check_writable
 from train.data.images import path_of
 
 

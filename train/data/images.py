@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from console.file_names import path_on_disk
+from files.names import path_on_disk
+from files.reading import read_regular
 from imaging.decode import MOST_PIXELS, decode
 from imaging.errors import ImageError
 from imaging.geometry import View, resize_view
-from imaging.regular_file import read_regular
 from store.errors import DistillError
 from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, VIEWS_GEOMETRY, Preprocessing
 from train.data.batches import Item

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from console.file_names import printable
+from files.names import printable
 from imaging.clips import frame_files, read_clip_frames
 from imaging.decode import IMAGE_SUFFIXES
 from imaging.errors import ImageError

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from console.file_names import printable
+from files.names import printable
 from train.delivery.draw import Box, Label, draw_boxes
 from train.delivery.model import ModelCard, TrainedModel, class_name
 from train.delivery.records import Prediction

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from console.files import whole_file, writing
+from files.writing import whole_file, writing
 
 MATRIX_FILE, TABLE_FILE = "embeddings.npy", "embeddings.parquet"
 HEADER_BYTES = 128

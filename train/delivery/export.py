@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from console.files import check_writable, whole_file
+from files.writing import check_writable, whole_file
 from train.delivery.inputs import run_folder, sample_inputs
 from train.delivery.model import ModelCard, TorchModel, open_student
 from train.delivery.program import OPSET, write_onnx, write_torch_export

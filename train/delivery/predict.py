@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from console.file_names import printable
-from console.files import check_writable, whole_file, writing
 from console.output import plain_json
+from files.names import printable
+from files.writing import check_writable, whole_file, writing
 from imaging.errors import ImageError
 from imaging.video import VideoFrame, iterate_frames
 from train.delivery.clips import find_clips, predict_clip

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from console.files import check_writable, whole_file
 from console.log import get_logger
+from files.writing import check_writable, whole_file
 from store.reader import open_store
 from train.config import TrainConfig
 from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from console.file_names import printable
+from files.names import printable
 from imaging.decode import decode
 from imaging.errors import ImageError
 

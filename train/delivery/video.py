@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from console.files import writing
+from files.writing import publish, writing
 
 # The first that PyAV's build has; every player shows both.
 CODECS = ("libx264", "mpeg4")
@@ -55,7 +54,7 @@ class VideoOutput:
         with writing(self.path):
             self.container.mux(self.stream.encode())
             self.container.close()
-            os.replace(self.partial, self.path)
+            publish(self.partial, self.path)
 
     def discard(self) -> None:
         """Leave nothing of a video whose frames did not all come."""

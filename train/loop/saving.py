@@ -9,7 +9,6 @@ takes the old one's place afterwards. So whatever moment the process is killed a
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections import deque
@@ -21,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.checkpoint import ADAPTERS, BEST, LAST, load_checkpoint, save_checkpoint, sync_folder
+from files.writing import publish
+from train.checkpoint import ADAPTERS, BEST, LAST, load_checkpoint, save_checkpoint
 
 
 @torch.no_grad()
@@ -150,8 +150,7 @@ class CheckpointWriter:
             save_checkpoint(self.folder / LAST, last.content())
             saved = [Saved(self.folder / LAST, epoch, False)]
             if best is not None:
-                os.replace(self.folder / NEXT_BEST, self.folder / BEST)
-                sync_folder(self.folder)
+                publish(self.folder / NEXT_BEST, self.folder / BEST)
                 saved.insert(0, Saved(self.folder / BEST, best.epoch, True))
                 if best.adapters is not None:
                     save_checkpoint(self.folder / ADAPTERS, best.adapters.content())
@@ -192,7 +191,7 @@ def adopt_best(folder: Path, best_epoch: int) -> None:
     if not written.exists():
         return
     if load_checkpoint(written)["epoch"] == best_epoch:
-        os.replace(written, folder / BEST)
+        publish(written, folder / BEST)
     else:
         written.unlink()
 

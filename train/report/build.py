@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from console.file_names import printable
-from console.files import check_writable, whole_file
 from console.log import get_logger
 from console.redaction import redact
+from files.names import printable
+from files.writing import check_writable, whole_file
 from store.errors import StoreError
 from store.format import MEASURED_FILE
 from store.reader import Store, open_store

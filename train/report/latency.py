@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from console.files import whole_file
 from console.log import get_logger
+from files.writing import whole_file
 from store.errors import DistillError
 from train.checkpoint import load_student_from_run
 from train.measure import measure_latency

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from console.log import get_logger
-from console.torch_files import nothing_allowed, why_unreadable
+from files.weights import WeightsError, read_weights
 from train.students.base import InitialWeights, Student, StudentError
 from train.students.foreign import to_timm_names
 
@@ -114,11 +113,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def unpickle(path: Path) -> Any:
     """A torch file without executing anything in it."""
     try:
-        with nothing_allowed(torch.serialization):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = why_unreadable(path, error)
-        raise StudentError(f"student_path {path}: weights cannot be read: {reason}") from error
+        return read_weights(path)
+    except (WeightsError, OSError) as error:
+        raise StudentError(f"student_path {path}: weights cannot be read: {error}") from error
 
 
 def find_tensors(content: Any) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from console.torch_files import (
+from files.weights import (
+    WeightsError,
     begins_as_torch_file,
-    nothing_allowed,
+    only_plain_classes,
+    read_weights,
     why_unreadable,
 )
 from train.engine.yolo.offline import prepare_ultralytics
@@ -153,7 +155,13 @@ def read_yolo_weights(path: Path) -> dict[str, Tensor]:
         # ultralytics knows best which of its models it cannot read.
         known = str(error).startswith(ULTRALYTICS_ERROR) and begins_as_torch_file(path)
         first_line = str(error).removeprefix(ULTRALYTICS_ERROR).strip().partition("\n")[0]
-        reason = first_line if known else why_unreadable(path, error)
+        reason = (
+            first_line
+            if known
+            else str(error)
+            if isinstance(error, WeightsError)
+            else why_unreadable(path, error)
+        )
         raise StudentError(f"student_path {path} is not a readable YOLO checkpoint: {reason}") from error
     tensors = tensors_in(content)
     if not tensors:
@@ -167,14 +175,15 @@ def read_safely(path: Path) -> Any:
     ultralytics pickles whole models, which its restricted loader rebuilds from its own classes alone.
     """
     try:
-        with nothing_allowed(torch.serialization):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        return read_weights(path)
+    except WeightsError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
         prepare_ultralytics()
         from ultralytics.nn.tasks import torch_safe_load
 
         # It leaves its classes allowed; outside of it their constructors can run code.
-        with nothing_allowed(torch.serialization):
+        with only_plain_classes():
             return torch_safe_load(path, safe_only=True)[0]
 
 

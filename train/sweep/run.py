@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from console.cores import core_share
-from console.files import check_writable
 from console.log import get_logger
 from console.output import plain_json
 from console.redaction import redact_values
 from console.stop import Stopped, StopRequest
+from files.writing import check_writable
 from processes.dask_cluster import ClusterStartError, connect, local_cluster
 from processes.ending import ignore_sigint
 from store.reader import open_store

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from console.cores import SHARE_VARIABLE, available_cores
-from console.files import whole_file
 from console.output import plain_json
 from console.redaction import redact_values
+from files.writing import whole_file
 from processes.ending import signal_on_parent_death, stop_group
 
 POLL_S = 0.25

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from ultralytics.utils import RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 from console.log import get_logger
+from files.writing import publish
 from train.data.batches import start_worker
 from train.engine.yolo.dataset import SOURCE_ROWS, StoreDataset
 from train.engine.yolo.job import TrainingJob
@@ -351,7 +351,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
             yield
             for file, written in partial.items():
                 if written.exists():
-                    os.replace(written, file)
+                    publish(written, file)
         finally:
             self.last, self.best = last, best
 

@@ -1,4 +1,4 @@
-"""Files of weights: what may be in them, and why one could not be read, in our own words; imports no torch."""
+"""Files of weights: read without running code in them, and why one cannot be read. torch is imported when one is."""
 
 from __future__ import annotations
 
@@ -13,14 +13,35 @@ from typing import Any
 MARKS = (b"\x80", b"PK\x03\x04")
 
 
-@contextmanager
-def nothing_allowed(serialization: Any) -> Iterator[None]:
-    """Inside, `torch.load(weights_only=True)` knows no classes but torch's own plain ones.
+class WeightsError(Exception):
+    """A file of weights cannot be read; the text is the reason alone, without the file's name."""
 
-    Whatever other libraries have allowed in this process counts for nothing: ultralytics leaves the classes of every
-    checkpoint that it reads allowed, and the constructors of some run code from their arguments.
-    serialization: `torch.serialization` (this package imports no torch).
+
+def read_weights(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU: plain types and tensors; no code in the file runs.
+
+    Raises FileNotFoundError, and WeightsError for everything else that prevents it.
     """
+    import torch
+
+    try:
+        with only_plain_classes():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file makes torch raise anything
+        raise WeightsError(why_unreadable(path, error)) from error
+
+
+@contextmanager
+def only_plain_classes() -> Iterator[None]:
+    """Inside, `torch.load(weights_only=True)` accepts no classes but torch's own plain ones.
+
+    Classes that other libraries have allowed in this process do not count: ultralytics leaves the classes of every
+    checkpoint that it reads allowed, and the constructors of some of them run code from their arguments.
+    """
+    from torch import serialization
+
     known = serialization.get_safe_globals()
     serialization.clear_safe_globals()
     try:

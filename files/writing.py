@@ -1,4 +1,8 @@
-"""Files for the user: whole or not at all, and one line where the system refuses them."""
+"""Files that appear whole or not at all, and one line of explanation where the system refuses them.
+
+The one way to write a file that is read later: under a temporary name, fsync, rename, fsync of the folder. After a kill
+or a power failure at any moment, the name leads to the old content or to the new one, never to a part.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from console.file_names import printable
+from files.names import printable
+
+PARTIAL_PREFIX = ".partial-"
 
 
 class OutputError(Exception):
@@ -91,14 +97,53 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to: it becomes `path` when the block ends well, and is removed when not."""
+    """`replacing` for a file of the user: OutputError where the system refuses it, and for a device, pipe or socket."""
     with writing(path):
         check_replaceable(path)
-    partial = path.with_name(f".partial-{path.name}")  # keeps the suffix, which says the format
-    try:
-        with writing(path):
+        with replacing(path) as partial:
             yield partial
-            os.replace(partial, path)
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to: it becomes `path`, durably, when the block succeeds, and is removed when not."""
+    partial = path.with_name(
+        f"{PARTIAL_PREFIX}{path.name}"
+    )  # keeps the suffix, by which libraries know the format
+    try:
+        partial.unlink(missing_ok=True)  # a killed process may have left it
+        yield partial
+        publish(partial, path)
     finally:
-        with contextlib.suppress(OSError):  # a read-only file system refuses even this
+        with contextlib.suppress(OSError, ValueError):  # what refused the file may refuse this too
             partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes | str) -> None:
+    """Write a whole file; text as UTF-8. Raises OSError; what was at `path` before is then untouched."""
+    with replacing(path) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a written file its final name, durably: its bytes reach the disk before its name does."""
+    sync_file(partial)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in `folder` durable."""
+    sync_file(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
