@@ -323,7 +323,7 @@ def live_targets(teacher: Any, built: Any) -> Callable[[Any], None]:
     def change(batch: Any) -> None:
         batch.features = {"features/grid": live_grid(teacher, built, batch)}
         # The teacher sees the very view that the student sees, so nothing has to be carried.
-        batch.views = built.parts.objective.distillation.teacher_views[batch.rows]
+        batch.views = built.parts.objective.teacher_views[batch.rows]
 
     return change
 

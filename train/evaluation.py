@@ -20,8 +20,9 @@ from train.delivery.onnx_student import OnnxStudent
 from train.distill.objective import Objective
 from train.distill.projector import DistilledStudent
 from train.errors import DeliveryError, TrainError
-from train.loop.assemble import build_loader, build_normalizer
+from train.loop.assemble import build_loader
 from train.loop.evaluate import evaluate
+from train.loop.loop import build_normalizer
 from train.loop.machine import build_accelerator
 from train.resolve import TrainingData, check_targets, open_split, student_preprocessing, valid_rows
 from train.students.base import Student
@@ -157,9 +158,7 @@ def measure(
     student: Any, config: TrainConfig, store: Any, data: TrainingData, accelerator: Accelerator
 ) -> dict[str, float]:
     """Losses and metrics of the student on the split, without the teacher's targets."""
-    objective = Objective(
-        build_task(data.task, num_classes=data.num_classes, label_smoothing=0.0), None, 1.0, 0.0
-    )
+    objective = Objective(build_task(data.task, num_classes=data.num_classes, label_smoothing=0.0))
     loader = build_loader(config, store, data, objective, accelerator, AUGMENTATIONS["none"], training=False)
     module = DistilledStudent(student, None, cells=False, pooled=False)
     normalize = build_normalizer(student, accelerator.device)

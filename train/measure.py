@@ -69,7 +69,7 @@ def feature_quality(built: Built, config: TrainConfig, store: Any, data: Trainin
     arguments = []
     for training, labels in ((True, data.train_labels), (False, data.val_labels)):
         assert labels is not None
-        plain = Objective(built.parts.objective.task, None, 1.0, 0.0)
+        plain = Objective(built.parts.objective.task)
         loader = build_loader(
             config, store, data, plain, built.parts.accelerator, AUGMENTATIONS["none"], training=training
         )

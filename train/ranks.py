@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def add_counts(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Counts of one step by name: the sum over its micro-batches and over all ranks, in one exchange."""
+    names = sorted(parts[0])
+    if not names:
+        return {}
+    local = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts]).sum(0)
+    return dict(zip(names, sum_over_ranks(local).unbind(), strict=True))
 
 
 def barrier() -> None:

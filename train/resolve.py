@@ -31,6 +31,7 @@ from store.format import (
 from train.config import TrainConfig
 from train.data.batches import labels_of
 from train.data.views import AUGMENTATIONS, Augmentation
+from train.distill.objective import DistillationPlan
 from train.errors import ConfigError, TrainError
 from train.recipes import STUDENT_TASKS
 from train.students.base import StudentSpec
@@ -91,22 +92,6 @@ def student_preprocessing(store: Any, recorded: Mapping[str, Any]) -> Preprocess
 
 def named_arrays(store: Any) -> set[str]:
     return {spec.name for spec in store.manifest.arrays}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureChoice:
-    """What is distilled, before the student's map is measured."""
-
-    pooled: bool = False
-    cells: bool = False
-    grid: bool = False
-    recorded: bool = False
-    frames: bool = False
-    logits: str | None = None
-
-    @property
-    def anything(self) -> bool:
-        return self.pooled or self.cells or self.logits is not None
 
 
 def resolve_task(config: TrainConfig) -> str:
@@ -235,7 +220,7 @@ def check_labels(
 
 def resolve_features(
     config: TrainConfig, split: Any, task: str, spec: StudentSpec, notes: list[str]
-) -> FeatureChoice:
+) -> DistillationPlan:
     """What is distilled. Raises ConfigError for options that the store cannot serve (and what to extract)."""
     kind = config.distillation_type or ("hybrid" if task in CLASS_TASKS else "feature")
     if task == "features":
@@ -245,21 +230,21 @@ def resolve_features(
             )
         kind = "feature"
     if kind == "none":
-        return FeatureChoice()
+        return DistillationPlan()
     names = set(split.names)
     logits = resolve_logits(config, kind, task, names, notes)
     if kind == "logit":
-        return FeatureChoice(logits=logits)
+        return DistillationPlan(logits=logits)
     if POOLED not in names:
         raise ConfigError(
             f"{config.store} has no {POOLED}: extract it again; --distillation-type {kind} needs it"
         )
     if spec.feature_kind == "sequence":
-        return FeatureChoice(**resolve_frames(config, names), logits=logits)
+        return DistillationPlan(**resolve_frames(config, names), logits=logits)
     recorded = resolve_recorded(config, names)
     grid = (VIEWS_GRID if recorded else GRID) in names
     pooled, cells = resolve_target(config, task, spec, grid, notes)
-    return FeatureChoice(pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits)
+    return DistillationPlan(pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits)
 
 
 def resolve_logits(
@@ -329,14 +314,13 @@ def resolve_target(
 
 
 def resolve_augmentation(
-    config: TrainConfig, features: FeatureChoice, notes: list[str]
+    config: TrainConfig, plan: DistillationPlan, notes: list[str]
 ) -> tuple[str, Augmentation]:
     """How images vary. Without a grid that moves along, only colours and mild crops go with feature targets."""
-    learns_features = features.pooled or features.cells
-    fixed = learns_features and not features.grid and not features.recorded
+    fixed = plan.features and not plan.grid and not plan.recorded
     name: str = config.augment
     if name == "auto":
-        name = "photometric" if features.recorded else "mild" if fixed else "full"
+        name = "photometric" if plan.recorded else "mild" if fixed else "full"
         if fixed:
             notes.append(
                 "augment mild: without a stored grid, targets cannot follow a crop or flip "
@@ -347,25 +331,25 @@ def resolve_augmentation(
             f"augment full: {config.store} has no grid that could follow crops and flips: use augment mild, or extract "
             "with --grid 7 or --views 4"
         )
-    if features.recorded and name in ("mild", "full"):
+    if plan.recorded and name in ("mild", "full"):
         raise ConfigError(
             f"augment {name}: recorded views are replayed as they are: use photometric or --views random"
         )
     return name, AUGMENTATIONS[name]
 
 
-def check_mixing(config: TrainConfig, task: str, features: FeatureChoice) -> None:
+def check_mixing(config: TrainConfig, task: str, plan: DistillationPlan) -> None:
     """MixUp and CutMix mix every target with the images' weights, or are refused."""
     chosen = "mixup_alpha" if config.mixup_alpha else "cutmix_alpha" if config.cutmix_alpha else None
     if chosen is None:
         return
     if task != "classification":
         raise ConfigError(f"{chosen}: works for classification, the task is {task}")
-    if config.feature_loss_type == "relation" and features.pooled:
+    if config.feature_loss_type == "relation" and plan.pooled:
         raise ConfigError(
             f"{chosen}: mixed samples have no relation to compare: use another feature_loss_type"
         )
-    if config.cutmix_alpha and features.cells:
+    if config.cutmix_alpha and plan.cells:
         raise ConfigError(
             "cutmix_alpha: cells of two images cannot share one target: use feature_target pooled, or MixUp"
         )

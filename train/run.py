@@ -214,7 +214,7 @@ def resolved(built: Built, data: TrainingData, control: bool) -> dict[str, Any]:
         "task": data.task,
         "num_classes": data.num_classes,
         "augment": built.augmentation,
-        "distilled": None if control else dataclasses.asdict(built.features),
+        "distilled": None if control else dataclasses.asdict(built.plan),
         "batch_size": built.parts.config.batch_size,
         "grad_accum_steps": built.parts.config.grad_accum_steps,
         "processes": built.parts.accelerator.num_processes,

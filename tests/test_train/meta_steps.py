@@ -20,11 +20,9 @@ from torch.utils._pytree import tree_leaves
 from store.format import FRAMES, GRID, POOLED, VIEWS_GRID, VIEWS_POOLED
 from train.config import load_config
 from train.data.batches import Batch
-from train.distill.objective import Objective
+from train.distill.objective import DistillationPlan, Objective, build_standardizers
 from train.distill.projector import DistilledStudent, Projector
-from train.distill.targets import Distillation, DistillationPlan
-from train.loop.assemble import build_normalizer
-from train.loop.loop import Loop, Parts, Progress
+from train.loop.loop import Loop, Parts, Progress, build_normalizer
 from train.loop.optimizer import WeightAverage, build_optimizer
 from train.loop.saving import StepGuard
 from train.students import build_student
@@ -101,19 +99,13 @@ def make_plan(student: Any, kind: str, **options: Any) -> DistillationPlan | Non
     if kind == "none":
         return None
     features = kind != "logit"
-    is_map = student.spec.feature_kind == "map"
     settings: dict[str, Any] = {
         "pooled": features,
-        "cells": features and is_map and options.get("loss_type") != "relation",
+        "cells": features and student.spec.feature_kind == "map",
         "grid": features,
         "logits": "probe" if kind in ("logit", "hybrid") else None,
-        "cell_shape": (3, 2) if features and is_map else None,
     }
-    settings |= options
-    if settings["cells"] and not settings.get("frames"):
-        shape = student.eval()(torch.zeros(1, 3, SIDE, SIDE, device=META)).features.shape
-        settings["cell_shape"] = (int(shape[2]), int(shape[3]))
-    return DistillationPlan(**settings)
+    return DistillationPlan(**settings | options)
 
 
 def host_batch(student: Any, plan: DistillationPlan | None, *, size: int = 6, frames: int = 4) -> Batch:
@@ -126,6 +118,7 @@ def host_batch(student: Any, plan: DistillationPlan | None, *, size: int = 6, fr
         torch.zeros(shape, dtype=torch.uint8),
         views,
         torch.tensor([1.0] * (size - 1) + [0.0]),
+        size - 1.0,
         labels=torch.tensor([-1] + [1] * (size - 1)),
         masks=torch.zeros(size, SIDE, SIDE, dtype=torch.uint8),
         lengths=torch.tensor([frames, 1, *[2] * (size - 2)]) if clips else None,
@@ -141,17 +134,33 @@ def host_batch(student: Any, plan: DistillationPlan | None, *, size: int = 6, fr
     return batch
 
 
-def make_objective(student: Any, plan: DistillationPlan | None, rows: int = 6) -> Objective:
+def make_objective(
+    student: Any, plan: DistillationPlan | None, rows: int = 6, *, loss_type: str = "mse"
+) -> Objective:
     task = build_task(student.spec.task, num_classes=student.spec.num_classes, label_smoothing=0.1)
     if plan is None:
-        return Objective(task, None, 1.0, 0.0)
-    views = np.tile(np.eye(2, 3), (rows, 1, 1))
-    return Objective(task, Distillation(plan, statistics_of_a_split(), views).to(META), 1.0, 0.5)
+        return Objective(task)
+    cell_shape = None
+    if plan.cells and not plan.frames:
+        shape = student.eval()(torch.zeros(1, 3, SIDE, SIDE, device=META)).features.shape
+        cell_shape = (int(shape[2]), int(shape[3]))
+    return Objective(
+        task,
+        plan,
+        weights={"hard_loss": 1.0, "feature_loss": 0.5, "logit_loss": 0.5},
+        loss_type=loss_type,
+        standardizers={
+            name: standardizer.to(META)
+            for name, standardizer in build_standardizers(plan, statistics_of_a_split()).items()
+        },
+        teacher_views=np.tile(np.eye(2, 3), (rows, 1, 1)),
+        cell_shape=cell_shape,
+    )
 
 
 def make_loop(student: Any, objective: Objective, plan: DistillationPlan | None, **options: Any) -> Loop:
     """The loop around a student on the meta device; losses stay unread, as they do on a GPU."""
-    distills = plan is not None and plan.distils_features
+    distills = plan is not None and plan.features
     head = Projector(student.spec.feature_width, WIDTH).to(META) if distills else None
     module = DistilledStudent(
         student, head, cells=bool(plan and plan.cells), pooled=bool(plan and plan.pooled)

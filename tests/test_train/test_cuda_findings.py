@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_train.runs import records
 from train.data.batches import Batch
+from train.distill.objective import Targets
 from train.distill.projector import DistilledOutput, DistilledStudent
-from train.distill.targets import Targets
 from train.errors import TrainError
 from train.loop import loop
 from train.loop.assemble import use_channels_last
@@ -43,18 +43,18 @@ def test_images_per_second_counts_the_time_that_the_device_takes(
     make_store: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU steps only queue work; the wait comes when losses are read."""
-    plain_read, plain_epoch = loop.StepLosses.read, loop.Loop.train_epoch
+    plain_read, plain_init = loop.StepLosses.read, loop.Loop.__init__
 
     def read(self: Any) -> Any:
         time.sleep(0.2)
         return plain_read(self)
 
-    def train_epoch(self: Any) -> None:
+    def init(self: Any, parts: Any) -> None:
+        plain_init(self, parts)
         self.reads_late = True
-        plain_epoch(self)
 
     monkeypatch.setattr(loop.StepLosses, "read", read)
-    monkeypatch.setattr(loop.Loop, "train_epoch", train_epoch)
+    monkeypatch.setattr(loop.Loop, "__init__", init)
     config = make_config(make_store(), epochs=1)
     summary = run_training(config)
     assert 24 / summary["images_per_second"] >= 3 * 0.2
@@ -96,7 +96,7 @@ def test_segmentation_uses_no_kernel_without_a_deterministic_version(smoothing: 
     logits = torch.randn(2, 3, 8, 8, requires_grad=True)
     mask = torch.randint(0, 3, (2, 8, 8))
     mask[:, :3] = 255
-    batch = Batch(np.arange(2), torch.zeros(2), np.zeros((2, 2, 3)), torch.ones(2), masks=mask)
+    batch = Batch(np.arange(2), torch.zeros(2), np.zeros((2, 2, 3)), torch.ones(2), 2.0, masks=mask)
     task = build_task("segmentation", num_classes=3, label_smoothing=smoothing)
     with Names() as names:
         loss = task.loss(DistilledOutput(logits, None, None), batch, task.counts(batch), None)

@@ -48,9 +48,9 @@ def test_accumulation_equals_one_large_batch(make_store, make_config, tmp_path):
 
 def test_clipping_covers_student_and_alignment_head(make_store, make_config, monkeypatch):
     norms: list[float] = []
-    plain = loop.Loop.update
+    plain = loop.Loop.step
 
-    def update(self: Any, *arguments: Any) -> None:
+    def one_step(self: Any, group: Any) -> None:
         step = self.parts.optimizer.step
 
         def measured() -> None:
@@ -60,16 +60,16 @@ def test_clipping_covers_student_and_alignment_head(make_store, make_config, mon
             step()
 
         monkeypatch.setattr(self.parts.optimizer, "step", measured)
-        plain(self, *arguments)
+        plain(self, group)
         monkeypatch.setattr(self.parts.optimizer, "step", step)
 
-    monkeypatch.setattr(loop.Loop, "update", update)
+    monkeypatch.setattr(loop.Loop, "step", one_step)
     run_training(make_config(make_store(), max_grad_norm=0.01, epochs=1))
     assert len(norms) == 3
     assert norms == pytest.approx([0.01] * 3, rel=1e-3)
 
 
-def test_weight_decay_spares_norms_biases_and_what_the_model_names():
+def test_weight_decay_excludes_norms_biases_and_parameters_that_the_model_lists():
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -198,7 +198,7 @@ def test_control_has_the_same_weights_order_and_schedule_and_weight_one(make_sto
         plain_init(self, parts)
         starts.append({name: value.clone() for name, value in parts.module.student.state_dict().items()})
         orders.append([])
-        weights.append(parts.objective.weight("hard_loss"))
+        weights.append(parts.objective.weights["hard_loss"])
 
     def step(self: Any, group: Any) -> None:
         orders[-1] += [int(row) for batch in group for row in batch.rows]

@@ -38,15 +38,16 @@ def student_of(name: str, num_classes: int = 3, **options: Any) -> Any:
     return meta_student(name, num_classes, **options)
 
 
-def run_step(student: Any, plan: Any, micro_batches: int = 1, **options: Any) -> DeviceTraffic:
+def run_step(
+    student: Any, plan: Any, micro_batches: int = 1, loss: str = "mse", **options: Any
+) -> DeviceTraffic:
     """A step of `micro_batches` and the validation sums: all that happens between two readings."""
-    objective = make_objective(student, plan)
+    objective = make_objective(student, plan, loss_type=loss)
     loop = make_loop(student, objective, plan, **options)
     group = []
     for _ in range(micro_batches):
         batch = host_batch(student, plan)
-        if objective.distillation is not None:
-            batch.transport = dict(objective.distillation.transport(batch))
+        batch.transport = objective.transport(batch)
         group.append(batch)
     on_device = [batch.to(META) for batch in group]
     with DeviceTraffic() as traffic:
@@ -72,8 +73,8 @@ def test_classifiers(name: str, kind: str) -> None:
                 continue  # refused by train.resolve
             if name != IMAGES[0] and kind == "feature" and (loss, mixing) not in PAIRS:
                 continue  # losses see no difference between students: one tries all combinations
-            cells = {"cells": False} if mixing == "cutmix" and kind != "none" else {}
-            traffic = run_step(student, make_plan(student, kind, loss_type=loss, **cells), **options)
+            cells = {"cells": False} if mixing == "cutmix" or loss == "relation" else {}
+            traffic = run_step(student, make_plan(student, kind, **cells), loss=loss, **options)
             # The partners of the batch, nothing else.
             assert traffic.to_device == (0 if mixing == "none" else 1), (name, kind, loss, mixing)
 
@@ -81,9 +82,7 @@ def test_classifiers(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str) -> None:
     student = student_of(name)
-    traffic = run_step(
-        student, make_plan(student, "hybrid", loss_type="cosine"), micro_batches=2, mixup_alpha=0.4
-    )
+    traffic = run_step(student, make_plan(student, "hybrid"), micro_batches=2, loss="cosine", mixup_alpha=0.4)
     assert traffic.to_device == 2
 
 
@@ -91,7 +90,7 @@ def test_families(name: str) -> None:
 def test_segmentation(kind: str) -> None:
     student = student_of("unet/small")
     for loss in ("mse", "cosine") if kind == "feature" else ("mse",):
-        traffic = run_step(student, make_plan(student, kind, loss_type=loss))
+        traffic = run_step(student, make_plan(student, kind), loss=loss)
         assert traffic.to_device == 0
 
 
@@ -108,11 +107,12 @@ def test_clips(freeze: bool, cells: bool) -> None:
 def test_features_alone(name: str) -> None:
     student = student_of(name, 0)
     for loss in ("mse", "relation"):
-        assert run_step(student, make_plan(student, "feature", loss_type=loss)).to_device == 0
+        plan = make_plan(student, "feature", **({"cells": False} if loss == "relation" else {}))
+        assert run_step(student, plan, loss=loss).to_device == 0
 
 
 @pytest.mark.parametrize("grid", [True, False])
 def test_recorded_views(grid: bool) -> None:
     student = student_of("timm:test_resnet")
-    plan = make_plan(student, "feature", recorded=True, grid=grid, cells=grid, cell_shape=None)
+    plan = make_plan(student, "feature", recorded=True, grid=grid, cells=grid)
     assert run_step(student, plan).to_device == 0

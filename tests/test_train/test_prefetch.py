@@ -19,7 +19,7 @@ from train.run import run_training
 
 def batch_of(number: int, source: torch.Tensor | None = None) -> Batch:
     images = torch.full((2,), number) if source is None else source.fill_(number)
-    return Batch(np.arange(2), images, np.zeros((2, 2, 3)), torch.ones(2))
+    return Batch(np.arange(2), images, np.zeros((2, 2, 3)), torch.ones(2), 2.0)
 
 
 class SlowCopies:

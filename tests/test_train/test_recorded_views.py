@@ -16,25 +16,25 @@ from train.run import run_training
 @pytest.mark.parametrize("grid", [0, 4])
 def test_recorded_views_are_replayed_exactly(make_store, make_config, monkeypatch, grid):
     """Image, target and geometry of a step all belong to the same recorded view."""
-    from train.distill.targets import Distillation
+    from train.distill.objective import Objective
 
     seen: list[Any] = []
-    plain = Distillation.prepare
+    plain = Objective.prepare
 
-    def prepare(self: Distillation, batch: Any) -> Any:
+    def prepare(self: Objective, batch: Any) -> Any:
         targets = plain(self, batch)
         if self.plan.recorded:
             seen.append((batch, targets, self))
         return targets
 
-    monkeypatch.setattr(Distillation, "prepare", prepare)
+    monkeypatch.setattr(Objective, "prepare", prepare)
     path = make_store(views=2, grid=grid)
     config = make_config(path, augment="none", epochs=3)
     run_training(config)
     split = open_store(path)["train"]
     geometry = split.read("views/geometry")
     chosen = set()
-    for batch, targets, distillation in seen:
+    for batch, targets, objective in seen:
         assert np.array_equal(batch.views, geometry[batch.rows, batch.recorded])
         chosen |= set(zip(batch.rows.tolist(), batch.recorded.tolist(), strict=True))
         name = "views/grid" if grid else "views/pooled"
@@ -43,7 +43,7 @@ def test_recorded_views_are_replayed_exactly(make_store, make_config, monkeypatc
         if grid:
             values = values.mean((1, 2))
         torch.testing.assert_close(
-            targets.pooled, distillation.standardizers["pooled"](values), atol=1e-4, rtol=1e-4
+            targets.pooled, objective.standardizers["pooled"](values), atol=1e-4, rtol=1e-4
         )
     assert len(chosen) > 24, "both views of many samples were shown"
     resolved = json.loads((config.out / "config.json").read_text())["resolved"]

@@ -23,7 +23,9 @@ from train.tasks import TASKS, build_task
 
 def batch_of(**values) -> Batch:
     count = len(values["weight"])
-    return Batch(np.arange(count), torch.zeros(count, 1), np.zeros((count, 2, 3)), **values)
+    return Batch(
+        np.arange(count), torch.zeros(count, 1), np.zeros((count, 2, 3)), samples=float(count), **values
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)

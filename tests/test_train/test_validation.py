@@ -24,7 +24,12 @@ from train.validation import warn_of_splits, warn_of_zero_metric
 
 def measure(task, logits, **targets):
     batch = Batch(
-        np.arange(len(logits)), torch.zeros(1), np.zeros((1, 2, 3)), torch.ones(len(logits)), **targets
+        np.arange(len(logits)),
+        torch.zeros(1),
+        np.zeros((1, 2, 3)),
+        torch.ones(len(logits)),
+        len(logits),
+        **targets,
     )
     meter = task.new_meter(torch.device("cpu"))
     task.update(meter, DistilledOutput(logits, None, None), batch)

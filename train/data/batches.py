@@ -102,17 +102,13 @@ class Batch:
     images: Tensor
     views: NDArray[np.float64]
     weight: Tensor
+    samples: float
     labels: Tensor | None = None
     masks: Tensor | None = None
     lengths: Tensor | None = None
     recorded: NDArray[np.int64] | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
     transport: Mapping[str, Tensor] = field(default_factory=dict)
-    samples: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.samples is None:
-            self.samples = float(self.weight.sum())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -305,6 +301,7 @@ class BatchLoader:
             images=decoded["images"],
             views=decoded["views"].numpy(),
             weight=decoded["weight"],
+            samples=float(decoded["weight"].sum()),
             labels=None if self.labels is None else torch.from_numpy(self.labels[rows].astype(np.int64)),
             masks=decoded.get("masks"),
             lengths=decoded.get("lengths"),

@@ -20,8 +20,7 @@ from train.data.batches import labels_of
 from train.data.views import AUGMENTATIONS
 from train.delivery.model import OnnxModel, TrainedModel
 from train.delivery.onnx_student import check_frames
-from train.distill.objective import Objective
-from train.distill.targets import build_standardizer
+from train.distill.objective import Objective, build_standardizer
 from train.loop.assemble import build_loader
 from train.resolve import TrainingData, valid_rows
 from train.tasks import build_task
@@ -86,7 +85,7 @@ def embed_split(
     model: TrainedModel, config: TrainConfig, store: Any, data: TrainingData, accelerator: Accelerator
 ) -> SplitEmbeddings:
     """The model's embeddings of the split's rows, shown as in training without augmentation."""
-    objective = Objective(build_task("features", num_classes=0, label_smoothing=0.0), None, 1.0, 0.0)
+    objective = Objective(build_task("features", num_classes=0, label_smoothing=0.0))
     plain = replace(data, val_labels=None)
     loader = build_loader(config, store, plain, objective, accelerator, AUGMENTATIONS["none"], training=False)
     parts = []

@@ -1,4 +1,4 @@
-"""Distillation losses as pure functions: float32 inside, no gradient into targets, invariant to the order of the batch.
+"""Losses as pure functions: float32 inside, no gradient into targets, invariant to the order of the batch.
 
 `B` samples, `N` rows, `D` width of the features, `C` classes.
 """
@@ -207,3 +207,19 @@ def cosine_similarities(features: Tensor) -> Tensor:
     """[N, D] → [N, N] cosine similarities of all pairs."""
     unit = functional.normalize(features, dim=-1, eps=1e-8)
     return unit @ unit.T
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Weighted mean cross-entropy of logits [B, C] and labels int64 [B] with `weight` [B]; scalar float32."""
+    with full_precision(logits):
+        losses = functional.cross_entropy(
+            logits.float(), labels, reduction="none", label_smoothing=label_smoothing
+        )
+    return weighted_mean(losses, weight, normalizer)

@@ -25,20 +25,18 @@ class Mixing(NamedTuple):
     weight: Tensor
 
 
-def mix(
-    term: Callable[[Tensor, Tensor], Tensor], target: Tensor, weight: Tensor, mixing: Mixing | None
-) -> Tensor:
-    """`term(target, weight)`, a weighted mean; under MixUp and CutMix against both targets.
+def mix(term: Callable[..., Tensor], target: Tensor, weight: Tensor, mixing: Mixing | None) -> Tensor:
+    """`term(target, weight=weight)`, a weighted mean; under MixUp and CutMix against both targets.
 
     Each half has its own weight: what the image shows of a sample times that sample's `weight` [B, …], which is 0
     for padding and for samples without the target. `partner` is a permutation and every image is mixed by the same
     share, so the weights of both halves add up to Σ weight: the normalizer of the unmixed batch stays exact.
     """
     if mixing is None:
-        return term(target, weight)
+        return term(target, weight=weight)
     share = mixing.weight.view(-1, *[1] * (weight.ndim - 1)).to(weight.dtype)
-    partner = term(target[mixing.partner], weight[mixing.partner] * (1 - share))
-    return term(target, weight * share) + partner
+    partner = term(target[mixing.partner], weight=weight[mixing.partner] * (1 - share))
+    return term(target, weight=weight * share) + partner
 
 
 Box = tuple[int, int, int, int]

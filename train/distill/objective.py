@@ -1,73 +1,245 @@
-"""The loss of a run: task and distillation terms with their weights.
+"""What a run learns from, as one loss: the task's labels, the teacher's stored features, the teacher's logits.
 
-Every value is this process's part of the mean over all ranks and micro-batches of a step, so parts simply add up.
+`B` samples, `h w` the student's cells (clips: `T` frames), `D` the teacher's width, `C` classes.
+
+Every term is a weighted mean over the whole optimizer step, whatever it is split into. This process computes, for each of
+its micro-batches, `Σ weight · value / N`, where `N` is the sum of the weights over all ranks and all micro-batches of
+the step (`Targets.counts`, added up by `train.ranks.add_counts` before the first forward pass). The parts then simply
+add up to the mean over all samples: padding has weight 0, and a short last batch does not count more than others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from store.format import FRAMES, GRID, POOLED, VIEWS_GRID, VIEWS_POOLED
 from train.data.batches import Batch
-from train.distill.mixing import Mixing
-from train.distill.projector import DistilledOutput
-from train.distill.targets import Distillation, Targets
-from train.ranks import sum_over_ranks
+from train.distill.losses import feature_loss, logit_loss, relational_loss
+from train.distill.mixing import Mixing, mix
+from train.distill.projector import DistilledOutput, TargetStandardizer
+from train.distill.transport import (
+    TransportWeights,
+    apply_transport,
+    region_mean,
+    relate_views,
+    transport_weights,
+)
+from train.errors import TrainError
+from train.ranks import gather_rows, world_size
 from train.tasks.base import Task
 
-TERMS = ("hard_loss", "feature_loss", "logit_loss")
+#: The student's cells where it has no feature map: only their mean is used then, as the pooled target.
+CELLS_OF_A_MEAN = (4, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationPlan:
+    """What is distilled, resolved from options, store and student (`train.resolve`); the defaults: nothing.
+
+    `pooled`, `cells`: which features are compared; `grid`: targets are computed from a stored grid, so that they follow
+    the view; `recorded`: recorded views are replayed; `frames`: the samples are clips; `logits`: name of the stored
+    logits, or None.
+    """
+
+    pooled: bool = False
+    cells: bool = False
+    grid: bool = False
+    recorded: bool = False
+    frames: bool = False
+    logits: str | None = None
+
+    @property
+    def features(self) -> bool:
+        return self.pooled or self.cells
+
+    @property
+    def anything(self) -> bool:
+        return self.features or self.logits is not None
+
+    @property
+    def carries_grids(self) -> bool:
+        """Whether stored grids are carried to the student's cells."""
+        return self.features and self.grid and not self.frames
+
+    @property
+    def grid_array(self) -> str:
+        return VIEWS_GRID if self.recorded else GRID
+
+    @property
+    def pooled_array(self) -> str:
+        return VIEWS_POOLED if self.recorded else POOLED
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the stored arrays that each batch needs."""
+        names = [self.grid_array] if self.features and self.grid else []
+        names += [self.pooled_array] if self.pooled and not self.grid else []
+        return [*names, f"logits/{self.logits}"] if self.logits else names
+
+
+@dataclass
+class Targets:
+    """Standardized float32 targets of one batch and their weights (0: no influence).
+
+    `pooled` [B, D] with [B]; `cells` [B, h, w, D] or [B, T, D] with [B, h, w] or [B, T]; `logits` [B, C] with [B].
+    `counts`: Σ weight of each term in this batch, the task's too; scalars by name.
+    """
+
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    pooled: Tensor | None = None
+    pooled_weight: Tensor | None = None
+    cells: Tensor | None = None
+    cell_weight: Tensor | None = None
+    logits: Tensor | None = None
+    logit_weight: Tensor | None = None
 
 
 class Objective:
-    """total = `hard_weight` · task loss + `soft_weight` · (feature and logit terms with their own weights).
+    """total = Σ weight of a term · term, over `hard_loss`, `feature_loss` and `logit_loss`.
 
-    `distillation` None: the task alone.
+    Without a plan, the task alone. `standardizers`: of `pooled` and `cells`, on the device. `teacher_views` float64
+    [N, 2, 3]: what part of each image the teacher saw; `cell_shape`: the student's (h, w), None when it has no map.
     """
 
     def __init__(
-        self, task: Task, distillation: Distillation | None, hard_weight: float, soft_weight: float
+        self,
+        task: Task,
+        plan: DistillationPlan | None = None,
+        *,
+        weights: Mapping[str, float] | None = None,
+        loss_type: str = "mse",
+        temperature: float = 4.0,
+        standardizers: Mapping[str, TargetStandardizer] | None = None,
+        teacher_views: NDArray[np.float64] | None = None,
+        cell_shape: tuple[int, int] | None = None,
     ) -> None:
-        self.task, self.distillation = task, distillation
-        self.hard_weight, self.soft_weight = hard_weight, soft_weight
+        self.task, self.plan = task, plan or DistillationPlan()
+        self.weights = weights or {"hard_loss": 1.0}
+        self.loss_type, self.temperature = loss_type, temperature
+        self.standardizers = standardizers or {}
+        self.teacher_views, self.cell_shape = teacher_views, cell_shape or CELLS_OF_A_MEAN
 
+    def transport(self, batch: Batch) -> TransportWeights:
+        """How the grids of a batch that is still on the host are carried to the student's cells; empty without grids.
+
+        The loader calls this where it gathers features, so that the matrices reach a GPU together with them.
+        """
+        if not self.plan.carries_grids:
+            return {}
+        geometry = None  # a recorded view is the very view that the teacher saw
+        if not self.plan.recorded:
+            assert self.teacher_views is not None
+            geometry = relate_views(batch.views, self.teacher_views[batch.rows])
+        height, width = batch.features[self.plan.grid_array].shape[1:3]
+        return transport_weights(geometry, *self.cell_shape, (height, width))
+
+    @torch.no_grad()
     def prepare(self, batch: Batch) -> Targets:
-        """Teacher targets in the geometry of the batch's views; empty without distillation."""
-        return self.distillation.prepare(batch) if self.distillation is not None else Targets()
-
-    def counts(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
-        """What each term's sum is divided by, of this batch alone."""
-        return {**self.task.counts(batch), **targets.counts()}
+        """The targets of a batch that is on the device already, in the geometry of its views."""
+        plan, targets = self.plan, Targets(self.task.counts(batch))
+        if plan.carries_grids:
+            carried = apply_transport(batch.features[plan.grid_array], batch.transport)
+            if plan.pooled:
+                mean, share = region_mean(carried)
+                targets.pooled = self.standardizers["pooled"](mean)
+                targets.pooled_weight = batch.weight * (share > 0)
+            if plan.cells:
+                targets.cells = self.standardizers["cells"](carried.cells)
+                targets.cell_weight = carried.weight * batch.weight.view(-1, 1, 1)
+        elif plan.pooled:
+            # The stored row of the whole image or clip, or of the recorded view.
+            targets.pooled = self.standardizers["pooled"](batch.features[plan.pooled_array])
+            targets.pooled_weight = batch.weight
+        if plan.frames and plan.cells:
+            # The loader has repeated each stored row for the frames that it stands for.
+            targets.cells = self.standardizers["cells"](batch.features["frames"])
+            targets.cell_weight = batch.features["frame_mask"] * batch.weight.unsqueeze(1)
+        if plan.logits:
+            targets.logits = batch.features[f"logits/{plan.logits}"].float()
+            targets.logit_weight = batch.weight * torch.isfinite(targets.logits).all(-1).float()
+        for name, weight in (
+            ("pooled", targets.pooled_weight),
+            ("cells", targets.cell_weight),
+            ("logit", targets.logit_weight),
+        ):
+            if weight is not None:
+                targets.counts[name] = weight.sum()
+        return targets
 
     def losses(
         self,
         output: DistilledOutput,
         batch: Batch,
         targets: Targets,
-        counts: dict[str, Tensor],
+        counts: Mapping[str, Tensor],
         mixing: Mixing | None = None,
     ) -> dict[str, Tensor]:
-        """`loss` (with gradient) and the named terms; scalars float32."""
+        """`loss` (with gradient) and the named terms, this batch's part of the step's means; scalars float32.
+
+        `counts`: the sums of `Targets.counts` over the step.
+        """
         terms: dict[str, Tensor] = {}
         hard = self.task.loss(output, batch, counts, mixing)
         if hard is not None:
             terms["hard_loss"] = hard
-        if self.distillation is not None:
-            terms |= self.distillation.terms(output, targets, counts, mixing)
-        loss = torch.stack([self.weight(name) * value for name, value in terms.items()]).sum()
+        distances = []
+        for name, student, target, weight in (
+            ("pooled", output.pooled, targets.pooled, targets.pooled_weight),
+            ("cells", output.cells, targets.cells, targets.cell_weight),
+        ):
+            if student is None or target is None or weight is None:
+                continue
+            if self.loss_type == "relation":
+                # Pairs across ranks belong to the loss: every rank compares all rows and contributes an equal part.
+                everywhere = gather_rows(weight)
+                distance = relational_loss(gather_rows(student), gather_rows(target), everywhere)
+                share = everywhere.sum() / (counts[name].clamp_min(1e-12) * world_size())
+                distances.append(distance * share)
+            else:
+                term = partial(feature_loss, self.loss_type, student, normalizer=counts[name])
+                distances.append(mix(term, target, weight, mixing))
+        if distances:
+            terms["feature_loss"] = torch.stack(distances).mean()
+        if output.logits is not None and targets.logits is not None and targets.logit_weight is not None:
+            divergence = partial(
+                logit_loss, output.logits, temperature=self.temperature, normalizer=counts["logit"]
+            )
+            terms["logit_loss"] = mix(divergence, targets.logits, targets.logit_weight, mixing)
+        loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         return {"loss": loss, **terms}
 
-    def weight(self, term: str) -> float:
-        """The weight of a term in the total."""
-        if term == "hard_loss" or self.distillation is None:
-            return self.hard_weight
-        plan = self.distillation.plan
-        return self.soft_weight * (plan.feature_weight if term == "feature_loss" else plan.logit_weight)
+
+def build_standardizers(plan: DistillationPlan, split: Any) -> dict[str, TargetStandardizer]:
+    """The standardizer of each kind of target that the plan has. Raises TrainError when the store lacks statistics."""
+    found = {}
+    if plan.pooled:
+        # The mean over a grid's cells has the scale of the stored grid, but varies as pooled rows do.
+        found["pooled"] = build_standardizer(
+            split, POOLED, plan.grid_array if plan.grid else plan.pooled_array
+        )
+    if plan.cells:
+        kind = FRAMES if plan.frames else GRID
+        found["cells"] = build_standardizer(split, kind, FRAMES if plan.frames else plan.grid_array)
+    return found
 
 
-def add_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Counts of one step: the sum over its micro-batches and all ranks."""
-    names = sorted(parts[0])
-    if not names:
-        return {}
-    local = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts]).sum(0)
-    return dict(zip(names, sum_over_ranks(local).unbind(), strict=True))
+def build_standardizer(split: Any, statistics: str, stored: str) -> TargetStandardizer:
+    """Standardizes stored values of array `stored` per channel, with the statistics of another or the same.
+
+    Raises TrainError when the store lacks them.
+    """
+    found = split.statistics.get(statistics)
+    if found is None:
+        raise TrainError(
+            f"{split.path}: no statistics of {statistics}, which standardize the targets: extract again, or run "
+            "the extraction to its end"
+        )
+    return TargetStandardizer(found.mean, found.std, split.scale.get(stored))

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from train.data.batches import Batch
-from train.distill.objective import Objective, add_counts
+from train.distill.objective import Objective, Targets
 from train.distill.projector import DistilledOutput, DistilledStudent
-from train.distill.targets import Targets
-from train.ranks import sum_over_ranks
+from train.ranks import add_counts, sum_over_ranks
 from train.tasks.base import Meter
 
 
@@ -51,7 +50,7 @@ def add_up(
         check_stop()
         batch = batch.to(device)
         targets = objective.prepare(batch)
-        counts = add_counts([objective.counts(batch, targets)])
+        counts = add_counts([targets.counts])
         with autocast():  # type: ignore[attr-defined]
             output = module(normalize(batch.images), batch.lengths)
         sums.add(objective.losses(output, batch, targets, counts), batch, cosine(output, targets))

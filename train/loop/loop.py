@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -16,22 +17,32 @@ from torch import Tensor, nn
 
 from console.progress import Progress as ProgressDisplay
 from console.stop import Stopped, StopRequest
+from train.checkpoint import normalization
 from train.config import TrainConfig
 from train.data.batches import Batch, BatchLoader, group_sizes
 from train.distill.mixing import draw_mixing, mix_images
-from train.distill.objective import Objective, add_counts
+from train.distill.objective import Objective, Targets
 from train.distill.projector import DistilledStudent
 from train.errors import TrainError
 from train.loop.evaluate import evaluate
 from train.loop.optimizer import WeightAverage
 from train.loop.saving import StepGuard
-from train.ranks import sum_over_ranks, world_size
+from train.ranks import add_counts, sum_over_ranks, world_size
+from train.students.base import Student
+
+#: Steps on a GPU between two readings of their losses: each makes the CPU wait for the step before the newest.
+READ_EVERY = 10
+
+
+class NotFiniteError(TrainError):
+    """A loss became NaN or infinite; the text names epoch, step and term."""
 
 
 @dataclass
 class Progress:
-    """`epoch`: epochs finished; `step`: optimizer steps finished in the running one; `global_step`: in all.
+    """Where a run stands: saved in every `last.pt`, so that a resumed run takes the very next step.
 
+    `epoch`: epochs finished; `step`: optimizer steps finished in the running one; `global_step`: in all.
     `sums`: Σ value · samples of each loss over the running epoch; `seconds`: training time of the running epoch;
     `history`: the lines of metrics.jsonl.
     """
@@ -52,13 +63,7 @@ class Progress:
     stale_epochs: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_step(self, seconds: float) -> None:
-        """Count one finished optimizer step."""
-        self.step += 1
-        self.global_step += 1
-        self.seconds += seconds
-
-    def add_losses(self, losses: dict[str, float], samples: float) -> None:
+    def add_losses(self, losses: Mapping[str, float], samples: float) -> None:
         """Count the losses of a step of `samples` samples in the epoch's means."""
         self.samples += samples
         for name, value in losses.items():
@@ -91,42 +96,15 @@ class Progress:
         """Plain types, a copy."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Progress:
-        known = {item.name for item in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-
-def warmup_steps(warmup_epochs: float, steps_per_epoch: int, total_steps: int) -> int:
-    """Length of the linear warm-up: as asked, but at most a fifth of the run."""
-    return min(round(warmup_epochs * steps_per_epoch), total_steps // 5)
-
-
-def learning_rate_at(step: int, *, total: int, warmup: int, kind: str, peak: float) -> float:
-    """The rate of optimizer step `step` (from 0) of `total`.
-
-    It rises linearly to `peak` during the `warmup` steps; cosine and linear then reach 0 exactly when the last
-    step is done (step `total`), so the last step itself still learns.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    if kind == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (1 - progress) if kind == "linear" else peak
-
-
-#: Steps on a GPU between two readings of their losses: each makes the CPU wait for the step before the newest.
-READ_EVERY = 10
-
-
-class NotFiniteError(TrainError):
-    """A loss became NaN or infinite; the text names epoch, step and term."""
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Become what `to_dict` gave; names that this version does not know are ignored."""
+        known = {item.name for item in fields(self)}
+        self.__dict__.update({name: value for name, value in values.items() if name in known})
 
 
 @dataclass
 class Parts:
-    """All that the loop is made of, built outside (train.run)."""
+    """All that the loop is made of, built outside (`train.loop.assemble`)."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -137,7 +115,7 @@ class Parts:
     val_objective: Objective
     train_loader: BatchLoader
     val_loader: BatchLoader
-    normalize: Any
+    normalize: Callable[[Tensor], Tensor]
     guard: StepGuard
     progress: Progress
     average: WeightAverage | None
@@ -147,7 +125,11 @@ class Parts:
 class Loop:
     """Trains epoch by epoch. The caller saves: `run` yields after every epoch, with the epoch's record.
 
-    Losses stay on a GPU for a few steps, because reading them makes the CPU wait for it; `settle` reads them.
+    Losses are read late. On a GPU a step only queues kernels, and `.item()` would make the CPU wait until the queue is
+    empty: the GPU would then idle while the CPU queues the next step. So each step's losses are copied to the host
+    behind its kernels (`StepLosses.of`) and stay in `unread`; `settle` reads all but the newest every `READ_EVERY` steps.
+    Before anything is saved, and at the end of an epoch, everything is read, so a loss that is not finite never reaches
+    a checkpoint. On a CPU nothing is queued, and each step's losses are read before its weights change.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -164,64 +146,83 @@ class Loop:
         self.reads_late = self.device.type == "cuda"
 
     def run(self) -> Iterator[dict[str, Any]]:
-        """Yield one record per epoch; `progress` counts an epoch as finished once the caller has taken it."""
-        progress, patience = self.parts.progress, self.parts.config.early_stopping_patience
-        while progress.epoch < self.parts.config.epochs:
+        """Yield one record per epoch; `progress` counts an epoch as finished once the caller has taken it.
+
+        A resumed run starts within an epoch, with the step after the last finished one.
+        """
+        parts, progress, patience = self.parts, self.parts.progress, self.parts.config.early_stopping_patience
+        while progress.epoch < parts.config.epochs:
             if patience is not None and progress.stale_epochs >= patience:
                 return
             started = time.monotonic()
-            self.train_epoch()
+            if sizes := self.groups[progress.step :]:
+                batches = parts.train_loader.epoch(progress.epoch, start=sum(self.groups[: progress.step]))
+                parts.wrapped.train()
+                self.lap_started = time.monotonic()
+                for size in sizes:
+                    self.step(list(islice(batches, size)))
+                    self.check_stop()
+                    self.save_within_epoch()
+                    # Saving is not training: its time does not count, what it waited for in `settle` does.
+                    self.lap_started = time.monotonic()
+                with parts.guard.lock:
+                    self.settle()
             metrics = self.validate()
             losses = {name: value for name, value in metrics.items() if name.startswith("val_")}
             check_finite(losses, f"the validation of epoch {progress.epoch + 1}")
             yield self.record(metrics, time.monotonic() - started)
 
-    def train_epoch(self) -> None:
-        """The steps of the running epoch that are not done yet."""
-        progress, loader = self.parts.progress, self.parts.train_loader
-        sizes = self.groups[progress.step :]
-        if not sizes:
-            return
-        batches = loader.epoch(progress.epoch, start=sum(self.groups[: progress.step]))
-        self.parts.wrapped.train()
-        self.lap_started = time.monotonic()
-        for size in sizes:
-            self.step([next(batches) for _ in range(size)])
-            self.check_stop()
-            self.save_within_epoch()
-            # Saving is not training: its time does not count, what it waited for in `settle` does.
-            self.lap_started = time.monotonic()
-        with self.parts.guard.lock:
-            self.settle()
-
-    def lap(self) -> float:
-        """Seconds since the last call. On a GPU a step only queues work: the sum is right, not each part."""
-        now = time.monotonic()
-        seconds, self.lap_started = now - self.lap_started, now
-        return seconds
-
     def step(self, group: list[Batch]) -> None:
-        """One optimizer step over the micro-batches of `group`."""
-        parts, samples = self.parts, sum(batch.samples or 0.0 for batch in group)
+        """One optimizer step over the micro-batches of `group`: forward, backward, clip, step.
+
+        The gradient is exactly that of the mean over all samples of the step, however they are split into ranks and
+        micro-batches. For that, what each term is divided by is summed over all of them *before* the first forward
+        pass: ranks and micro-batches may hold different numbers of labeled samples, visible cells or padding, and a
+        mean of their means would weigh these differently. Every loss is then this micro-batch's part of the mean, and
+        parts are added, by `backward` over micro-batches and by DDP over ranks. DDP divides that sum by the number of
+        ranks, hence the factor `world_size()`. Gradients are exchanged once, in the last backward pass (`no_sync`).
+        """
+        parts, config, progress = self.parts, self.parts.config, self.parts.progress
+        samples = sum(batch.samples for batch in group)
         group = [batch.to(self.device) for batch in group]
         targets = [parts.objective.prepare(batch) for batch in group]
-        counts = add_counts([parts.objective.counts(*pair) for pair in zip(group, targets, strict=True)])
+        counts = add_counts([target.counts for target in targets])
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(group):
             last = index == len(group) - 1
             with contextlib.nullcontext() if last else parts.accelerator.no_sync(parts.wrapped):
                 terms = self.forward(batch, targets[index], counts, index)
-                # DDP averages gradients over ranks; the parts of the loss are to be added.
                 parts.accelerator.backward(terms["loss"] * world_size())
             for name, value in terms.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-        losses = self.share(totals, samples, self.clip())
+        norm = None
+        if config.max_grad_norm:
+            norm = parts.accelerator.clip_grad_norm_(parts.module.parameters(), config.max_grad_norm)
+        losses = self.sum_losses(totals, samples, norm)
         if not self.reads_late:
             losses.read()
-        self.update(losses, samples)
+        with parts.guard.update():  # weights, optimizer state and progress change together
+            for settings in parts.optimizer.param_groups:
+                settings["lr"] = self.learning_rate(progress.global_step)
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+            if parts.average is not None:
+                parts.average.update(parts.module.student)
+            progress.step += 1
+            progress.global_step += 1
+            progress.seconds += self.lap()
+            self.unread.append(losses)
+            if not self.reads_late:
+                self.settle()
+            elif len(self.unread) > READ_EVERY:
+                self.settle(leave=1)
+        if self.display is not None:
+            self.display.advance(int(samples) * parts.accelerator.num_processes)
 
-    def forward(self, batch: Batch, targets: Any, counts: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        """Losses of one micro-batch. Dropout depends on (seed, epoch, step) only, so any step can be repeated."""
+    def forward(
+        self, batch: Batch, targets: Targets, counts: Mapping[str, Tensor], index: int
+    ) -> dict[str, Tensor]:
+        """Losses of micro-batch `index`. Dropout depends on (seed, epoch, step) only, so any step can be repeated."""
         parts, config, progress = self.parts, self.parts.config, self.parts.progress
         torch.manual_seed(
             derive_seed(config.seed, progress.epoch, progress.step, index, parts.accelerator.process_index)
@@ -233,25 +234,20 @@ class Loop:
         output = parts.wrapped(images, batch.lengths) if batch.lengths is not None else parts.wrapped(images)
         return parts.objective.losses(output, batch, targets, counts, mixing)
 
-    def clip(self) -> Tensor | None:
-        """Clip the gradients; their norm, None without clipping or where the loss scaler looks after infinities."""
-        parts, config = self.parts, self.parts.config
-        if not config.max_grad_norm:
-            return None
-        norm = parts.accelerator.clip_grad_norm_(parts.module.parameters(), config.max_grad_norm)
-        return norm if parts.accelerator.scaler is None else None
+    def sum_losses(self, totals: Mapping[str, Tensor], samples: float, norm: Tensor | None) -> StepLosses:
+        """Sum the step's losses and samples over all ranks, in one exchange; a stop of any rank stops all.
 
-    def share(self, totals: dict[str, Tensor], samples: float, norm: Tensor | None) -> StepLosses:
-        """Sum the step's losses and samples over all ranks, in one exchange; a stop of any rank stops all."""
-        progress, names = self.parts.progress, tuple(totals)
+        `norm`: of the gradients, which DDP has summed already: left out where the loss scaler handles infinities.
+        """
+        progress = self.parts.progress
         values = torch.stack([value.float() for value in totals.values()]).double()
         # Filled on the device: a copy of two numbers from the host would be one more thing to wait for.
         known = [samples, float(self.parts.stop.requested)]
         filled = [torch.full((1,), value, dtype=values.dtype, device=self.device) for value in known]
-        if norm is not None:
+        if norm is not None and self.parts.accelerator.scaler is None:
             filled.append(norm.detach().double().view(1))
         where = f"epoch {progress.epoch + 1}, step {progress.step + 1}"
-        return StepLosses.of(where, names, sum_over_ranks(torch.cat([values, *filled])))
+        return StepLosses.of(where, tuple(totals), sum_over_ranks(torch.cat([values, *filled])))
 
     def settle(self, leave: int = 0) -> None:
         """Count the losses of the last steps but `leave` in the epoch's means. The caller holds the guard's lock.
@@ -268,26 +264,11 @@ class Loop:
             del self.unread[0]
         self.parts.progress.seconds += self.lap()
 
-    def update(self, losses: StepLosses, samples: float) -> None:
-        """Step, average; weights and progress change together."""
-        parts, progress = self.parts, self.parts.progress
-        rate = self.learning_rate(progress.global_step)
-        with parts.guard.update():
-            for group in parts.optimizer.param_groups:
-                group["lr"] = rate
-            parts.optimizer.step()
-            parts.optimizer.zero_grad()
-            if parts.average is not None:
-                parts.average.update(parts.module.student)
-            progress.add_step(self.lap())
-            self.unread.append(losses)
-            if not self.reads_late:
-                self.settle()
-            elif len(self.unread) > READ_EVERY:
-                # The newest step stays unread: waiting for it would leave the GPU without work.
-                self.settle(leave=1)
-        if self.display is not None:
-            self.display.advance(int(samples) * world_size())
+    def lap(self) -> float:
+        """Seconds since the last call. On a GPU a step only queues work: the sum is right, not each part."""
+        now = time.monotonic()
+        seconds, self.lap_started = now - self.lap_started, now
+        return seconds
 
     def learning_rate(self, step: int) -> float:
         config = self.parts.config
@@ -301,7 +282,7 @@ class Loop:
 
     def check_stop(self) -> None:
         """Raise when a stop was asked for; the last finished step is what gets saved."""
-        if self.stop_seen or (world_size() == 1 and self.parts.stop.requested):
+        if self.stop_seen or (self.parts.accelerator.num_processes == 1 and self.parts.stop.requested):
             raise Stopped("stopped", self.parts.stop.exit_code)
 
     def validate(self) -> dict[str, float]:
@@ -312,10 +293,9 @@ class Loop:
             module = DistilledStudent(
                 averaged, module.projector, cells=module.wants_cells, pooled=module.wants_pooled
             )
-        batches = parts.val_loader.epoch(0)
         return evaluate(
             module,
-            batches,
+            parts.val_loader.epoch(0),
             parts.val_objective,
             self.device,
             parts.normalize,
@@ -342,7 +322,7 @@ class Loop:
 class StepLosses(NamedTuple):
     """The losses of one step, float64 `values` by name, then samples, stop, and the gradient's norm where it is known.
 
-    `values` are on their way to the host; `arrived` (None on a CPU) tells when they are there.
+    `values` are being copied to the host; `arrived` (None on a CPU) is the event after which they are complete.
     """
 
     where: str
@@ -352,7 +332,7 @@ class StepLosses(NamedTuple):
 
     @classmethod
     def of(cls, where: str, names: tuple[str, ...], values: Tensor) -> StepLosses:
-        """Queue the copy to the host. Copied only when it is read, it would wait for the steps queued since."""
+        """Queue the copy to the host now: a copy that is queued when it is read would wait for all later steps."""
         if values.device.type != "cuda":
             return cls(where, names, values, None)
         host, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)
@@ -373,19 +353,50 @@ class StepLosses(NamedTuple):
         return values, samples, stop > 0
 
 
-def check_finite(values: dict[str, float], where: str) -> None:
+def check_finite(values: Mapping[str, float], where: str) -> None:
     """Raise NotFiniteError that names the term and `where` (epoch and step)."""
-    bad = [name for name, value in values.items() if value - value != 0]
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         named = [name for name in bad if name != "loss"] or bad
         raise NotFiniteError(
             f"{named[0]} became {values[named[0]]} in {where}: training stopped, the last good checkpoint is kept; "
             "start another run with a lower --learning-rate, a longer --warmup-epochs or --precision fp32 "
-            "(--student-path with this run's last.pt begins where it stood)"
+            "(--student-path with this run's last.pt continues from its weights)"
         )
+
+
+def warmup_steps(warmup_epochs: float, steps_per_epoch: int, total_steps: int) -> int:
+    """Length of the linear warm-up: as asked, but at most a fifth of the run."""
+    return min(round(warmup_epochs * steps_per_epoch), total_steps // 5)
+
+
+def learning_rate_at(step: int, *, total: int, warmup: int, kind: str, peak: float) -> float:
+    """The rate of optimizer step `step` (from 0) of `total`.
+
+    It rises linearly to `peak` during the `warmup` steps; cosine and linear then reach 0 exactly when the last
+    step is done (step `total`), so the last step itself still learns.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    if kind == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress) if kind == "linear" else peak
 
 
 def derive_seed(*parts: int) -> int:
     """A seed for torch from numbers such as (seed, epoch, step)."""
-    digest = blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    digest = blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def build_normalizer(student: Student, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """uint8 images channel-last → float32 channel-first, with the student's mean and standard deviation."""
+    mean, std = (torch.tensor(values, device=device) * 255 for values in normalization(student))
+
+    def normalize(images: Tensor) -> Tensor:
+        """uint8 [..., S, S, 3] → float32 [..., 3, S, S]; on a GPU a view of channel-last memory."""
+        normal = (images - mean).div_(std).movedim(-1, -3)
+        return normal if device.type == "cuda" else normal.contiguous()
+
+    return normalize

@@ -140,7 +140,7 @@ class Session:
             parts.average.updates = training["average"]["updates"]
         if parts.accelerator.scaler is not None and training["scaler"] is not None:
             parts.accelerator.scaler.load_state_dict(training["scaler"])
-        parts.progress.__dict__.update(Progress.from_dict(training["progress"]).__dict__)
+        parts.progress.restore(training["progress"])
         parts.guard.copy_buffers()
         epoch, step = parts.progress.epoch, parts.progress.step
         where = f"after epoch {epoch}" if epoch and not step else f"in epoch {epoch + 1}, after step {step}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -47,7 +48,7 @@ class Task(Protocol):
         """What the loss's sums are divided by, known before the forward pass: scalars by name."""
 
     def loss(
-        self, output: DistilledOutput, batch: Batch, counts: dict[str, Tensor], mixing: Mixing | None
+        self, output: DistilledOutput, batch: Batch, counts: Mapping[str, Tensor], mixing: Mixing | None
     ) -> Tensor | None:
         """This process's part of the mean task loss over all ranks and micro-batches; None: nothing to learn."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from train.data.batches import Batch
-from train.distill.losses import full_precision, weighted_mean
+from train.distill.losses import cross_entropy
 from train.distill.mixing import Mixing, mix
 from train.distill.projector import DistilledOutput
 from train.tasks.base import Meter, count_classes
@@ -30,17 +32,14 @@ class Classification:
         return {"hard": sample_weight(batch).sum()}
 
     def loss(
-        self, output: DistilledOutput, batch: Batch, counts: dict[str, Tensor], mixing: Mixing | None
+        self, output: DistilledOutput, batch: Batch, counts: Mapping[str, Tensor], mixing: Mixing | None
     ) -> Tensor | None:
         """Samples without a label (-1) are learned from the teacher alone, mixed with others too."""
         if output.logits is None or batch.labels is None:
             return None
-        logits, smoothing = output.logits, self.label_smoothing
-
-        def term(labels: Tensor, weight: Tensor) -> Tensor:
-            losses = classification_losses(logits, labels, label_smoothing=smoothing)
-            return weighted_mean(losses, weight, counts["hard"])
-
+        term = partial(
+            cross_entropy, output.logits, normalizer=counts["hard"], label_smoothing=self.label_smoothing
+        )
         # Clamped labels have weight 0.
         return mix(term, batch.labels.clamp_min(0), sample_weight(batch), mixing)
 
@@ -92,15 +91,7 @@ class SequenceClassification(Classification):
 
 
 def sample_weight(batch: Batch) -> Tensor:
-    """1 for labelled samples, 0 for padding and unlabelled ones; float32 [B]."""
+    """1 for labeled samples, 0 for padding and unlabeled ones; float32 [B]."""
     if batch.labels is None:
         return torch.zeros_like(batch.weight)
     return batch.weight * (batch.labels >= 0)
-
-
-def classification_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of every sample: logits [B, C], labels int64 [B] → float32 [B]."""
-    with full_precision(logits):
-        return functional.cross_entropy(
-            logits.float(), labels, reduction="none", label_smoothing=label_smoothing
-        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class Features:
         return {}
 
     def loss(
-        self, output: DistilledOutput, batch: Batch, counts: dict[str, Tensor], mixing: Mixing | None
+        self, output: DistilledOutput, batch: Batch, counts: Mapping[str, Tensor], mixing: Mixing | None
     ) -> Tensor | None:
         return None
 

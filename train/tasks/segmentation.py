@@ -5,6 +5,8 @@ Dice: Milletari, Navab, Ahmadi, "V-Net", 2016, per class over the batch, average
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,9 +18,11 @@ from train.distill.projector import DistilledOutput
 from train.ranks import differentiable_sum, world_size
 from train.tasks.base import Meter, count_classes
 
+IGNORE_INDEX = 255
+
 
 class Segmentation:
-    """Pixel cross-entropy + Dice over the whole batch of all ranks; mean IoU, pixel accuracy, IoU per class."""
+    """Pixel cross-entropy + Dice over the micro-batches of all ranks; mean IoU, pixel accuracy, IoU per class."""
 
     name = "segmentation"
     best_metric = "miou"
@@ -30,20 +34,21 @@ class Segmentation:
         return {"hard": (counted_mask(batch) != IGNORE_INDEX).sum(), "images": batch.weight.sum()}
 
     def loss(
-        self, output: DistilledOutput, batch: Batch, counts: dict[str, Tensor], mixing: Mixing | None
+        self, output: DistilledOutput, batch: Batch, counts: Mapping[str, Tensor], mixing: Mixing | None
     ) -> Tensor | None:
         if output.logits is None:
             return None
         mask = counted_mask(batch).long()
         entropy = pixel_entropy_sum(output.logits, mask, label_smoothing=self.label_smoothing)
-        # Dice is a ratio of sums: they are added up over ranks first, and every rank carries an equal part.
+        # Dice is a ratio of sums, so it is not a sum over ranks: the sums are added up over ranks first, every rank
+        # computes the same Dice and contributes 1 / ranks of it, times this micro-batch's share of the step's images.
         dice = dice_from_sums(*(differentiable_sum(value) for value in dice_sums(output.logits, mask)))
         images = differentiable_sum(batch.weight.sum())
         share = images / (counts["images"].clamp_min(1) * world_size())
         return entropy / counts["hard"].clamp_min(1) + dice * share
 
     def new_meter(self, device: torch.device) -> Meter:
-        # intersection, predicted pixels and labelled pixels of each class
+        # intersection, predicted pixels and labeled pixels of each class
         return Meter(3 * self.num_classes, device)
 
     def update(self, meter: Meter, output: DistilledOutput, batch: Batch) -> None:
@@ -79,9 +84,6 @@ def counted_mask(batch: Batch) -> Tensor:
     return batch.masks.masked_fill((batch.weight == 0).view(-1, 1, 1), IGNORE_INDEX)
 
 
-IGNORE_INDEX = 255
-
-
 def pixel_entropy_sum(logits: Tensor, mask: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Σ cross-entropy over counted pixels: logits [B, C, H, W], mask integer [B, H, W]; scalar float32."""
     with full_precision(logits):
@@ -95,17 +97,6 @@ def pixel_entropy_sum(logits: Tensor, mask: Tensor, *, label_smoothing: float = 
             reduction="none",
             label_smoothing=label_smoothing,
         ).sum()
-
-
-def pixel_cross_entropy(logits: Tensor, mask: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over counted pixels: logits [B, C, H, W], mask integer [B, H, W]; scalar float32, 0 if none count."""
-    total = pixel_entropy_sum(logits, mask, label_smoothing=label_smoothing)
-    return total / (mask != IGNORE_INDEX).sum().clamp_min(1)
-
-
-def dice_loss(logits: Tensor, mask: Tensor, *, smooth: float = 1.0) -> Tensor:
-    """1 − mean soft Dice over the classes that occur in `mask`; shapes as above; scalar float32, 0 if none."""
-    return dice_from_sums(*dice_sums(logits, mask), smooth=smooth)
 
 
 def dice_sums(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,28 +115,8 @@ def dice_sums(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (probabilities * truth).sum(dims), (probabilities + truth).sum(dims), truth.sum(dims)
 
 
-def dice_from_sums(overlap: Tensor, size: Tensor, labelled: Tensor, *, smooth: float = 1.0) -> Tensor:
+def dice_from_sums(overlap: Tensor, size: Tensor, labeled: Tensor, *, smooth: float = 1.0) -> Tensor:
     """The loss from the sums [C] of `dice_sums`; scalar float32."""
     dice = (2 * overlap + smooth) / (size + smooth)
-    present = (labelled > 0).float()
+    present = (labeled > 0).float()
     return ((1 - dice) * present).sum() / present.sum().clamp_min(1)
-
-
-def segmentation_loss(
-    logits: Tensor, mask: Tensor, *, label_smoothing: float = 0.0, dice_weight: float = 1.0
-) -> Tensor:
-    """Cross-entropy + `dice_weight` · Dice; logits [B, C, H, W], mask integer [B, H, W]; scalar float32."""
-    _check_range(mask, logits.shape[1])
-    entropy = pixel_cross_entropy(logits, mask, label_smoothing=label_smoothing)
-    return entropy + dice_weight * dice_loss(logits, mask) if dice_weight else entropy
-
-
-def _check_range(mask: Tensor, classes: int) -> None:
-    """On the CPU a class id beyond the head is an error that says so; on a GPU torch's own assertion tells."""
-    if mask.device.type != "cpu" or mask.numel() == 0:
-        return
-    highest = int(torch.where(mask == IGNORE_INDEX, torch.zeros_like(mask), mask).max())
-    if highest >= classes:
-        raise ValueError(
-            f"mask holds class {highest}, the head has {classes} classes (0..{classes - 1}, 255 ignored)"
-        )
