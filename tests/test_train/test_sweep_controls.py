@@ -64,7 +64,7 @@ def assert_same_control(store: Path, tmp_path: Path, student: str, varied: dict[
     assert ours.augmentation == theirs.augmentation
     assert shown(ours) == shown(theirs)
     assert not ours.parts.objective.plan.anything
-    assert ours.parts.objective.hard_weight == 1.0
+    assert ours.parts.objective.weights["hard_loss"] == 1.0
     for name, value in theirs.student.state_dict().items():
         assert torch.equal(ours.student.state_dict()[name], value)
 
