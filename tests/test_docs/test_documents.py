@@ -16,11 +16,11 @@ import pytest
 from cli import COMMANDS, load
 
 ROOT = Path(__file__).resolve().parents[2]
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"(?:\]\(|<img src=\")([^)\s\"]+)")
 SPAN = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 OUR_PATH = re.compile(
-    r"(backend|benchmarks|commands|console|docs|extract|imaging|processes|scripts|store|tests|train)"
+    r"(backend|benchmarks|commands|console|docs|extract|files|imaging|processes|scripts|store|tests|train)"
     r"/[\w./*-]*(\.\w+|/)"
 )
 README_LINES = 180
@@ -183,7 +183,7 @@ def test_both_readmes_have_the_same_sections_commands_and_links() -> None:
     )
     for text in (english, chinese):
         assert len(text.splitlines()) <= README_LINES
-    for pattern in (r"^(#+) ", r"^(```\w*|!\[|\|---)"):
+    for pattern in (r"^(#+) ", r"^(```\w*|!\[|<img|\|---)"):
         assert re.findall(pattern, english, re.MULTILINE) == re.findall(pattern, chinese, re.MULTILINE)
     assert list(commands_in(english)) == list(commands_in(chinese))
     own = {"README.md", "README.zh-CN.md"}
