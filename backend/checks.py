@@ -52,7 +52,7 @@ def check_data(extraction: ExtractConfig, training: TrainConfig) -> None:
         OptionError: naming what the data set has.
         SourceError: when it cannot be read.
     """
-    from extract.sources import open_source
+    from extract.sources.detect import open_source
 
     # A missing split is cut later: that may take reading every file, and changes neither names nor classes.
     source = open_source(

@@ -21,7 +21,7 @@ from files.reading import open_regular
 from files.writing import publish
 
 if TYPE_CHECKING:
-    from extract.sources import Source
+    from extract.sources.base import Source
 
 BLOCK_BYTES = 1 << 20
 READERS = 8
@@ -110,7 +110,7 @@ def digest_files(
 
 def digest_source(source: Source, check_stop: Callable[[], None] = lambda: None) -> str:
     """The digest of an opened data set (hex, blake2b-128): class names, and every sample with its bytes and targets."""
-    from imaging.errors import ImageError
+    from imaging.decode import ImageError
 
     whole = hashlib.blake2b(repr(source.class_names).encode(), digest_size=16)
     for name, samples in source.splits().items():

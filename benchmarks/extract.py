@@ -48,7 +48,7 @@ from extract.outcome import ExtractResult
 from extract.run import run_extraction
 from extract.session import sample_arrays
 from extract.slabs import Slab
-from extract.sources import open_source
+from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
 from extract.teachers.tiny import make_tiny_teacher
 from extract.workers import DecodedBatch

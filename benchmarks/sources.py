@@ -39,7 +39,7 @@ def peak_mb() -> float:
 
 def list_once(root: Path) -> dict[str, Any]:
     """What one process needs for the data set at `root`."""
-    from extract.sources import open_source
+    from extract.sources.detect import open_source
 
     calls: list[int] = []
     base = peak_mb()

@@ -90,7 +90,7 @@ def demo(
 
 def task_of(images: Path) -> str:
     """What the data set's annotations are good for. Raises SourceError when it cannot be opened."""
-    from extract.sources import open_source
+    from extract.sources.detect import open_source
 
     return open_source(images, val_fraction=VAL_FRACTION).task
 

@@ -14,8 +14,7 @@ from PIL import Image
 
 from files.writing import whole_file, writing
 from imaging.clips import read_clip_frames, sample_frame_indices
-from imaging.decode import MOST_PIXELS, decode_image
-from imaging.errors import ImageError
+from imaging.decode import MOST_PIXELS, ImageError, decode_image
 from imaging.geometry import View, resize_view
 from store import format as names
 from store.errors import StoreError

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Protocol, Self, TextIO, TypeVar
-
-Item = TypeVar("Item")
+from typing import Protocol, Self, TextIO
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -41,16 +38,6 @@ def track_progress(
     if stream.isatty():
         return BarProgress(total, description, unit, done, stream)
     return PlainProgress(total, description, unit, done, stream)
-
-
-def iterate_with_progress(
-    items: Iterable[Item], total: int | None, description: str, unit: str
-) -> Iterator[Item]:
-    """Yield `items` and advance a progress display by one after each."""
-    with track_progress(total, description, unit) as progress:
-        for item in items:
-            yield item
-            progress.advance()
 
 
 class PlainProgress:

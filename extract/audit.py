@@ -14,8 +14,8 @@ from extract.decoding import DecodedSample, DecodeJob, decode_samples
 from extract.encode import Encoder, Encoding
 from extract.existing import recorded_source
 from extract.slabs import Slab
-from extract.sources import open_source
 from extract.sources.base import Sample
+from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
 from extract.workers import DecodedBatch
 from imaging.clips import ClipFrame

@@ -16,8 +16,7 @@ from extract.config import ExtractConfig
 from extract.sources.base import Sample, Source
 from extract.sources.listing import suffix_of
 from imaging.clips import frame_files
-from imaging.decode import FULL_DEPTH, largest_gray, read_file
-from imaging.errors import ImageError
+from imaging.decode import FULL_DEPTH, ImageError, largest_gray, read_file
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from extract.changes import find_changes
 from extract.existing import FOLDER, planned_keys, read_source_record
-from extract.sources import Source, SourceError, open_source
+from extract.sources.base import Source, SourceError
+from extract.sources.detect import open_source
 from store import format as names
 from store.format import target_arrays
 from store.reader import open_store

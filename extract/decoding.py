@@ -20,8 +20,7 @@ from extract.sources.annotations import clip_boxes
 from extract.sources.base import AnnotationError, Boxes, Sample, content_digest
 from files.names import printable
 from imaging.clips import ClipFrame
-from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, Decoded, decode
-from imaging.errors import ImageError
+from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, Decoded, ImageError, decode
 from imaging.geometry import View
 
 Pixels = npt.NDArray[np.uint8]

@@ -23,7 +23,7 @@ from extract.outcome import ExtractResult
 from extract.planning import ExtractTask, batch_rows, calibration_samples, make_task
 from extract.slabs import Slab
 from extract.sources.base import Sample, Source
-from extract.sources.copies import count_shared
+from extract.sources.splitting import count_shared
 from extract.teachers import Teacher
 from extract.workers import DecodedBatch
 from store import format as names

@@ -8,7 +8,8 @@ from console.cores import core_share
 from console.log import get_logger
 from extract.config import ExtractConfig
 from extract.existing import recorded_splits
-from extract.sources import Source, open_source
+from extract.sources.base import Source
+from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
 from store.format import RANDOM_WEIGHTS_NOTICE
 

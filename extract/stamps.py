@@ -20,7 +20,7 @@ import numpy.typing as npt
 from extract.planning import RowSamples
 from extract.sources.base import Boxes, Sample, content_digest
 from files.writing import replace_file
-from imaging.errors import ImageError
+from imaging.decode import ImageError
 
 UNKNOWN = -1  # no file, or one that cannot be looked at
 NEVER_SEEN = -2  # recorded for what no run has looked at: differs from everything

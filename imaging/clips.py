@@ -1,22 +1,26 @@
 """Clips, as both stages see them: which frames are taken, in what order, and what identifies the content.
 
 A clip is a video file, or a folder of images in the order of time.
+
+Frames of a video file, through PyAV: chosen ones, or all in turn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from math import floor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, IMAGE_SUFFIXES, decode_image, read_file
-from imaging.errors import ImageError
-from imaging.video import decode_frames
+from files.reading import open_regular
+from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, IMAGE_SUFFIXES, ImageError, decode_image, read_file
 
 
 def sample_frame_indices(total: int, count: int, *, pairs: bool = False) -> npt.NDArray[np.int64]:
@@ -120,3 +124,137 @@ def read_frame(file: Path, max_pixels: int, bit_depth: int) -> ClipFrame:
         return ClipFrame(decode_image(data, max_pixels=max_pixels, bit_depth=bit_depth), data)
     except ImageError as error:
         raise ImageError(f"frame {file.name}: {error.reason}") from None
+
+
+VIDEO_SUFFIXES = frozenset(
+    [".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".ts"]
+)
+TIME_TOLERANCE_S = 1e-6
+USUAL_RATE = Fraction(25)  # frames a second, where a file does not say
+
+
+class VideoFrame(NamedTuple):
+    """A frame, RGB and upright: its position from 0, its time in seconds, and the video's frames a second."""
+
+    number: int
+    time_s: float
+    image: Image.Image
+    rate: Fraction
+
+
+def iterate_frames(
+    path: Path,
+    *,
+    every: int = 1,
+    frames_per_second: float | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> Iterator[VideoFrame]:
+    """Every `every`th frame from the first, or about `frames_per_second` of each second; one is held at a time.
+
+    Raises ImageError for what is no video, and after the last frame for a damaged one: some of its frames are missing.
+    """
+    import av
+
+    _check_file(path)
+    number, due = -1, 0.0
+    try:
+        total = _count_packets(path, av)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = Fraction(stream.average_rate or stream.guessed_rate or USUAL_RATE)
+            start = 0.0
+            for number, frame in enumerate(container.decode(stream)):
+                _check_pixels(frame, max_pixels)
+                time_s = number / float(rate) if frame.time is None else float(frame.time)
+                start = time_s if number == 0 else start  # some files begin later than 0
+                if frames_per_second is None:
+                    wanted = number % every == 0
+                else:
+                    wanted = time_s - start >= due - TIME_TOLERANCE_S
+                    if wanted:
+                        passed = (time_s - start + TIME_TOLERANCE_S) * frames_per_second
+                        due = (floor(passed) + 1) / frames_per_second
+                if wanted:
+                    yield VideoFrame(number, time_s - start, _upright(frame), rate)
+    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise ImageError(
+            f"not a video that can be decoded: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if number + 1 < total:
+        raise ImageError(f"damaged video: {total} frames in the file, {number + 1} could be decoded")
+
+
+def decode_frames(
+    path: Path,
+    choose: Callable[[int], npt.NDArray[np.int64] | Sequence[int]],
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> list[Image.Image]:
+    """The RGB frames at `choose(total)` (positions in the order of showing, repeats allowed), upright.
+
+    Headers often miscount frames, so packets are counted first and the frames that really decode are compared with
+    that: a video that is damaged or cut off raises ImageError, as does anything else that is not a video.
+    """
+    import av
+
+    _check_file(path)
+    try:
+        total = _count_packets(path, av)
+        rows = [int(row) for row in choose(total)]
+        frames, decoded = _decode_rows(path, frozenset(rows), max_pixels, av)
+    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise ImageError(
+            f"not a video that can be decoded: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    missing = [row for row in rows if row not in frames]
+    if missing:
+        raise ImageError(f"damaged video: {total} frames in the file, {decoded} could be decoded")
+    return [frames[row] for row in rows]
+
+
+def _check_file(path: Path) -> None:
+    """PyAV opens files by name: refuse what is no regular file before. Raises ImageError."""
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from None
+
+
+def _count_packets(path: Path, av: Any) -> int:
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ImageError("no video stream")
+        count = sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
+    if count == 0:
+        raise ImageError("video without frames")
+    return count
+
+
+def _decode_rows(
+    path: Path, rows: frozenset[int], max_pixels: int, av: Any
+) -> tuple[dict[int, Image.Image], int]:
+    """The frames at `rows`, and how many frames were decoded."""
+    found: dict[int, Image.Image] = {}
+    last, number = max(rows), -1
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(stream)):
+            _check_pixels(frame, max_pixels)
+            if number in rows:
+                found[number] = _upright(frame)
+            if number >= last:
+                break
+    return found, number + 1
+
+
+def _check_pixels(frame: Any, max_pixels: int) -> None:
+    if frame.width * frame.height > max_pixels:
+        raise ImageError(f"too many pixels: frames of {frame.width}×{frame.height}, limit {max_pixels:,}")
+
+
+def _upright(frame: Any) -> Image.Image:
+    """The frame as RGB, turned as the container says (telephones record sideways)."""
+    image: Image.Image = frame.to_image()
+    turn = int(getattr(frame, "rotation", 0) or 0) % 360
+    return image if turn == 0 else image.rotate(turn, expand=True)

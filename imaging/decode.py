@@ -1,4 +1,6 @@
-"""Decoding: the bytes of an image file → an upright RGB image, or an `ImageError` with the reason.
+"""The one error of this package.
+
+Decoding: the bytes of an image file → an upright RGB image, or an `ImageError` with the reason.
 
 What is decided here, once, for both stages:
 
@@ -28,7 +30,20 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from files.reading import open_regular
-from imaging.errors import ImageError
+
+
+class ImageError(Exception):
+    """One image cannot be used. `reason` is a short text for the ledger; it does not name the file."""
+
+    exit_code: int = 1
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str]]:
+        return type(self), (self.reason,)
+
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",

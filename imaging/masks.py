@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imaging.decode import DEFAULT_MAX_PIXELS, open_image, reason_of, upright
-from imaging.errors import ImageError
+from imaging.decode import DEFAULT_MAX_PIXELS, ImageError, open_image, reason_of, upright
 
 IGNORE = 255
 

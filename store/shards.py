@@ -113,10 +113,6 @@ class Layout:
     def chunks_per_shard(self) -> int:
         return self.shard_rows // self.chunk_rows
 
-    @property
-    def index_bytes(self) -> int:
-        return self.chunks_per_shard * 16 + CRC_BYTES
-
     def rows_in(self, shard: int) -> int:
         """Rows that shard number `shard` holds."""
         return min(self.rows, (shard + 1) * self.shard_rows) - shard * self.shard_rows

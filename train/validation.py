@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from console.log import get_logger
-from imaging.errors import ImageError
+from imaging.decode import ImageError
 from imaging.masks import IGNORE, decode_mask
 from store.format import MASK
 from store.reader import Split, Store

@@ -18,8 +18,7 @@ from PIL import Image
 
 from files.names import printable
 from imaging.clips import ClipFrame
-from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, read_file
-from imaging.errors import ImageError
+from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, ImageError, read_file
 from store.errors import DistillError
 
 MOST_ERROR_CHARACTERS = 2_000

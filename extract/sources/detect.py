@@ -26,7 +26,7 @@ KINDS: Mapping[str, str] = {
     "coco": "extract.sources.coco:open_coco",
     "voc": "extract.sources.voc:open_voc",
     "masks": "extract.sources.masks:open_masks",
-    "clips": "extract.sources.clips:open_clips",
+    "clips": "extract.sources.folder:open_clips",
     "hdf5": "extract.sources.hdf5:open_hdf5",
     "table": "extract.sources.table:open_tables",
     "sql": "extract.sources.sql:open_sql",
@@ -187,33 +187,33 @@ def detect_kind(path: Path | str) -> str:
     return detect_folder(target)
 
 
-def detect_folder(folder: Path) -> str:
+def detect_folder(root: Path) -> str:
     """The layout of a folder, the more particular ones first."""
-    from extract.sources import clips, coco, masks, yolo
+    from extract.sources import coco, folder, masks, yolo
 
-    if yolo.find_yaml(folder) is not None:
+    if yolo.find_yaml(root) is not None:
         return "yolo"
-    if coco.find_json(folder):
+    if coco.find_json(root):
         return "coco"
-    files = list(islice(peek_files(folder), PEEK_FILES))
+    files = list(islice(peek_files(root), PEEK_FILES))
     suffixes = {suffix_of(file) for file in files}
     images = [file for file in files if suffix_of(file) in masks.IMAGE_SUFFIXES]
     if ".xml" in suffixes and images:
         return "voc"
     if images and any(file.endswith(".txt") and "labels" in file.split("/")[:-1] for file in files):
         raise SourceError(
-            f"{folder} has text files in labels/ but no data.yaml: write one with `names`, `train` and `val`, "
+            f"{root} has text files in labels/ but no data.yaml: write one with `names`, `train` and `val`, "
             "or pass --source folder to use the images alone"
         )
     if masks.looks_like_masks(images):
         return "masks"
-    if suffixes & clips.VIDEO_SUFFIXES or clips.looks_like_frames(images):
+    if suffixes & folder.VIDEO_SUFFIXES or folder.looks_like_frames(images):
         return "clips"
     tops = [file for file in files if "/" not in file or file.startswith("data/")]
     if any(suffix_of(file) in (".csv", ".tsv", ".parquet") for file in tops):
         return "table"
     if not images and any(suffix_of(file) in (".h5", ".hdf5") for file in tops):
-        raise SourceError(f"{folder} holds HDF5 files: give the path of one")
+        raise SourceError(f"{root} holds HDF5 files: give the path of one")
     return "folder"
 
 

@@ -24,8 +24,7 @@ from extract.sources.annotations import Labels
 from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
 from extract.sources.listing import Progress, make_key
 from extract.sources.splitting import SPLIT_NAMES
-from imaging.decode import MOST_PIXELS
-from imaging.errors import ImageError
+from imaging.decode import MOST_PIXELS, ImageError
 from store.hdf5_file import Hdf5Error, find_dataset, find_object, open_hdf5_file
 
 

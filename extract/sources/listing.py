@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from extract.sources.base import SourceError
 
@@ -48,16 +48,6 @@ def list_files(root: Path, suffixes: Iterable[str], progress: Progress | None = 
         progress(len(found))
     found.sort()
     return found
-
-
-def list_names(folder: Path) -> list[str]:
-    """Names in one folder, sorted, without those that start with a dot. Raises SourceError."""
-    return sorted(entry.name for entry in _scan(folder) if not entry.name.startswith("."))
-
-
-def list_folders(folder: Path) -> list[str]:
-    """Names of the sub-folders of one folder (links to folders too), sorted. Raises SourceError."""
-    return sorted(e.name for e in _scan(folder) if not e.name.startswith(".") and _is_folder(e))
 
 
 def suffix_of(name: str) -> str:
@@ -110,11 +100,6 @@ def resolve_inside(root: Path, text: str, where: str) -> Path:
     if path != base and not path.startswith(base.rstrip("/") + "/"):
         raise SourceError(f"{where}: {text!r} lies outside the data set's root {base}")
     return Path(path)
-
-
-def relative_key(root: Path, path: Path) -> str:
-    """The key of a file inside `root`."""
-    return make_key(PurePosixPath(os.path.relpath(path, root)).as_posix())
 
 
 def _scan(folder: Path | str) -> list[os.DirEntry[str]]:

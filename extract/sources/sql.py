@@ -25,7 +25,7 @@ from extract.sources.annotations import Labels, parse_annotation
 from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError
 from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside
 from extract.sources.table import Rows, TableSamples, split_of
-from imaging.errors import ImageError
+from imaging.decode import ImageError
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

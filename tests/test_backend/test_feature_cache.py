@@ -81,7 +81,7 @@ def test_corrected_annotations_are_another_data_set(tmp_path: Path, file: str, o
 @pytest.mark.parametrize("change", ["none", "class name", "one of many boxes", "label", "image"])
 def test_rows_of_a_database_count_with_class_names_and_all_their_boxes(tmp_path: Path, change: str) -> None:
     """A renamed class keeps its number, and numpy's text of a long array leaves out its middle."""
-    from extract.sources import open_source
+    from extract.sources.detect import open_source
 
     boxes = [{"box": [number, 0, number + 1, 1], "class": "cat"} for number in range(600)]
     rows = [("a", b"image", "cat", boxes), ("b", b"other", "dog", [])]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from extract.sources import Boxes, Sample, Source
+from extract.sources.base import Boxes, Sample, Source
 
 CLASSES = ("bird", "cat", "dog")
 COUNTS = {"train": 7, "val": 4}

@@ -17,7 +17,7 @@ from extract.decoding import DecodeJob
 from extract.encode import DeviceCopies
 from extract.planning import RowSamples
 from extract.score import score_split
-from extract.sources import open_source
+from extract.sources.detect import open_source
 from store.keys import batches
 from tests.test_extract.extractions import extract, files_of, interrupt
 

@@ -38,7 +38,7 @@ class TestStore:
             assert np.abs(pooled[row] - other.pooled[0].numpy()).max() > 0.02
 
     def test_labels_sizes_and_content_belong_to_the_key(self, extract_options: dict[str, Any]) -> None:
-        from extract.sources import content_digest
+        from extract.sources.base import content_digest
 
         extract(extract_options)
         store = open_store(extract_options["out"])

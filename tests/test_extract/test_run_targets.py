@@ -147,7 +147,7 @@ class TestClips:
         assert rows.shape == (3, 1280)
         teacher = load_teacher("qwen2.5-vl", str(tiny_teacher_folder), device="cpu", image_size=56)
         from extract.decoding import DecodeJob, decode_samples
-        from extract.sources import open_source
+        from extract.sources.detect import open_source
 
         sample = open_source(clips, "clips", val_fraction=0).splits()["train"][0]
         pixels = np.zeros((1, 6, 3, 56, 56), np.uint8)

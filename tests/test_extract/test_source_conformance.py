@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.sources import Sample, Source, SourceError, detect_kind, open_source
-from extract.sources.base import Samples
+from extract.sources.base import Sample, Samples, Source, SourceError
+from extract.sources.detect import detect_kind, open_source
 from imaging.decode import decode_image
 from imaging.masks import decode_mask
 from tests.test_extract.source_datasets import WRITERS, Dataset

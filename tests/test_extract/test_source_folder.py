@@ -14,12 +14,12 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from extract.ledger import LEDGER
-from extract.sources import SourceError, open_source
 from extract.sources import listing as listing_module
+from extract.sources.base import SourceError
+from extract.sources.detect import open_source
 from extract.sources.listing import list_files, make_key
 from extract.sources.splitting import in_validation
-from imaging.decode import read_file
-from imaging.errors import ImageError
+from imaging.decode import ImageError, read_file
 from store.reader import open_store
 from tests.test_extract.extractions import extract
 from tests.test_extract.source_datasets import picture, save

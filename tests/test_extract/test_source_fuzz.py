@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from extract.preprocess import HostImage, preprocess, resize_pixels
-from extract.sources import open_source
-from imaging.decode import Decoded, decode
-from imaging.errors import ImageError
+from extract.sources.detect import open_source
+from imaging.decode import Decoded, ImageError, decode
 from tests.test_extract.bad_images import KINDS, Case, bad_images
 
 COUNT = 1_000

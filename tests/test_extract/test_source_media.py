@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract.sources import AnnotationError, SourceError, open_source, sample_frame_indices
-from extract.sources.clips import looks_like_frames
-from imaging.clips import time_order
-from imaging.decode import decode_image
-from imaging.errors import ImageError
+from extract.sources.base import AnnotationError, SourceError
+from extract.sources.detect import open_source
+from extract.sources.folder import looks_like_frames
+from imaging.clips import sample_frame_indices, time_order
+from imaging.decode import ImageError, decode_image
 from imaging.masks import decode_mask
 from tests.test_extract.source_datasets import (
     mask_of,

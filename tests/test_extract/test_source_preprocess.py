@@ -14,8 +14,7 @@ from extract.augment import LARGEST_ZOOM, sample_views
 from extract.decoding import DecodeJob, decode_sample
 from extract.preprocess import DRAFT_MARGIN, preprocess, resize_pixels
 from extract.sources.base import Sample
-from imaging.decode import Decoded, decode
-from imaging.errors import ImageError
+from imaging.decode import Decoded, ImageError, decode
 from imaging.geometry import RESIZE_POLICIES, resize_view
 
 SIZE = 224

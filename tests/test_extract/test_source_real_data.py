@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract.sources import Source, open_source
+from extract.sources.base import Source
+from extract.sources.detect import open_source
 from imaging.decode import decode
 from imaging.masks import decode_mask
 

@@ -10,7 +10,8 @@ import pytest
 
 from console.log import Formatter, get_logger
 from extract.outcome import resume_command
-from extract.sources import SourceError, open_source
+from extract.sources.base import SourceError
+from extract.sources.detect import open_source
 from store.reader import open_store
 from tests.test_extract.extractions import extract
 from tests.test_extract.source_datasets import picture, png

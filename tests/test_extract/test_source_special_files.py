@@ -13,8 +13,9 @@ import pytest
 
 from backend.digests import digest_folder
 from extract.ledger import LEDGER
-from extract.sources import SourceError, open_source
-from imaging.errors import ImageError
+from extract.sources.base import SourceError
+from extract.sources.detect import open_source
+from imaging.decode import ImageError
 from tests.test_extract.extractions import extract
 from tests.test_extract.source_datasets import WRITERS
 

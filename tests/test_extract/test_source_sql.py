@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from extract.sources import AnnotationError, SourceError, open_source
 from extract.sources import sql as sql_source
-from imaging.decode import decode_image
-from imaging.errors import ImageError
+from extract.sources.base import AnnotationError, SourceError
+from extract.sources.detect import open_source
+from imaging.decode import ImageError, decode_image
 from tests.test_extract.database_servers import PASSWORD, mariadb, postgresql
 from tests.test_extract.source_datasets import picture, png, save, sql_rows, sql_truth
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.sources import AnnotationError, SourceError, open_source
-from imaging.errors import ImageError
+from extract.sources.base import AnnotationError, SourceError
+from extract.sources.detect import open_source
+from imaging.decode import ImageError
 from tests.test_extract.source_datasets import (
     boxes,
     only,

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imaging.errors import ImageError
-from imaging.video import iterate_frames
+from imaging.clips import iterate_frames
+from imaging.decode import ImageError
 from tests.test_train.conftest import COLOURS, draw_image
 from tests.test_train.runs import cli, trained
 from train.delivery.predict import PredictionWriter, Sampling, predict_files

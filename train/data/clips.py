@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from imaging.clips import clip_content, read_clip_frames, sample_frame_indices
-from imaging.decode import FULL_DEPTH, MOST_PIXELS, decode_image
-from imaging.errors import ImageError
+from imaging.decode import FULL_DEPTH, MOST_PIXELS, ImageError, decode_image
 from store.format import CONTENT, FRAMES, IMAGES_ENCODED, IMAGES_FRAMES, Manifest
 from train.data.batches import Item, collate_views
 from train.data.images import DataError, Views, ViewSettings, path_of

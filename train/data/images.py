@@ -16,8 +16,7 @@ from torch.utils.data import Dataset
 
 from files.names import path_on_disk
 from files.reading import read_regular
-from imaging.decode import MOST_PIXELS, decode
-from imaging.errors import ImageError
+from imaging.decode import MOST_PIXELS, ImageError, decode
 from imaging.geometry import View, resize_view
 from store.errors import DistillError
 from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, VIEWS_GEOMETRY, Preprocessing

@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from files.names import printable
-from imaging.clips import frame_files, read_clip_frames
-from imaging.decode import IMAGE_SUFFIXES
-from imaging.errors import ImageError
-from imaging.video import VIDEO_SUFFIXES
+from imaging.clips import VIDEO_SUFFIXES, frame_files, read_clip_frames
+from imaging.decode import IMAGE_SUFFIXES, ImageError
 from train.delivery.draw import draw_label
 from train.delivery.files import expand_inputs
 from train.delivery.model import ModelCard, TrainedModel

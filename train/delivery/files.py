@@ -6,8 +6,8 @@ import glob
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from imaging.clips import VIDEO_SUFFIXES
 from imaging.decode import IMAGE_SUFFIXES
-from imaging.video import VIDEO_SUFFIXES
 from train.errors import DeliveryError
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.clips import read_clip_frames
-from imaging.decode import decode
-from imaging.errors import ImageError
+from imaging.decode import ImageError, decode
 from store.reader import open_store
 from train.config import TrainConfig
 from train.data.clips import ClipReader

@@ -18,8 +18,8 @@ from PIL import Image
 from console.output import plain_json
 from files.names import printable
 from files.writing import check_writable, whole_file, writing
-from imaging.errors import ImageError
-from imaging.video import VideoFrame, iterate_frames
+from imaging.clips import VideoFrame, iterate_frames
+from imaging.decode import ImageError
 from train.delivery.clips import find_clips, predict_clip
 from train.delivery.detect import describe, detect
 from train.delivery.draw import IGNORE_INDEX, Label, draw_label, draw_legend, draw_mask, mask_image

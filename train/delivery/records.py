@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from files.names import printable
-from imaging.decode import decode
-from imaging.errors import ImageError
+from imaging.decode import ImageError, decode
 
 
 class BadFile(NamedTuple):
