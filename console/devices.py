@@ -41,7 +41,7 @@ def find_device(name: str, gpus: int, error: type[Exception]) -> str:
         raise error(f"device {name}: expected auto, cpu, cuda or cuda:N") from None
     if device.startswith("cuda") and device_index(device) >= gpus:
         raise error(
-            f"device {name}: PyTorch sees {gpus} CUDA devices on this machine: use --device cpu, or check the driver "
-            "(nvidia-smi) and CUDA_VISIBLE_DEVICES"
+            f"device {name} is not there: this machine shows {gpus} CUDA devices to PyTorch: use --device cpu, or check "
+            "the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
         )
     return device

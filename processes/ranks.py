@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from console.cores import core_share
+from console.devices import device_index
 from console.stop import StopRequest
 
 POLL_S = 0.05
@@ -112,7 +113,7 @@ def shared_environment(devices: Sequence[str]) -> dict[str, str]:
 def visible_devices(devices: Sequence[str]) -> str:
     """The physical devices in the order asked for: numbers count within what is visible already."""
     known = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    numbers = [int(device.partition(":")[2] or 0) for device in devices]
+    numbers = [device_index(device) for device in devices]
     return ",".join(known[number] if number < len(known) else str(number) for number in numbers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from console.devices import find_device
 from console.log import get_logger
 from extract.teachers.errors import TeacherError
 
@@ -18,17 +19,8 @@ def pick_device(device: str | torch.device) -> torch.device:
     Raises:
         TeacherError: for a CUDA device that this machine does not have.
     """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise TeacherError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N") from None
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise TeacherError(
-            f"device {device} is not there: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return picked
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device(find_device(str(device), gpus, TeacherError))
 
 
 def device_error(error: RuntimeError, device: torch.device) -> TeacherError | None:

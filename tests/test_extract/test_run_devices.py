@@ -29,9 +29,10 @@ def test_one_absent_gpu_of_several_is_found_before_processes_start(
     def no_cluster(config: Any) -> Any:
         raise AssertionError("a cluster was started")
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("extract.cluster.cluster_client", no_cluster)
-    with pytest.raises(TeacherError, match="device cuda:1 is not there: this machine has 1 CUDA devices"):
+    with pytest.raises(TeacherError, match="device cuda:1 is not there: this machine shows 1 CUDA devices"):
         extract(extract_options, device=devices)
     assert not Path(extract_options["out"]).exists()
 

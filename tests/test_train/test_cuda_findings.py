@@ -194,7 +194,7 @@ def test_bfloat16_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(TrainError, match=r"device cuda:7: this machine shows 2 CUDA devices"):
+    with pytest.raises(TrainError, match=r"device cuda:7 is not there: this machine shows 2 CUDA devices"):
         choose_device("cuda:7")
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import nn
 
+from console.devices import find_device
 from imaging.decode import FULL_DEPTH
 from imaging.geometry import View
 from train.checkpoint import BEST, load_student_from_run
@@ -238,14 +239,8 @@ def check_finished(run: Path) -> None:
 
 def choose_device(name: str) -> torch.device:
     """`auto` takes a GPU where there is one; a GPU that was asked for and is absent is an error."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise DeliveryError(f"--device {name}: no CUDA GPU is available here; use --device cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise DeliveryError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device(find_device(name, gpus, DeliveryError))
 
 
 class LogitsOnly(nn.Module):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
+from console.devices import find_device
 from train.config import TrainConfig
 from train.errors import TrainError
 
@@ -32,17 +33,8 @@ class OutOfMemoryError(TrainError):
 
 def choose_device(name: str) -> torch.device:
     """The torch device of `--device`. Raises TrainError when a GPU is asked for and absent."""
-    kind, _, index = name.partition(":")
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(index or 0) >= count:
-            raise TrainError(
-                f"device {name}: this machine shows {count} CUDA devices to PyTorch {torch.__version__}: use "
-                "--device cpu, or check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
-            )
-    return torch.device(f"{kind}:{index}" if index else kind)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device(find_device(name, gpus, TrainError))
 
 
 def choose_precision(name: str, device: torch.device) -> str:
