@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backend.errors import OptionError, PlatformError
+from console.devices import device_index
 
 if TYPE_CHECKING:
     from extract.config import ExtractConfig
@@ -16,7 +17,9 @@ def check_devices(devices: tuple[str, ...]) -> None:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    missing = [name.removeprefix("cuda:") for name in devices if name != "cpu" and int(name[5:]) >= count]
+    missing = [
+        name.removeprefix("cuda:") for name in devices if name != "cpu" and device_index(name) >= count
+    ]
     if missing:
         raise PlatformError(
             f"--gpu_devices: GPU {', '.join(missing)} is not there, this machine shows {count} to PyTorch: "

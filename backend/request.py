@@ -24,6 +24,7 @@ from backend.safety import (
 from backend.student import reconcile
 from backend.training_config import read_training_config
 from backend.values import shown
+from console.devices import device_index, parse_devices
 from train.recipes import STUDENT_TASKS
 from train.students.names import StudentName
 
@@ -298,14 +299,17 @@ def resolve_devices(value: str) -> tuple[str, ...]:
     Raises:
         OptionError: for anything else, a mixture, or a GPU named twice.
     """
-    names = [name.lower().removeprefix("cuda:") for name in value.split(",")]
-    if names and all(name == "cpu" for name in names):
+    try:
+        names = parse_devices(value, ("cpu", "cuda"))
+    except ValueError:
+        raise OptionError(
+            f"--gpu_devices: expected numbers like 0 or 0,1, or cpu, got {shown(value)}"
+        ) from None
+    if set(names) == {"cpu"}:
         return tuple(names)
-    if not all(name.isascii() and name.isdigit() and len(name) < 4 for name in names):
-        raise OptionError(f"--gpu_devices: expected numbers like 0 or 0,1, or cpu, got {shown(value)}")
-    numbers = [int(name) for name in names]
-    if len(set(numbers)) < len(numbers):
-        raise OptionError(f"--gpu_devices: each GPU once, got {shown(value)}")
+    numbers = [device_index(name) for name in names]
+    if len(set(numbers)) < len(numbers) or "cpu" in names:
+        raise OptionError(f"--gpu_devices: expected cpu, or each GPU once, got {shown(value)}")
     return tuple(f"cuda:{number}" for number in numbers)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from console.cores import core_share
+from console.devices import device_index, find_device
 from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
@@ -174,9 +175,8 @@ def class_names(config: TrainConfig, store: Store) -> tuple[str, ...]:
 
 def device_arguments(config: TrainConfig) -> dict[str, Any]:
     """`device` and `amp` in ultralytics' form. Raises ConfigError for what the machine does not have."""
-    devices = config.devices
-    if devices == ["auto"]:
-        devices = ["cuda:0"] if torch.cuda.is_available() else ["cpu"]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [find_device(name, gpus, ConfigError) for name in config.devices]
     kinds = {name.partition(":")[0] for name in devices}
     if len(devices) > 1 and kinds != {"cuda"}:
         raise ConfigError(
@@ -184,12 +184,8 @@ def device_arguments(config: TrainConfig) -> dict[str, Any]:
             "devices; use one"
         )
     if kinds == {"cuda"}:
-        indices = [int(name.partition(":")[2] or 0) for name in devices]
-        if not torch.cuda.is_available() or max(indices) >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device {config.device}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
-            )
-        return {"device": ",".join(map(str, indices)), "amp": cuda_precision(config.precision)}
+        indices = ",".join(str(device_index(name)) for name in devices)
+        return {"device": indices, "amp": cuda_precision(config.precision)}
     if config.precision in ("fp16", "bf16"):
         raise ConfigError(
             f"precision {config.precision} on {devices[0]}: ultralytics has it on CUDA GPUs only; use fp32"
