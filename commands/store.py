@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from console.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from store.reader import Split, Store
 
 StorePath = Annotated[
     str, typer.Argument(help="A store: a folder, or a URL (s3://bucket/a.zarr).", metavar="STORE")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 HDF5_SUFFIXES = (".h5", ".hdf5")
+SHOWN_CLASSES = 40
 
 
 def inspect(
@@ -36,13 +43,11 @@ def inspect(
 
     cli inspect s3://features/flowers.zarr --json
     """
-    from console.output import print_json
     from console.redaction import redact_values
     from store.summary import describe_store
 
     described = redact_values(describe_store(store))
     if described["complete"]:
-        from commands.contents import describe_contents
         from store.reader import open_store
 
         contents = describe_contents(open_store(store))
@@ -63,8 +68,6 @@ def inspect(
 
 def print_description(described: dict[str, Any]) -> None:
     """The same as tables and lines."""
-    from commands.contents import print_contents
-    from console.output import print_table
     from store.format import RANDOM_WEIGHTS_NOTICE
 
     manifest = described["manifest"]
@@ -123,6 +126,92 @@ def array_row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def describe_contents(store: Store) -> dict[str, Any]:
+    """`splits`: name → `kinds` and `classes`; `warnings`. For a complete store.
+
+    kinds: samples that are `labeled`, `unlabeled`, `background` and `bad`. classes: name → `samples` with the class, and
+    `boxes` of it, or `pixels` of it in `masks_read` masks that are evenly spread over the split.
+    """
+    from store.summary import count_kinds, store_warnings
+
+    splits = {
+        name: {"kinds": count_kinds(split), **split_classes(store, split)} for name, split in store.items()
+    }
+    return {"splits": splits, "warnings": store_warnings(store)}
+
+
+def split_classes(store: Store, split: Split) -> dict[str, Any]:
+    from store.summary import count_classes, target_kind
+    from train.validation import count_mask_classes
+
+    names = store.manifest.class_names
+    kind = target_kind(split)
+    if kind == "mask":
+        counts, read = count_mask_classes(split, len(names))
+        return {"classes": by_name(names, counts), "masks_read": read}
+    return {"classes": by_name(names, count_classes(split, len(names), kind))}
+
+
+def by_name(names: tuple[str, ...], counts: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Counts by what is counted → by class; empty where nothing was."""
+    if not counts:
+        return {}
+    return {
+        name: {what: int(values[index]) for what, values in counts.items()}
+        for index, name in enumerate(names)
+    }
+
+
+def print_contents(described: dict[str, Any]) -> None:
+    """The same as tables; nothing for a store whose contents were not described (an incomplete one)."""
+    splits = {name: split for name, split in described["splits"].items() if "kinds" in split}
+    if not splits:
+        return
+    print()
+    kinds = [{"split": name, **split["kinds"]} for name, split in splits.items()]
+    print_table(kinds, ["split", "labeled", "unlabeled", "background", "bad"], "samples")
+    print_classes(splits)
+    for text in described["warnings"]:
+        print(f"warning: {text}")
+
+
+def print_classes(splits: dict[str, Any]) -> None:
+    """Samples of each class in each split, and boxes or the share of pixels in brackets."""
+    from train.validation import MASKS_READ
+
+    names = list(next(iter(splits.values()))["classes"])
+    if not names:
+        return
+    totals = {
+        name: sum(entry.get("pixels", 0) for entry in split["classes"].values())
+        for name, split in splits.items()
+    }
+
+    def text(split: str, name: str) -> str:
+        entry = splits[split]["classes"][name]
+        if "pixels" in entry:
+            return f"{entry['samples']:,} ({entry['pixels'] / max(1, totals[split]):.1%})"
+        return f"{entry['samples']:,}" + (f" ({entry['boxes']:,})" if "boxes" in entry else "")
+
+    rows = [
+        {"class": name, **{split: text(split, name) for split in splits}} for name in names[:SHOWN_CLASSES]
+    ]
+    first = next(iter(splits.values()))
+    what = "boxes" if "boxes" in first["classes"][names[0]] else "share of the pixels"
+    has_more = any(len(entry) > 1 for entry in first["classes"].values())
+    title = "samples of each class" + (f" ({what})" if has_more else "")
+    if any(
+        split.get("masks_read", 0) < split["kinds"]["labeled"]
+        for split in splits.values()
+        if "masks_read" in split
+    ):
+        title += f", in {MASKS_READ:,} masks of each split"
+    print()
+    print_table(rows, ["class", *splits], title)
+    if len(names) > SHOWN_CLASSES:
+        print(f"and {len(names) - SHOWN_CLASSES} more classes: --json has them all")
+
+
 def verify(
     store: Annotated[str, typer.Argument(help="A local store.", metavar="STORE")],
     repair: Annotated[
@@ -149,7 +238,6 @@ def verify(
 
     cli verify flowers.zarr --repair --json
     """
-    from console.output import print_json
     from store.verify import Finding, repair_store, verify_store
 
     refuse_url(store, "verify")
@@ -230,8 +318,6 @@ def convert(
 
     cli convert flowers.zarr small.zarr --int8 --zstd
     """
-    from console.output import print_json
-
     costs = convert_paths(source, target, zstd=zstd, int8=int8, pca=pca)
     listed = [
         {
@@ -278,8 +364,6 @@ def convert_paths(source: str, target: str, *, zstd: bool, int8: bool, pca: int 
 
 
 def print_costs(costs: list[dict[str, Any]]) -> None:
-    from console.output import print_table
-
     rows = [
         {
             "array": cost["array"],

@@ -38,7 +38,7 @@ def find_device(name: str, gpus: int, error: type[Exception]) -> str:
     try:
         (device,) = parse_devices(name, (*KINDS, "mps"))
     except ValueError:
-        raise error(f"device {name}: expected auto, cpu, cuda or cuda:N") from None
+        raise error(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.startswith("cuda") and device_index(device) >= gpus:
         raise error(
             f"device {name} is not there: this machine shows {gpus} CUDA devices to PyTorch: use --device cpu, or check "

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands.contents import describe_contents
 from commands.pictures import show_sample, write_pictures
-from commands.store import inspect
+from commands.store import describe_contents, inspect
 from extract.config import load_config
 from extract.run import run_extraction
 from store.reader import Store, open_store

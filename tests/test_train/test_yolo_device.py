@@ -195,7 +195,7 @@ def test_a_precision_or_device_that_the_gpu_lacks_is_an_error(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     with pytest.raises(ConfigError, match="precision bf16: this GPU does not have it"):
         device_arguments(config_of(device="cuda", precision="bf16"))
-    with pytest.raises(ConfigError, match="device cuda:1: this machine has 1 CUDA devices"):
+    with pytest.raises(ConfigError, match="device cuda:1 is not there: this machine shows 1 CUDA devices"):
         device_arguments(config_of(device="cuda:1"))
 
 
