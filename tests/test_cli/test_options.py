@@ -116,5 +116,5 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
     assert find_device("cuda:1", 2, ConfigError) == "cuda:1"
     with pytest.raises(ConfigError, match="device cuda:2 is not there: this machine shows 2 CUDA devices"):
         find_device("cuda:2", 2, ConfigError)
-    with pytest.raises(ConfigError, match="unknown device .tpu.: expected auto, cpu"):
+    with pytest.raises(ConfigError, match="unknown device 'tpu': expected auto, cpu"):
         find_device("tpu", 2, ConfigError)
