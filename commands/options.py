@@ -84,4 +84,6 @@ def shown_default(option: Option, recipes: Recipes) -> str:
 def default_text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, list):
+        return ",".join(map(default_text, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,35 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from commands.options import offer_options
+from console.options import nearest_names, read_option_file
+from console.output import print_json, print_table
+from train.config import TrainConfig
+from train.errors import ConfigError
+from train.sweep.config import OWN_OPTIONS, SweepConfig, load_sweep_config, split_list
+
 if TYPE_CHECKING:
     from train.sweep.board import TrialState
 
 
 def sweep(
     context: typer.Context,
-    store: Annotated[str, typer.Argument(help="The store of teacher features: a folder or a URL.")],
-    out: Annotated[Path, typer.Option(help="The sweep's folder; the same command again goes on in it.")],
-    students: Annotated[str | None, typer.Option(help="Comma-separated students (cli students).")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds. [default: 0]")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A training option and its values: name=v1,v2. Repeatable."),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or TOML file with these options.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Trials at a time. [default: one a GPU, else by the cores]")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Address of a dask scheduler instead of a local cluster.")
-    ] = None,
-    control: Annotated[
-        bool | None,
-        typer.Option("--control/--no-control", help="Also train each student without the teacher."),
-    ] = None,
-    trial_timeout: Annotated[
-        float | None, typer.Option(help="End a trial that takes more than this many seconds.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML, TOML or JSON file with these options.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    **options: Any,
 ) -> None:
     """cli sweep features.zarr --out sweep --students resnet18,vit-tiny --set epochs=20
 
@@ -44,43 +31,28 @@ def sweep(
 
     Every training option (cli train --help) goes through --set, with one value or several: --set epochs=20
     """
-    refuse_unknown(context, [store, *context.args])
-    from console.options import read_option_file
-    from console.output import print_json
-    from train.errors import ConfigError
-    from train.sweep.config import load_sweep_config
+    store = options["store"]
+    refuse_unknown(context, [*([store] if store else []), *context.args])
     from train.sweep.run import run_sweep
 
-    options = {
-        "store": store,
-        "out": out,
-        "students": students,
-        "seeds": seeds,
-        "set": parse_sets(set_ or []),
-        "jobs": jobs,
-        "scheduler": scheduler,
-        "control": control,
-        "trial_timeout_s": trial_timeout,
-    }
-    states = run_sweep(load_sweep_config(options, read_option_file(config, ConfigError) if config else None))
+    values = {**options, "set": parse_sets(options["set"] or [])}
+    settings = load_sweep_config(values, read_option_file(config, ConfigError) if config else None)
+    states = run_sweep(settings)
     if json_:
-        print_json({"out": out, "trials": [state._asdict() for state in states]})
+        print_json({"out": settings.out, "trials": [state._asdict() for state in states]})
     else:
-        print_states(states, out)
+        print_states(states, settings.out)
     if any(state.state != "done" for state in states):
         raise typer.Exit(1)
 
 
+offer_options(sweep, SweepConfig)
 # A training option given as one of the sweep's is explained by `refuse_unknown`.
 sweep.context_settings = {"ignore_unknown_options": True, "allow_extra_args": True}  # type: ignore[attr-defined]
 
 
 def refuse_unknown(context: typer.Context, words: list[str]) -> None:
     """What the command line holds beside the sweep's own options: only the store may be there."""
-    from console.options import nearest_names
-    from train.config import TrainConfig
-    from train.sweep.config import OWN_OPTIONS
-
     own = [option for parameter in context.command.params for option in parameter.opts]
     for number, word in enumerate(words):
         option, _, value = word.partition("=")
@@ -96,8 +68,6 @@ def refuse_unknown(context: typer.Context, words: list[str]) -> None:
 
 def parse_sets(items: list[str]) -> dict[str, list[Any]]:
     """`["learning-rate=1e-4,3e-4"]` as `{"learning-rate": ["1e-4", "3e-4"]}`; the option's type is checked later."""
-    from train.sweep.config import split_list
-
     values: dict[str, list[Any]] = {}
     for item in items:
         name, equals, text = item.partition("=")
@@ -108,7 +78,6 @@ def parse_sets(items: list[str]) -> dict[str, list[Any]]:
 
 
 def print_states(states: list[TrialState], out: Path) -> None:
-    from console.output import print_table
     from train.metrics import label_of, shown_text
 
     rows = [
@@ -142,7 +111,6 @@ def report(
     One self-contained HTML file of runs and sweeps: accuracy against size, speed and cost, learning curves,
     what distillation gained over the control. Beside it results.csv and results.parquet.
     """
-    from console.output import print_json, print_table
     from train.metrics import label_of, shown_in_table
     from train.report.build import build_report
 

@@ -76,10 +76,12 @@ def option(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    min_length: int | None = None,
     **facts: Any,
 ) -> Any:
     """A field of a configuration with its default (`...`: it must be given), its help, its limits and facts for `Option`."""
-    return Field(default, description=help, ge=ge, gt=gt, le=le, lt=lt, json_schema_extra=facts)
+    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt, "min_length": min_length}
+    return Field(default, description=help, json_schema_extra=facts, **limits)
 
 
 @functools.cache

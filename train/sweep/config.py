@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from console.options import describe_problems, given, load_options, names_where, nearest_names
+from console.options import describe_problems, given, load_options, names_where, nearest_names, option
 from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError
 
@@ -27,21 +27,25 @@ class SweepConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    store: str  # a folder or a URL
-    out: Path
-    students: list[str] = Field(min_length=1)
-    seeds: list[int] = Field(default=[0], min_length=1)
-    set: dict[str, list[Any]] = Field(default_factory=dict)
-    options: dict[str, Any] = Field(default_factory=dict)
-    control: bool = True
-    jobs: int | None = Field(None, ge=1)
-    scheduler: str | None = None
-    trial_timeout_s: float | None = Field(None, gt=0)
+    store: str = option(..., "The store of teacher features: a folder or a URL.", flag="STORE")
+    out: Path = option(..., "The sweep's folder; the same command again continues in it.", metavar="SWEEP")
+    students: list[str] = option(..., "Comma-separated students (cli students).", min_length=1)
+    seeds: list[int] = option([0], "Comma-separated seeds.", min_length=1)
+    set: dict[str, list[Any]] = option(
+        {}, "A training option and its values: name=v1,v2. Repeatable.", metavar="NAME=VALUES"
+    )
+    options: dict[str, Any] = {}  # training options with one value for all trials
+    jobs: int | None = option(None, "Trials at a time.", ge=1, shown_default="one a GPU, else by the cores")
+    scheduler: str | None = option(None, "Address of a dask scheduler instead of a local cluster.")
+    control: bool = option(True, "Also train each student without the teacher.")
+    trial_timeout_s: float | None = option(
+        None, "End a trial that takes more than this many seconds.", gt=0, flag="--trial-timeout"
+    )
 
     @field_validator("students", "seeds", mode="before")
     @classmethod
     def split_text(cls, value: Any) -> Any:
-        """A file may say `resnet18,vit-tiny`, as the command line does."""
+        """`resnet18,vit-tiny`, as on the command line."""
         return split_list(value) if isinstance(value, str) else value
 
     @field_validator("set")
