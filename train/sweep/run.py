@@ -183,6 +183,7 @@ def set_thread_variables(defaults: Mapping[str, str] = MappingProxyType({})) -> 
 def dask_defaults() -> dict[str, str]:
     """What dask sets in the environment of its workers where the user set nothing."""
     import dask
+    import distributed  # noqa: F401  its defaults become part of dask's configuration
 
     values: dict[str, Any] = dask.config.get("distributed.nanny.pre-spawn-environ", {})
     return {name: str(value) for name, value in values.items()}
