@@ -31,7 +31,7 @@ from train.loop.machine import (
     peak_memory,
     set_determinism,
 )
-from train.loop.session import Session
+from train.loop.trainer import Trainer
 from train.ranks import barrier
 from train.resolve import TrainingData, resolve_data, resolve_task
 from train.rundir import (
@@ -189,7 +189,7 @@ def train_once(
             check_same_distillation(folder, choices)
         write_config(folder, asked, choices, store_reference(store))
     config = built.parts.config
-    progress = Session(built, config, folder, store.manifest, data.task, observers, watch).run()
+    progress = Trainer(built, config, folder, store.manifest, data.task, observers, watch).fit()
     return Outcome(built, progress, config)
 
 

@@ -20,7 +20,7 @@ from train.checkpoint import load_checkpoint
 from train.data.batches import FeatureGatherer
 from train.distill.mixing import draw_mixing, mix_images
 from train.events import SilentObserver
-from train.loop import loop, saving, session
+from train.loop import loop, saving, trainer
 from train.loop.optimizer import WeightAverage, parameter_groups
 from train.loop.saving import StepGuard
 from train.run import run_training
@@ -118,17 +118,17 @@ def test_a_snapshot_has_the_buffers_of_the_last_finished_step():
 
 def test_a_snapshot_waits_for_a_checkpoint_that_is_being_written(make_store, make_config, monkeypatch):
     """A signal while a slow disk takes last.pt: two writers of one file would leave a mixture."""
-    plain_run, plain_save = session.Session.run, saving.save_checkpoint
-    sessions, writers, most, snapshots = [], [], [], []
+    plain_run, plain_save = trainer.Trainer.fit, saving.save_checkpoint
+    trainers, writers, most, snapshots = [], [], [], []
 
     def run(self):
-        sessions.append(self)
+        trainers.append(self)
         return plain_run(self)
 
     def snapshot():
         """What the watching thread does; there the process ends, here the run may go on."""
-        sessions[0].snapshot()
-        sessions[0].parts.guard.lock.release()
+        trainers[0].snapshot()
+        trainers[0].parts.guard.lock.release()
 
     def save(path, content):
         if path.name == "last.pt":
@@ -142,7 +142,7 @@ def test_a_snapshot_waits_for_a_checkpoint_that_is_being_written(make_store, mak
         if path.name == "last.pt":
             writers.remove(path)
 
-    monkeypatch.setattr(session.Session, "run", run)
+    monkeypatch.setattr(trainer.Trainer, "fit", run)
     monkeypatch.setattr(saving, "save_checkpoint", save)
     config = make_config(make_store())
     run_training(config)

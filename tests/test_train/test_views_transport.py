@@ -11,8 +11,8 @@ from imaging.geometry import View, cell_centres, resize_view
 from train.data.views import (
     AUGMENTATIONS,
     Augmentation,
-    change_colour,
-    draw_colour,
+    change_color,
+    draw_color,
     draw_view,
     render_image,
     render_mask,
@@ -240,7 +240,7 @@ def test_a_view_is_a_function_of_seed_epoch_and_key():
     def draw(seed: int, epoch: int, key: str) -> np.ndarray:
         generator = sample_generator(seed, epoch, key)
         view = draw_view(AUGMENTATIONS["full"], generator, View.identity())
-        return np.append(view.matrix, draw_colour(AUGMENTATIONS["full"], generator))
+        return np.append(view.matrix, draw_color(AUGMENTATIONS["full"], generator))
 
     assert np.array_equal(draw(0, 1, "a"), draw(0, 1, "a"))
     others = [draw(0, 1, "b"), draw(0, 2, "a"), draw(1, 1, "a")]
@@ -253,10 +253,10 @@ def test_mild_crops_keep_most_of_the_image_and_never_flip():
         assert view.determinant >= 0.75
 
 
-def test_colours_by_hand():
+def test_colors_by_hand():
     pixels = np.random.default_rng(0).integers(60, 180, size=(8, 8, 3)).astype(np.uint8)
     brightness, contrast, saturation = 1.1, 0.8, 0.7
-    found = np.asarray(change_colour(Image.fromarray(pixels), np.array([brightness, contrast, saturation])))
+    found = np.asarray(change_color(Image.fromarray(pixels), np.array([brightness, contrast, saturation])))
     values = pixels.astype(float)
     grey = values @ [0.299, 0.587, 0.114]
     saturated = saturation * values + (1 - saturation) * grey[..., None]

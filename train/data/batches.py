@@ -7,6 +7,7 @@ together sees; a step sums one or more of them.
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from console.cores import core_share
 from store.errors import DistillError
 from store.format import LABEL, VIEWS_GRID, VIEWS_POOLED
+from store.reader import Split
+from train.data.prefetch import CopyStream, Prefetcher
 
 Rows = NDArray[np.int64]
 
@@ -172,17 +175,15 @@ VIEW_ARRAYS = (VIEWS_GRID, VIEWS_POOLED)
 
 
 class FeatureGatherer:
-    """Gathers stored arrays by row into buffers that are used again and again.
+    """Gathers stored arrays by row into buffers that are used in turn.
 
     `depth` is how many batches are in use at once: the micro-batches of one step, or those that are being copied to
     a GPU, for which the buffers are pinned.
     """
 
-    def __init__(self, split: Any, names: Sequence[str], depth: int, device: torch.device) -> None:
-        self.split, self.names, self.device = split, list(names), device
-        self.depth = depth
-        self.buffers: list[dict[str, Tensor]] = [{} for _ in range(depth)]
-        self.turn = 0
+    def __init__(self, split: Split, names: Sequence[str], depth: int, device: torch.device) -> None:
+        self.split, self.names, self.device, self.depth = split, list(names), device, depth
+        self.buffers: deque[dict[str, Tensor]] = deque({} for _ in range(depth))
 
     def gather(self, rows: NDArray[np.int64], recorded: NDArray[np.int64] | None = None) -> dict[str, Tensor]:
         """Stored values of `rows` [B] by array name (true ones of packed arrays); valid until `depth` more gathers.
@@ -192,33 +193,22 @@ class FeatureGatherer:
         """
         if not self.names:
             return {}
-        turn, self.turn = self.turn, (self.turn + 1) % len(self.buffers)
-        buffers = self.buffers[turn]
-        self.make_room(buffers, len(rows))
+        buffers = self.buffers[0]
+        self.buffers.rotate(-1)
+        if buffers and len(buffers[self.names[0]]) < len(rows):
+            buffers.clear()
         # A tensor's numpy() shares its memory, but does not know that it is pinned: give out the tensor itself.
-        rooms = {name: buffer[: len(rows)] for name, buffer in buffers.items()}
-        out = {name: room.numpy() for name, room in rooms.items()}
-        gathered = self.split.gather_features(rows, self.names, out=out if out else None)
-        if not buffers:
-            self.adopt(buffers, gathered)
-        values = {
-            name: rooms[name] if name in rooms else torch.from_numpy(gathered[name]) for name in self.names
-        }
+        values = {name: buffer[: len(rows)] for name, buffer in buffers.items()}
+        out = {name: value.numpy() for name, value in values.items()} or None
+        gathered = self.split.gather_features(rows, self.names, out=out)
+        if not buffers:  # the first gather shows shapes and dtypes
+            values = {name: torch.from_numpy(gathered[name]) for name in self.names}
+            pinned = self.device.type == "cuda"
+            buffers |= {name: torch.empty_like(value, pin_memory=pinned) for name, value in values.items()}
         if recorded is None:
             return values
         chosen = (torch.arange(len(rows)), torch.from_numpy(recorded))
         return {name: value[chosen] if name in VIEW_ARRAYS else value for name, value in values.items()}
-
-    def make_room(self, buffers: dict[str, Tensor], count: int) -> None:
-        """A larger batch than before gets new buffers."""
-        if buffers and len(next(iter(buffers.values()))) < count:
-            buffers.clear()
-
-    def adopt(self, buffers: dict[str, Tensor], gathered: dict[str, NDArray[Any]]) -> None:
-        """The first gather tells shapes and dtypes."""
-        for name in self.names:
-            value = torch.from_numpy(gathered[name])
-            buffers[name] = torch.empty_like(value, pin_memory=self.device.type == "cuda")
 
 
 class BatchLoader:
@@ -237,8 +227,8 @@ class BatchLoader:
     ) -> None:
         self.batches, self.gatherer, self.labels = batches, gatherer, labels
         self.gather_more, self.carry = gather_more, carry
-        self.prefetcher: Any = None
-        self.engine: Any = None
+        self.prefetcher: Prefetcher | None = None
+        self.engine: CopyStream | None = None
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -251,29 +241,48 @@ class BatchLoader:
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of `epoch` from number `start` on; for a GPU they are on the device already.
+        """The micro-batches of `epoch` from number `start` on, on the loader's device.
 
         One epoch at a time: the one before ends here.
         """
         self.stop_prefetching()
         self.batches.epoch, self.batches.start = epoch, start
         # Workers start here, in the main thread: a process must not fork from one that copies to a GPU.
-        host = self.joined(iter(self.loader))
-        if self.gatherer.device.type != "cuda":
+        host, device = self.joined(iter(self.loader)), self.gatherer.device
+        if device.type == "cpu":
             return host
-        from train.data.prefetch import CopyStream, Prefetcher
-
+        if device.type != "cuda":
+            return (batch.to(device) for batch in host)
         if self.engine is None:
-            self.engine = CopyStream(self.gatherer.device, self.gatherer.depth)
+            self.engine = CopyStream(device, self.gatherer.depth)
         self.prefetcher = Prefetcher(host, self.engine, self.gatherer.depth)
         return iter(self.prefetcher)
 
-    def joined(self, decoded: Iterator[Any]) -> Iterator[Batch]:
-        """Decoded images with all that belongs to them, on the host."""
-        for item in decoded:
-            if isinstance(item, DistillError):
-                raise item
-            yield self.join(item)
+    def joined(self, decoded: Iterator[dict[str, Tensor] | DistillError]) -> Iterator[Batch]:
+        """Decoded images with the labels and stored features of their rows, on the host. Raises workers' errors."""
+        for sample in decoded:
+            if isinstance(sample, DistillError):
+                raise sample
+            rows, recorded = sample["rows"].numpy(), sample["recorded"].numpy()
+            shown = recorded if (recorded >= 0).all() else None
+            features = self.gatherer.gather(rows, shown)
+            if self.gather_more is not None:
+                features |= self.gather_more(rows, sample["lengths"])
+            batch = Batch(
+                rows=rows,
+                images=sample["images"],
+                views=sample["views"].numpy(),
+                weight=sample["weight"],
+                samples=float(sample["weight"].sum()),
+                labels=None if self.labels is None else torch.from_numpy(self.labels[rows].astype(np.int64)),
+                masks=sample.get("masks"),
+                lengths=sample.get("lengths"),
+                recorded=shown,
+                features=features,
+            )
+            if self.carry is not None:
+                batch.transport = self.carry(batch)
+            yield batch
 
     def stop_prefetching(self) -> None:
         if self.prefetcher is not None:
@@ -287,30 +296,6 @@ class BatchLoader:
         if iterator is not None:
             iterator._shutdown_workers()
             self.loader._iterator = None
-
-    def join(self, decoded: dict[str, Tensor]) -> Batch:
-        """Add labels and stored features to decoded images, by row."""
-        rows = decoded["rows"].numpy()
-        recorded = decoded["recorded"].numpy()
-        shown = recorded if (recorded >= 0).all() else None
-        features = self.gatherer.gather(rows, shown)
-        if self.gather_more is not None:
-            features |= self.gather_more(rows, decoded["lengths"])
-        batch = Batch(
-            rows=rows,
-            images=decoded["images"],
-            views=decoded["views"].numpy(),
-            weight=decoded["weight"],
-            samples=float(decoded["weight"].sum()),
-            labels=None if self.labels is None else torch.from_numpy(self.labels[rows].astype(np.int64)),
-            masks=decoded.get("masks"),
-            lengths=decoded.get("lengths"),
-            recorded=shown,
-            features=features,
-        )
-        if self.carry is not None:
-            batch.transport = self.carry(batch)
-        return batch
 
 
 def start_worker(worker: int) -> None:
@@ -335,7 +320,7 @@ def default_workers(device: torch.device) -> int:
     return max(1, min(16, cores - 2)) if device.type == "cuda" else min(4, cores // 2)
 
 
-def labels_of(split: Any) -> NDArray[np.int32] | None:
+def labels_of(split: Split) -> NDArray[np.int32] | None:
     """Labels int32 [N] (-1: none), or None when the split has none at all."""
     if LABEL not in split.names:
         return None

@@ -19,9 +19,10 @@ from torch import Tensor
 from imaging.clips import clip_content, read_clip_frames, sample_frame_indices
 from imaging.decode import FULL_DEPTH, MOST_PIXELS, ImageError, decode_image
 from store.format import CONTENT, FRAMES, IMAGES_ENCODED, IMAGES_FRAMES, Manifest
+from store.reader import Split
 from train.data.batches import Item, collate_views
 from train.data.images import DataError, Views, ViewSettings, path_of
-from train.data.views import base_view, draw_colour, draw_view, render_image, sample_generator
+from train.data.views import base_view, draw_color, draw_view, render_image, sample_generator
 
 
 class ClipReader:
@@ -33,8 +34,8 @@ class ClipReader:
 
     def __init__(
         self,
-        split: Any,
-        data_root: Path | None,
+        split: Split,
+        data_root: Path | str | None,
         places: NDArray[np.int64],
         frames_per_row: int,
         bit_depth: int = FULL_DEPTH,
@@ -101,7 +102,7 @@ class ClipReader:
 
 
 class ClipViews(Views):
-    """Items of a plan → clips; all frames of a clip share one view and one change of colours."""
+    """Items of a plan → clips; all frames of a clip share one view and one change of colors."""
 
     def __init__(self, reader: ClipReader, settings: ViewSettings) -> None:
         self.reader, self.settings = reader, settings
@@ -113,8 +114,8 @@ class ClipViews(Views):
         view = draw_view(
             settings.augmentation, generator, base_view(settings.policy, frames[0].size, settings.image_size)
         )
-        colour = draw_colour(settings.augmentation, generator)
-        pixels = np.stack([render_image(frame, view, settings.image_size, colour) for frame in frames])
+        color = draw_color(settings.augmentation, generator)
+        pixels = np.stack([render_image(frame, view, settings.image_size, color) for frame in frames])
         return {"row": item.row, "weight": item.weight, "image": pixels, "view": view.matrix, "recorded": -1}
 
 
@@ -129,7 +130,7 @@ def collate_clips(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {**collate_views(padded), "lengths": torch.tensor(lengths, dtype=torch.int64)}
 
 
-def gather_frames(split: Any, rows: NDArray[np.int64], lengths: Tensor) -> dict[str, Tensor]:
+def gather_frames(split: Split, rows: NDArray[np.int64], lengths: Tensor) -> dict[str, Tensor]:
     """`frames` float16 [B, T, D], one teacher row per frame (a pair's row repeats), and `frame_mask` [B, T]."""
     stored = split.ragged(rows, FRAMES)
     longest = int(lengths.max())
@@ -140,7 +141,7 @@ def gather_frames(split: Any, rows: NDArray[np.int64], lengths: Tensor) -> dict[
     return {"frames": torch.from_numpy(frames), "frame_mask": mask.float()}
 
 
-def clip_places(split: Any, manifest: Manifest) -> tuple[NDArray[np.int64], int]:
+def clip_places(split: Split, manifest: Manifest) -> tuple[NDArray[np.int64], int]:
     """Stored rows of each clip int64 [N], and how many frames each row stands for.
 
     Raises DataError for a store that was not made from clips.

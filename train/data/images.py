@@ -20,11 +20,12 @@ from imaging.decode import MOST_PIXELS, ImageError, decode
 from imaging.geometry import View, resize_view
 from store.errors import DistillError
 from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, VIEWS_GEOMETRY, Preprocessing
+from store.reader import Split
 from train.data.batches import Item
 from train.data.views import (
     Augmentation,
     base_view,
-    draw_colour,
+    draw_color,
     draw_view,
     render_image,
     render_mask,
@@ -76,7 +77,11 @@ class ImageReader:
     """
 
     def __init__(
-        self, split: Any, data_root: Path | None, preprocessing: Preprocessing, bit_depth: int | None = None
+        self,
+        split: Split,
+        data_root: Path | str | None,
+        preprocessing: Preprocessing,
+        bit_depth: int | None = None,
     ) -> None:
         """`preprocessing`: the store's. `bit_depth`: of 16-bit gray images, where it is not the store's."""
         self.split, self.data_root, self.preprocessing = split, data_root, preprocessing
@@ -137,12 +142,12 @@ class ImageReader:
         return data
 
     def read_mask(self, row: int) -> Image.Image:
-        """The class mask of a row, one grey value per class (255: ignored)."""
+        """The class mask of a row, one gray value per class (255: ignored)."""
         data = bytes(self.split.ragged(np.array([row]), MASK)[0])
         if not data:
             raise DataError(f"mask of {self.key(row)}: the store holds none for this sample")
         image = Image.open(io.BytesIO(data))
-        # A palette's indices are the classes; converting to grey would replace them by luminances.
+        # A palette's indices are the classes; converting to gray would replace them by luminances.
         return Image.fromarray(np.asarray(image)) if image.mode == "P" else image.convert("L")
 
     def key(self, row: int) -> str:
@@ -195,8 +200,8 @@ class ImageViews(Views):
             view = self.recorded_view(item.row, recorded)
         else:
             view = draw_view(settings.augmentation, generator, base)
-        colour = draw_colour(settings.augmentation, generator)
-        pixels = render_image(shown.image, shown.into_image(view), settings.image_size, colour)
+        color = draw_color(settings.augmentation, generator)
+        pixels = render_image(shown.image, shown.into_image(view), settings.image_size, color)
         sample = {
             "row": item.row,
             "weight": item.weight,

@@ -10,13 +10,14 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from train.data.batches import Batch
+if TYPE_CHECKING:
+    from train.data.batches import Batch
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""How training shows an image: one geometric view and one change of colours per sample and epoch.
+"""How training shows an image: one geometric view and one change of colors per sample and epoch.
 
 The view is drawn first, as data; the image, the mask and the stored features then all follow it
 (`train.distill.transport` carries the features), so they cannot drift apart.
@@ -21,31 +21,31 @@ LUMINANCE = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """The ranges that views and colours are drawn from; the defaults change nothing.
+    """The ranges that views and colors are drawn from; the defaults change nothing.
 
     `crop_scale`: share of the area that is left; `crop_ratio`: width / height of the crop in pixels;
-    `colour`: brightness, contrast and saturation vary within 1 ± `colour`.
+    `color`: brightness, contrast and saturation vary within 1 ± `color`.
     """
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
     crop_ratio: tuple[float, float] = (1.0, 1.0)
     flip_probability: float = 0.0
     rotation_degrees: float = 0.0
-    colour: float = 0.0
+    color: float = 0.0
 
     @property
     def moves(self) -> bool:
-        """True when the geometry changes, not only the colours."""
+        """True when the geometry changes, not only the colors."""
         return self.crop_scale[0] < 1 or self.flip_probability > 0 or self.rotation_degrees > 0
 
 
 #: Without a stored grid the pooled target is that of the whole image: only what hardly changes it is allowed.
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
-    "photometric": Augmentation(colour=0.4),
-    "mild": Augmentation(crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), colour=0.4),
+    "photometric": Augmentation(color=0.4),
+    "mild": Augmentation(crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), color=0.4),
     "full": Augmentation(
-        crop_scale=(0.35, 1.0), crop_ratio=(0.75, 1 / 0.75), flip_probability=0.5, colour=0.4
+        crop_scale=(0.35, 1.0), crop_ratio=(0.75, 1 / 0.75), flip_probability=0.5, color=0.4
     ),
 }
 
@@ -78,20 +78,20 @@ def draw_crop(augmentation: Augmentation, generator: np.random.Generator) -> Vie
     return View.crop(left, top, left + width, top + height)
 
 
-def draw_colour(augmentation: Augmentation, generator: np.random.Generator) -> NDArray[np.float64] | None:
-    """Factors of brightness, contrast and saturation, float64 [3]; None when colours stay."""
-    if augmentation.colour <= 0:
+def draw_color(augmentation: Augmentation, generator: np.random.Generator) -> NDArray[np.float64] | None:
+    """Factors of brightness, contrast and saturation, float64 [3]; None when colors stay."""
+    if augmentation.color <= 0:
         return None
-    return generator.uniform(1 - augmentation.colour, 1 + augmentation.colour, size=3)
+    return generator.uniform(1 - augmentation.color, 1 + augmentation.color, size=3)
 
 
-def change_colour(image: Image.Image, factors: NDArray[np.float64] | None) -> Image.Image:
+def change_color(image: Image.Image, factors: NDArray[np.float64] | None) -> Image.Image:
     """Brightness, contrast about the mean luminance, and saturation, as one matrix over RGB."""
     if factors is None:
         return image
     brightness, contrast, saturation = factors
-    grey = np.tile(LUMINANCE, (3, 1))
-    saturate = saturation * np.eye(3) + (1 - saturation) * grey
+    gray = np.tile(LUMINANCE, (3, 1))
+    saturate = saturation * np.eye(3) + (1 - saturation) * gray
     mean = np.asarray(image.resize((1, 1), Image.Resampling.BOX), dtype=np.float64).reshape(3)
     linear = brightness * contrast * saturate
     offset = brightness * (1 - contrast) * float(np.dot(LUMINANCE, mean))
@@ -105,11 +105,11 @@ def base_view(policy: str, image_size: tuple[int, int], view_size: int) -> View:
 
 
 def render_image(
-    image: Image.Image, view: View, size: int, colour: NDArray[np.float64] | None = None
+    image: Image.Image, view: View, size: int, color: NDArray[np.float64] | None = None
 ) -> NDArray[np.uint8]:
-    """The view's pixels with changed colours, uint8 [size, size, 3]; outside the image: the padding colour."""
+    """The view's pixels with changed colors, uint8 [size, size, 3]; outside the image: the padding color."""
     shown = view.render(image, size, PADDING_COLOUR, Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return np.array(change_colour(shown, colour), dtype=np.uint8)
+    return np.array(change_color(shown, color), dtype=np.uint8)
 
 
 def render_mask(mask: Image.Image, view: View, size: int, ignore_index: int = 255) -> NDArray[np.uint8]:

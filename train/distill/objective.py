@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from store.format import FRAMES, GRID, POOLED, VIEWS_GRID, VIEWS_POOLED
+from store.reader import Split
 from train.data.batches import Batch
 from train.distill.losses import feature_loss, logit_loss, relational_loss
 from train.distill.mixing import Mixing, mix
@@ -134,11 +134,11 @@ class Objective:
         """
         if not self.plan.carries_grids:
             return {}
+        height, width = batch.features[self.plan.grid_array].shape[1:3]
         geometry = None  # a recorded view is the very view that the teacher saw
         if not self.plan.recorded:
             assert self.teacher_views is not None
             geometry = relate_views(batch.views, self.teacher_views[batch.rows])
-        height, width = batch.features[self.plan.grid_array].shape[1:3]
         return transport_weights(geometry, *self.cell_shape, (height, width))
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class Objective:
         return {"loss": loss, **terms}
 
 
-def build_standardizers(plan: DistillationPlan, split: Any) -> dict[str, TargetStandardizer]:
+def build_standardizers(plan: DistillationPlan, split: Split) -> dict[str, TargetStandardizer]:
     """The standardizer of each kind of target that the plan has. Raises TrainError when the store lacks statistics."""
     found = {}
     if plan.pooled:
@@ -231,7 +231,7 @@ def build_standardizers(plan: DistillationPlan, split: Any) -> dict[str, TargetS
     return found
 
 
-def build_standardizer(split: Any, statistics: str, stored: str) -> TargetStandardizer:
+def build_standardizer(split: Split, statistics: str, stored: str) -> TargetStandardizer:
     """Standardizes stored values of array `stored` per channel, with the statistics of another or the same.
 
     Raises TrainError when the store lacks them.

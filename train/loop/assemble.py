@@ -15,6 +15,7 @@ from torch import nn
 from console.options import options_of
 from console.stop import StopRequest
 from store.format import GRID, SIZES
+from store.reader import Split, Store
 from train.config import TrainConfig
 from train.data.batches import BatchLoader, EpochBatches, FeatureGatherer, default_workers
 from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
@@ -32,6 +33,7 @@ from train.resolve import TrainingData, check_mixing, resolve_augmentation, reso
 from train.students.base import Student
 from train.students.build import build_student
 from train.tasks import build_task
+from train.tasks.base import Task
 
 #: Sub-seeds: the alignment head must not change the student's initial weights.
 STUDENT_SEED, HEAD_SEED = 1, 2
@@ -52,7 +54,7 @@ class Built:
 
 def build_training(
     config: TrainConfig,
-    store: Any,
+    store: Store,
     data: TrainingData,
     accelerator: Accelerator,
     stop: StopRequest,
@@ -167,8 +169,8 @@ def student_options(config: TrainConfig) -> dict[str, Any]:
 
 def build_objective(
     config: TrainConfig,
-    store: Any,
-    task: Any,
+    store: Store,
+    task: Task,
     plan: DistillationPlan,
     split: str,
     cell_shape: tuple[int, int] | None,
@@ -193,14 +195,16 @@ def build_objective(
     )
 
 
-def validation_plan(plan: DistillationPlan, split: Any) -> DistillationPlan:
+def validation_plan(plan: DistillationPlan, split: Split) -> DistillationPlan:
     """What of `plan` the validation split has; it shows whole images, so recorded views are not replayed."""
     logits = plan.logits if plan.logits and f"logits/{plan.logits}" in split.names else None
     grid = plan.grid and GRID in split.names
     return replace(plan, recorded=False, logits=logits, grid=grid, cells=plan.cells and (grid or plan.frames))
 
 
-def build_head(config: TrainConfig, store: Any, plan: DistillationPlan, student: Student) -> nn.Module | None:
+def build_head(
+    config: TrainConfig, store: Store, plan: DistillationPlan, student: Student
+) -> nn.Module | None:
     """The alignment head with its initial weights, a function of the seed alone; None without features."""
     if not plan.features:
         return None
@@ -222,7 +226,7 @@ def measure_cells(student: Student) -> tuple[int, int] | None:
     return (features.shape[2], features.shape[3]) if features.ndim == 4 else None
 
 
-def teacher_views(store: Any, split: str) -> NDArray[np.float64]:
+def teacher_views(store: Store, split: str) -> NDArray[np.float64]:
     """What part of each image the teacher saw: float64 [N, 2, 3], from its resize policy and the images' sizes."""
     preprocessing = store.manifest.preprocessing
     sizes = np.maximum(store[split].read(SIZES), 1)
@@ -241,7 +245,7 @@ def use_channels_last(module: nn.Module) -> None:
 
 def build_loader(
     config: TrainConfig,
-    store: Any,
+    store: Store,
     data: TrainingData,
     objective: Objective,
     accelerator: Accelerator,

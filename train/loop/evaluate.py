@@ -48,7 +48,6 @@ def add_up(
     meter, sums = objective.task.new_meter(device), LossSums(device)
     for batch in batches:
         check_stop()
-        batch = batch.to(device)
         targets = objective.prepare(batch)
         counts = add_counts([targets.counts])
         with autocast():  # type: ignore[attr-defined]

@@ -121,6 +121,11 @@ class Parts:
     average: WeightAverage | None
     stop: StopRequest
 
+    @property
+    def evaluated(self) -> Student:
+        """The student that is evaluated and kept: the averaged one where there is one."""
+        return self.module.student if self.average is None else self.average.student
+
 
 class Loop:
     """Trains epoch by epoch. The caller saves: `run` yields after every epoch, with the epoch's record.
@@ -173,7 +178,7 @@ class Loop:
             yield self.record(metrics, time.monotonic() - started)
 
     def step(self, group: list[Batch]) -> None:
-        """One optimizer step over the micro-batches of `group`: forward, backward, clip, step.
+        """One optimizer step over the micro-batches of `group`, on the device: forward, backward, clip, step.
 
         The gradient is exactly that of the mean over all samples of the step, however they are split into ranks and
         micro-batches. For that, what each term is divided by is summed over all of them *before* the first forward
@@ -184,7 +189,6 @@ class Loop:
         """
         parts, config, progress = self.parts, self.parts.config, self.parts.progress
         samples = sum(batch.samples for batch in group)
-        group = [batch.to(self.device) for batch in group]
         targets = [parts.objective.prepare(batch) for batch in group]
         counts = add_counts([target.counts for target in targets])
         totals: dict[str, Tensor] = {}
@@ -289,9 +293,8 @@ class Loop:
         """Metrics on the validation split, of the averaged weights where there are any."""
         parts, module = self.parts, self.parts.module
         if parts.average is not None:
-            averaged: Any = parts.average.student
             module = DistilledStudent(
-                averaged, module.projector, cells=module.wants_cells, pooled=module.wants_pooled
+                parts.evaluated, module.projector, cells=module.wants_cells, pooled=module.wants_pooled
             )
         return evaluate(
             module,

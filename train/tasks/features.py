@@ -14,7 +14,7 @@ from train.tasks.base import Meter
 
 
 class Features:
-    """No task loss; the quality is the cosine between aligned student features and standardised targets."""
+    """No task loss; the quality is the cosine between aligned student features and standardized targets."""
 
     name = "features"
     best_metric = "cosine"
@@ -37,5 +37,5 @@ class Features:
         pass
 
     def metrics(self, meter: Meter) -> dict[str, float]:
-        """The cosine is measured by the evaluation itself, for every task that distils features."""
+        """The cosine is measured by the evaluation itself, for every task that distills features."""
         return {}

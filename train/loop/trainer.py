@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from train.events import Observers
 from train.loop.assemble import Built
 from train.loop.loop import Loop, NotFiniteError, Progress
 from train.loop.optimizer import match_layout
-from train.loop.saving import CheckpointWriter, Saved, adopt_best
+from train.loop.saving import CheckpointWriter, adopt_best
 from train.loop.trackers import Tracker, open_trackers
 from train.metrics import label_of, text_of
 from train.rundir import append_metrics, write_metrics
@@ -43,7 +44,7 @@ NOT_METRICS = frozenset(
 )
 
 
-class Session:
+class Trainer:
     """Runs a loop to its end and keeps the run folder up to date; ranks other than 0 write nothing."""
 
     def __init__(
@@ -67,28 +68,26 @@ class Session:
         self.started = time.monotonic()
         self.wall_before = 0.0
 
-    def run(self) -> Progress:
+    def fit(self) -> Progress:
         """Train until the end, early stopping or a stop request; returns where the run stands.
 
         Raises Stopped after a signal: the last finished step is in last.pt.
         """
         self.restore()
-        progress = self.parts.progress
-        total = len(self.parts.train_loader.batches.rows)
+        progress, loader = self.parts.progress, self.parts.train_loader
+        total = len(loader.batches.rows)
         done = progress.epoch * total + int(progress.samples)
         self.watch.save = self.snapshot
-        with self.display(total, done) as display:
+        stream = None if self.is_main else io.StringIO()
+        label = f"training {self.folder.name}"
+        with track_progress(total * self.config.epochs, label, "samples", done, stream) as display:
             self.loop.display, self.loop.save_within_epoch = display, self.save_when_due
             try:
                 for record in self.loop.run():
                     self.finish_epoch(record)
-                    display.note(
-                        epoch_line(
-                            record, self.config.epochs, self.best_metric, self.built.validation_samples
-                        )
-                    )
+                    display.note(self.epoch_line(record))
                 self.save_last(wait=True)
-                self.announce(self.writer.finish())
+                self.report(wait=True)
             except Stopped as stopped:
                 self.watch.acknowledge()
                 self.save_last(wait=True)
@@ -98,19 +97,11 @@ class Session:
                 raise
             finally:
                 self.writer.close()
-                self.parts.train_loader.close()
+                loader.close()
                 self.parts.val_loader.close()
                 for tracker in self.trackers:
                     tracker.close()
         return progress
-
-    def display(self, total: int, done: int) -> Any:
-        import io
-
-        stream = None if self.is_main else io.StringIO()
-        return track_progress(
-            total * self.config.epochs, f"training {self.folder.name}", "samples", done, stream
-        )
 
     def restore(self) -> None:
         """Continue from last.pt where there is one."""
@@ -118,10 +109,9 @@ class Session:
         if path.exists():
             self.load(load_checkpoint(path))
         progress = self.parts.progress
-        if self.is_main:
-            adopt_best(self.folder, progress.best_epoch)
         self.wall_before = progress.wall_time_s
         if self.is_main:
+            adopt_best(self.folder, progress.best_epoch)
             write_metrics(self.folder, progress.history)
             self.trackers = open_trackers(
                 self.config.tracker, self.folder, self.about["config"], progress.epoch
@@ -147,7 +137,7 @@ class Session:
         log.info("%s: resumed %s", self.folder, where)
 
     def finish_epoch(self, record: dict[str, Any]) -> None:
-        """Note the epoch, save what it made when that is due, tell everybody."""
+        """Record the epoch, save its student when that is due, tell trackers and observers."""
         details = {name: record.pop(name) for name in list(record) if name.startswith("per_class")}
         metrics = {k: v for k, v in record.items() if k not in NOT_METRICS and not k.startswith("val_")}
         value = metrics.get(self.best_metric)
@@ -169,9 +159,9 @@ class Session:
             tracker.log(record, record["epoch"])
         self.observers.epoch_end(record)
 
-    def announce(self, saved: Sequence[Saved]) -> None:
-        """Tell of checkpoints that are on disk."""
-        for checkpoint in saved:
+    def report(self, *, wait: bool = False) -> None:
+        """Tell the observers of the checkpoints completed since the last call; `wait`: of all that are being written."""
+        for checkpoint in self.writer.finish() if wait else self.writer.finished():
             self.observers.checkpoint_saved(*checkpoint)
 
     def adapters(self) -> dict[str, Any] | None:
@@ -180,9 +170,8 @@ class Session:
             return None
         from train.lora import adapter_state
 
-        trained = self.parts.module.student
-        averaged = self.parts.average.student if self.parts.average is not None else trained
-        return {**self.about, "adapter_state_dict": adapter_state(trained, averaged)}
+        parts = self.parts
+        return {**self.about, "adapter_state_dict": adapter_state(parts.module.student, parts.evaluated)}
 
     def save_interval(self, record: Mapping[str, Any]) -> None:
         """Keep every N-th epoch's student as well, when asked for."""
@@ -193,15 +182,13 @@ class Session:
 
     def student_content(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint of the student alone, of averaged weights where there are any; the tensors are the live ones."""
-        parts = self.parts
-        student = parts.average.student if parts.average is not None else parts.module.student
         metrics = {k: v for k, v in record.items() if k not in NOT_METRICS}
         return {
             **self.about,
             "epoch": record["epoch"],
             "accuracy": record.get(self.best_metric),
             "metrics": metrics,
-            "model_state_dict": student.state_dict(),
+            "model_state_dict": self.parts.evaluated.state_dict(),
             "alignment_head": self.head_state(),
         }
 
@@ -210,10 +197,10 @@ class Session:
         return None if projector is None else projector.state_dict()
 
     def save_when_due(self, *, after_epoch: bool = False) -> None:
-        """Save last.pt now and then, so that a kill costs `checkpoint_minutes` at most."""
+        """Save last.pt now and then, so that a kill costs at most `checkpoint_minutes` of training."""
+        self.report()
         if self.is_main and self.writer.due(after_epoch=after_epoch):
             self.save_last(wait=False)
-        self.announce(self.writer.finished())
 
     def save_last(self, *, wait: bool) -> None:
         """last.pt, of the last finished step, on rank 0."""
@@ -226,12 +213,13 @@ class Session:
         if self.is_main:
             self.writer.save(self.run_content(), self.parts.progress.epoch, wait=wait)
             if wait:
-                self.announce(self.writer.finished())
+                self.report()
 
     def run_content(self) -> dict[str, Any]:
         """Everything that the next step needs; the tensors are the live ones."""
         parts = self.parts
-        parts.progress.wall_time_s = self.wall_time()
+        wall_time = self.wall_before + time.monotonic() - self.started
+        parts.progress.wall_time_s = round(wall_time, 3)
         average = parts.average and {
             "state": parts.average.student.state_dict(),
             "updates": parts.average.updates,
@@ -256,16 +244,13 @@ class Session:
         if isinstance(error, (NotFiniteError, CheckpointError)) or not guard.whole:
             return
         if not self.writer.has_saved:
-            return  # a start that failed is no run
+            return  # a run that failed at its start leaves nothing to resume
         try:
             with guard.lock:
                 guard.restore_buffers()
             self.save_last(wait=True)
         except Exception as second:  # the first error is the one to report
             log.warning("%s could not be saved: %s", self.folder / LAST, second)
-
-    def wall_time(self) -> float:
-        return round(self.wall_before + time.monotonic() - self.started, 3)
 
     def stop_text(self) -> str:
         progress = self.parts.progress
@@ -275,7 +260,13 @@ class Session:
         )
 
     def snapshot(self) -> str:
-        """Called by the watching thread when a step takes too long: save what the last finished one left."""
+        """Called by the watching thread when a step takes too long: save what the last finished step left.
+
+        The main thread may be inside a step. It changes weights only while it holds the guard's lock, so with the lock
+        they are those of the last finished step. Batch-norm statistics are the exception, since every forward pass
+        changes them: they are put back from the guard's copies. The lock is never released again, because the step that
+        runs must not change anything any more, and the process ends right after this.
+        """
         guard = self.parts.guard
         if not guard.lock.acquire(timeout=LOCK_S):
             return f"{self.folder}: stopped inside an optimizer step, {LAST} is that of the last save"
@@ -284,11 +275,13 @@ class Session:
         self.write_last(wait=True)
         return self.stop_text()
 
-
-def epoch_line(record: Mapping[str, Any], epochs: int, metric: str, samples: int) -> str:
-    """`epoch 3/20: loss 1.204, val 1.310, top-1 accuracy 61.20% (n=341), 4.1 s`; n: validation `samples`"""
-    value = record.get(metric)
-    shown = "" if value is None else f", {label_of(metric)} {text_of(metric, value)} (n={samples})"
-    val = "" if record["val_loss"] is None else f", val {record['val_loss']:.4f}"
-    head = f"epoch {record['epoch']}/{epochs}: loss {record['train_loss']:.4f}{val}{shown}"
-    return f"{head}, {record['epoch_time_s']:.1f} s"
+    def epoch_line(self, record: Mapping[str, Any]) -> str:
+        """`epoch 3/20: loss 1.204, val 1.310, top-1 accuracy 61.20% (n=341), 4.1 s`; n: validation samples"""
+        metric, parts = self.best_metric, [f"loss {record['train_loss']:.4f}"]
+        if record["val_loss"] is not None:
+            parts.append(f"val {record['val_loss']:.4f}")
+        if record.get(metric) is not None:
+            samples = self.built.validation_samples
+            parts.append(f"{label_of(metric)} {text_of(metric, record[metric])} (n={samples})")
+        parts.append(f"{record['epoch_time_s']:.1f} s")
+        return f"epoch {record['epoch']}/{self.config.epochs}: {', '.join(parts)}"
