@@ -2,7 +2,7 @@
 
 import sys
 
-from backend.main import main
+from backend.task.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

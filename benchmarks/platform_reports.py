@@ -23,11 +23,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from backend.calls import TaskCalls  # noqa: E402
-from backend.events import TrainingEvents  # noqa: E402
-from backend.http_client import HttpClient  # noqa: E402
-from backend.pipe import PipeSender, read_calls  # noqa: E402
-from backend.reporter import Reporter  # noqa: E402
+from backend.task.calls import (  # noqa: E402
+    PipeSender,
+    TaskCalls,
+    read_calls,
+)
+from backend.task.events import TrainingEvents  # noqa: E402
+from backend.task.http_client import HttpClient  # noqa: E402
+from backend.task.reporter import Reporter  # noqa: E402
 from console.output import print_json, print_table  # noqa: E402
 from extract.teachers.tiny import make_tiny_teacher  # noqa: E402
 from tests.test_backend.platform_data import make_class_folders  # noqa: E402

@@ -11,7 +11,7 @@ def distill(context: typer.Context) -> None:
 
     What the training platform starts: extract, train, evaluate, report. `cli distill --help` prints all options.
     """
-    from backend.main import main
+    from backend.task.main import main
 
     raise typer.Exit(main(context.args, program="cli distill"))
 

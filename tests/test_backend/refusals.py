@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from backend.errors import OptionError
-from backend.request import read_request
+from backend.task.errors import OptionError
+from backend.task.request import read_request
 
 
 def problem(words: list[str]) -> str:

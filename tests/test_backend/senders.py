@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backend.calls import Call
+from backend.task.calls import Call
 
 
 class Told:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from backend import events
-from backend.calls import TaskCalls
-from backend.events import ExtractionEvents, TrainingEvents
+from backend.task import events
+from backend.task.calls import TaskCalls
+from backend.task.events import ExtractionEvents, TrainingEvents
 from tests.test_backend.senders import Told
 
 

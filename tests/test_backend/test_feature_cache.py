@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from backend.cache import FeatureCache, cache_key, teacher_digest
-from backend.digests import digest_folder, digest_source
-from backend.errors import PlatformError
+from backend.task.errors import PlatformError
+from backend.task.feature_cache import (
+    FeatureCache,
+    cache_key,
+    digest_folder,
+    digest_source,
+    teacher_digest,
+)
 from console.stop import Stopped, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,18 +124,18 @@ def test_what_other_programs_leave_does_not_count(tmp_path: Path) -> None:
 
 def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = fill(tmp_path / "data", **{f"a__{i}": str(i) for i in range(20)})
+    from backend.task import feature_cache
+
     before = digest_folder(data, tmp_path / "memo")
     fill(data, a__new="n")
     read: list[Path] = []
-    from backend import digests
-
-    original = digests.file_digest
+    original = feature_cache.file_digest
 
     def noted(path: Path) -> str:
         read.append(path)
         return original(path)
 
-    monkeypatch.setattr(digests, "file_digest", noted)
+    monkeypatch.setattr(feature_cache, "file_digest", noted)
     after = digest_folder(data, tmp_path / "memo")
     assert after != before
     assert read == [data / "a/new"]
@@ -188,7 +193,7 @@ def test_the_key_depends_on_every_part() -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from backend.cache import FeatureCache
+from backend.task.feature_cache import FeatureCache
 from console.stop import StopRequest
 with FeatureCache(Path(sys.argv[1])).lock("k", "task 1", StopRequest()):
     print("held", flush=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from backend.errors import OptionError
-from backend.mapping import Mapping
-from backend.request import read_request
+from backend.task.configs import Mapping
+from backend.task.errors import OptionError
+from backend.task.request import read_request
 from tests.test_backend.platform_data import make_class_folders, make_clips, make_masks, make_yolo
 from tests.test_backend.platform_site import Site
 from train.config import TrainConfig

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from backend.plain_output import PlainStream
+from backend.task.plain_output import PlainStream
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ def test_a_parent_that_closed_the_pipe_is_no_error() -> None:
     """As after Java's Process.destroy(): the process goes on, saves, and ends with its own exit code."""
     code = (
         "import sys, os\n"
-        "from backend.plain_output import use_plain_output\n"
+        "from backend.task.plain_output import use_plain_output\n"
         "use_plain_output()\n"
         "sys.stdin.readline()\n"
         "for stream in (sys.stdout, sys.stderr):\n"
@@ -69,7 +69,7 @@ def test_a_parent_that_closed_the_pipe_is_no_error() -> None:
 
 
 def test_a_locale_without_utf8_gets_utf8_all_the_same() -> None:
-    code = "from backend.plain_output import use_plain_output as u; u(); print('花\\udc80')"
+    code = "from backend.task.plain_output import use_plain_output as u; u(); print('花\\udc80')"
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True

@@ -12,15 +12,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from backend.arguments import parse_arguments
-from backend.errors import OptionError
-from backend.http_client import HttpClient
-from backend.mapping import Mapping
-from backend.options import OPTIONS, camel_case
-from backend.platform_config import read_platform_config
-from backend.reporter import Patience, Reporter
-from backend.request import TaskRequest, find_addressee, read_request
-from backend.training_config import NESTED, SPECIAL, read_training_config
+from backend.task.configs import Mapping
+from backend.task.errors import OptionError
+from backend.task.http_client import HttpClient
+from backend.task.options import OPTIONS, camel_case
+from backend.task.parsing import NESTED, SPECIAL, parse_arguments, read_training_config
+from backend.task.platform_yaml import read_platform_config
+from backend.task.reporter import Patience, Reporter
+from backend.task.request import TaskRequest, find_addressee, read_request
 from store.errors import DistillError
 
 QUICK, THOROUGH = 200, 5_000

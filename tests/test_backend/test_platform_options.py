@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from backend.arguments import Arguments, parse_arguments
-from backend.errors import OptionError
-from backend.options import GROUPS, OPTIONS, camel_case, help_text
+from backend.task.errors import OptionError
+from backend.task.options import GROUPS, OPTIONS, camel_case, help_text
+from backend.task.parsing import Arguments, parse_arguments
 
 # SPEC section 3, copied by hand: the contract, not the code, is what is compared with.
 CONTRACT_DEFAULTS = {

@@ -36,7 +36,7 @@ def test_bad_options_are_found_before_torch_is_imported(site: Site) -> None:
         "import sys\n"
         "for name in ('torch', 'zarr', 'transformers', 'timm', 'ultralytics', 'numpy', 'pydantic'):\n"
         "    sys.modules[name] = None\n"
-        "from backend.request import read_request\n"
+        "from backend.task.request import read_request\n"
         "print(read_request(sys.argv[1:]).student)\n"
     )
     words = site.words(student_model="resnet50")
@@ -222,15 +222,15 @@ def read_to(process: subprocess.Popen[str], part: str) -> str:
     raise AssertionError(f"no line with {part!r}: {seen}")
 
 
-def started_by(process: subprocess.Popen[str], module: str = "") -> list[psutil.Process]:
-    """The processes below one of ours, those that run `module` alone when one is named."""
+def started_by(process: subprocess.Popen[str], kind: str = "") -> list[psutil.Process]:
+    """The processes below one of ours; with `kind` only those workers (`task`, `rank`)."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
             words = child.cmdline()
         except psutil.NoSuchProcess:
             continue
-        if not module or module in words:
+        if not kind or ["backend.task.worker", kind] == words[2:4]:
             found.append(child)
     return found
 
@@ -243,7 +243,7 @@ def test_two_tasks_at_once_extract_once(
     options: dict[str, object] = {**QUICK_STUDENT, "epochs": 1, "cache_dir": tmp_path / "cache"}
     one = start(words(platform, **options, output_dir=tmp_path / "one"))
     read_to(one, "extracting into the cache")
-    (worker,) = started_by(one, "backend.worker")
+    (worker,) = started_by(one, "task")
     worker.suspend()
     two = start(words(platform, **options, output_dir=tmp_path / "two"))
     read_to(two, f"waiting for the features that another task extracts (task 7, process {worker.pid}")
@@ -262,7 +262,8 @@ def test_when_the_platform_kills_the_process_nothing_goes_on(
     process = start(words(platform, **QUICK_STUDENT, epochs=100_000, gpu_devices="cpu,cpu"))
     read_to(process, "epoch 1/100000")
     below = started_by(process)
-    assert {"backend.worker", "backend.rank"} <= {word for child in below for word in child.cmdline()}
+    assert len(started_by(process, "task")) == 1
+    assert len(started_by(process, "rank")) == 2
     process.kill()
     _, alive = psutil.wait_procs(below, timeout=60)
     # Nobody may be there to collect the dead.
@@ -338,7 +339,7 @@ def test_a_rank_that_dies_ends_the_training(
 ) -> None:
     process = start(words(platform, **QUICK_STUDENT, gpu_devices="cpu,cpu", epochs=100_000))
     read_to(process, "epoch 1/100000")
-    ranks = started_by(process, "backend.rank")
+    ranks = started_by(process, "rank")
     assert len(ranks) == 2
     ranks[-1].kill()
     assert "training failed, exit codes of the ranks" in process.communicate(timeout=120)[0]

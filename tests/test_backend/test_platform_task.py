@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from backend.checks import check_data, check_student
-from backend.errors import OptionError
-from backend.mapping import Mapping
-from backend.request import read_request
-from backend.task import Task, is_complete
+from backend.task.configs import Mapping
+from backend.task.errors import OptionError
+from backend.task.request import read_request
+from backend.task.stages import Task, check_data, check_student, is_complete
 from console.stop import Stopped, StopRequest
 from extract.run import run_extraction
 from tests.test_backend.platform_data import make_class_folders

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from backend.calls import TaskCalls
-from backend.errors import OptionError
-from backend.http_client import HttpClient, read_token
-from backend.reporter import Patience, Reporter
+from backend.task.calls import TaskCalls
+from backend.task.errors import OptionError
+from backend.task.http_client import HttpClient, read_token
+from backend.task.reporter import Patience, Reporter
 from tests.test_backend.platform_server import PlatformServer
 
 QUICK = Patience(call_s=0.5, first_pause_s=0.02, longest_pause_s=0.1, closing_pause_s=0.05)
@@ -272,7 +272,7 @@ def test_a_token_that_no_header_carries(monkeypatch: pytest.MonkeyPatch, token: 
 def test_a_name_that_leads_to_a_link_local_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is on the connected address: whatever the name, the request is never written."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        monkeypatch.setattr("backend.http_client.is_link_local", lambda host: host == "127.0.0.1")
+        monkeypatch.setattr("backend.task.http_client.is_link_local", lambda host: host == "127.0.0.1")
         client = HttpClient(f"http://localhost:{listener.getsockname()[1]}")
         outcome = client.deliver(CALLS.complete(), 2)
         assert (outcome.delivered, outcome.retry) == (False, False)

@@ -9,42 +9,35 @@ from pathlib import Path
 
 import pytest
 
-from backend import supervisor
-from backend.calls import Call
-from backend.pipe import read_calls
-from backend.request import read_request
-from backend.supervisor import Supervisor, exit_code
+from backend.task import main
+from backend.task.calls import read_calls
+from backend.task.http_client import HttpClient
+from backend.task.main import Supervisor, exit_code
+from backend.task.reporter import Reporter
+from backend.task.request import read_request
 from console.stop import StopRequest
 from tests.test_backend.platform_site import Site
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 ORPHAN = """
-import threading, time
-from backend import worker
-from console.stop import StopRequest
-worker.ORPHAN_STOP_S = 0.1
-stop = StopRequest(patient=True)
-threading.Thread(target=worker.end_in_any_case, args=(stop,), daemon=True).start()
-stop.set()
-time.sleep(600)
+import hashlib, os, signal, sys
+from backend.task import worker
+
+def stuck(request, sender, stop):
+    print("up", flush=True)
+    while True:  # one long operation after another
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+worker.ORPHAN_STOP_S, worker.work, worker.read_request = 0.1, stuck, lambda words: None
+os.environ[worker.PIPE_VARIABLE] = str(os.open(os.devnull, os.O_WRONLY))
+worker.main(["task", str(os.getppid()) if sys.argv[1] == "signal" else "1", "--task_id", "7"])
 """
 
 
-class Nobody:
-    """An outlet that takes everything and has nothing to wait for."""
-
-    def send(self, call: Call) -> None:
-        pass
-
-    def start_closing(self, timeout_s: float) -> None:
-        pass
-
-    def wait(self, timeout_s: float) -> bool:
-        return True
-
-    def finish(self) -> bool:
-        return True
+def reporter(folder: Path) -> Reporter:
+    """One that has nothing to send."""
+    return Reporter(HttpClient("http://localhost:1"), folder / "undelivered.jsonl")
 
 
 def asked_to_stop() -> StopRequest:
@@ -73,24 +66,36 @@ def test_exit_codes(returncode: int | None, delivered: bool, stopped: bool, expe
     assert exit_code(returncode, delivered, asked_to_stop() if stopped else StopRequest()) == expected
 
 
-def test_work_that_does_not_end_by_itself_is_ended(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "WORK_STOP_S", 0.3)
+def test_work_that_does_not_end_by_itself_is_ended(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "WORK_STOP_S", 0.3)
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
-    watching = Supervisor(read_request(site.words()), [], Nobody(), asked_to_stop(), 30)
+    watching = Supervisor(read_request(site.words()), [], reporter(tmp_path), asked_to_stop(), 30)
     assert watching.wait(process) is None
     assert process.wait(30) == -9
-    assert supervisor.REPORT_LEAST_S <= watching.time_to_report() < supervisor.STOP_S
+    assert main.REPORT_LEAST_S <= watching.time_to_report() < main.STOP_S
     assert watching.sudden_end(None) == "stopped; starting the task again goes on from the last checkpoint"
 
 
-def test_without_a_stop_the_report_has_the_operators_time(site: Site) -> None:
-    assert Supervisor(read_request(site.words()), [], Nobody(), StopRequest(), 45.0).time_to_report() == 45.0
+def test_without_a_stop_the_report_has_the_operators_time(site: Site, tmp_path: Path) -> None:
+    assert (
+        Supervisor(read_request(site.words()), [], reporter(tmp_path), StopRequest(), 45.0).time_to_report()
+        == 45.0
+    )
 
 
-def test_work_without_a_supervisor_ends_in_any_case() -> None:
-    process = subprocess.Popen([sys.executable, "-c", ORPHAN], cwd=ROOT, start_new_session=True)
+@pytest.mark.parametrize("way", ["signal", "orphan"])
+def test_work_without_a_supervisor_ends_in_any_case(way: str) -> None:
+    """After a signal that nobody follows up, and when the parent is not the one that started it any more."""
+    command = [sys.executable, "-c", ORPHAN, way]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    if way == "signal":
+        process.terminate()
     assert process.wait(60) == -9
 
 

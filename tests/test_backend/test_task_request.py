@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from backend.platform_config import read_platform_config
-from backend.request import read_request
+from backend.task.platform_yaml import read_platform_config
+from backend.task.request import read_request
 from tests.test_backend.platform_site import Site
 from tests.test_backend.refusals import problem
 

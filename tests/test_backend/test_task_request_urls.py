@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from backend.errors import OptionError
-from backend.request import TaskRequest, read_request
-from backend.safety import check_database_url, is_link_local
+from backend.task.errors import OptionError
+from backend.task.request import TaskRequest, read_request
+from backend.task.safety import check_database_url, is_link_local
 from tests.test_backend.platform_site import Site
 from tests.test_backend.refusals import problem
 
@@ -100,7 +100,7 @@ def test_a_database_host_that_resolves_to_a_metadata_service(
 ) -> None:
     url = "postgresql://u:p@meta.example/db"
     entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("100.100.100.200", 0))]
-    monkeypatch.setattr("backend.safety.socket.getaddrinfo", lambda *_, **__: entries)
+    monkeypatch.setattr("backend.task.safety.socket.getaddrinfo", lambda *_, **__: entries)
     with pytest.raises(OptionError, match=r"link-local host is not allowed, got 'meta\.example'"):
         check_database_url(url, Path("/"))
     assert check_database_url(url, Path("/"), allow_local=True) == url

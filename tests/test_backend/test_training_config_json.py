@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from backend.errors import OptionError
-from backend.training_config import read_training_config
+from backend.task.errors import OptionError
+from backend.task.parsing import read_training_config
 
 
 def read(content: dict[str, Any]) -> dict[str, Any]:

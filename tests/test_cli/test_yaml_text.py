@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from backend.errors import OptionError
-from backend.platform_config import flatten_file
+from backend.task.errors import OptionError
+from backend.task.platform_yaml import flatten_file
 from console.options import read_option_file
 from files.reading import YamlError, load_yaml, load_yaml_documents
 

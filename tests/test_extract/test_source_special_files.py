@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from backend.digests import digest_folder
+from backend.task.feature_cache import digest_folder
 from extract.ledger import LEDGER
 from extract.sources.base import SourceError
 from extract.sources.detect import open_source

@@ -1,37 +1,37 @@
-"""The process that the platform starts: light, always answering, it watches over the one that works.
+"""The process that the platform starts (`train_qwen_vl_distillation.py`, `cli distill`): light, always responsive.
 
-The working process imports torch, extracts and trains, and sends its calls over a pipe. This one checks the
-options first, reports from a background thread (a hostile server costs the training nothing), passes SIGTERM
-on, keeps the four-second promise whatever the other is doing, and reports even its sudden death.
+It checks the options, starts the process that works (`worker`: torch, extraction, training), and reports what that
+one sends over a pipe from a background thread, so that a slow or broken server costs the training nothing. It
+passes SIGTERM on, keeps the four-second promise whatever the other process is doing, and reports even its sudden
+death. torch is never imported here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
-from backend.calls import Call, TaskCalls
-from backend.errors import OptionError
-from backend.http_client import HttpClient, read_token
-from backend.pipe import read_calls
-from backend.ranks import PIPE_VARIABLE
-from backend.reporter import Reporter
-from backend.request import TaskRequest
-from console.log import get_logger
+from backend.task.calls import PIPE_VARIABLE, TaskCalls, read_calls
+from backend.task.errors import OptionError
+from backend.task.http_client import HttpClient, read_token
+from backend.task.options import help_text
+from backend.task.plain_output import finish_output, use_plain_output
+from backend.task.reporter import Reporter
+from backend.task.request import TaskRequest, find_addressee, read_request
+from console.log import configure_logging, get_logger
+from console.redaction import redact
 from console.stop import StopRequest
+from processes.ending import kill_group
 
 log = get_logger("platform")
 
-ROOT = Path(__file__).resolve().parent.parent
-PARENT_VARIABLE = "QWEN_DISTILL_PARENT"
+ROOT = Path(__file__).resolve().parents[2]
 UNDELIVERED = "undelivered.jsonl"
 POLL_S = 0.05
 # Seconds since SIGTERM: until then the work may end by itself, until then the report may take; four are promised.
@@ -45,18 +45,71 @@ KILLED_S = 0.2
 DRAIN_S, STOPPED_DRAIN_S = 10.0, 0.3
 DEFAULT_CLOSE_S = 30.0
 CLOSE_VARIABLE = "QWEN_DISTILL_REPORT_SECONDS"
+REFUSAL_S = 3.0
 
 
-class Outlet(Protocol):
-    """What takes calls and can be closed (`Reporter`)."""
+def main(words: Sequence[str] | None = None, program: str = "train_qwen_vl_distillation.py") -> int:
+    """Run one task of the platform from its command line; the exit code (0 success, 2 bad options, 143 stopped).
 
-    def send(self, call: Call) -> None: ...
+    Raises nothing for what a user can do something about: that is one line and an exit code.
+    """
+    use_utf8_names()
+    use_plain_output()
+    configure_logging()
+    words = utf8_words(sys.argv[1:] if words is None else words)
+    try:
+        return start(words, program)
+    except OptionError as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        finish_output()
 
-    def start_closing(self, timeout_s: float) -> None: ...
 
-    def wait(self, timeout_s: float) -> bool: ...
+def start(words: list[str], program: str) -> int:
+    if "--help" in words or "-h" in words:
+        print(help_text(program))
+        return 0
+    try:
+        request = read_request(words)
+    except OptionError as error:
+        report_refusal(words, error)
+        raise
+    say_warnings(request)
+    return supervise(request, words)
 
-    def finish(self) -> bool: ...
+
+def report_refusal(words: list[str], error: OptionError) -> None:
+    """Tell the platform why the task does not start, if what is needed for that is in order: one short try.
+
+    In a thread of its own, since looking up a host's name knows no deadline.
+    """
+    try:
+        addressee = find_addressee(words)
+        if addressee is not None:
+            task_id, url, allow_local = addressee
+            client, call = HttpClient(url, read_token(), allow_local), TaskCalls(task_id).error(str(error))
+            thread = threading.Thread(target=client.deliver, args=(call, REFUSAL_S), daemon=True)
+            thread.start()
+            thread.join(REFUSAL_S + 0.5)
+    except OptionError:
+        return
+
+
+def say_warnings(request: TaskRequest) -> None:
+    for text in (*request.warnings, *request.notes):
+        log.warning("%s", text)
+
+
+def use_utf8_names() -> None:
+    """Start this process over (same id, same arguments) where the locale would spell file names otherwise than UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def utf8_words(words: Sequence[str]) -> list[str]:
+    """The arguments read as UTF-8, whatever the locale decoded them with."""
+    return [os.fsencode(word).decode("utf-8", "surrogateescape") for word in words]
 
 
 def supervise(request: TaskRequest, words: Sequence[str]) -> int:
@@ -94,7 +147,7 @@ class Supervisor:
     """One task: the working process, its calls, the signal, the end."""
 
     def __init__(
-        self, request: TaskRequest, words: Sequence[str], outlet: Outlet, stop: StopRequest, close_s: float
+        self, request: TaskRequest, words: Sequence[str], outlet: Reporter, stop: StopRequest, close_s: float
     ) -> None:
         self.request, self.words, self.outlet, self.stop, self.close_s = request, words, outlet, stop, close_s
         self.calls = TaskCalls(request.task_id)
@@ -103,7 +156,7 @@ class Supervisor:
     def run(self) -> int:
         process, relay = self.start()
         returncode = self.wait(process)
-        end_group(process.pid)
+        kill_group(process.pid)  # what the work may have left: decoding processes, data loaders, ranks
         relay.join(STOPPED_DRAIN_S if self.stop.requested else DRAIN_S)
         if not self.ended and returncode != 0:
             self.outlet.send(self.calls.error(self.sudden_end(returncode)))
@@ -119,12 +172,11 @@ class Supervisor:
         reading, writing = os.pipe()
         environment = os.environ | {
             PIPE_VARIABLE: str(writing),
-            PARENT_VARIABLE: str(os.getpid()),
             "PYTHONUTF8": "1",
             "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part),
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "backend.worker", *self.words],
+            [sys.executable, "-m", "backend.task.worker", "task", str(os.getpid()), *self.words],
             env=environment,
             pass_fds=[writing],
             stdin=subprocess.DEVNULL,
@@ -189,12 +241,6 @@ class Supervisor:
 def since(stop: StopRequest) -> float:
     """Seconds since the stop was requested, 0 when it was not."""
     return 0.0 if stop.requested_at is None else time.monotonic() - stop.requested_at
-
-
-def end_group(leader: int) -> None:
-    """End what the work may have left behind: decoding processes, data loaders, ranks."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
 
 
 def exit_code(returncode: int | None, delivered: bool, stop: StopRequest) -> int:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, urlsplit
 
-from backend.errors import OptionError
-from backend.values import shown
+from backend.task.errors import OptionError
+from backend.task.options import shown
 from console.redaction import redact
 
 LONGEST_NAME = 200

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backend.errors import OptionError
-from backend.request import TaskRequest
+from backend.task.errors import OptionError
+from backend.task.request import TaskRequest
 from train.recipes import recipe_of
 
 if TYPE_CHECKING:

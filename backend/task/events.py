@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backend.calls import TaskCalls
-from backend.pipe import Sender
+from backend.task.calls import Sender, TaskCalls
 from console.log import get_logger
+from files.writing import replacing
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
@@ -108,7 +110,7 @@ class TrainingEvents:
 
     def publish_best(self) -> None:
         """Make best.pt the platform's best_model.pt and say so, when it is not that already."""
-        from backend.checkpoints import publish, same_file
+        from backend.task.events import publish, same_file
 
         best, published = self.folder / BEST, self.folder / BEST_MODEL
         if best.exists() and not same_file(best, published):
@@ -174,3 +176,20 @@ def memory_usage() -> float:
     import psutil
 
     return float(psutil.Process().memory_info().rss / MEGABYTE)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, at once or not at all; a copy where links are impossible.
+
+    Our checkpoints are replaced, never rewritten, so a link keeps what it was made of.
+    """
+    with replacing(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+
+
+def same_file(first: Path, second: Path) -> bool:
+    """True when both names exist and lead to one file."""
+    return second.exists() and os.path.samefile(first, second)

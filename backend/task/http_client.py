@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from backend.calls import Call, one_line
-from backend.errors import OptionError
-from backend.safety import is_link_local
+from backend.task.calls import Call, one_line
+from backend.task.errors import OptionError
+from backend.task.safety import is_link_local
 
 TOKEN_VARIABLE = "QWEN_DISTILL_API_TOKEN"
 CONNECT_TIMEOUT_S = 3.0

@@ -6,19 +6,27 @@ import json
 import os
 from collections.abc import Mapping as MappingType
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backend.cache import FeatureCache, cache_key, teacher_digest
-from backend.calls import TaskCalls
-from backend.checks import check_data, check_devices, check_student
-from backend.digests import digest_folder, digest_source
-from backend.errors import PlatformError
-from backend.events import ExtractionEvents, TrainingEvents, training_observers
-from backend.mapping import Mapping, data_splits
-from backend.pipe import PipeSender, Sender
-from backend.request import TaskRequest
+from backend.task.calls import PipeSender, Sender, TaskCalls
+from backend.task.configs import Mapping, data_splits
+from backend.task.errors import OptionError, PlatformError
+from backend.task.events import ExtractionEvents, TrainingEvents, training_observers
+from backend.task.feature_cache import (
+    FeatureCache,
+    cache_key,
+    digest_folder,
+    digest_source,
+    teacher_digest,
+)
+from backend.task.request import TaskRequest
+from console.devices import device_index
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
+
+if TYPE_CHECKING:
+    from extract.config import ExtractConfig
+    from train.config import TrainConfig
 
 log = get_logger("platform")
 
@@ -138,7 +146,7 @@ class Task:
         if config.resume:
             log.info("%s holds a run: going on with it", self.request.output_dir)
         if len(config.devices) > 1 and config.student_type != "yolov8":
-            from backend.ranks import train_on_ranks
+            from backend.task.worker import train_on_ranks
 
             pipe = self.sender.descriptor if isinstance(self.sender, PipeSender) else None
             return train_on_ranks(config, self.request.task_id, pipe, self.stop)
@@ -229,3 +237,68 @@ def write_summary(path: Path, summary: MappingType[str, Any]) -> None:
     from files.writing import replace_file
 
     replace_file(path, json.dumps(plain_json(summary), indent=2, ensure_ascii=False) + "\n")
+
+
+def check_devices(devices: tuple[str, ...]) -> None:
+    """Raises PlatformError for a GPU that is not there."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = [
+        name.removeprefix("cuda:") for name in devices if name != "cpu" and device_index(name) >= count
+    ]
+    if missing:
+        raise PlatformError(
+            f"--gpu_devices: GPU {', '.join(missing)} is not there, this machine shows {count} to PyTorch: "
+            "choose others, or pass --gpu_devices cpu"
+        )
+
+
+def check_student(config: TrainConfig) -> None:
+    """Build the student once, with its weights and adapters.
+
+    Raises:
+        ConfigError, StudentError, LoraError: what the training itself would raise.
+    """
+    from train.lora import apply_lora_options
+    from train.students.build import build_student
+
+    # Without a number the data's counts; a head of another size is drawn anew, so any will do here.
+    classes = None if config.task == "features" else config.num_classes or 2
+    student = build_student(
+        config.student,
+        num_classes=classes,
+        image_size=config.image_size,
+        student_path=config.student_path,
+        pretrained=config.pretrained,
+    )
+    apply_lora_options(student, config.model_dump(), trained=False)
+
+
+def check_data(extraction: ExtractConfig, training: TrainConfig) -> None:
+    """List the data set: splits to train on and to validate on, and no more classes than the head is to have.
+
+    Raises:
+        OptionError: naming what the data set has.
+        SourceError: when it cannot be read.
+    """
+    from extract.sources.detect import open_source
+
+    # A missing split is cut later: that may take reading every file, and changes neither names nor classes.
+    source = open_source(
+        extraction.data,
+        extraction.source,
+        split=extraction.split or None,
+        val_fraction=0.0,
+        **extraction.source_options,
+    )
+    if len(source.parts) > 1 and not {"train", "val"} <= source.parts.keys():
+        raise OptionError(
+            f"--dataset_id: {source.root} has the splits {', '.join(sorted(source.parts))}, expected train and val: "
+            "add what is missing, or name the data set that has val with --val_dataset_id"
+        )
+    classes, asked = len(source.class_names), training.num_classes
+    if training.task != "features" and asked is not None and asked < classes:
+        raise OptionError(
+            f"--num_classes: {source.root} has {classes} classes, got {asked}: raise it, or leave it out"
+        )

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backend.errors import OptionError
-from backend.values import as_boolean, as_text, read_text_file, shown
+from backend.task.errors import OptionError
+from backend.task.options import as_boolean, as_text, read_text_file, shown
 from files.reading import YamlError, load_yaml_documents
 
 PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\-]*)(?::([^{}]*))?\}")

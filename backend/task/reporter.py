@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from backend.calls import Call
-from backend.http_client import Outcome
+from backend.task.calls import Call
+from backend.task.http_client import Outcome
 from console.log import get_logger
 
 log = get_logger("report")

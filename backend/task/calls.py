@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
 from console.redaction import redact
 
+# The descriptor of the pipe to the reporting process, for the process that works and for rank 0.
+PIPE_VARIABLE = "QWEN_DISTILL_PIPE"
 LONGEST_ERROR = 500
 Body = dict[str, Any]
 
@@ -175,3 +179,41 @@ EVALUATION_NUMBERS = ("precision", "recall", "f1Score", "map50", "map95")
 def one_line(text: str) -> str:
     """Text with line breaks and control characters as single blanks, passwords in addresses hidden."""
     return re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", redact(text)).strip()
+
+
+FIELDS = ("kind", "method", "path", "query", "body", "replaces", "closes")
+
+
+class Sender(Protocol):
+    """Whoever takes calls: the reporter itself, or a pipe to it. `send` does not block for long."""
+
+    def send(self, call: Call) -> None: ...
+
+
+class PipeSender:
+    """Writes calls to a file descriptor; when nobody reads any more, they are dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.lock = threading.Lock()
+        # Decoding processes and ranks must not hold the pipe open.
+        os.set_inheritable(descriptor, False)
+
+    def send(self, call: Call) -> None:
+        line = json.dumps({name: getattr(call, name) for name in FIELDS}).encode("utf-8") + b"\n"
+        with self.lock:
+            try:
+                while line:
+                    line = line[os.write(self.descriptor, line) :]
+            except OSError:
+                return
+
+
+def read_calls(descriptor: int) -> Iterator[Call]:
+    """The calls that come through a pipe until its other end is closed; one cut off by a kill is no call."""
+    with os.fdopen(descriptor, "rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            fields: dict[str, Any] = json.loads(line)
+            yield Call(**fields)
