@@ -1,4 +1,4 @@
-"""What stored features are worth: k-NN and linear-probe accuracy, and the probe's out-of-fold logits.
+"""What stored features are worth: k-NN and linear-probe accuracy, and folds for a probe's logits.
 
 All functions take plain arrays: features [N, D] in true units, labels [N] int with -1 for no label.
 scikit-learn is imported here only.
@@ -16,7 +16,7 @@ import numpy as np
 from store.errors import StoreError
 from store.format import NO_LABEL
 
-KNN_NEIGHBOURS = 20
+KNN_NEIGHBORS = 20
 KNN_TEMPERATURE = 0.07
 QUERY_BLOCK = 1024
 MISSING_CLASS_MARGIN = 10.0
@@ -31,32 +31,32 @@ def knn_accuracy(
     test: np.ndarray,
     test_labels: np.ndarray,
     *,
-    neighbours: int = KNN_NEIGHBOURS,
+    neighbors: int = KNN_NEIGHBORS,
     temperature: float = KNN_TEMPERATURE,
 ) -> float:
     """Top-1 accuracy (fraction) of a cosine k-NN vote weighted by exp(similarity / temperature).
 
-    The protocol of Wu et al. 2018 (arXiv:1805.01978), as DINO uses it, on standardised features.
+    The protocol of Wu et al. 2018 (arXiv:1805.01978), as DINO uses it, on standardized features.
     Rows without a label are left out. Raises StoreError when either side has none.
     """
-    train, train_labels = labelled(train, train_labels, "train")
-    test, test_labels = labelled(test, test_labels, "test")
-    mean, std = standardisation(train)
+    train, train_labels = labeled(train, train_labels, "train")
+    test, test_labels = labeled(test, test_labels, "test")
+    mean, std = standardization(train)
     bank = unit_rows((train - mean) / std)
     queries = unit_rows((test - mean) / std)
     classes = int(train_labels.max()) + 1
-    k = min(neighbours, len(bank))
+    k = min(neighbors, len(bank))
     right = 0
     for start in range(0, len(queries), QUERY_BLOCK):
         similarity = queries[start : start + QUERY_BLOCK] @ bank.T
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         weights = np.exp((np.take_along_axis(similarity, nearest, axis=1) - 1) / temperature)
         votes = np.zeros((len(similarity), classes), np.float32)
-        for neighbour in range(k):
+        for neighbor in range(k):
             np.add.at(
                 votes,
-                (np.arange(len(votes)), train_labels[nearest[:, neighbour]]),
-                weights[:, neighbour],
+                (np.arange(len(votes)), train_labels[nearest[:, neighbor]]),
+                weights[:, neighbor],
             )
         right += int((votes.argmax(axis=1) == test_labels[start : start + QUERY_BLOCK]).sum())
     return right / len(queries)
@@ -71,7 +71,7 @@ def probe_accuracy(
     strength: float = 0.1,
 ) -> float:
     """Top-1 accuracy (fraction) of a linear probe fitted on train. See `fit_probe`."""
-    test, test_labels = labelled(test, test_labels, "test")
+    test, test_labels = labeled(test, test_labels, "test")
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     logits = fit_probe(train, train_labels, classes, strength=strength).logits(test)
     return float((logits.argmax(axis=1) == test_labels).mean())
@@ -88,7 +88,7 @@ class Probe:
     seen: np.ndarray  # [C] bool: classes that had a training row
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """[N, C] float32. A class never seen gets the row's least logit less 10: unlikely, but finite."""
+        """[N, C] float32. A class never seen gets the row's smallest logit minus 10: unlikely, but finite."""
         logits: np.ndarray = ((features - self.mean) / self.std) @ self.weight.T + self.bias
         if not self.seen.all():
             logits[:, ~self.seen] = logits[:, self.seen].min(axis=1, keepdims=True) - MISSING_CLASS_MARGIN
@@ -96,15 +96,15 @@ class Probe:
 
 
 def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: float = 0.1) -> Probe:
-    """Multinomial logistic regression on standardised features of the labelled rows.
+    """Multinomial logistic regression on standardized features of the labeled rows.
 
     strength: the inverse of the L2 penalty (scikit-learn's C).
-    Raises StoreError with no labelled row, or a label outside 0..classes-1.
+    Raises StoreError with no labeled row, or a label outside 0..classes-1.
     """
-    features, labels = labelled(features, labels, "train")
+    features, labels = labeled(features, labels, "train")
     if labels.max() >= classes:
         raise StoreError(f"probe: label {int(labels.max())}, but only {classes} classes")
-    mean, std = standardisation(features)
+    mean, std = standardization(features)
     seen = np.zeros(classes, dtype=bool)
     present = np.unique(labels)
     seen[present] = True
@@ -112,41 +112,6 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int, *, strengt
     if len(present) > 1:
         weight[present], bias[present] = _fit((features - mean) / std, labels, strength)
     return Probe(mean, std, weight, bias, seen)
-
-
-def out_of_fold_logits(
-    features: np.ndarray,
-    labels: np.ndarray,
-    classes: int,
-    *,
-    groups: np.ndarray | None = None,
-    folds: int = 5,
-    seed: int = 0,
-    strength: float = 0.1,
-) -> np.ndarray:
-    """Logits [N, C] float32, each from a probe that was fitted without that row.
-
-    groups: [N] anything comparable; rows of one group (copies of one image, say) share a fold.
-    Rows without a label get the logits of the fold of their group's labelled rows; without any, of a probe over all
-    labelled rows, which never saw them. Rows whose features are not finite get NaN.
-    Raises StoreError with fewer than two labelled rows.
-    """
-    finite = np.isfinite(features).all(axis=1)
-    usable = finite & (labels != NO_LABEL)
-    if usable.sum() < 2:
-        raise StoreError(f"probe: {int(usable.sum())} labelled rows; at least 2 are needed")
-    fold = assign_folds(labels, usable, groups, folds, seed)
-    logits = np.full((len(features), classes), np.nan, np.float32)
-    for number in range(int(fold.max()) + 1):
-        here, seen = finite & (fold == number), usable & (fold != number)
-        if here.any():
-            probe = fit_probe(features[seen], labels[seen], classes, strength=strength)
-            logits[here] = probe.logits(features[here])
-    rest = finite & (fold < 0)
-    if rest.any():
-        probe = fit_probe(features[usable], labels[usable], classes, strength=strength)
-        logits[rest] = probe.logits(features[rest])
-    return logits
 
 
 def assign_folds(
@@ -164,19 +129,19 @@ def assign_folds(
     number = np.full(units.max() + 1, -1)
     number[units[chosen]] = np.arange(len(chosen)) % min(folds, len(chosen))
     if len(chosen) < 2:
-        raise StoreError("probe: all labelled rows are copies of one image; nothing to hold out")
+        raise StoreError("probe: all labeled rows are copies of one image; nothing to hold out")
     return np.asarray(number[units])
 
 
-def labelled(features: np.ndarray, labels: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
+def labeled(features: np.ndarray, labels: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
     """float32 features and labels of the rows that have a label and finite features."""
     keep = (labels != NO_LABEL) & np.isfinite(features).all(axis=1)
     if not keep.any():
-        raise StoreError(f"probe: no labelled row with finite features in {what}")
+        raise StoreError(f"probe: no labeled row with finite features in {what}")
     return features[keep].astype(np.float32), labels[keep].astype(np.int64)
 
 
-def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def standardization(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and std [D] float32; a constant channel has std 1."""
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     std = features.std(axis=0, dtype=np.float64).astype(np.float32)
