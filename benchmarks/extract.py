@@ -54,7 +54,6 @@ from extract.teachers.tiny import make_tiny_teacher
 from extract.workers import DecodedBatch
 from store import format as names
 from store.create import create_store
-from store.files import crc32c
 from store.format import (
     Manifest,
     Preprocessing,
@@ -66,6 +65,7 @@ from store.format import (
 )
 from store.keys import Plan
 from store.rows import channel_scale, prepare_block, to_stored
+from store.shards import crc32c
 from store.writer import StoreWriter
 
 SIZE, BATCH = 224, 4

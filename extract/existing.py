@@ -15,11 +15,10 @@ from extract.config import ExtractConfig
 from extract.planning import NO_SAMPLES, ExtractTask, in_stored_order
 from store import format as names
 from store.errors import DistillError
-from store.files import write_json
 from store.format import Manifest
 from store.job import Job, job_folder, keys_folder, load_job, log_path, pending_jobs, read_commits
 from store.keys import KeyTable, open_keys
-from store.metadata import ZARR_JSON
+from store.metadata import ZARR_JSON, write_json
 from store.reader import open_store
 
 COMPARED = ("teacher", "preprocessing", "source", "grid", "views", "images", "options")

@@ -37,11 +37,10 @@ from extract.workers import DecodedBatch
 from store import format as names
 from store.create import create_store
 from store.errors import StoreError
-from store.files import write_json
 from store.finalize import finalize_store
 from store.job import Job, log_path, read_commits
 from store.keys import Plan
-from store.metadata import ZARR_JSON
+from store.metadata import ZARR_JSON, write_json
 from store.reader import open_store
 from store.rows import channel_scale
 

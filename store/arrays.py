@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 
 from store.errors import StoreError
-from store.files import read_json
-from store.metadata import is_url
+from store.metadata import is_url, read_json
 from store.shards import Layout, linear_index
 
 PROT_NONE, MAP_FIXED, MAP_NORESERVE, MADV_WILLNEED = 0, 0x10, 0x4000, 3

@@ -17,8 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from files.writing import sync_folder
-from store.errors import StoreError
-from store.files import crc32c, disk_errors
+from store.errors import StoreError, disk_errors
 from store.finalize import drop_job, keep_records
 from store.format import (
     DIRECT_PREFIXES,
@@ -26,6 +25,7 @@ from store.format import (
     KEY_ARRAYS,
     ArraySpec,
     Manifest,
+    own_specs,
 )
 from store.job import (
     CREATING,
@@ -36,14 +36,13 @@ from store.job import (
     keys_folder,
     load_job,
     log_path,
-    own_specs,
     pending_jobs,
 )
 from store.keys import KeyTable, Plan, write_keys
 from store.locks import pid_namespace, process_start
 from store.metadata import remove_strays, write_array_metadata, write_group, write_manifest
 from store.reader import Split, Store, open_store
-from store.shards import ShardFile, choose_shard_rows
+from store.shards import ShardFile, choose_shard_rows, crc32c
 
 
 def create_store(

@@ -21,8 +21,7 @@ import numpy as np
 
 from files.writing import sync_folder
 from store.arrays import MappedArray, RowArray, open_array
-from store.errors import StoreError
-from store.files import PARTIAL, byte_view, disk_errors, read_json, write_json
+from store.errors import StoreError, disk_errors
 from store.format import (
     COMMITS_FOLDER,
     DIGESTED,
@@ -33,6 +32,7 @@ from store.format import (
     WORK_FOLDER,
     ArraySpec,
     Manifest,
+    offsets_spec,
 )
 from store.job import (
     DONE,
@@ -43,7 +43,6 @@ from store.job import (
     load_job,
     locks_folder,
     log_path,
-    offsets_spec,
     pending_jobs,
     read_commits,
 )
@@ -53,13 +52,15 @@ from store.metadata import (
     ZARR_JSON,
     belongs,
     parse_manifest,
+    read_json,
     read_root,
     remove_strays,
     write_array_metadata,
     write_group,
+    write_json,
     write_manifest,
 )
-from store.shards import ArrayWriter, Layout, read_data
+from store.shards import PARTIAL, ArrayWriter, Layout, byte_view, read_data
 
 BLOCK_BYTES = 8 * 1024 * 1024  # four times as much in float64
 

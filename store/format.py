@@ -226,3 +226,13 @@ def image_arrays(images: Literal["none", "jpeg", "raw"], side: int, frames: int 
 def logits_array(name: str, classes: int) -> ArraySpec:
     """Teacher logits `logits/<name>` [N, C]."""
     return ArraySpec(name=f"{LOGITS}/{name}", row_shape=(classes,), dtype="float16")
+
+
+def own_specs() -> list[ArraySpec]:
+    """The arrays that every features job has: `valid` and the reasons of invalid rows."""
+    return [ArraySpec(name=VALID, dtype="bool"), ArraySpec(name=REASONS, dtype="uint8", ragged=True)]
+
+
+def offsets_spec(name: str) -> ArraySpec:
+    """The spec of a ragged array's offsets."""
+    return ArraySpec(name=name, dtype="int64")

@@ -15,8 +15,7 @@ import numpy as np
 
 from files.writing import replacing
 from store.arrays import RowArray
-from store.errors import StoreError
-from store.files import disk_errors
+from store.errors import StoreError, disk_errors
 from store.format import FORMAT_VERSION, KEY_OFFSETS, KEY_VALUES, ArraySpec, Manifest
 from store.hdf5_file import MAX_ROW_BYTES, Hdf5Error, find_dataset, open_hdf5_file
 from store.keys import KEY_SPECS, KeyTable

@@ -33,9 +33,9 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from store.errors import StoreError
-from store.files import crc32c, read_json, write_json
-from store.format import FEATURES_JOB, REASONS, VALID, WORK_FOLDER, ArraySpec, Model, Name
-from store.shards import Layout
+from store.format import FEATURES_JOB, VALID, WORK_FOLDER, ArraySpec, Model, Name
+from store.metadata import read_json, write_json
+from store.shards import Layout, crc32c
 
 MAGIC = b"COMMIT1\n"
 HEAD = struct.Struct("<IQ")
@@ -218,16 +218,6 @@ class Job(Model):
     def save_in(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "job.json", self.model_dump(mode="json"))
-
-
-def offsets_spec(name: str) -> ArraySpec:
-    """The spec of a ragged array's offsets."""
-    return ArraySpec(name=name, dtype="int64")
-
-
-def own_specs() -> list[ArraySpec]:
-    """The arrays that every features job has: `valid` and the reasons of invalid rows."""
-    return [ArraySpec(name=VALID, dtype="bool"), ArraySpec(name=REASONS, dtype="uint8", ragged=True)]
 
 
 def job_folder(store: Path, name: str) -> Path:

@@ -20,9 +20,8 @@ import numpy as np
 
 from store.arrays import MappedArray
 from store.errors import RowRangeError, StoreError, UnknownNameError
-from store.files import write_json
 from store.format import COMMITS_FOLDER, KEY_HASHES, KEY_OFFSETS, KEY_ROWS, KEY_VALUES, ArraySpec
-from store.metadata import write_array_metadata
+from store.metadata import write_array_metadata, write_json
 from store.shards import ArrayWriter, Layout
 
 
@@ -154,20 +153,6 @@ class Plan:
                 raise StoreError(f"plan: split name {name!r}: use letters, digits, '_', '-' and '.'")
             table = keys if isinstance(keys, KeyTable) else KeyTable.build(keys, f"split {name!r}")
             self.tables[name] = table
-
-
-def batches(start: int, stop: int, batch_rows: int, shard_rows: int) -> Iterator[tuple[int, int]]:
-    """Batches (first row, end row) of the rows [start, stop), cut at every shard's start.
-
-    Resuming at any cut gives the remaining cuts unchanged.
-    """
-    row = start
-    while row < stop:
-        shard_start = row - row % shard_rows
-        within = row - shard_start
-        end = min(stop, shard_start + min(shard_rows, within - within % batch_rows + batch_rows))
-        yield row, end
-        row = end
 
 
 KEY_SPECS = {

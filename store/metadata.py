@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from files.writing import replace_file
 from store.errors import StoreError
-from store.files import read_json, write_json
 from store.format import COMMITS_FOLDER, COMPONENTS, FORMAT_VERSION, KEY_ARRAYS, WORK_FOLDER, Manifest
 from store.shards import Layout
 
@@ -162,3 +162,20 @@ def read_root_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(root, dict):
         raise StoreError(f"{path}/zarr.json: not a Zarr group")
     return root
+
+
+def to_json(value: Any) -> bytes:
+    """The one JSON form of a value, so that equal values make equal files."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    replace_file(path, to_json(value))
+
+
+def read_json(path: Path) -> Any:
+    """Raises StoreError when the file is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: not valid JSON ({error}); the file is damaged") from error

@@ -16,11 +16,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from store.errors import StoreError
-from store.files import read_json, write_json
 from store.finalize import commit_record
 from store.format import COMMITS_FOLDER, COMPONENTS, TOKEN_SCALE, ArraySpec, Manifest
 from store.keys import KeyTable
-from store.metadata import ZARR_JSON, is_url, parse_manifest, read_root, write_array_metadata, write_manifest
+from store.metadata import (
+    ZARR_JSON,
+    is_url,
+    parse_manifest,
+    read_json,
+    read_root,
+    write_array_metadata,
+    write_json,
+    write_manifest,
+)
 from store.reader import Split, Statistics, Store, open_store
 from store.rows import channel_scale, to_stored
 from store.shards import ArrayWriter, Layout

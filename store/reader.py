@@ -14,7 +14,6 @@ import numpy as np
 
 from store.arrays import RowArray, open_array
 from store.errors import RowRangeError, StoreError, UnknownNameError
-from store.files import to_json
 from store.format import (
     COMPONENTS,
     KEY_HASHES,
@@ -32,7 +31,7 @@ from store.format import (
 )
 from store.job import describe_progress
 from store.keys import KeyTable
-from store.metadata import is_url, parse_manifest, read_root_of
+from store.metadata import is_url, parse_manifest, read_root_of, to_json
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from store.files import read_json
 from store.format import (
     BOX_CLASSES,
     BOXES,
@@ -28,7 +27,7 @@ from store.format import (
     ArraySpec,
 )
 from store.job import ROWS_STORE, load_job, pending_jobs, progress
-from store.metadata import is_url
+from store.metadata import is_url, read_json
 from store.reader import Split, Store, open_store
 
 TARGET_ARRAYS = {"boxes": BOXES, "mask": MASK, "label": LABEL}

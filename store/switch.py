@@ -15,11 +15,11 @@ import shutil
 from pathlib import Path
 
 from files.writing import sync_folder
-from store.files import disk_errors, write_json
+from store.errors import disk_errors
 from store.finalize import drop_job, remove_done
 from store.format import COMMITS_FOLDER, WORK_FOLDER
 from store.job import CREATING, DONE, NEXT, REPLACED, ROWS_STORE, pending_jobs
-from store.metadata import ZARR_JSON, parse_manifest, read_root
+from store.metadata import ZARR_JSON, parse_manifest, read_root, write_json
 
 
 def next_folder(store: Path, end: str = "") -> Path:

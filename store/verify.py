@@ -15,7 +15,6 @@ import numpy as np
 from files.writing import PARTIAL_PREFIX
 from store.arrays import open_shard
 from store.errors import LockedError, StoreError
-from store.files import PARTIAL, read_json
 from store.finalize import commit_record
 from store.format import (
     COMMITS_FOLDER,
@@ -43,10 +42,10 @@ from store.job import (
 )
 from store.keys import KeyTable
 from store.locks import SUFFIX, Owner, is_abandoned, read_owner
-from store.metadata import ZARR_JSON, node_names, parse_manifest, read_root
+from store.metadata import ZARR_JSON, node_names, parse_manifest, read_json, read_root
 from store.reader import Split, Store
 from store.rows import all_finite
-from store.shards import Layout, ShardFile, checksum_of
+from store.shards import PARTIAL, Layout, ShardFile, checksum_of
 from store.switch import switch_is_done
 
 BLOCK_BYTES = 32 * 1024 * 1024

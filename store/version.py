@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from files.writing import sync_file, sync_folder
-from store.files import disk_errors, read_json, write_json
+from store.errors import disk_errors
 from store.finalize import Checksums, commit_record, digest_of, remove_done, write_statistics
 from store.format import (
     COMMITS_FOLDER,
@@ -30,14 +30,18 @@ from store.format import (
     WORK_FOLDER,
     ArraySpec,
     Manifest,
+    offsets_spec,
+    own_specs,
 )
-from store.job import CREATING, locks_of, offsets_spec, own_specs
+from store.job import CREATING, locks_of
 from store.keys import KeyTable, write_keys
 from store.locks import RowLock
 from store.metadata import (
     ZARR_JSON,
+    read_json,
     write_array_metadata,
     write_group,
+    write_json,
     write_manifest,
 )
 from store.reader import Split, Store

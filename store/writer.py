@@ -30,8 +30,7 @@ from types import TracebackType
 import numpy as np
 
 from files.writing import sync_folder
-from store.errors import StoreError
-from store.files import disk_errors, write_pieces
+from store.errors import StoreError, disk_errors
 from store.format import FEATURES_JOB, OWN_ARRAYS, VALID
 from store.job import (
     Commit,
@@ -45,10 +44,10 @@ from store.job import (
     log_path,
     read_commits,
 )
-from store.keys import KeyTable, batches, open_keys
+from store.keys import KeyTable, open_keys
 from store.locks import RowLock
 from store.rows import Block, Values, prepare_block
-from store.shards import ShardFile
+from store.shards import ShardFile, write_pieces
 
 log = logging.getLogger(__name__)
 
@@ -410,3 +409,17 @@ def check_range(job: Job, split: str, row_range: tuple[int, int] | None, path: P
             f"within 0:{rows}"
         )
     return start, stop
+
+
+def batches(start: int, stop: int, batch_rows: int, shard_rows: int) -> Iterator[tuple[int, int]]:
+    """Batches (first row, end row) of the rows [start, stop), cut at every shard's start.
+
+    Resuming at any cut gives the remaining cuts unchanged.
+    """
+    row = start
+    while row < stop:
+        shard_start = row - row % shard_rows
+        within = row - shard_start
+        end = min(stop, shard_start + min(shard_rows, within - within % batch_rows + batch_rows))
+        yield row, end
+        row = end

@@ -18,7 +18,7 @@ from extract.encode import DeviceCopies
 from extract.planning import RowSamples
 from extract.score import score_split
 from extract.sources.detect import open_source
-from store.keys import batches
+from store.writer import batches
 from tests.test_extract.extractions import extract, files_of, interrupt
 
 

@@ -39,7 +39,8 @@ def test_copies_share_a_fold_also_unlabeled_ones() -> None:
     usable[-2:] = False  # a group without a labeled row has no fold
     fold = assign_folds(labels, usable, groups, 5, seed=0)
     assert (fold[::2] == fold[1::2]).all()
-    assert set(fold[:-2]) == set(range(5)) and (fold[-2:] == -1).all()
+    assert set(fold[:-2]) == set(range(5))
+    assert (fold[-2:] == -1).all()
 
 
 def test_folds_spread_classes(digits: tuple[np.ndarray, np.ndarray]) -> None:

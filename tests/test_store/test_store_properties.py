@@ -14,10 +14,10 @@ from store_samples import files_of, small_manifest
 from store.create import create_store, extend_store
 from store.finalize import finalize_store
 from store.format import ArraySpec
-from store.keys import KeyTable, Plan, batches
+from store.keys import KeyTable, Plan
 from store.reader import open_store
 from store.verify import verify_store
-from store.writer import StoreWriter
+from store.writer import StoreWriter, batches
 
 QUICK = settings(
     max_examples=20,

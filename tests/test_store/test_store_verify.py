@@ -110,8 +110,8 @@ def test_wrong_values_with_right_checksums_are_found(
     make_store: Any, name: str, index: Any, value: Any, problem: str
 ) -> None:
     """Damage that came before the checksum: written through the commit record."""
-    from store.files import crc32c, read_json, write_json
-    from store.shards import Layout
+    from store.metadata import read_json, write_json
+    from store.shards import Layout, crc32c
 
     path = make_store(train=100)
     layout = Layout.from_metadata(read_json(path / "train" / name / "zarr.json"), name)

@@ -13,12 +13,12 @@ from store_samples import WIDTH, files_of, small_arrays, small_block, small_mani
 
 from store.create import add_arrays, create_store, extend_store
 from store.errors import LockedError, StoreError
-from store.files import crc32c
 from store.finalize import finalize_store
 from store.format import logits_array
 from store.job import read_commits
 from store.keys import Plan
 from store.reader import open_store
+from store.shards import crc32c
 from store.verify import verify_store
 from store.writer import StoreWriter
 
