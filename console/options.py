@@ -80,7 +80,7 @@ def option(
     **facts: Any,
 ) -> Any:
     """A field of a configuration with its default (`...`: it must be given), its help, its limits and facts for `Option`."""
-    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt, "min_length": min_length}
+    limits: dict[str, Any] = {"ge": ge, "gt": gt, "le": le, "lt": lt, "min_length": min_length}
     return Field(default, description=help, json_schema_extra=facts, **limits)
 
 
