@@ -97,9 +97,9 @@ def build(settings: Settings, options: dict[str, Any], name: str) -> Any:
     from console.stop import StopRequest
     from store.reader import open_store
     from train.config import load_config
+    from train.data.splits import resolve_data, resolve_task
     from train.loop.assemble import build_training
     from train.loop.machine import build_accelerator
-    from train.resolve import resolve_data, resolve_task
 
     config = load_config({"out": settings.work / "runs" / name, "workers": 0, "augment": "none", **options})
     opened: Any = open_store(config.store)

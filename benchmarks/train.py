@@ -38,9 +38,9 @@ def build(store: Path, out: Path, workers: int = 0, **options: Any) -> Any:
     """The loop's parts for resnet18, without starting it."""
     from store.reader import open_store
     from train.config import load_config
+    from train.data.splits import resolve_data, resolve_task
     from train.loop.assemble import build_training
     from train.loop.machine import build_accelerator
-    from train.resolve import resolve_data, resolve_task
 
     settings = {
         "student": "resnet18",

@@ -142,7 +142,7 @@ def describe_contents(store: Store) -> dict[str, Any]:
 
 def split_classes(store: Store, split: Split) -> dict[str, Any]:
     from store.summary import count_classes, target_kind
-    from train.validation import count_mask_classes
+    from train.data.splits import count_mask_classes
 
     names = store.manifest.class_names
     kind = target_kind(split)
@@ -177,7 +177,7 @@ def print_contents(described: dict[str, Any]) -> None:
 
 def print_classes(splits: dict[str, Any]) -> None:
     """Samples of each class in each split, and boxes or the share of pixels in brackets."""
-    from train.validation import MASKS_READ
+    from train.data.splits import MASKS_READ
 
     names = list(next(iter(splits.values()))["classes"])
     if not names:

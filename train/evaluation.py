@@ -11,7 +11,16 @@ from accelerate import Accelerator
 
 from train.checkpoint import load_student_from_run
 from train.config import TrainConfig, load_config
-from train.data.batches import labels_of
+from train.data.splits import (
+    TrainingData,
+    check_targets,
+    count_validation,
+    labels_of,
+    open_split,
+    student_preprocessing,
+    valid_rows,
+    warn_of_measured_split,
+)
 from train.data.views import AUGMENTATIONS
 from train.delivery.embedding import label_free_student
 from train.delivery.embedding_quality import measure_embeddings
@@ -24,10 +33,8 @@ from train.loop.assemble import build_loader
 from train.loop.evaluate import evaluate
 from train.loop.loop import build_normalizer
 from train.loop.machine import build_accelerator
-from train.resolve import TrainingData, check_targets, open_split, student_preprocessing, valid_rows
 from train.students.base import Student
 from train.tasks import build_task
-from train.validation import count_validation, warn_of_measured_split
 
 
 def evaluate_run(

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data.batches import BatchLoader
+from train.data.splits import TrainingData
 from train.data.views import AUGMENTATIONS
 from train.distill.objective import Objective
 from train.distill.projector import pooled_rows
 from train.loop.assemble import Built, build_loader
-from train.resolve import TrainingData
 from train.students.base import Student
 from train.students.catalog import count_macs, input_shape
 

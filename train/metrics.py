@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from console.log import get_logger
+from train.config import TrainConfig
+
+log = get_logger("train")
 
 Kind = Literal["share", "number", "count", "seconds", "milliseconds", "megabytes"]
 
@@ -58,6 +65,8 @@ METRICS: dict[str, Metric] = {
 
 # The number that stands for a task's quality: the first that a run has. Higher is better for all of them.
 HEADLINE_METRICS = ("top1", "map50_95", "map50", "miou", "probe_top1", "knn_top1", "cosine")
+#: A share below it is printed as 0.000.
+SHOWN_AS_ZERO = 0.0005
 UNITS = {"milliseconds": " ms", "seconds": " s", "megabytes": " MB"}
 
 
@@ -115,3 +124,29 @@ def heading_of(name: str) -> str:
     """The label with an arrow that says which way is better, where one is."""
     better = metric_of(name).higher_is_better
     return label_of(name) if better is None else f"{label_of(name)} {'↑' if better else '↓'}"
+
+
+def warn_of_zero_metric(config: TrainConfig, folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Log likely causes once when the headline metric is still 0 after a third of the epochs.
+
+    `records`: the lines of metrics.jsonl so far. Runs of fewer than 4 epochs are too short to tell.
+    """
+    third = math.ceil(config.epochs / 3)
+    if third < 2 or len(records) != third:
+        return
+    name = next((name for name in HEADLINE_METRICS if records[-1].get(name) is not None), None)
+    if name is None or max(record.get(name) or 0.0 for record in records) >= SHOWN_AS_ZERO:
+        return
+    log.warning(
+        "%s: %s is still 0 after %d of %d epochs: usual causes are a learning rate that is too low or too high (now "
+        "%.3g), objects that are too small at an image size of %d px, labels that do not fit the images (cli inspect %s "
+        "--pictures FOLDER), or too few epochs",
+        *(
+            folder,
+            METRICS[name].label,
+            third,
+            config.epochs,
+            records[-1].get("learning_rate") or config.learning_rate,
+        ),
+        *(config.image_size, config.store),
+    )

@@ -18,6 +18,7 @@ from console.stop import StopRequest
 from processes.deadline import StopDeadline, nothing_to_save
 from train.checkpoint import BEST, LAST
 from train.config import TrainConfig
+from train.data.splits import TrainingData, resolve_data, resolve_task, warn_of_splits
 from train.errors import ConfigError
 from train.events import Observer, Observers
 from train.loop.assemble import Built, build_training
@@ -33,7 +34,6 @@ from train.loop.machine import (
 )
 from train.loop.trainer import Trainer
 from train.ranks import barrier
-from train.resolve import TrainingData, resolve_data, resolve_task
 from train.rundir import (
     SUMMARY,
     check_same_distillation,
@@ -46,7 +46,6 @@ from train.rundir import (
     write_config,
     write_json,
 )
-from train.validation import warn_of_splits
 
 log = get_logger("train")
 

@@ -95,7 +95,7 @@ def statistics_of_a_split() -> Any:
 
 
 def make_plan(student: Any, kind: str, **options: Any) -> DistillationPlan | None:
-    """A plan as `train.resolve` would make it for a store with grids and logits."""
+    """A plan as `train.distill.resolve` would make it for a store with grids and logits."""
     if kind == "none":
         return None
     features = kind != "logit"

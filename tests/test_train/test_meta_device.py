@@ -70,7 +70,7 @@ def test_classifiers(name: str, kind: str) -> None:
     for loss in losses:
         for mixing, options in MIXINGS.items():
             if mixing != "none" and loss == "relation":
-                continue  # refused by train.resolve
+                continue  # refused by train.distill.resolve
             if name != IMAGES[0] and kind == "feature" and (loss, mixing) not in PAIRS:
                 continue  # losses see no difference between students: one tries all combinations
             cells = {"cells": False} if mixing == "cutmix" or loss == "relation" else {}

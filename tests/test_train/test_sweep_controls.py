@@ -13,9 +13,9 @@ import torch
 from store.reader import open_store
 from train.checkpoint import load_checkpoint
 from train.config import load_config
+from train.data.splits import resolve_data, resolve_task
 from train.loop.assemble import build_training
 from train.loop.machine import build_accelerator
-from train.resolve import resolve_data, resolve_task
 from train.run import run_training
 from train.sweep.config import load_sweep_config, plan_trials
 

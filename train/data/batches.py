@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from console.cores import core_share
 from store.errors import DistillError
-from store.format import LABEL, VIEWS_GRID, VIEWS_POOLED
+from store.format import VIEWS_GRID, VIEWS_POOLED
 from store.reader import Split
 from train.data.prefetch import CopyStream, Prefetcher
 
@@ -318,11 +318,3 @@ def default_workers(device: torch.device) -> int:
     """
     cores = core_share()
     return max(1, min(16, cores - 2)) if device.type == "cuda" else min(4, cores // 2)
-
-
-def labels_of(split: Split) -> NDArray[np.int32] | None:
-    """Labels int32 [N] (-1: none), or None when the split has none at all."""
-    if LABEL not in split.names:
-        return None
-    labels: NDArray[np.int32] = split.read(LABEL)
-    return labels if (labels >= 0).any() else None

@@ -16,13 +16,12 @@ from console.log import get_logger
 from store.format import NO_LABEL, POOLED
 from store.quality import knn_accuracy, probe_accuracy
 from train.config import TrainConfig
-from train.data.batches import labels_of
+from train.data.splits import TrainingData, labels_of, valid_rows
 from train.data.views import AUGMENTATIONS
 from train.delivery.model import OnnxModel, TrainedModel
 from train.delivery.onnx_student import check_frames
 from train.distill.objective import Objective, build_standardizer
 from train.loop.assemble import build_loader
-from train.resolve import TrainingData, valid_rows
 from train.tasks import build_task
 
 log = get_logger("evaluate")

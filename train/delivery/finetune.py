@@ -13,13 +13,13 @@ from console.progress import track_progress
 from console.stop import Stopped, StopRequest
 from train.checkpoint import BEST, LAST, load_checkpoint
 from train.config import TrainConfig
+from train.data.splits import resolve_data, resolve_task, student_preprocessing
 from train.delivery.inputs import run_folder
 from train.delivery.model import ModelCard
 from train.loop.assemble import build_training
 from train.loop.loop import Loop, Parts
 from train.loop.machine import build_accelerator
 from train.loop.optimizer import build_optimizer
-from train.resolve import resolve_data, resolve_task, student_preprocessing
 from train.students.base import Student
 
 

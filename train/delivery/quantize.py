@@ -19,6 +19,7 @@ from console.log import get_logger
 from files.writing import check_writable, whole_file
 from store.reader import open_store
 from train.config import TrainConfig
+from train.data.splits import open_split
 from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
 from train.delivery.inputs import image_reader, run_content, run_folder, run_options, spread
 from train.delivery.int8 import (
@@ -35,7 +36,6 @@ from train.delivery.onnx_student import OnnxStudent
 from train.delivery.packages import require_torchao
 from train.delivery.program import OPSET, write_onnx
 from train.errors import DeliveryError
-from train.resolve import open_split
 from train.rundir import make_folder, write_json
 from train.students.base import Student, StudentOutput
 

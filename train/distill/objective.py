@@ -42,7 +42,7 @@ CELLS_OF_A_MEAN = (4, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationPlan:
-    """What is distilled, resolved from options, store and student (`train.resolve`); the defaults: nothing.
+    """What is distilled, resolved from options, store and student (`train.distill.resolve`); the defaults: nothing.
 
     `pooled`, `cells`: which features are compared; `grid`: targets are computed from a stored grid, so that they follow
     the view; `recorded`: recorded views are replayed; `frames`: the samples are clips; `logits`: name of the stored

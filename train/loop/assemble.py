@@ -20,16 +20,17 @@ from train.config import TrainConfig
 from train.data.batches import BatchLoader, EpochBatches, FeatureGatherer, default_workers
 from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
 from train.data.images import ImageReader, ImageViews, ViewSettings
+from train.data.splits import TrainingData
 from train.data.views import AUGMENTATIONS, Augmentation
 from train.distill.objective import DistillationPlan, Objective, build_standardizers
 from train.distill.projector import DistilledStudent, build_projector
+from train.distill.resolve import check_mixing, resolve_augmentation, resolve_features
 from train.distill.transport import resize_matrices
 from train.errors import ConfigError
 from train.loop.loop import Parts, Progress, build_normalizer, derive_seed
 from train.loop.optimizer import WeightAverage, build_optimizer
 from train.loop.saving import StepGuard
 from train.lora import apply_lora_options
-from train.resolve import TrainingData, check_mixing, resolve_augmentation, resolve_features
 from train.students.base import Student
 from train.students.build import build_student
 from train.tasks import build_task

@@ -21,9 +21,8 @@ from train.loop.loop import Loop, NotFiniteError, Progress
 from train.loop.optimizer import match_layout
 from train.loop.saving import CheckpointWriter, adopt_best
 from train.loop.trackers import Tracker, open_trackers
-from train.metrics import label_of, text_of
+from train.metrics import label_of, text_of, warn_of_zero_metric
 from train.rundir import append_metrics, write_metrics
-from train.validation import warn_of_zero_metric
 
 log = get_logger("train")
 

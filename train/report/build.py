@@ -15,6 +15,7 @@ from files.writing import check_writable, whole_file
 from store.errors import StoreError
 from store.format import MEASURED_FILE
 from store.reader import Store, open_store
+from train.data.splits import count_validation
 from train.errors import ReportError
 from train.metrics import label_of, text_of
 from train.report import figures
@@ -25,7 +26,6 @@ from train.report.page import Section, render_page
 from train.report.samples import gallery_of
 from train.rundir import make_folder
 from train.sweep.worker import read_json
-from train.validation import count_validation
 
 logger = get_logger("report")
 

@@ -150,7 +150,7 @@ def combinations(config: SweepConfig) -> Iterator[dict[str, Any]]:
 def control_of(options: Mapping[str, Any], config: SweepConfig, store_fingerprint: str) -> Trial | None:
     """The control of `cli train --control` as a trial; none where there is no task loss (task `features`).
 
-    Of the distillation options only one decides on the images (`train.resolve.resolve_augmentation`): whether features
+    Of the distillation options only one decides on the images (`train.distill.resolve.resolve_augmentation`): whether features
     are learned at all, which `logit` and `none` do not.
     """
     if options.get("task") == "features":

@@ -11,10 +11,10 @@ import torch
 
 from store.reader import open_store
 from train.config import load_config
+from train.data.splits import warn_of_measured_split
 from train.engine.yolo.offline import prepare_ultralytics
 from train.errors import TrainError
 from train.students.base import Student
-from train.validation import warn_of_measured_split
 
 
 def evaluate_yolo(

@@ -17,9 +17,9 @@ from train.engine.yolo.state import training_state
 from train.events import Observer
 from train.loop.saving import CheckpointWriter, HostCopy, Saved
 from train.loop.trackers import Tracker, open_trackers
+from train.metrics import warn_of_zero_metric
 from train.rundir import METRICS as METRICS_LINES
 from train.rundir import append_metrics, write_metrics
-from train.validation import warn_of_zero_metric
 
 HARD_ITEMS = ("box_loss", "cls_loss", "dfl_loss")
 METRICS = {

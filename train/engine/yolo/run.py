@@ -19,6 +19,7 @@ from processes.deadline import StopDeadline
 from store.reader import Store, open_store
 from train.checkpoint import LAST
 from train.config import TrainConfig
+from train.data.splits import warn_of_splits
 from train.engine.yolo.offline import prepare_ultralytics
 from train.engine.yolo.options import check_options
 from train.errors import ConfigError, TrainError
@@ -34,7 +35,6 @@ from train.rundir import (
     write_config,
     write_json,
 )
-from train.validation import warn_of_splits
 
 log = get_logger("train")
 

@@ -1,7 +1,6 @@
-"""From options and a store to what a run does: task, classes, what is distilled, how images are shown.
+"""What a run takes from a store: splits, rows, labels and classes, and warnings about what it is measured on.
 
-Everything that does not fit is an error that says what to do instead; every choice made here is written to
-config.json.
+What does not fit is an error with the next step. No torch here: `cli inspect` counts masks as well.
 """
 
 from __future__ import annotations
@@ -14,32 +13,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from console.log import get_logger
-from imaging.decode import FULL_DEPTH
-from store.format import (
-    FRAMES,
-    GRID,
-    IMAGES_RAW,
-    LABEL,
-    LOGITS,
-    MASK,
-    POOLED,
-    VALID,
-    VIEWS_GRID,
-    VIEWS_POOLED,
-    Preprocessing,
+from imaging.decode import FULL_DEPTH, ImageError
+from imaging.masks import IGNORE, decode_mask
+from store.format import IMAGES_RAW, LABEL, MASK, VALID, Preprocessing
+from store.reader import Split, Store
+from store.summary import (
+    UNDEFINED,
+    UNLEARNED,
+    absent_warnings,
+    class_warnings,
+    count_measured,
+    size_warnings,
+    split_warnings,
 )
 from train.config import TrainConfig
-from train.data.batches import labels_of
-from train.data.views import AUGMENTATIONS, Augmentation
-from train.distill.objective import DistillationPlan
 from train.errors import ConfigError, TrainError
 from train.recipes import STUDENT_TASKS
-from train.students.base import StudentSpec
-from train.validation import count_validation
 
 log = get_logger("train")
 
 CLASS_TASKS = ("classification", "sequence")
+
+#: Masks that are decoded for each split: which classes a mask has is known from its pixels alone.
+MASKS_READ = 1_000
+
+#: Task → the kind of target that it is measured with; `features` has none.
+TARGET_KINDS = {"classification": "label", "sequence": "label", "segmentation": "mask", "detection": "boxes"}
+
 LABEL_FREE = "use --task features to learn without them, or extract a data set that has them"
 
 
@@ -218,138 +218,63 @@ def check_labels(
         )
 
 
-def resolve_features(
-    config: TrainConfig, split: Any, task: str, spec: StudentSpec, notes: list[str]
-) -> DistillationPlan:
-    """What is distilled. Raises ConfigError for options that the store cannot serve (and what to extract)."""
-    kind = config.distillation_type or ("hybrid" if task in CLASS_TASKS else "feature")
-    if task == "features":
-        if kind in ("none", "logit"):
-            raise ConfigError(
-                f"task features learns the teacher's features: distillation_type {kind} leaves nothing"
-            )
-        kind = "feature"
-    if kind == "none":
-        return DistillationPlan()
-    names = set(split.names)
-    logits = resolve_logits(config, kind, task, names, notes)
-    if kind == "logit":
-        return DistillationPlan(logits=logits)
-    if POOLED not in names:
-        raise ConfigError(
-            f"{config.store} has no {POOLED}: extract it again; --distillation-type {kind} needs it"
-        )
-    if spec.feature_kind == "sequence":
-        return DistillationPlan(**resolve_frames(config, names), logits=logits)
-    recorded = resolve_recorded(config, names)
-    grid = (VIEWS_GRID if recorded else GRID) in names
-    pooled, cells = resolve_target(config, task, spec, grid, notes)
-    return DistillationPlan(pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits)
-
-
-def resolve_logits(
-    config: TrainConfig, kind: str, task: str, names: set[str], notes: list[str]
-) -> str | None:
-    """The name of the stored logits to learn from, None for none."""
-    if kind == "feature":
+def labels_of(split: Any) -> NDArray[np.int32] | None:
+    """Labels int32 [N] (-1: none), or None when the split has none at all."""
+    if LABEL not in split.names:
         return None
-    stored = sorted(name.removeprefix(f"{LOGITS}/") for name in names if name.startswith(f"{LOGITS}/"))
-    wanted = config.teacher_logits
-    if task not in CLASS_TASKS:
-        if kind == "logit":
-            raise ConfigError(
-                f"distillation_type logit needs one class a sample, the task is {task}: use feature"
-            )
-        return None
-    if wanted != "auto" and wanted not in stored:
-        raise ConfigError(f"teacher_logits {wanted}: {config.store} has {', '.join(stored) or 'none'}")
-    if stored:
-        return wanted if wanted != "auto" else "probe" if "probe" in stored else stored[0]
-    if kind == "logit":
-        raise ConfigError(f"{config.store} has no teacher logits: run `cli probe {config.store}` first")
-    notes.append("the store has no teacher logits (cli probe makes them): hybrid uses the feature term alone")
-    return None
+    labels: NDArray[np.int32] = split.read(LABEL)
+    return labels if (labels >= 0).any() else None
 
 
-def resolve_recorded(config: TrainConfig, names: set[str]) -> bool:
-    """Whether recorded views are replayed."""
-    stored = VIEWS_POOLED in names
-    if config.views == "recorded" and not stored:
-        raise ConfigError(f"views recorded: {config.store} has none: extract with --views K")
-    return stored and config.views != "random"
+def count_validation(store: Store, split: str, task: str) -> int:
+    """Samples of the split that the task's metrics are measured on."""
+    return count_measured(store[split], TARGET_KINDS.get(task))
 
 
-def resolve_frames(config: TrainConfig, names: set[str]) -> dict[str, bool]:
-    """Clips: one row per frame where stored, the clip's pooled row when asked for or alone."""
-    if config.feature_target in ("grid", "both") and FRAMES not in names:
-        raise ConfigError(
-            f"feature_target {config.feature_target}: {config.store} has no rows per frame: extract clips"
-        )
-    cells = FRAMES in names and config.feature_target != "pooled" and config.feature_loss_type != "relation"
-    return {"frames": True, "cells": cells, "pooled": not cells or config.feature_target == "both"}
+def warn_of_splits(config: TrainConfig, store: Store, task: str) -> None:
+    """Log a warning for copies in both splits, classes that one lacks, and few validation samples."""
+    train, val = config.train_split, config.val_split
+    if train not in store or val not in store:
+        return  # opening them says so, and what to do
+    warnings = split_warnings(store, train, val, TARGET_KINDS.get(task))
+    if task == "segmentation":
+        warnings += mask_warnings(store, val) + mask_warnings(store, train, UNLEARNED)
+    for text in warnings:
+        log.warning("%s: %s", config.store, text)
 
 
-def resolve_target(
-    config: TrainConfig, task: str, spec: StudentSpec, grid: bool, notes: list[str]
-) -> tuple[bool, bool]:
-    """(pooled, cells): which features are compared."""
-    wanted, has_map = config.feature_target, spec.feature_kind == "map"
-    if wanted in ("grid", "both"):
-        if not grid:
-            raise ConfigError(
-                f"feature_target {wanted}: {config.store} has no grid: extract with --grid 7 or more"
-            )
-        if not has_map:
-            raise ConfigError(f"feature_target {wanted}: {config.student} has no feature map, use pooled")
-        if config.feature_loss_type == "relation" and wanted == "grid":
-            raise ConfigError("feature_loss_type relation compares samples: use feature_target pooled")
-        return wanted == "both", config.feature_loss_type != "relation"
-    if wanted == "pooled" or not grid or not has_map or config.feature_loss_type == "relation":
-        if wanted == "auto" and task == "segmentation" and not grid:
-            notes.append(
-                "the store has no grid: only the pooled feature is distilled; extract with --grid 16 for more"
-            )
-        return True, False
-    return task != "segmentation", True
+def warn_of_measured_split(path: str, store: Store, split: str, task: str) -> None:
+    """Log a warning where the split to measure on is small or lacks classes."""
+    kind = TARGET_KINDS.get(task)
+    masks = mask_warnings(store, split) if kind == "mask" else []
+    for text in [*size_warnings(store[split], kind), *class_warnings(store, [split], kind), *masks]:
+        log.warning("%s: %s", path, text)
 
 
-def resolve_augmentation(
-    config: TrainConfig, plan: DistillationPlan, notes: list[str]
-) -> tuple[str, Augmentation]:
-    """How images vary. Without a grid that moves along, only colours and mild crops go with feature targets."""
-    fixed = plan.features and not plan.grid and not plan.recorded
-    name: str = config.augment
-    if name == "auto":
-        name = "photometric" if plan.recorded else "mild" if fixed else "full"
-        if fixed:
-            notes.append(
-                "augment mild: without a stored grid, targets cannot follow a crop or flip "
-                "(extract with --grid 7 or --views 4 for more)"
-            )
-    if name == "full" and fixed:
-        raise ConfigError(
-            f"augment full: {config.store} has no grid that could follow crops and flips: use augment mild, or extract "
-            "with --grid 7 or --views 4"
-        )
-    if plan.recorded and name in ("mild", "full"):
-        raise ConfigError(
-            f"augment {name}: recorded views are replayed as they are: use photometric or --views random"
-        )
-    return name, AUGMENTATIONS[name]
+def mask_warnings(store: Store, split: str, consequence: str = UNDEFINED) -> list[str]:
+    """A sentence for classes that no mask of a split has; none for a split of more masks than are read."""
+    names = store.manifest.class_names
+    if MASK not in store[split].names or np.count_nonzero(store[split].valid) > MASKS_READ:
+        return []
+    counts, _ = count_mask_classes(store[split], len(names))
+    return absent_warnings(split, names, counts["samples"], consequence)
 
 
-def check_mixing(config: TrainConfig, task: str, plan: DistillationPlan) -> None:
-    """MixUp and CutMix mix every target with the images' weights, or are refused."""
-    chosen = "mixup_alpha" if config.mixup_alpha else "cutmix_alpha" if config.cutmix_alpha else None
-    if chosen is None:
-        return
-    if task != "classification":
-        raise ConfigError(f"{chosen}: works for classification, the task is {task}")
-    if config.feature_loss_type == "relation" and plan.pooled:
-        raise ConfigError(
-            f"{chosen}: mixed samples have no relation to compare: use another feature_loss_type"
-        )
-    if config.cutmix_alpha and plan.cells:
-        raise ConfigError(
-            "cutmix_alpha: cells of two images cannot share one target: use feature_target pooled, or MixUp"
-        )
+def count_mask_classes(split: Split, classes: int) -> tuple[dict[str, NDArray[np.int64]], int]:
+    """`samples` and `pixels` int64 [C] of at most MASKS_READ masks, evenly spread, and how many were read."""
+    valid = np.flatnonzero(split.valid)
+    rows = valid[np.unique(np.linspace(0, len(valid) - 1, min(MASKS_READ, len(valid))).astype(np.int64))]
+    samples, pixels, read = np.zeros(classes, np.int64), np.zeros(classes, np.int64), 0
+    for row in rows.tolist():
+        data = bytes(split.ragged([row], MASK)[0])
+        if not data:
+            continue
+        try:
+            ids = decode_mask(data)
+        except ImageError:
+            continue  # `cli verify` names it
+        counts = np.bincount(ids[ids != IGNORE], minlength=classes)[:classes]
+        pixels += counts
+        samples += counts > 0
+        read += 1
+    return {"samples": samples, "pixels": pixels}, read

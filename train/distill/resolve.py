@@ -1,0 +1,153 @@
+"""From options and a store to what is distilled and how images vary.
+
+What the store cannot serve is an error that names what to extract; every choice made here is written to config.json.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from store.format import FRAMES, GRID, LOGITS, POOLED, VIEWS_GRID, VIEWS_POOLED
+from train.config import TrainConfig
+from train.data.splits import CLASS_TASKS
+from train.data.views import AUGMENTATIONS, Augmentation
+from train.distill.objective import DistillationPlan
+from train.errors import ConfigError
+from train.students.base import StudentSpec
+
+
+def resolve_features(
+    config: TrainConfig, split: Any, task: str, spec: StudentSpec, notes: list[str]
+) -> DistillationPlan:
+    """What is distilled. Raises ConfigError for options that the store cannot serve (and what to extract)."""
+    kind = config.distillation_type or ("hybrid" if task in CLASS_TASKS else "feature")
+    if task == "features":
+        if kind in ("none", "logit"):
+            raise ConfigError(
+                f"task features learns the teacher's features: distillation_type {kind} leaves nothing"
+            )
+        kind = "feature"
+    if kind == "none":
+        return DistillationPlan()
+    names = set(split.names)
+    logits = resolve_logits(config, kind, task, names, notes)
+    if kind == "logit":
+        return DistillationPlan(logits=logits)
+    if POOLED not in names:
+        raise ConfigError(
+            f"{config.store} has no {POOLED}: extract it again; --distillation-type {kind} needs it"
+        )
+    if spec.feature_kind == "sequence":
+        return DistillationPlan(**resolve_frames(config, names), logits=logits)
+    recorded = resolve_recorded(config, names)
+    grid = (VIEWS_GRID if recorded else GRID) in names
+    pooled, cells = resolve_target(config, task, spec, grid, notes)
+    return DistillationPlan(pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits)
+
+
+def resolve_logits(
+    config: TrainConfig, kind: str, task: str, names: set[str], notes: list[str]
+) -> str | None:
+    """The name of the stored logits to learn from, None for none."""
+    if kind == "feature":
+        return None
+    stored = sorted(name.removeprefix(f"{LOGITS}/") for name in names if name.startswith(f"{LOGITS}/"))
+    wanted = config.teacher_logits
+    if task not in CLASS_TASKS:
+        if kind == "logit":
+            raise ConfigError(
+                f"distillation_type logit needs one class a sample, the task is {task}: use feature"
+            )
+        return None
+    if wanted != "auto" and wanted not in stored:
+        raise ConfigError(f"teacher_logits {wanted}: {config.store} has {', '.join(stored) or 'none'}")
+    if stored:
+        return wanted if wanted != "auto" else "probe" if "probe" in stored else stored[0]
+    if kind == "logit":
+        raise ConfigError(f"{config.store} has no teacher logits: run `cli probe {config.store}` first")
+    notes.append("the store has no teacher logits (cli probe makes them): hybrid uses the feature term alone")
+    return None
+
+
+def resolve_recorded(config: TrainConfig, names: set[str]) -> bool:
+    """Whether recorded views are replayed."""
+    stored = VIEWS_POOLED in names
+    if config.views == "recorded" and not stored:
+        raise ConfigError(f"views recorded: {config.store} has none: extract with --views K")
+    return stored and config.views != "random"
+
+
+def resolve_frames(config: TrainConfig, names: set[str]) -> dict[str, bool]:
+    """Clips: one row per frame where stored, the clip's pooled row when asked for or alone."""
+    if config.feature_target in ("grid", "both") and FRAMES not in names:
+        raise ConfigError(
+            f"feature_target {config.feature_target}: {config.store} has no rows per frame: extract clips"
+        )
+    cells = FRAMES in names and config.feature_target != "pooled" and config.feature_loss_type != "relation"
+    return {"frames": True, "cells": cells, "pooled": not cells or config.feature_target == "both"}
+
+
+def resolve_target(
+    config: TrainConfig, task: str, spec: StudentSpec, grid: bool, notes: list[str]
+) -> tuple[bool, bool]:
+    """(pooled, cells): which features are compared."""
+    wanted, has_map = config.feature_target, spec.feature_kind == "map"
+    if wanted in ("grid", "both"):
+        if not grid:
+            raise ConfigError(
+                f"feature_target {wanted}: {config.store} has no grid: extract with --grid 7 or more"
+            )
+        if not has_map:
+            raise ConfigError(f"feature_target {wanted}: {config.student} has no feature map, use pooled")
+        if config.feature_loss_type == "relation" and wanted == "grid":
+            raise ConfigError("feature_loss_type relation compares samples: use feature_target pooled")
+        return wanted == "both", config.feature_loss_type != "relation"
+    if wanted == "pooled" or not grid or not has_map or config.feature_loss_type == "relation":
+        if wanted == "auto" and task == "segmentation" and not grid:
+            notes.append(
+                "the store has no grid: only the pooled feature is distilled; extract with --grid 16 for more"
+            )
+        return True, False
+    return task != "segmentation", True
+
+
+def resolve_augmentation(
+    config: TrainConfig, plan: DistillationPlan, notes: list[str]
+) -> tuple[str, Augmentation]:
+    """How images vary. Without a grid that moves along, only colours and mild crops go with feature targets."""
+    fixed = plan.features and not plan.grid and not plan.recorded
+    name: str = config.augment
+    if name == "auto":
+        name = "photometric" if plan.recorded else "mild" if fixed else "full"
+        if fixed:
+            notes.append(
+                "augment mild: without a stored grid, targets cannot follow a crop or flip "
+                "(extract with --grid 7 or --views 4 for more)"
+            )
+    if name == "full" and fixed:
+        raise ConfigError(
+            f"augment full: {config.store} has no grid that could follow crops and flips: use augment mild, or extract "
+            "with --grid 7 or --views 4"
+        )
+    if plan.recorded and name in ("mild", "full"):
+        raise ConfigError(
+            f"augment {name}: recorded views are replayed as they are: use photometric or --views random"
+        )
+    return name, AUGMENTATIONS[name]
+
+
+def check_mixing(config: TrainConfig, task: str, plan: DistillationPlan) -> None:
+    """MixUp and CutMix mix every target with the images' weights, or are refused."""
+    chosen = "mixup_alpha" if config.mixup_alpha else "cutmix_alpha" if config.cutmix_alpha else None
+    if chosen is None:
+        return
+    if task != "classification":
+        raise ConfigError(f"{chosen}: works for classification, the task is {task}")
+    if config.feature_loss_type == "relation" and plan.pooled:
+        raise ConfigError(
+            f"{chosen}: mixed samples have no relation to compare: use another feature_loss_type"
+        )
+    if config.cutmix_alpha and plan.cells:
+        raise ConfigError(
+            "cutmix_alpha: cells of two images cannot share one target: use feature_target pooled, or MixUp"
+        )
