@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED := 1
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# An installed environment is left alone until the project's own requirements change.
+# An installed environment is kept until the project's own requirements change.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) scripts/check_machine.py $(VENV)
 	@echo "making the environment $(VENV): about 3 minutes and 7 GB"

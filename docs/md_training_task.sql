@@ -1,5 +1,5 @@
 -- Optional columns of the platform's table md_training_task, for MySQL 5.7+ and MariaDB 10.3+.
--- Run it in the platform's schema as often as you like: a column that is there already stays as it is.
+-- Run it in the platform's schema. It can be repeated: an existing column is not changed.
 --     mysql -u root -p platform < docs/md_training_task.sql
 -- (MySQL has no ADD COLUMN IF NOT EXISTS; the prepared statement works on both.)
 

@@ -1,6 +1,6 @@
-"""Say what this machine lacks before anything is installed. Runs on any Python 3, and imports nothing.
+"""Report what this machine lacks before anything is installed. Runs on any Python 3 with the standard library alone.
 
-No f-strings and no annotations: an old Python must get far enough to be told that it is too old.
+No f-strings and no annotations: an old Python must run far enough to report that it is too old.
 """
 
 # ruff: noqa: UP032
@@ -15,7 +15,7 @@ NEEDED_DISK_GB = 9  # PyTorch with its libraries takes 5.5 GB, everything else a
 
 def main():
     folder = os.path.dirname(os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else ".venv"))
-    while not os.path.isdir(folder):  # the environment's folder may be yet to make
+    while not os.path.isdir(folder):  # the environment's folder may not exist yet
         folder = os.path.dirname(folder)
     problems = []
     if sys.version_info[:2] < NEEDED_PYTHON:

@@ -1,13 +1,13 @@
-"""Collect the wheels that a GPU box without network lacks, in the versions of constraints.txt.
+"""Collect the wheels that a GPU machine without a network lacks, in the versions of constraints.txt.
 
     python scripts/collect_wheels.py wheels [--python 3.12]
-    # copy the repository and the folder to the box, then there:
+    # copy the repository and the folder to that machine, then run there:
     python3 -m pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=site python3 benchmarks/gpu.py
 
-For a box that has PyTorch with CUDA, torchvision, timm, transformers, accelerate, peft, onnx, onnxruntime and the usual
-scientific packages. Left out are polars (52 MB), which ultralytics needs only to draw the plots of a training, and, unless
-`--video` is given, av (36 MB), which only video files need.
+For a machine that has PyTorch with CUDA, torchvision, timm, transformers, accelerate, peft, onnx, onnxruntime and the usual
+scientific packages. Not included: polars (52 MB), which ultralytics only needs for the plots of a training, and av (36 MB),
+which only video files need (`--video` includes it).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What the store, the pipeline and the YOLO students need besides. pydantic names its pydantic-core itself.
+#: What the store, the pipeline and the YOLO students need in addition. pydantic's metadata names its pydantic-core.
 PACKAGES = (
     "zarr",
     "numcodecs",
@@ -84,13 +84,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--python", default="3.12", help="the box's Python (%(default)s)")
-    parser.add_argument("--video", action="store_true", help="av as well, for video files")
+    parser.add_argument("--python", default="3.12", help="Python version of that machine (%(default)s)")
+    parser.add_argument("--video", action="store_true", help="include av, for video files")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        print(f"{folder} is not empty: two versions of one wheel would not install, name a new folder")
+        print(
+            f"error: {folder}: expected an empty or new folder, because two versions of a wheel cannot be installed"
+        )
         return 2
     versions = pinned_versions()
     names = (*PACKAGES, "av") if arguments.video else PACKAGES
