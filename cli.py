@@ -149,7 +149,7 @@ def root(
         typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Distil Qwen2.5-VL's vision encoder into small, fast vision models.
+    """Distill Qwen2.5-VL's vision encoder into small, fast vision models.
 
     1. cli extract DATA --out features.zarr --teacher-path Qwen2.5-VL-7B-Instruct
 
