@@ -1,1 +1,1 @@
-"""What the user sees and presses: progress, stop signals, log lines, tables. Imports nobody of ours."""
+"""What the user sees and presses: progress, stop signals, log lines, tables. Imports only `files` of ours."""

@@ -11,7 +11,7 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class Progress(Protocol):
-    """What long work is handed: it counts, it can say a line, and it closes."""
+    """The display of a long operation: counts items, prints notes, closes."""
 
     def advance(self, count: int = 1) -> None: ...
 
@@ -41,7 +41,7 @@ def track_progress(
 
 
 class PlainProgress:
-    """One flushed line now and then: readable in logs and through a pipe, no carriage return, no colour."""
+    """One flushed line now and then: readable in logs and through a pipe, no carriage return, no color."""
 
     def __init__(self, total: int | None, description: str, unit: str, done: int, stream: TextIO) -> None:
         self.total, self.description, self.unit, self.stream = total, description, unit, stream

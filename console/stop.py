@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """Work ended early because it was asked to; what is done is saved and the text says how to go on."""
+    """Work ended early because it was asked to; what is done is saved and the text names the command that resumes."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class StopRequest:
     """While entered, SIGINT and SIGTERM set `requested` instead of ending the process.
 
     Loops look at `requested` between steps; code that waits can use `wait(timeout_s)`. A second signal ends
-    the process at once, unless it is `patient` because somebody else sees to it that it ends in time. Outside
+    the process at once, unless it is `patient` because a deadline elsewhere ends it in time. Outside
     the main thread no handler can be installed: then only `set` requests a stop.
     """
 

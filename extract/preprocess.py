@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, Decoded, decode
-from imaging.geometry import PADDING_COLOUR, content_rectangle, resize_view
+from imaging.geometry import PADDING_COLOR, content_rectangle, resize_view
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def resize_pixels(
     if left <= 0 and top <= 0 and left + width >= image_size and top + height >= image_size:
         return np.ascontiguousarray(content[:, -top : image_size - top, -left : image_size - left])
     canvas = np.empty((3, image_size, image_size), np.uint8)
-    canvas[...] = np.array(PADDING_COLOUR, np.uint8)[:, None, None]
+    canvas[...] = np.array(PADDING_COLOR, np.uint8)[:, None, None]
     canvas[:, top : top + height, left : left + width] = content
     return canvas
 

@@ -23,7 +23,7 @@ NOT_REGULAR = "not a regular file"
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:
-    """The open file, for reading. Raises OSError, whose `strerror` says why, for anything but a regular file."""
+    """The open file, for reading. Raises OSError, whose `strerror` is the reason, for anything but a regular file."""
     try:
         check_regular(
             os.stat(path).st_mode, path

@@ -18,7 +18,7 @@ PARTIAL_PREFIX = ".partial-"
 
 
 class OutputError(Exception):
-    """Something cannot be written; the text says where, why and what to do."""
+    """A file cannot be written; the text has the place, the reason and the next step."""
 
     exit_code: int = 1
 
@@ -29,7 +29,7 @@ def check_writable(path: Path, option: str) -> None:
     `path` need not exist; nothing is left behind. `option` is named in the error, like `--out`.
     """
     with refused(path, option):
-        if "\0" in str(path):  # pathlib says that no such file exists
+        if "\0" in str(path):  # pathlib reports only that the file does not exist
             raise ValueError("a name cannot hold a NUL byte")
         if printable(str(path)) != str(path):  # the libraries that write models and videos do not take it
             raise ValueError("the name is not UTF-8")

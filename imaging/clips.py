@@ -130,7 +130,7 @@ VIDEO_SUFFIXES = frozenset(
     [".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".ts"]
 )
 TIME_TOLERANCE_S = 1e-6
-USUAL_RATE = Fraction(25)  # frames a second, where a file does not say
+USUAL_RATE = Fraction(25)  # frames a second, where a file has no rate
 
 
 class VideoFrame(NamedTuple):
@@ -254,7 +254,7 @@ def _check_pixels(frame: Any, max_pixels: int) -> None:
 
 
 def _upright(frame: Any) -> Image.Image:
-    """The frame as RGB, turned as the container says (telephones record sideways)."""
+    """The frame as RGB, rotated as the container specifies (phones record sideways)."""
     image: Image.Image = frame.to_image()
     turn = int(getattr(frame, "rotation", 0) or 0) % 360
     return image if turn == 0 else image.rotate(turn, expand=True)

@@ -10,7 +10,7 @@ What is decided here, once, for both stages:
 - 16-bit gray is scaled to 8 bits by a stated depth: 2^bit_depth − 1 is white, larger values are white too. 32-bit
   integers and floats are refused: their white is not defined. Of 16-bit color Pillow reads the upper byte.
 - Of animations and multi-page files, the first frame is taken.
-- A truncated file is an error, never a half grey image; a PNG's checksums are verified. Damage that a format
+- A truncated file is an error, never a half gray image; a PNG's checksums are verified. Damage that a format
   cannot notice (changed bytes in a JPEG) goes unnoticed here as well.
 """
 
@@ -64,7 +64,7 @@ DEFAULT_MAX_PIXELS = 89_478_485
 # Where Pillow itself refuses, so no larger cap makes sense.
 MOST_PIXELS = 2 * DEFAULT_MAX_PIXELS
 MAX_FILE_BYTES = 1 << 30
-FULL_DEPTH = 16  # bits of a 16-bit image that are used when nothing else is said
+FULL_DEPTH = 16  # bits of a 16-bit image that are used by default
 WIDE_GRAY = "I;16"  # how Pillow's names of 16-bit gray modes begin
 
 # MPO needs no entry: Pillow opens it through JPEG, and has no MPO plugin to look up.
@@ -302,7 +302,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned and mirrored as its EXIF orientation says."""
+    """The image rotated and mirrored by its EXIF orientation."""
     operation = _UPRIGHT.get(_orientation(image))
     return image if operation is None else image.transpose(operation)
 

@@ -1,12 +1,12 @@
-"""Views: where each point of an image shown to a network lies in the original image.
+"""Views: which point of the original image each point of an image shown to a network comes from.
 
 Every place a network sees an image through (a resize policy, a crop, a flip, any affine augmentation) is one
-`View`: an affine map from *view* coordinates to *source* coordinates. Both are normalised: x first, y second,
+`View`: an affine map from *view* coordinates to *source* coordinates. Both are normalized: x first, y second,
 (0, 0) the outer top left corner, (1, 1) the outer bottom right corner, and pixel or grid cell `i` of `n` has its
-centre at `(i + 0.5) / n`. Source coordinates belong to the original image with its EXIF orientation applied.
+center at `(i + 0.5) / n`. Source coordinates belong to the original image with its EXIF orientation applied.
 
-Because both sides are normalised, a view does not depend on the resolution of either image, and the position of
-a student's cell in the teacher's grid is `teacher_view.inverse().compose(student_view).apply(cell_centres)`.
+Because both sides are normalized, a view does not depend on the resolution of either image, and the position of
+a student's cell in the teacher's grid is `teacher_view.inverse().compose(student_view).apply(cell_centers)`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from PIL import Image
 ResizePolicy = Literal["squash", "letterbox", "center-crop"]
 RESIZE_POLICIES: tuple[str, ...] = get_args(ResizePolicy)
 
-# The mean colour of Qwen's (CLIP's) normalisation: padding becomes about zero for the network.
-PADDING_COLOUR = (122, 116, 104)
+# The mean color of Qwen's (CLIP's) normalization: padding becomes about zero for the network.
+PADDING_COLOR = (122, 116, 104)
 
-# How far, in output pixels, an edge may lie from a whole pixel and still count as lying on it.
+# How far, in output pixels, an edge may be from a whole pixel and still count as on it.
 _EDGE_TOLERANCE = 1e-6
 
 FloatArray = NDArray[np.float64]
@@ -67,7 +67,7 @@ class View:
 
     @classmethod
     def crop(cls, left: float, top: float, right: float, bottom: float) -> View:
-        """The axis-parallel rectangle of the source, in normalised coordinates; it may reach outside [0, 1]."""
+        """The axis-parallel rectangle of the source, in normalized coordinates; it may reach outside [0, 1]."""
         return cls(np.array([[right - left, 0.0, left], [0.0, bottom - top, top]]))
 
     @classmethod
@@ -87,7 +87,7 @@ class View:
         shift: tuple[float, float] = (0.0, 0.0),
         aspect: float = 1.0,
     ) -> View:
-        """Rotate, zoom, shear and shift about the image's centre.
+        """Rotate, zoom, shear and shift about the image's center.
 
         The picture turns clockwise by `angle_degrees`, grows by `scale`, and moves by `shift` (fractions of the
         view, right and down). `aspect` is width / height of the view in pixels, so that rotations stay rigid
@@ -98,15 +98,15 @@ class View:
         forward = scale * rotation @ np.array([[1.0, shear], [0.0, 1.0]])  # source → view, square units
         stretch = np.diag([aspect, 1.0])
         linear = np.linalg.inv(np.linalg.inv(stretch) @ forward @ stretch)
-        centre = np.array([0.5, 0.5])
-        offset = centre - linear @ (centre + np.asarray(shift, dtype=np.float64))
+        center = np.array([0.5, 0.5])
+        offset = center - linear @ (center + np.asarray(shift, dtype=np.float64))
         return cls(np.column_stack([linear, offset]))
 
     @classmethod
     def from_pixels(cls, matrix: ArrayLike, view_size: Sequence[int], source_size: Sequence[int]) -> View:
         """A view from a map [2, 3] or [3, 3] of view pixels to source pixels; sizes are (width, height).
 
-        Pixel coordinates are those of edges: the centre of the first pixel is at 0.5. Libraries that put it at
+        Pixel coordinates are those of edges: the center of the first pixel is at 0.5. Libraries that put it at
         0 (OpenCV's `warpAffine`) need half a pixel added on both sides first.
         """
         pixels = np.asarray(matrix, dtype=np.float64)[:2]
@@ -143,13 +143,13 @@ class View:
         return np.asarray(points, dtype=np.float64) @ self.matrix[:, :2].T + self.matrix[:, 2]
 
     def inside(self, height: int, width: int) -> NDArray[np.bool_]:
-        """Bool [height, width]: which cells of the view have their centre inside the source image."""
-        source = self.apply(cell_centres(height, width))
+        """Bool [height, width]: which cells of the view have their center inside the source image."""
+        source = self.apply(cell_centers(height, width))
         visible: NDArray[np.bool_] = np.all((source >= 0.0) & (source <= 1.0), axis=-1)
         return visible
 
     def boxes_to_view(self, boxes: ArrayLike) -> FloatArray:
-        """Bounds [M, 4] (xyxy) in view coordinates of boxes [M, 4] (xyxy) in normalised source coordinates.
+        """Bounds [M, 4] (xyxy) in view coordinates of boxes [M, 4] (xyxy) in normalized source coordinates.
 
         Nothing is clipped. Under a rotation the bounds of the turned corners are returned.
         """
@@ -161,14 +161,14 @@ class View:
         self,
         image: Image.Image,
         size: int | tuple[int, int],
-        fill: int | tuple[int, ...] = PADDING_COLOUR,
+        fill: int | tuple[int, ...] = PADDING_COLOR,
         resample: Image.Resampling = Image.Resampling.BICUBIC,
         reducing_gap: float | None = None,
     ) -> Image.Image:
         """The view of `image` as a new image of `size` (width, height; one number: square).
 
         Shrinking is anti-aliased, except with `Resampling.NEAREST` (masks), which never mixes pixels. Pixels
-        whose centre lies outside the source take `fill`. `reducing_gap` is Pillow's (faster, less exact).
+        whose center lies outside the source take `fill`. `reducing_gap` is Pillow's (faster, less exact).
         """
         width, height = (size, size) if isinstance(size, int) else size
         whole = _whole_pixel_boxes(self, (width, height), image.size)
@@ -177,8 +177,8 @@ class View:
         return _render_by_transform(self, image, (width, height), fill, resample, reducing_gap)
 
 
-def cell_centres(height: int, width: int) -> FloatArray:
-    """Normalised centres (x, y) of a grid's cells, float64 [height, width, 2], raster order."""
+def cell_centers(height: int, width: int) -> FloatArray:
+    """Normalized centers (x, y) of a grid's cells, float64 [height, width, 2], raster order."""
     grid = np.empty((height, width, 2), dtype=np.float64)
     grid[..., 0] = (np.arange(width) + 0.5) / width
     grid[..., 1] = ((np.arange(height) + 0.5) / height)[:, None]
@@ -199,7 +199,7 @@ def content_rectangle(
 
     `squash` stretches the image over the view; `letterbox` fits it inside, the rest is padding; `center-crop`
     covers the view, what is left over sticks out on two sides (negative left or top). Rounding to whole pixels
-    makes the scales of the two axes differ slightly; views built from it say so exactly.
+    makes the scales of the two axes differ slightly; views built from it contain the exact scales.
     Raises ValueError for another policy.
     """
     out_width, out_height = (view_size, view_size) if isinstance(view_size, int) else view_size
@@ -277,7 +277,7 @@ def _render_by_transform(
     reducing_gap: float | None,
 ) -> Image.Image:
     # Pillow's transform does not anti-alias, so the source is shrunk first to about the output's resolution;
-    # normalised coordinates stay what they are.
+    # normalized coordinates stay what they are.
     to_source = view.pixels(size, image.size)
     if resample != Image.Resampling.NEAREST:
         shrink = [max(1.0, hypot(*row[:2])) for row in to_source]
@@ -288,8 +288,8 @@ def _render_by_transform(
     if resample not in (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
         resample = Image.Resampling.BICUBIC
     data = tuple(float(v) for v in to_source.reshape(-1))
-    colour = _fill_for(image.mode, fill)
-    return image.transform(size, Image.Transform.AFFINE, data, resample=resample, fillcolor=colour)
+    color = _fill_for(image.mode, fill)
+    return image.transform(size, Image.Transform.AFFINE, data, resample=resample, fillcolor=color)
 
 
 def _fill_for(mode: str, fill: int | tuple[int, ...]) -> int | tuple[int, ...]:

@@ -9,7 +9,7 @@ The slow, general way to an array: zarr's own, for compressed and remote stores.
 
 zarr takes a shard that is missing for one full of fill values, so each is looked for before its first use.
 
-Where a store lies: a local folder, or any URL that fsspec knows (`s3://`, `gs://`, `memory://`).
+Where a store is: a local folder, or any URL that fsspec knows (`s3://`, `gs://`, `memory://`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def open_shard(folder: Path, layout: Layout, shard: int) -> int:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
         raise StoreError(
-            f"{where}: shard is missing; restore it, or extract anew with --overwrite"
+            f"{where}: shard is missing; restore it, or extract again with --overwrite"
         ) from error
     index, data = linear_index(layout, rows), layout.data_bytes(rows)
     size = os.fstat(fd).st_size
@@ -98,7 +98,7 @@ def open_shard(folder: Path, layout: Layout, shard: int) -> int:
         problem = "the shard's index is damaged"
     if problem:
         os.close(fd)
-        raise StoreError(f"{where}: {problem}; restore it, or extract anew with --overwrite")
+        raise StoreError(f"{where}: {problem}; restore it, or extract again with --overwrite")
     return fd
 
 
@@ -238,7 +238,7 @@ class _FileMap(_OneMap):
 
 
 def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
-    """Sorted rows as runs of neighbours (first, end)."""
+    """Sorted rows as runs of neighbors (first, end)."""
     ordered = np.unique(rows)
     if not len(ordered):
         return []
@@ -249,7 +249,7 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
 
 
 class ZarrArray:
-    """The same interface as MappedArray, over a folder or any URL that fsspec knows. Opened anew after a fork."""
+    """The same interface as MappedArray, over a folder or any URL that fsspec knows. Opened again after a fork."""
 
     def __init__(self, location: str, layout: Layout) -> None:
         self.location, self.layout = location, layout
@@ -295,7 +295,7 @@ class ZarrArray:
             if shard not in self._found:
                 if not self._exists(self.layout.shard_key(shard)):
                     raise StoreError(
-                        f"{self._where(shard)}: shard is missing; restore it, or extract anew with --overwrite"
+                        f"{self._where(shard)}: shard is missing; restore it, or extract again with --overwrite"
                     )
                 self._found.add(shard)
         try:
@@ -307,7 +307,7 @@ class ZarrArray:
                 except Exception as cause:
                     raise StoreError(
                         f"{self._where(shard)}: cannot be read ({cause}); the shard is truncated or damaged: "
-                        "restore it, or extract anew with --overwrite"
+                        "restore it, or extract again with --overwrite"
                     ) from cause
             raise StoreError(f"{self.location}: cannot be read: {error}") from error
 

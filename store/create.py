@@ -93,7 +93,7 @@ def create_store(
 def new_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` that takes its name at the end, and is deleted after an error.
 
-    Its name says whose it is, so that a later process can clear away what a killed one left.
+    Its name has the host and process id, so that a later process can delete what a killed one left.
     """
     begun = f".{target.name}.creating.{socket.gethostname()}.{pid_namespace()}."
     building = target.with_name(f"{begun}{os.getpid()}")
@@ -211,7 +211,7 @@ def add_arrays(
         drop_job(store.path, job.name)
     taken = sorted({spec.name for spec in arrays} & {spec.name for spec in store.manifest.arrays})
     if taken and not replace:
-        raise StoreError(f"{path}: arrays {taken} exist; pass replace=True to make them anew")
+        raise StoreError(f"{path}: arrays {taken} exist; pass replace=True to replace them")
     with disk_errors(store.path):
         drop_arrays(store, taken)
         publish_job(store.path, job)
@@ -236,7 +236,7 @@ def drop_arrays(store: Store, names: Sequence[str]) -> Manifest:
 def extend_store(path: str | os.PathLike[str], new_keys: Mapping[str, Iterable[str]]) -> None:
     """Begin a job that appends rows to a complete store: rows N, N+1, … of each split, in the given order.
 
-    Then write and finalise as for a new store: `StoreWriter.next_row` starts at the first new row.
+    Then write and finalize as for a new store: `StoreWriter.next_row` starts at the first new row.
     The store counts as incomplete until then. Arrays that were added later (`logits/<name>` of
     `cli probe`), or are just being added, are dropped, because they know nothing of the new rows.
     Raises StoreError when the store is incomplete or a key exists already.

@@ -37,7 +37,7 @@ class RowRangeError(StoreError, IndexError):
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an error that says what to do."""
+    """Turn errors of the file system into a StoreError with the next step."""
     advice = {
         errno.ENOSPC: "the disk is full: free some space",
         errno.EDQUOT: "the disk quota is used up: free some space",

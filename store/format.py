@@ -1,4 +1,4 @@
-"""Format version 1, said once: every array's name, dtype and axis order, and the manifest.
+"""Format version 1, defined only here: every array's name, dtype and axis order, and the manifest.
 
 Axis letters: `N` rows of a split, `D` feature width, `g` grid side, `C` classes, `K` recorded views,
 `F` frames of all rows together, `M` boxes (or bytes) of all rows together, `S` image side in pixels.
@@ -28,15 +28,15 @@ IMAGES_FRAMES = (
     "images/frames"  # [N, T, 2] int64: start and length of each frame's JPEG in the clip's encoded bytes
 )
 IMAGES_RAW = "images/raw"  # [N, S, S, 3] uint8
-VIEWS_GEOMETRY = "views/geometry"  # [N, K, 2, 3] float64: view → source, normalised coordinates
+VIEWS_GEOMETRY = "views/geometry"  # [N, K, 2, 3] float64: view → source, normalized coordinates
 VIEWS_POOLED = "views/pooled"  # [N, K, D] float16
 VIEWS_GRID = "views/grid"  # [N, K, g, g, D] float16
 
-# Ragged arrays: <parent>/offsets [N+1] int64 says where each row's entries lie in <parent>/*.
+# Ragged arrays: <parent>/offsets [N+1] int64 gives the range of each row's entries in <parent>/*.
 FRAMES = "features/frames/values"  # [F, D] float16: one row a frame (pair)
 BOXES = "targets/boxes/values"  # [M, 4] float32: x0, y0, x1, y1 in pixels of the original
 BOX_CLASSES = "targets/boxes/classes"  # [M] int32
-MASK = "targets/mask/values"  # [M] uint8: bytes of a PNG whose grey value is the class, 255 ignored
+MASK = "targets/mask/values"  # [M] uint8: bytes of a PNG whose gray value is the class, 255 ignored
 IMAGES_ENCODED = "images/encoded/values"  # [M] uint8: bytes of the image file
 REASONS = "reasons/values"  # [M] uint8: UTF-8 text, why a row is invalid; empty for a valid row
 
@@ -72,7 +72,7 @@ DIGESTED = (
 )
 NO_LABEL = -1
 IGNORE_INDEX = 255
-# What everything made with a teacher of random weights says.
+# Printed with everything made with a teacher of random weights.
 RANDOM_WEIGHTS_NOTICE = "random weights: shows the machinery, teaches nothing"
 # Written by the store itself; `StoreWriter.append` takes them as arguments, not as arrays.
 OWN_ARRAYS = (VALID, REASONS)
@@ -118,7 +118,7 @@ class Preprocessing(Model):
 
     @property
     def bit_depth(self) -> int:
-        """Bits of a 16-bit gray image that are used: 2^bit_depth − 1 is white. Stores that say nothing use all 16."""
+        """Bits of a 16-bit gray image that are used: 2^bit_depth − 1 is white. All 16 by default."""
         return int(self.options.get("bit_depth", 16))
 
 
@@ -126,8 +126,8 @@ class ArraySpec(Model):
     """One array of a split. `row_shape` is the shape without its first axis.
 
     `scaled` arrays hold true value / scale, with a power-of-two scale per channel (last axis).
-    `encoding` says what else is needed for true values; `Split.true_values` does it all.
-    A ragged array's first axis counts entries, not rows; its `offsets` lie beside it.
+    `encoding` is how true values are computed; see `Split.true_values`.
+    A ragged array's first axis counts entries, not rows; its `offsets` are beside it.
     """
 
     name: Name

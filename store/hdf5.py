@@ -158,7 +158,7 @@ class Hdf5Rows:
         expected = (len(array) if ragged else rows, *spec.row_shape)
         if array.shape != expected or array.dtype != np.dtype(spec.dtype):
             raise StoreError(
-                f"{self.path}: {split}/{spec.name} is {array.dtype} {list(array.shape)}, its manifest says "
+                f"{self.path}: {split}/{spec.name} is {array.dtype} {list(array.shape)}, its manifest has "
                 f"{spec.dtype} {list(expected)}; the file is damaged"
             )
         if spec.ragged:

@@ -1,7 +1,7 @@
 """HDF5 files from elsewhere: only what the file itself holds is read, and only in sizes that are possible.
 
 A data set of an HDF5 file can name other files as the place of its values (external raw storage, external links,
-virtual data sets): whoever wrote the file would choose which local file is read. A shape costs nothing to declare,
+virtual data sets): the author of the file would choose which local file is read. A shape costs nothing to declare,
 so shapes are compared with what is stored before anything is allocated.
 """
 
@@ -19,7 +19,7 @@ MAX_SOFT_LINKS = 16
 
 
 class Hdf5Error(StoreError):
-    """A file or data set that is not read; the text names the data set and says why, not the file."""
+    """A file or data set that is not read; the text names the data set and the reason, not the file."""
 
 
 def open_hdf5_file(path: str | os.PathLike[str]) -> Any:
@@ -116,7 +116,7 @@ def _check_filters(dataset: Any) -> None:
 
 
 def _check_sizes(dataset: Any) -> None:
-    """Compare what the shape says with the limits and with what is stored."""
+    """Compare the shape with the limits and with what is stored."""
     import h5py
 
     if dataset.shape is None:

@@ -6,12 +6,12 @@ A commit is one record, appended after the data it vouches for:
 
 The header says the rows, the length and running crc32c of every partial shard file, and where each
 small array lies in the payload. A torn or damaged tail ends the log: those rows are written again.
-Small and ragged arrays live in the payload until the job is finalised.
+Small and ragged arrays live in the payload until the job is finalized.
 
 A job: arrays that are being written to a store, and over which rows.
 
 `features` is the job of the extractor; later jobs add arrays (`logits/<name>`) to a complete store.
-A job lives in `.work/<name>/` until it is finalised:
+A job lives in `.work/<name>/` until it is finalized:
 
     job.json                  what this file describes, written before the first shard
     <split>/<shard>.log       the commit log of one shard (see below)
@@ -50,7 +50,7 @@ class Commit:
     prefix: dict[str, tuple[int, int]]
     finished: dict[str, tuple[int, int]] | None  # None while the shard is open
     parts: dict[str, tuple[int, int]]  # array → (offset in the file, bytes)
-    begin: int  # where the record lies in the file
+    begin: int  # position of the record in the file
     end: int
 
 
@@ -145,7 +145,10 @@ def _is_intact(file: BinaryIO, commit: Commit) -> bool:
 
 # Folders of .work that are no jobs: a new version, a store of rows encoded for it, what it replaced (switch.py).
 NEXT, ROWS_STORE, REPLACED = "next", "rows", "replaced"
-CREATING, DONE = ".creating", ".done"  # ends of the names of jobs that are not there yet, or no more
+CREATING, DONE = (
+    ".creating",
+    ".done",
+)  # suffixes of the folders of jobs that are not complete yet, or finished
 
 
 class JobSplit(Model):
@@ -167,7 +170,7 @@ class Job(Model):
     batch_rows: int
 
     def attributes(self, name: str) -> dict[str, Any]:
-        """What an array's zarr.json says beyond its shape."""
+        """The attributes of an array's zarr.json."""
         found: dict[str, Any] = {}
         if name in self.scale:
             found["scale"] = list(self.scale[name])
@@ -181,7 +184,7 @@ class Job(Model):
 
     @property
     def logged(self) -> list[ArraySpec]:
-        """Arrays that wait in the commit log until the job is finalised."""
+        """Arrays that wait in the commit log until the job is finalized."""
         return [spec for spec in self.arrays if not spec.direct]
 
     @property
@@ -195,7 +198,7 @@ class Job(Model):
 
     @property
     def owns_rows(self) -> bool:
-        """Whether this job says which rows are valid (the extractor's job)."""
+        """Whether this job decides which rows are valid (the extractor's job)."""
         return any(spec.name == VALID for spec in self.arrays)
 
     def scale_of(self, name: str) -> np.ndarray | None:
@@ -243,7 +246,7 @@ def log_path(store: Path, job: Job, split: str, shard: int) -> Path:
 
 
 def pending_jobs(store: Path) -> list[str]:
-    """Names of the jobs that are not finalised."""
+    """Names of the jobs that are not finalized."""
     files = sorted((store / WORK_FOLDER).glob("*/job.json"))
     files = [path for path in files if not path.parent.name.endswith((CREATING, DONE))]
     return [str(read_json(path)["name"]) for path in files]

@@ -130,7 +130,7 @@ class KeyTable(Sequence[str]):
 
 @dataclass(frozen=True)
 class Plan:
-    """Ordered keys per split. Row number = position. Batches start anew at every shard.
+    """Ordered keys per split. Row number = position. Every shard starts a new batch.
 
     `splits` takes any iterables of str (or ready KeyTables); `batch_rows` is the extractor's batch size,
     fixed for the whole store so that a resumed run encodes the very same batches.

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """What a lock file says: whose it is, and which rows of which split (None: all)."""
+    """The content of a lock file: its process, and which rows of which split (None: all)."""
 
     host: str
     boot: str
@@ -67,7 +67,7 @@ def this_process(split: str | None, start: int, stop: int) -> Owner:
 
 
 def boot_id() -> str:
-    """Tells one run of a machine from the next, so that a reused process id fools nobody."""
+    """Identifies one boot of the machine: after a reboot, a process id may belong to another process."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -124,7 +124,7 @@ class RowLock:
         threading.Thread(target=self._beat, name="store-lock-heartbeat", daemon=True).start()
 
     def check(self) -> None:
-        """Raises StoreError when somebody broke this lock: the rows may be another's now."""
+        """Raises StoreError when this lock was broken: another process may be writing the rows."""
         if not self.path.exists():
             raise StoreError(
                 f"{self.path}: this writer's lock was broken by another process; nothing more is written"
@@ -159,13 +159,13 @@ class RowLock:
             try:
                 os.utime(self.path)
             except FileNotFoundError:
-                return  # Broken by somebody; `check` tells the writer.
+                return  # Broken by another process; `check` raises for the writer.
             except OSError as error:  # A network disk may be away for a while: the next beat may get through.
                 log.warning("heartbeat of %s: %s", self.path, error)
 
 
 def is_abandoned(path: Path, owner: Owner) -> bool:
-    """Whether a lock's process is gone: looked up if it ran here, else told by a stopped heartbeat.
+    """Whether a lock's process has ended: looked up if it ran on this host, else known from a stopped heartbeat.
 
     An equal host name alone proves nothing: machines and containers may share one, and a disk.
     """

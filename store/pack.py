@@ -1,7 +1,7 @@
 """Smaller stores: zstd (lossless), int8, or PCA, made from a complete store, with what they cost.
 
-Fidelity is judged on standardised features, (value - mean) / std a channel: plain cosine is ruled by a few
-huge channels and hides a ruined rest.
+Fidelity is judged on standardized features, (value - mean) / std a channel: plain cosine is dominated by a few
+huge channels and hides damage in the others.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def pack_store(
     """Write a smaller copy of a complete store. Returns what that costs, for each feature array.
 
     zstd: compress every chunk; lossless, but reads go through zarr. int8: a scale a channel and a token.
-    pca: keep this many principal components of every feature array; the projection lies in the store.
+    pca: keep this many principal components of every feature array; the projection is stored too.
     Raises StoreError for options that exclude each other, or a store that is packed already.
     """
     store = open_store(path)
@@ -159,12 +159,12 @@ class Int8Coder:
         return [spec.model_copy(update={"dtype": "int8", "encoding": "int8"}), token]
 
     def encode(self, name: str, stored: np.ndarray) -> Block:
-        standardised = (stored.astype(np.float32) * self.stored_scale - self.center) / self.scale
-        standardised = np.nan_to_num(standardised, nan=0.0)  # rows that are invalid
-        token = np.abs(standardised).max(axis=-1) / INT8_MAX
+        standardized = (stored.astype(np.float32) * self.stored_scale - self.center) / self.scale
+        standardized = np.nan_to_num(standardized, nan=0.0)  # rows that are invalid
+        token = np.abs(standardized).max(axis=-1) / INT8_MAX
         token = np.where(token > 0, token, np.float32(1))
         # Clamp before the cast: rounding may reach 128, which would wrap to -128.
-        values = np.clip(np.rint(standardised / token[..., None]), -INT8_MAX, INT8_MAX)
+        values = np.clip(np.rint(standardized / token[..., None]), -INT8_MAX, INT8_MAX)
         return {name: values.astype(np.int8), name + TOKEN_SCALE: token.astype(np.float32)}
 
 
@@ -181,8 +181,8 @@ class PcaCoder:
         self.scale = channel_scale(self.project(split.gather(sample, [name])[name]))
 
     def project(self, stored: np.ndarray) -> np.ndarray:
-        standardised = (stored.astype(np.float32) * self.stored_scale - self.center) / self.std
-        projected: np.ndarray = standardised @ self.basis.T
+        standardized = (stored.astype(np.float32) * self.stored_scale - self.center) / self.std
+        projected: np.ndarray = standardized @ self.basis.T
         return projected
 
     def specs(self, spec: ArraySpec) -> list[ArraySpec]:
@@ -207,7 +207,7 @@ def make_coder(store: Store, spec: ArraySpec, int8: bool, pca: int | None) -> Co
 
 
 def principal_components(split: Split, name: str, std: np.ndarray, count: int) -> np.ndarray:
-    """The `count` first principal axes [k, D] float32 of standardised features, out of core with dask.
+    """The `count` first principal axes [k, D] float32 of standardized features, out of core with dask.
 
     The covariance is summed block by block; invalid rows (NaN) count as the mean.
     """
@@ -268,7 +268,7 @@ def write_components(folder: Path, split: str, name: str, components: np.ndarray
 
 
 def measure(original: Store, packed: Store) -> list[Cost]:
-    """Cosine of standardised features before and after, on up to 512 rows of the largest split."""
+    """Cosine of standardized features before and after, on up to 512 rows of the largest split."""
     split = max(original.values(), key=len)
     twin = packed[split.name]
     good = np.flatnonzero(split.valid)

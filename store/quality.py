@@ -1,4 +1,4 @@
-"""What stored features are worth: k-NN and linear-probe accuracy, and folds for a probe's logits.
+"""How good stored features are: k-NN and linear-probe accuracy, and folds for a probe's logits.
 
 All functions take plain arrays: features [N, D] in true units, labels [N] int with -1 for no label.
 scikit-learn is imported here only.
@@ -165,8 +165,8 @@ def _fit(features: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.
         model.fit(features, labels)
     if caught:
         log.warning(
-            "probe: the fit ended before it converged (%s): the teacher's features may be worth a little more than the "
-            "accuracy says",
+            "probe: the fit ended before it converged (%s): the teacher's features may be slightly better than this "
+            "accuracy",
             str(caught[0].message).splitlines()[0],
         )
     if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes

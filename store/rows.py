@@ -6,7 +6,7 @@ of at least 2^-14 (its smallest normal number), that is 2^-29 of 2^15, the scale
 
 Rows on their way into a store: checked, scaled, and bad ones marked.
 
-Everything that can be wrong with a block is found here, before a byte is written.
+Every error in a block is found here, before a byte is written.
 """
 
 from __future__ import annotations

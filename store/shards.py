@@ -1,6 +1,6 @@
-"""Where a row lies: chunks and shards of one array, its Zarr metadata, its shard index.
+"""Where a row is stored: chunks and shards of one array, its Zarr metadata, its shard index.
 
-Uncompressed chunks lie one after the other in a shard file, so a row's place is a multiplication:
+Uncompressed chunks follow one another in a shard file, so a row's place is a multiplication:
 
     data of all chunks (last one zero-padded) | index: (offset, length) uint64 a chunk | crc32c
 
@@ -155,7 +155,7 @@ class Layout:
 
 
 def encode_index(lengths: list[int], chunks_per_shard: int) -> bytes:
-    """The index of chunks that lie one after the other, with its crc32c."""
+    """The index of chunks that follow one another, with its crc32c."""
     index = np.full((chunks_per_shard, 2), ABSENT, dtype="<u8")
     index[: len(lengths), 1] = lengths
     index[: len(lengths), 0] = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if lengths else 0
@@ -186,7 +186,7 @@ class ShardFile:
         """crc32c of the first so many bytes, for ascending lengths; None beyond the file's end."""
         path = self.partial if self.partial.exists() else self.final
         if self.layout.codec != "none" or not path.exists():
-            path = self.partial  # a final compressed file says nothing about the rows' bytes
+            path = self.partial  # the checksum of a final compressed file is not that of the rows' bytes
         sums: list[int | None] = []
         position, crc = 0, 0
         with path.open("rb") if path.exists() else BytesIO() as file:

@@ -133,7 +133,7 @@ def shared_warnings(store: Store, splits: Sequence[str] | None = None) -> list[s
 
 
 def size_warnings(split: Split, kind: str | None) -> list[str]:
-    """A sentence when there are so few samples to measure on that a metric says little."""
+    """A sentence when there are so few samples to measure on that a metric is unreliable."""
     counted = count_measured(split, kind)
     if counted >= FEW_SAMPLES:
         return []

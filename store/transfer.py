@@ -34,7 +34,7 @@ class RowSource(Protocol):
 
 
 def blocks(source: RowSource, split: str) -> Iterator[tuple[int, int]]:
-    """Row ranges of about 32 MB, whatever lies in the ragged arrays: copying takes bounded memory."""
+    """Row ranges of about 32 MB, ragged entries included: copying takes bounded memory."""
     specs, rows = source.manifest.arrays, source.manifest.splits[split]
     fixed = sum(spec.row_bytes for spec in specs if not spec.ragged)
     start = 0

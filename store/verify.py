@@ -1,4 +1,4 @@
-"""Is a store what it says it is? Every file is read, every checksum compared."""
+"""Check a store: every file is read, every checksum compared."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def verify_store(path: str | os.PathLike[str]) -> list[Finding]:
 def repair_store(path: str | os.PathLike[str]) -> list[str]:
     """Delete uncommitted leftovers of runs that are gone, nothing else. Returns the deleted paths.
 
-    Raises LockedError while somebody writes: a temporary file may be theirs.
+    Raises LockedError while another process writes: a temporary file may be in use.
     """
     for lock, owner in lock_files(Path(path)):
         if not is_abandoned(lock, owner):
@@ -108,7 +108,7 @@ def repair_store(path: str | os.PathLike[str]) -> list[str]:
 
 
 def leftovers(folder: Path) -> Iterator[Finding]:
-    """Temporary files that no job in progress owns, and locks of dead writers."""
+    """Temporary files that belong to no job in progress, and locks of dead writers."""
     owned = partial_files_of_jobs(folder)
     versions = [folder / WORK_FOLDER / name for name in (ROWS_STORE, NEXT, f"{NEXT}{CREATING}")]
     for path in unfinished(folder):
@@ -166,7 +166,7 @@ def check_metadata(folder: Path, nodes: dict[str, Any]) -> Iterator[Finding]:
 
 
 def check_jobs(folder: Path) -> Iterator[Finding]:
-    """What is committed of jobs in progress: log records and the shard files that they vouch for."""
+    """What is committed of jobs in progress: log records and the shard files whose checksums they hold."""
     for name in pending_jobs(folder):
         job = load_job(folder, name)
         for split in job.splits:
@@ -187,7 +187,7 @@ def check_jobs(folder: Path) -> Iterator[Finding]:
 
 
 def check_commit(folder: Path, job: Job, split: str, shard: int, last: Commit) -> Iterator[Finding]:
-    """The bytes that a shard's last record vouches for."""
+    """The bytes that a shard's last record has the checksum of."""
     for spec in job.direct:
         file = ShardFile(folder / split / spec.name, job.layout(spec, job.splits[split].rows), shard)
         published = last.finished is not None or not file.partial.exists()
@@ -272,10 +272,10 @@ def check_lengths(folder: Path, split: Split) -> Iterator[Finding]:
         layout = split.array(name).layout
         if layout.row_shape != spec.row_shape or layout.dtype != np.dtype(spec.dtype):
             yield Finding(
-                where, f"{layout.dtype} {layout.row_shape}, manifest says {spec.dtype} {spec.row_shape}"
+                where, f"{layout.dtype} {layout.row_shape}, manifest has {spec.dtype} {spec.row_shape}"
             )
         if not spec.ragged and layout.rows != len(split):
-            yield Finding(where, f"{layout.rows} rows, manifest says {len(split)}")
+            yield Finding(where, f"{layout.rows} rows, manifest has {len(split)}")
 
 
 def check_offsets(folder: Path, split: Split) -> Iterator[Finding]:

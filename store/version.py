@@ -57,7 +57,7 @@ Values = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class RaggedChange:
-    """New entries of a ragged group: `rows` bool [N] says which rows have some, `read` gives a row's, by array name."""
+    """New entries of a ragged group: `rows` bool [N]: which rows have some; `read` gives a row's, by array name."""
 
     rows: np.ndarray
     read: Callable[[int], Values]

@@ -75,7 +75,7 @@ class OpenShard:
             commits = self._true_commits(commits)
             self.committed = self._synced = commits[-1].stop if commits else self.first
             self._check_kept(job.splits[split].start)
-            # The log first: it must never vouch for files that are about to be cut.
+            # The log first: it must never hold checksums of bytes that are about to be cut off.
             self._log_fd = self._open_log(commits[-1].end if commits else 0)
             for name, file in self.files.items():
                 file.resume(*(commits[-1].prefix[name] if commits else (0, 0)))
@@ -108,7 +108,7 @@ class OpenShard:
     def sync(self, stop: int) -> None:
         """Make commits up to row `stop` outlast a power failure, with all that have come since.
 
-        After the shard's last row, its files are published, and a last record says so. Does nothing when an
+        After the shard's last row, its files are published, which a last record confirms. Does nothing when an
         earlier call did it.
         """
         if stop <= self._synced or self._broken:
@@ -298,7 +298,7 @@ class StoreWriter:
                 self._await_sync()
 
     def close(self, *, commit: bool = True) -> None:
-        """Commit (unless told not to) and let go of files and lock. May be called twice."""
+        """Commit (unless `commit` is False) and release files and lock. May be called twice."""
         try:
             if commit and not self._failed and not self._closed:
                 self.commit()
@@ -337,7 +337,7 @@ class StoreWriter:
 
     @contextmanager
     def _failing_for_good(self) -> Iterator[None]:
-        """After an error in here nobody knows what is on disk: this writer is of no more use."""
+        """After an error in here the state on disk is unknown: this writer cannot be used any more."""
         self._failed = True
         with disk_errors(self.path):
             yield
@@ -397,7 +397,7 @@ class StoreWriter:
 
 
 def check_range(job: Job, split: str, row_range: tuple[int, int] | None, path: Path) -> tuple[int, int]:
-    """The rows a writer owns. Raises StoreError unless they are whole shards of this job."""
+    """The rows of a writer. Raises StoreError unless they are whole shards of this job."""
     rows, first = job.splits[split].rows, job.splits[split].start
     if row_range is None:
         return first - first % job.shard_rows, rows

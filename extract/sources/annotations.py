@@ -44,7 +44,7 @@ class BoxTable:
 
 
 class FrozenBoxes:
-    """`boxes` of all samples, float32 [M, 4] and int32 [M]; sample `i` owns rows offsets[i]:offsets[i + 1]."""
+    """`boxes` of all samples, float32 [M, 4] and int32 [M]; sample `i` has rows offsets[i]:offsets[i + 1]."""
 
     def __init__(self, boxes: Boxes, offsets: npt.NDArray[np.int64]) -> None:
         self.boxes, self.offsets = boxes, offsets
@@ -150,7 +150,7 @@ class Labels:
         self.largest = -1
 
     def add(self, value: Any, where: str) -> str | int | None:
-        """Check one label; None, NaN and an empty text mean unlabelled. Raises AnnotationError."""
+        """Check one label; None, NaN and an empty text mean unlabeled. Raises AnnotationError."""
         if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
             return None
         if isinstance(value, float | np.floating) and float(value).is_integer():
@@ -173,7 +173,7 @@ class Labels:
     def _add_number(self, value: int, where: str) -> int:
         if value < 0:
             raise AnnotationError(
-                f"{where}: label {value} is negative: leave it empty for an unlabelled sample"
+                f"{where}: label {value} is negative: leave it empty for an unlabeled sample"
             )
         if self.given is not None and value >= len(self.given):
             raise AnnotationError(f"{where}: label {value}, but there are {len(self.given)} class names")
@@ -210,7 +210,7 @@ def parse_annotation(
 
     Forms: `{"label": L}`, `{"boxes": [[x1, y1, x2, y2], …], "classes": [C, …]}`, a list
     `[{"box": [x1, y1, x2, y2], "class": C}, …]` (`bbox` and `label` work too). Pixels; classes are names or
-    numbers. Boxes are None when the annotation says nothing about them. Raises AnnotationError.
+    numbers. Boxes are None when the annotation has none. Raises AnnotationError.
     """
     if isinstance(value, str | bytes):
         try:

@@ -75,7 +75,7 @@ class LazyMask(Protocol):
     """A mask to be read later. Small and picklable."""
 
     def read(self, size: tuple[int, int] | None) -> bytes:
-        """A grey PNG of class ids. Raises AnnotationError, also for another size (width, height) than `size`."""
+        """A gray PNG of class ids. Raises AnnotationError, also for another size (width, height) than `size`."""
         ...
 
 
@@ -97,7 +97,7 @@ class Sample:
     """One image or clip with what is known about it. Nothing is read before a `read…` method is called.
 
     `key` is unique in the data set, stable between runs and machines. `label` indexes the source's class names;
-    None: unlabelled. A clip has `frames` and no `image`.
+    None: unlabeled. A clip has `frames` and no `image`.
     """
 
     key: str
@@ -108,7 +108,7 @@ class Sample:
     frames: Frames | None = None
 
     def read(self) -> bytes:
-        """The encoded bytes as they lie in the data set. Raises ImageError when unreadable."""
+        """The encoded bytes as stored in the data set. Raises ImageError when unreadable."""
         content = self.frames if self.image is None else self.image
         if isinstance(content, bytes):
             return content
@@ -140,7 +140,7 @@ class Sample:
         return self.boxes.read(size)
 
     def read_mask(self, size: tuple[int, int] | None = None) -> bytes | None:
-        """A grey 8-bit PNG of class ids (255: ignore), upright.
+        """A gray 8-bit PNG of class ids (255: ignore), upright.
 
         Raises AnnotationError, also when `size` (width, height of the image) is given and the mask's differs.
         """
@@ -272,7 +272,7 @@ class Selection(Samples):
 class Source:
     """An opened data set. `task` is a hint: classification, detection, segmentation, sequence or features.
 
-    `class_names` are those of all splits together. `root` says where the data came from, without passwords.
+    `class_names` are those of all splits together. `root` is where the data came from, without passwords.
     `notes` are for the log: decisions the user may want to know of. `warnings` are what is probably wrong.
     """
 

@@ -89,7 +89,7 @@ def looks_like_coco(file: Path) -> bool:
 
 
 def split_of(file: Path) -> str | None:
-    """The split that the file's name or its folder's name speaks of."""
+    """The split that the file's name or its folder's name contains."""
     for text in (file.stem, file.parent.name):
         for word in re.split(r"[^a-z]+", text.lower()):
             if word in SPLIT_NAMES:
@@ -102,7 +102,7 @@ def read_json(file: Path) -> Mapping[str, Any]:
         content = json.loads(read_regular(file))
     except OSError as error:
         raise SourceError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also says line and column
+    except (ValueError, RecursionError) as error:  # its text has line and column
         raise AnnotationError(f"{file}: not JSON: {error}") from None
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, Mapping) or not isinstance(content.get(name), list):

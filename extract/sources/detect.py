@@ -173,7 +173,7 @@ def read_value(name: str, value: Any, annotation: str) -> Any:
 
 
 def detect_kind(path: Path | str) -> str:
-    """The layout of what lies at `path`. Raises SourceError for something that no layout reads."""
+    """The layout of the data at `path`. Raises SourceError for a file type that no layout reads."""
     if "://" in str(path):
         return "sql"
     target = existing(path)

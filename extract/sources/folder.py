@@ -3,7 +3,7 @@
 The first folder below the root (or below the split) is the class; deeper folders are just part of the key.
 Class names are sorted by code point (`10` before `9`), exactly as torchvision's `ImageFolder` and ultralytics do,
 so that class numbers agree with theirs. A folder that holds images directly, or has a single sub-folder with
-images, is unlabelled.
+images, is unlabeled.
 
 Clips: video files, or folders of frames, in class folders or without labels.
 
@@ -58,7 +58,7 @@ class FileSamples(Samples):
 
 
 def open_folder(path: Path, *, labelled: bool | None = None, progress: Progress | None = None) -> Source:
-    """Open class folders or an unlabelled folder. `labelled`: None decides by the layout, see above.
+    """Open class folders or an unlabeled folder. `labelled`: None decides by the layout, see above.
 
     Raises SourceError: no images, or images beside class folders.
     """
@@ -103,7 +103,7 @@ def split_like_classes(names: Sequence[str]) -> tuple[str, ...]:
 def split_paths(files: list[str]) -> dict[str, tuple[int, list[str]]]:
     """Split name → (how many leading folders are not classes, its paths).
 
-    The top folders are splits when all of them have a split's name and no file lies beside them.
+    The top folders are splits when all of them have a split's name and there is no file beside them.
     Raises SourceError when two folders mean the same split.
     """
     tops: dict[str, None] = dict.fromkeys(path.partition("/")[0] if "/" in path else "" for path in files)
@@ -121,7 +121,7 @@ def split_paths(files: list[str]) -> dict[str, tuple[int, list[str]]]:
 def class_names_of(
     by_split: dict[str, tuple[int, list[str]]], root: Path, labelled: bool | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The class names of all splits together, sorted, and notes; () when the folder is unlabelled."""
+    """The class names of all splits together, sorted, and notes; () when the folder is unlabeled."""
     classes: set[str] = set()
     loose: list[str] = []
     for depth, paths in by_split.values():
@@ -135,13 +135,11 @@ def class_names_of(
         return (), ()
     if loose:
         raise SourceError(
-            f"{len(loose)} images lie beside the class folders of {root}, first {loose[0]!r}: "
+            f"{len(loose)} images are beside the class folders of {root}, first {loose[0]!r}: "
             "move them into a class, or pass labelled=false to use all images without labels"
         )
     if len(classes) == 1 and labelled is None:
-        return (), (
-            f"one folder of images ({next(iter(classes))!r}) is no class: images taken as unlabelled",
-        )
+        return (), (f"one folder of images ({next(iter(classes))!r}) is no class: images taken as unlabeled",)
     return tuple(sorted(classes)), ()
 
 
@@ -226,7 +224,9 @@ def folders_of(files: list[str]) -> list[str]:
     for file in files:
         folder, slash, _ = file.rpartition("/")
         if not slash:
-            raise SourceError(f"image {file!r} lies in no clip: frames belong in a folder for each clip")
+            raise SourceError(
+                f"image {file!r} is not part of a clip: put the frames of each clip into a folder"
+            )
         folders.add(folder)
     return sorted(folders)
 

@@ -135,14 +135,14 @@ def check_images(dataset: Any, where: str) -> int:
     """The number of images. Raises SourceError for an array that holds no images."""
     shape, dtype = dataset.shape, dataset.dtype
     encoded = len(shape) == 1 and dtype.kind in "OSV"
-    grey = len(shape) == 3
-    colour = len(shape) == 4 and (shape[-1] in (1, 3, 4) or is_channels_first(shape[1:]))
-    if not encoded and not ((grey or colour) and dtype == np.uint8):
+    gray = len(shape) == 3
+    color = len(shape) == 4 and (shape[-1] in (1, 3, 4) or is_channels_first(shape[1:]))
+    if not encoded and not ((gray or color) and dtype == np.uint8):
         raise SourceError(
             f"{where}: {dataset.name} is {dtype} {list(shape)}: expected uint8 [N, H, W, 3], [N, 3, H, W], "
             "[N, H, W], or encoded files (variable-length uint8 [N])"
         )
-    pixels = math.prod(shape[1:]) // (1 if grey or encoded else min(shape[1], shape[-1]))
+    pixels = math.prod(shape[1:]) // (1 if gray or encoded else min(shape[1], shape[-1]))
     if pixels > MOST_PIXELS:
         raise SourceError(
             f"{where}: {dataset.name} has images of {pixels:,} pixels (shape {list(shape)}): "

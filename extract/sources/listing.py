@@ -87,7 +87,7 @@ def check_unique(keys: Sequence[str], where: str) -> None:
 
 
 def resolve_inside(root: Path, text: str, where: str) -> Path:
-    """The path that an annotation file names, which must lie inside `root`; `root` itself is absolute.
+    """The path that an annotation file names, which must be inside `root`; `root` itself is absolute.
 
     Judged on the written path, `..` removed: links below the root are the owner's own and may lead elsewhere.
     Raises SourceError for a path that leaves the root or cannot be a path.
@@ -98,7 +98,7 @@ def resolve_inside(root: Path, text: str, where: str) -> Path:
     base = os.path.normpath(root)
     path = os.path.normpath(os.path.join(base, cleaned))
     if path != base and not path.startswith(base.rstrip("/") + "/"):
-        raise SourceError(f"{where}: {text!r} lies outside the data set's root {base}")
+        raise SourceError(f"{where}: {text!r} is outside the data set's root {base}")
     return Path(path)
 
 

@@ -3,7 +3,7 @@
 - `images/` + `masks/` (or `JPEGImages/` + `SegmentationClass/`, see the tables below), each with or without `train/`,
   `val/`, `test/` above or below, or VOC's lists in `ImageSets/Segmentation`;
 - a folder and its masks side by side: `train` + `trainannot` (CamVid), `X` + `X_labels`, `X` + `X_masks`, …;
-- masks beside their images, told apart by a suffix (`a.jpg`, `a_mask.png`);
+- masks beside their images, distinguished by a suffix (`a.jpg`, `a_mask.png`);
 - masks in a folder of any name: `masks=DIR`.
 
 A mask has the stem of its image, perhaps with one of `MASK_SUFFIXES`; an image without a mask is an error. Masks that
@@ -265,7 +265,7 @@ def pair_files(
             masks[stem] = file
         else:
             others.append(file)
-    # With a folder for images, whatever lies elsewhere (object masks, pictures of masks) is no image.
+    # With a folder for images, images elsewhere (object masks, pictures of masks) are not samples.
     images = [file for file in others if _image_folder(file) is not None] or others
 
     def find(image: str) -> str | None:
@@ -405,7 +405,7 @@ def scan_ids(root: Path, pairs: Sequence[tuple[str, str]], rule: MaskRule) -> se
 
 
 def _mask_stems(stem: str, suffixes: Sequence[str]) -> list[str]:
-    """Where the mask of an image may lie, without its file suffix; with a suffix beside it as well."""
+    """Where the mask of an image may be, without its file suffix; with a suffix beside it as well."""
     bases = [stem] if _image_folder(stem) is None else []
     parts = stem.split("/")
     for depth, part in enumerate(parts[:-1]):

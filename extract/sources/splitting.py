@@ -6,7 +6,7 @@
   sample with the smallest (largest) hash goes there. That depends on the other samples of the class: of each class
   at most one sample moves when others are added. The classes of an image with boxes are those of its boxes. Masks
   are not decoded for this; they, and images without any target, count as one class.
-- What a store has recorded stays where it is, whatever the rule would say now.
+- What a store has recorded stays in its split, even where the rule would now decide otherwise.
 
 By option the content's digest takes the key's place: renamed files stay in their split, and every file is read once.
 

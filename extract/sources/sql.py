@@ -1,4 +1,4 @@
-"""SQL: a query that gives one row per image, from any database that SQLAlchemy speaks to.
+"""SQL: a query that gives one row per image, from any database that SQLAlchemy supports.
 
 Columns of the query, by name: `key` (or `id`), `image` (or `path`, `file_name`, `blob`): a path below `image_root` or
 the encoded bytes; optional `label`, `annotation` (JSON, see `parse_annotation`), `split`. Keys are texts or numbers.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEY_COLUMNS = ("key", "sample_key", "id")
 IMAGE_COLUMNS = ("image", "path", "image_path", "file_name", "filename", "blob", "bytes")
 FETCH_ROWS = 1_000  # rows the server-side cursor sends at a time
-# Blobs fetched together. Few, because neighbouring samples may be decoded by different processes, each of which
+# Blobs fetched together. Few, because neighboring samples may be decoded by different processes, each of which
 # fetches the whole block.
 BLOB_ROWS = 4
 

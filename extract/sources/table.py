@@ -408,7 +408,7 @@ def open_table(file: Path) -> TableFile:
 
 
 def list_tables(path: Path) -> list[tuple[Path, str | None]]:
-    """The table files and the split that their names speak of; None: the rows say it.
+    """The table files and the split in their names; None: a column has it.
 
     Raises SourceError when a folder holds several tables that are not splits.
     """
@@ -438,7 +438,7 @@ def split_of_name(file: Path) -> str | None:
 
 @lru_cache(maxsize=2)
 def _read_group(file: str, column: str, group: int, process: int, changed_ns: int) -> Any:
-    """One column of a row group: neighbouring rows are read one after the other."""
+    """One column of a row group: neighboring rows are read one after the other."""
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(file).read_row_group(group, columns=[column]).column(column)

@@ -1,11 +1,11 @@
-"""YOLO: `data.yaml` with `names` and `train`/`val`/`test`; one text file of normalised boxes per image.
+"""YOLO: `data.yaml` with `names` and `train`/`val`/`test`; one text file of normalized boxes per image.
 
 - `path` in the yaml is the data set's root, absolute or relative to the yaml; without it, the yaml's folder.
 - A split is a folder, a text file with one image per line, or a list of those. Nothing may leave the root, except
   for Roboflow's `../train/images`, which means `train/images` (ultralytics reads it so, too).
 - The label of `…/images/…/a.jpg` is `…/labels/…/a.txt` (the last `images` counts), else `a.txt` beside the image.
   No label file, or an empty one: an image without objects.
-- A line is `class x_centre y_centre width height`, or `class x1 y1 x2 y2 x3 y3 …` (a polygon: its bounds count),
+- A line is `class x_center y_center width height`, or `class x1 y1 x2 y2 x3 y3 …` (a polygon: its bounds count),
   in fractions of the upright image.
 """
 
@@ -36,7 +36,7 @@ from extract.sources.splitting import SPLIT_NAMES
 from files.reading import load_yaml, read_regular_text
 from imaging.decode import IMAGE_SUFFIXES
 
-# A coordinate beyond this is no fraction of an image's side that went astray: the file has pixels.
+# A coordinate beyond this is not a fraction slightly outside the image: the file has pixels.
 _NO_FRACTION = 4.0
 
 

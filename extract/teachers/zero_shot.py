@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from extract.teachers.errors import TeacherError
-from imaging.geometry import PADDING_COLOUR
+from imaging.geometry import PADDING_COLOR
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,7 +96,7 @@ class ZeroShotScorer:
         if (h, w) not in self.priors:
             size = self.teacher.preprocessing.image_size
             patch = size // self.teacher.grid_size(size, size)[0]
-            colour = torch.tensor(PADDING_COLOUR, dtype=torch.uint8).view(1, 3, 1, 1)
+            colour = torch.tensor(PADDING_COLOR, dtype=torch.uint8).view(1, 3, 1, 1)
             empty = colour.expand(1, 3, h * patch, w * patch)
             self.priors[h, w] = self.score_names(self.teacher.encode(empty).grid)
         return self.priors[h, w]

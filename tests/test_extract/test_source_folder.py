@@ -199,7 +199,7 @@ def test_options_may_be_texts_of_a_command_line(tmp_path: Path) -> None:
 
 
 def test_images_beside_class_folders_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"1 images lie beside the class folders .* 'stray.png'"):
+    with pytest.raises(SourceError, match=r"1 images are beside the class folders .* 'stray.png'"):
         open_source(make(tmp_path, "a/1.png", "b/1.png", "stray.png"))
 
 

@@ -137,7 +137,7 @@ def test_image_paths_start_at_image_root(tmp_path: Path) -> None:
 
 def test_paths_may_not_leave_image_root(tmp_path: Path) -> None:
     url = sqlite(tmp_path, [(7, "../../etc/passwd", 2)])
-    with pytest.raises(SourceError, match="lies outside the data set's root"):
+    with pytest.raises(SourceError, match="is outside the data set's root"):
         open_source(url, query=QUERY, image_root=str(tmp_path))
 
 

@@ -70,7 +70,7 @@ def test_one_table_per_split(tmp_path: Path) -> None:
     ("header", "rows", "message"),
     [
         ("name,label", ["a.png,x"], "no image column among name, label"),
-        ("path,label", ["a.png,x", "../../etc/passwd,x"], "table.csv:3: .*lies outside"),
+        ("path,label", ["a.png,x", "../../etc/passwd,x"], "table.csv:3: .*is outside"),
         ("path,label", ["a.png,x", "b.png"], "table.csv:3: expected 2 columns, found fewer"),
         ("path,label", ["a.png,x,y"], "table.csv:2: expected 2 columns, found more"),
         ("path,label", ["a.png,x", ",x"], "table.csv:3: the image is ''"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imaging.geometry import RESIZE_POLICIES, View, cell_centres, content_rectangle, resize_view
+from imaging.geometry import RESIZE_POLICIES, View, cell_centers, content_rectangle, resize_view
 
 SIZES = [(64, 48), (48, 64), (50, 50), (300, 20), (17, 131)]
 
@@ -56,7 +56,7 @@ def test_composition_and_inverse(first: View, second: View) -> None:
 def test_rendering_shows_what_apply_says(view: View) -> None:
     size = (40, 30)
     x, y = (view.render(image, size, fill=-9) for image in coordinate_images(120, 90))
-    expected = view.apply(cell_centres(size[1], size[0]))
+    expected = view.apply(cell_centers(size[1], size[0]))
     seen = np.stack([np.asarray(x), np.asarray(y)], axis=-1)
     # Near the source's edges resampling has fewer pixels to go by.
     inner = ((expected > 0.15) & (expected < 0.85)).all(axis=-1)
@@ -68,14 +68,14 @@ def test_rendering_shows_what_apply_says(view: View) -> None:
 def test_a_wrong_view_would_be_noticed() -> None:
     image = coordinates(120, 90)
     seen = np.asarray(View.flip().render(image, (40, 30)))
-    assert np.abs(seen - cell_centres(30, 40)[..., 0]).max() > 0.9
+    assert np.abs(seen - cell_centers(30, 40)[..., 0]).max() > 0.9
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("policy", RESIZE_POLICIES)
 def test_resize_policies_render_their_own_geometry(policy: str, size: tuple[int, int]) -> None:
     view = resize_view(policy, size, 28)
-    expected = view.apply(cell_centres(28, 28))
+    expected = view.apply(cell_centers(28, 28))
     inside = view.inside(28, 28)
     for axis, image in enumerate(coordinate_images(*size)):
         seen = np.asarray(view.render(image, 28, fill=-9))

@@ -357,7 +357,7 @@ def hostile_hdf5(path: Path, kind: str, secret: Path) -> None:
         ("soft link to an external link", "is an external link to .*: other files are not read"),
         ("virtual", "train/sizes is a virtual data set"),
         ("never written", "of which at most 0 were ever written"),
-        ("other shape", r"train/sizes is int32 \[71, 2\], its manifest says int32 \[70, 2\]"),
+        ("other shape", r"train/sizes is int32 \[71, 2\], its manifest has int32 \[70, 2\]"),
         ("huge rows", "has rows of 14,400,000,000 bytes"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaging.geometry import PADDING_COLOUR, View, resize_view
+from imaging.geometry import PADDING_COLOR, View, resize_view
 from store.create import create_store
 from store.finalize import finalize_store
 from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
@@ -97,7 +97,7 @@ def scene_store(path: Path, resize: str, images: str, count: int = 8) -> Path:
 def scores_of(pixels: NDArray[Any]) -> NDArray[np.float64]:
     """Scores [..., C] of colors [..., 3]; padding is ground."""
     scores = -np.square(pixels[..., None, :].astype(np.float64) - COLORS).sum(-1)
-    scores[np.abs(pixels - np.array(PADDING_COLOUR)).max(-1) < 12] = (0, -1, -1)
+    scores[np.abs(pixels - np.array(PADDING_COLOR)).max(-1) < 12] = (0, -1, -1)
     return np.asarray(scores)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imaging.geometry import View, cell_centres, resize_view
+from imaging.geometry import View, cell_centers, resize_view
 from train.data.views import (
     AUGMENTATIONS,
     Augmentation,
@@ -35,7 +35,7 @@ GRID, SIDE = 16, 128
 
 def coordinate_grid(grid: int, teacher: View) -> np.ndarray:
     """A teacher grid [g, g, 2] whose tokens say where in the source image their centre lies."""
-    return teacher.apply(cell_centres(grid, grid))
+    return teacher.apply(cell_centers(grid, grid))
 
 
 def carry(view: View, teacher: View, size: int, grid: int = GRID) -> Transported:
@@ -46,7 +46,7 @@ def carry(view: View, teacher: View, size: int, grid: int = GRID) -> Transported
 
 def coordinate_image(channel: int) -> Image.Image:
     """A float picture whose pixels hold their own x (0) or y (1) coordinate."""
-    return Image.fromarray(cell_centres(SIDE, SIDE)[..., channel].astype(np.float32))
+    return Image.fromarray(cell_centers(SIDE, SIDE)[..., channel].astype(np.float32))
 
 
 def same_augmentation_of_image(view: View, size: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def test_teacher_and_student_policies_may_differ(policy):
     size = (300, 200)
     teacher, student = resize_view(policy, size, 224), View.crop(0.3, 0.2, 0.7, 0.8)
     found = carry(student, teacher, 8)
-    expected = student.apply(cell_centres(8, 8))
+    expected = student.apply(cell_centers(8, 8))
     seen = found.weight[0].numpy() == 1
     assert seen.any()
     scale = np.abs(np.diag(teacher.matrix[:, :2])).max() / GRID
@@ -115,7 +115,7 @@ def test_many_random_views_of_the_real_augmentation():
     for number in range(60):
         view = draw_view(augmentation, sample_generator(0, number, "key"), View.identity())
         found = carry(view, View.identity(), 4)
-        expected = view.apply(cell_centres(4, 4))
+        expected = view.apply(cell_centers(4, 4))
         # A cell is compared when all its points are at least a token away from the border.
         half = np.abs(view.matrix[:, :2]).sum(axis=1) / 8
         margin = half + 0.5 / GRID

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaging.geometry import PADDING_COLOUR, View, resize_view
+from imaging.geometry import PADDING_COLOR, View, resize_view
 
 LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -108,7 +108,7 @@ def render_image(
     image: Image.Image, view: View, size: int, color: NDArray[np.float64] | None = None
 ) -> NDArray[np.uint8]:
     """The view's pixels with changed colors, uint8 [size, size, 3]; outside the image: the padding color."""
-    shown = view.render(image, size, PADDING_COLOUR, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    shown = view.render(image, size, PADDING_COLOR, Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.array(change_color(shown, color), dtype=np.uint8)
 
 

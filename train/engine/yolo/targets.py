@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from imaging.geometry import View, cell_centres, resize_view
+from imaging.geometry import View, cell_centers, resize_view
 from train.data.prefetch import pinned
 from train.distill.losses import full_precision
 from train.distill.projector import TargetStandardizer
@@ -176,7 +176,7 @@ class TeacherTargets:
     def centres_of(self, height: int, width: int) -> Tensor:
         """Centres of `height` × `width` cells, float32 [height·width, 2] on the device; made once a size."""
         if (height, width) not in self.centres:
-            centres = torch.from_numpy(cell_centres(height, width)).float().view(-1, 2)
+            centres = torch.from_numpy(cell_centers(height, width)).float().view(-1, 2)
             self.centres[height, width] = centres.to(self.device)
         return self.centres[height, width]
 
