@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.task.errors import OptionError
+from backend.task.options import OPTIONS
 from backend.task.request import TaskRequest
 from train.recipes import recipe_of
 
 if TYPE_CHECKING:
+    from console.options import Option
     from extract.config import ExtractConfig
     from train.config import TrainConfig
 
@@ -18,34 +20,8 @@ LARGEST_TEACHER_SIZE = 448
 GRID_TASKS = frozenset({"detection", "segmentation"})
 LABEL_TASKS = frozenset({"classification", "sequence"})
 
-# Options that mean the same, under the same name, in stage two.
-SAME_NAME = (
-    "num_classes",
-    "image_size",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "optimizer",
-    "lr_scheduler",
-    "weight_decay",
-    "grad_accum_steps",
-    "max_grad_norm",
-    "seed",
-    "workers",
-    "hard_label_weight",
-    "soft_label_weight",
-    "feature_loss_type",
-    "align_feature",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "lora_bias",
-)
 # Any of these in the output folder: this task was started before.
 RUN_FILES = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
-LOGIT_OPTIONS = ("temperature", "distill_loss_type")
-LORA_OPTIONS = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias")
 
 
 class Mapping:
@@ -60,9 +36,7 @@ class Mapping:
 
     def setting(self, name: str) -> Any:
         """Option or JSON, else the recipe of the student, else the default."""
-        if name in self.request.chosen:
-            return self.request.chosen[name]
-        return self.recipe.get(name, self.request.get(name))
+        return {**self.recipe, **self.request.chosen}.get(name, OPTIONS[name].default)
 
     def resolve_distillation(self) -> str:
         """feature, logit or hybrid, as far as the task has class logits.
@@ -159,12 +133,12 @@ class Mapping:
         Raises:
             ConfigError: when the options do not make sense together.
         """
-        from train.config import load_config
+        from console.options import options_of
+        from train.config import TrainConfig, load_config
 
         request = self.request
-        same = {name: request.chosen[name] for name in self.passed_on() if name in request.chosen}
         options = {
-            **same,
+            **self.same_options(options_of(TrainConfig)),
             "store": store,
             "student": str(request.student),
             "out": request.output_dir,
@@ -181,11 +155,14 @@ class Mapping:
             options["data_root"] = request.dataset_dir
         return load_config(options)
 
-    def passed_on(self) -> list[str]:
-        names = [name for name in SAME_NAME if name != "lora_rank"]
-        if not self.lora_rank:
-            names = [name for name in names if name not in LORA_OPTIONS]
-        return names + (list(LOGIT_OPTIONS) if self.distillation != "feature" else [])
+    def same_options(self, options: dict[str, Option]) -> dict[str, Any]:
+        """What was chosen of the options that have the same name and meaning in stage two, where they have an effect."""
+        unused = {"lora": not self.lora_rank, "logits": self.distillation == "feature"}
+        return {
+            name: self.request.chosen[name]
+            for name, option in options.items()
+            if name in self.request.chosen and not unused.get(option.needs)
+        }
 
     @property
     def checkpoint_interval(self) -> int | None:
