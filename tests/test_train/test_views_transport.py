@@ -26,8 +26,8 @@ from train.distill.transport import (
     region_mean,
     relate_views,
     resize_matrices,
-    transport_grid,
-    turned_weights,
+    rotated_weights,
+    transport_weights,
 )
 
 GRID, SIDE = 16, 128
@@ -36,6 +36,11 @@ GRID, SIDE = 16, 128
 def coordinate_grid(grid: int, teacher: View) -> np.ndarray:
     """A teacher grid [g, g, 2] whose tokens say where in the source image their centre lies."""
     return teacher.apply(cell_centers(grid, grid))
+
+
+def transport_grid(grid: torch.Tensor, geometry: Geometry | None, height: int, width: int) -> Transported:
+    """What the loader and the objective do together."""
+    return apply_transport(grid, transport_weights(geometry, height, width, (grid.shape[1], grid.shape[2])))
 
 
 def carry(view: View, teacher: View, size: int, grid: int = GRID) -> Transported:
@@ -151,7 +156,7 @@ def test_both_ways_agree_on_axis_parallel_views():
     geometry = relate_views(views, np.stack([np.eye(2, 3)] * 3))
     fast, general = (
         apply_transport(grid, make(geometry, 4, 5, (6, 6)))
-        for make in (axis_parallel_weights, turned_weights)
+        for make in (axis_parallel_weights, rotated_weights)
     )
     torch.testing.assert_close(fast.cells, general.cells)
     torch.testing.assert_close(fast.weight, general.weight)

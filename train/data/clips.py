@@ -18,11 +18,12 @@ from torch import Tensor
 
 from imaging.clips import clip_content, read_clip_frames, sample_frame_indices
 from imaging.decode import FULL_DEPTH, MOST_PIXELS, ImageError, decode_image
+from imaging.geometry import resize_view
 from store.format import CONTENT, FRAMES, IMAGES_ENCODED, IMAGES_FRAMES, Manifest
 from store.reader import Split
 from train.data.batches import Item, collate_views
 from train.data.images import DataError, Views, ViewSettings, path_of
-from train.data.views import base_view, draw_color, draw_view, render_image, sample_generator
+from train.data.views import draw_color, draw_view, render_image, sample_generator
 
 
 class ClipReader:
@@ -112,7 +113,9 @@ class ClipViews(Views):
         frames = self.reader.read(item.row)
         generator = sample_generator(settings.seed, item.epoch, self.reader.key(item.row))
         view = draw_view(
-            settings.augmentation, generator, base_view(settings.policy, frames[0].size, settings.image_size)
+            settings.augmentation,
+            generator,
+            resize_view(settings.policy, frames[0].size, settings.image_size),
         )
         color = draw_color(settings.augmentation, generator)
         pixels = np.stack([render_image(frame, view, settings.image_size, color) for frame in frames])

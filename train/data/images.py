@@ -24,7 +24,6 @@ from store.reader import Split
 from train.data.batches import Item
 from train.data.views import (
     Augmentation,
-    base_view,
     draw_color,
     draw_view,
     render_image,
@@ -193,7 +192,7 @@ class ImageViews(Views):
         settings, reader = self.settings, self.reader
         shown = reader.read(item.row, decode_size(settings))
         generator = sample_generator(settings.seed, item.epoch, reader.key(item.row))
-        base = base_view(settings.policy, shown.size, settings.image_size)
+        base = resize_view(settings.policy, shown.size, settings.image_size)
         recorded = -1
         if settings.recorded_views:
             recorded = int(generator.integers(settings.recorded_views))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaging.geometry import PADDING_COLOR, View, resize_view
+from imaging.geometry import PADDING_COLOR, View
 
 LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -97,11 +97,6 @@ def change_color(image: Image.Image, factors: NDArray[np.float64] | None) -> Ima
     offset = brightness * (1 - contrast) * float(np.dot(LUMINANCE, mean))
     matrix = np.column_stack([linear, np.full(3, offset)])
     return image.convert("RGB", tuple(float(value) for value in matrix.reshape(-1)))
-
-
-def base_view(policy: str, image_size: tuple[int, int], view_size: int) -> View:
-    """The view without augmentation: the store's resize policy applied to the student's input."""
-    return resize_view(policy, image_size, view_size)
 
 
 def render_image(

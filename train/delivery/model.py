@@ -19,10 +19,10 @@ from torch import nn
 
 from console.devices import find_device
 from imaging.decode import FULL_DEPTH
-from imaging.geometry import View
+from imaging.geometry import View, resize_view
 from train.checkpoint import BEST, load_student_from_run
 from train.data.images import Shown
-from train.data.views import base_view, render_image
+from train.data.views import render_image
 from train.delivery.embedding import EmbeddingsOnly, LabelFreeStudent, label_free_student
 from train.errors import DeliveryError
 from train.rundir import SUMMARY
@@ -101,7 +101,7 @@ class ModelCard:
 
     def view_of(self, size: tuple[int, int]) -> View:
         """Where the student's input lies in an image of `size` (width, height)."""
-        return base_view(self.resize, size, self.image_size)
+        return resize_view(self.resize, size, self.image_size)
 
     def render(self, image: Image.Image) -> NDArray[np.uint8]:
         """An RGB image as the student sees it, uint8 [S, S, 3]."""

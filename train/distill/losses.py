@@ -21,12 +21,9 @@ def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     Without it, autocast would run matrix products (pairwise similarities) in bfloat16 or float16 again.
     """
     kind = tensor.device.type
-    # The meta device, which the tests use to find host syncs, has no autocast.
-    return (
-        torch.autocast(kind, enabled=False)
-        if torch.amp.is_autocast_available(kind)
-        else contextlib.nullcontext()
-    )
+    if torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()  # the meta device, which the tests use to find host synchronizations
 
 
 FEATURE_LOSSES = ("mse", "cosine", "smooth_l1", "relation")
@@ -149,10 +146,18 @@ def feature_loss(
         return divide(total, weights.sum() if normalizer is None else normalizer)
 
 
-def logit_divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) of every row: logits [B, Cs] and [B, Ct] → float32 [B].
+def logit_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """Weighted mean over samples of T² · KL(teacher ‖ student): logits [B, Cs] and [B, Ct]; scalar float32.
 
-    A head wider than the teacher's classes is allowed: the teacher gives the extra classes probability 0.
+    Hinton, Vinyals, Dean: "Distilling the Knowledge in a Neural Network", 2015: T² keeps the size of the gradient
+    independent of the temperature. A head wider than the teacher's classes is allowed: the teacher gives the extra
+    classes probability 0. Rows of weight 0 may hold NaN.
     Raises ValueError for a narrower head or a temperature that is not positive.
     """
     if temperature <= 0:
@@ -162,29 +167,22 @@ def logit_divergences(student: Tensor, teacher: Tensor, temperature: float) -> T
         raise ValueError(
             f"student logits {tuple(student.shape)} do not cover teacher logits {tuple(teacher.shape)}"
         )
+    if weight is not None:
+        teacher = torch.where(weight.unsqueeze(-1) > 0, teacher, 0.0)
     with full_precision(student):
         log_student = (student.float() / temperature).log_softmax(-1)
         wide = functional.pad(teacher.detach().float() / temperature, (0, extra), value=float("-inf"))
         probabilities = wide.softmax(-1)
         terms = torch.xlogy(probabilities, probabilities) - probabilities * log_student
-        return terms.sum(-1) * temperature**2
-
-
-def logit_loss(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    weight: Tensor | None = None,
-    normalizer: Tensor | float | None = None,
-) -> Tensor:
-    """Weighted mean over samples of `logit_divergences`; scalar float32. Rows of weight 0 may hold NaN."""
-    if weight is not None:
-        teacher = torch.where(weight.unsqueeze(-1) > 0, teacher, 0.0)
-    return weighted_mean(logit_divergences(student, teacher, temperature), weight, normalizer)
+        return weighted_mean(terms.sum(-1) * temperature**2, weight, normalizer)
 
 
 def relational_loss(student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean squared difference of pairwise cosine similarities; scalar float32.
+
+    The student copies which samples of the batch resemble each other: Tung and Mori, "Similarity-Preserving Knowledge
+    Distillation", ICCV 2019, and Park et al., "Relational Knowledge Distillation", CVPR 2019. With cosine similarity
+    neither the norms nor the widths of the two feature spaces matter; the diagonal, always 1, is left out of the mean.
 
     `student` [N, Ds], `target` [N, Dt] (widths may differ), `weight` [N]: a pair weighs the product of its
     samples' weights. Under DDP pass features gathered over the ranks (with gradients), since pairs across
@@ -198,15 +196,9 @@ def relational_loss(student: Tensor, target: Tensor, weight: Tensor | None = Non
     with full_precision(student):
         rows = torch.ones(len(student), device=student.device) if weight is None else weight.detach().float()
         clean = torch.where(rows.unsqueeze(1) > 0, target.detach().float(), 0.0)
-        difference = cosine_similarities(student.float()) - cosine_similarities(clean)
+        own, goal = (functional.normalize(side, dim=-1, eps=1e-8) for side in (student.float(), clean))
         pairs = torch.outer(rows, rows).fill_diagonal_(0.0)
-        return (difference.square() * pairs).sum() / pairs.sum().clamp_min(1e-12)
-
-
-def cosine_similarities(features: Tensor) -> Tensor:
-    """[N, D] → [N, N] cosine similarities of all pairs."""
-    unit = functional.normalize(features, dim=-1, eps=1e-8)
-    return unit @ unit.T
+        return ((own @ own.T - goal @ goal.T).square() * pairs).sum() / pairs.sum().clamp_min(1e-12)
 
 
 def cross_entropy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ MEMORY_ADVICE = (
 )
 
 
-#: How texts of errors begin that come from a device rather than from the program.
+#: How messages of errors start that come from a device rather than from the program.
 DEVICE_ERRORS = ("CUDA error", "NCCL error", "CUDA driver error", "cuDNN error")
 
 
@@ -39,15 +40,10 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> str:
     """accelerate's name of the precision: auto is bf16 where the GPU has it, else fp16; fp32 on CPUs."""
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        if device.type != "cuda":
-            return "no"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if (
-        name == "bf16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+        return "no" if device.type != "cuda" else "bf16" if bf16 else "fp16"
+    if name == "bf16" and not bf16:
         major, minor = torch.cuda.get_device_capability(device)
         raise TrainError(
             f"precision bf16: {torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, bfloat16 "
@@ -61,9 +57,8 @@ def choose_precision(name: str, device: torch.device) -> str:
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """An accelerator for this run alone; ranks come from torchrun's or accelerate's environment."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    device = (
-        choose_device(config.devices[0]) if ranks == 1 else choose_device(config.devices[0].split(":")[0])
-    )
+    name = config.devices[0]
+    device = choose_device(name if ranks == 1 else name.partition(":")[0])
     # accelerate keeps one global state; a second run in this process may want another precision or device.
     AcceleratorState._reset_state(reset_partial_state=True)
     if device.type == "cuda" and ranks == 1 and device.index is not None:
@@ -85,7 +80,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def use_tensor_cores(device: torch.device) -> None:
-    """TF32 for what is computed in float32 on a GPU: factors of 10 bits mantissa, sums in float32, several times as fast."""
+    """TF32 for float32 products on a GPU: factors with 10 bits of mantissa, sums in float32, several times as fast."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -105,21 +100,16 @@ def set_determinism(enabled: bool) -> None:
 
 def peak_memory() -> dict[str, Any]:
     """Peak resident memory of this process and of its GPU, MB; the GPU's is None without one."""
-    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-    return {
-        "peak_rss_mb": round(peak_resident_mb(), 1),
-        "peak_gpu_mb": None if gpu is None else round(gpu, 1),
-    }
+    gpu = round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None
+    return {"peak_rss_mb": round(peak_resident_mb(), 1), "peak_gpu_mb": gpu}
 
 
 def peak_resident_mb() -> float:
     """Peak resident memory of this process, MB."""
-    # getrusage's peak also holds that of the process which started this one; Linux's own record does not.
+    # getrusage's peak includes that of the process that started this one; Linux's own record does not.
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
+    if status.exists() and (peak_kb := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(peak_kb[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 

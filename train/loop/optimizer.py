@@ -46,26 +46,24 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: with decay, and without (vectors, biases, and `no_weight_decay()` of any submodule)."""
-    spared = undecayed_names(module)
+    """Two groups: with decay, and without.
+
+    Excluded from decay: norms and biases, and the parameters that a model lists (timm's `no_weight_decay()`: position
+    embeddings, class tokens).
+    """
+    listed: set[str] = set()
+    for prefix, child in module.named_modules():
+        names = getattr(child, "no_weight_decay", None)
+        if callable(names):
+            listed |= {f"{prefix}.{name}" if prefix else name for name in names()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            without = parameter.ndim < 2 or name.endswith(".bias") or name in spared
+            without = parameter.ndim < 2 or name.endswith(".bias") or name in listed
             (plain if without else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def undecayed_names(module: nn.Module) -> set[str]:
-    """Full names of parameters that a model excludes itself (timm: position embeddings, class tokens)."""
-    names: set[str] = set()
-    for prefix, child in module.named_modules():
-        listed = getattr(child, "no_weight_decay", None)
-        if callable(listed):
-            names |= {f"{prefix}.{name}" if prefix else name for name in listed()}
-    return names
 
 
 class WeightAverage:
