@@ -42,15 +42,11 @@ AGAIN = "\0again "  # in keys of rows that are encoded for a new version: no fil
 class NoSamples(Samples):
     """A split that the data set does not have."""
 
-    @property
-    def keys(self) -> Sequence[str]:
-        return ()
-
     def build(self, index: int) -> Sample:
         raise IndexError(index)
 
 
-NO_SAMPLES = NoSamples()
+NO_SAMPLES = NoSamples(())
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ from store.job import (
     job_folder,
     keys_folder,
     load_job,
-    locks_folder,
     log_path,
     pending_jobs,
     read_commits,
@@ -121,7 +120,7 @@ def finalize_store(
         remove_published(store, manifest)  # Killed during the last step, or called twice.
         return
     work = load_job(store, job)
-    lock = RowLock(locks_folder(store, work), None, 0, 0, break_lock=break_lock)
+    lock = RowLock(job_folder(store, job), None, 0, 0, break_lock=break_lock)
     try:
         with disk_errors(store):
             parts = [Finishing.begin(store, work, split) for split in work.splits]
@@ -347,7 +346,7 @@ def remove_published(store: Path, manifest: Manifest) -> None:
 
 def drop_job(store: Path, name: str) -> None:
     """Remove a job, finished or not. Raises LockedError while a writer is at it."""
-    lock = RowLock(locks_folder(store, load_job(store, name)), None, 0, 0)
+    lock = RowLock(job_folder(store, load_job(store, name).name), None, 0, 0)
     try:
         remove_job(store, name)
     finally:

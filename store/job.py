@@ -1,21 +1,12 @@
-"""The commit log of one shard: what is in it is committed, what is not never happened.
-
-A commit is one record, appended after the data it vouches for:
-
-    b"COMMIT1\n" | header length uint32 | payload length uint64 | header JSON | payload | crc32c uint32
-
-The header says the rows, the length and running crc32c of every partial shard file, and where each
-small array lies in the payload. A torn or damaged tail ends the log: those rows are written again.
-Small and ragged arrays live in the payload until the job is finalized.
-
-A job: arrays that are being written to a store, and over which rows.
+"""A job: arrays that are being written to a store, over which rows, and what of them is committed.
 
 `features` is the job of the extractor; later jobs add arrays (`logits/<name>`) to a complete store.
-A job lives in `.work/<name>/` until it is finalized:
+A job is kept in `.work/<name>/` until it is finalized:
 
-    job.json                  what this file describes, written before the first shard
-    <split>/<shard>.log       the commit log of one shard (see below)
-    locks/                    who is writing
+    job.json                  the content of `Job`, written before the first shard
+    <split>/<shard>.log       the commit log of one shard, see below
+    keys/                     the new keys of a job that appends rows
+    locks/                    which processes are writing
 """
 
 from __future__ import annotations
@@ -36,6 +27,133 @@ from store.errors import StoreError
 from store.format import FEATURES_JOB, VALID, WORK_FOLDER, ArraySpec, Model, Name
 from store.metadata import read_json, write_json
 from store.shards import Layout, crc32c
+
+# Folders of .work that are no jobs: a new version, a store of rows encoded for it, what it replaced (switch.py).
+NEXT, ROWS_STORE, REPLACED = "next", "rows", "replaced"
+# Suffixes of the folders of jobs that are not complete yet, and of finished ones.
+CREATING, DONE = ".creating", ".done"
+
+
+class JobSplit(Model):
+    """Rows of one split; rows before `start` were written by an earlier job and stay."""
+
+    rows: int
+    start: int = 0
+
+
+class Job(Model):
+    """The content of job.json. `scale` holds one power of two a channel, fixed before the first shard."""
+
+    name: Name
+    arrays: tuple[ArraySpec, ...]
+    splits: dict[str, JobSplit]
+    scale: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    center: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    shard_rows: int
+    batch_rows: int
+
+    def attributes(self, name: str) -> dict[str, Any]:
+        """The attributes of an array's zarr.json."""
+        found: dict[str, Any] = {}
+        if name in self.scale:
+            found["scale"] = list(self.scale[name])
+        if name in self.center:
+            found["center"] = list(self.center[name])
+        return found
+
+    @property
+    def direct(self) -> list[ArraySpec]:
+        return [spec for spec in self.arrays if spec.direct]
+
+    @property
+    def logged(self) -> list[ArraySpec]:
+        """Arrays that wait in the commit log until the job is finalized."""
+        return [spec for spec in self.arrays if not spec.direct]
+
+    @property
+    def ragged_groups(self) -> dict[str, list[ArraySpec]]:
+        """Offsets' name → the ragged arrays that share it."""
+        groups: dict[str, list[ArraySpec]] = {}
+        for spec in self.arrays:
+            if spec.ragged:
+                groups.setdefault(spec.offsets_name, []).append(spec)
+        return groups
+
+    @property
+    def owns_rows(self) -> bool:
+        """Whether this job decides which rows are valid (the extractor's job)."""
+        return any(spec.name == VALID for spec in self.arrays)
+
+    def scale_of(self, name: str) -> np.ndarray | None:
+        """[D] float32, or None for an array that is stored as it is."""
+        scale = self.scale.get(name)
+        return None if scale is None else np.array(scale, dtype=np.float32)
+
+    def layout(self, spec: ArraySpec, rows: int) -> Layout:
+        return Layout.of(spec, rows, self.shard_rows)
+
+    def shard_range(self, split: str, shard: int) -> tuple[int, int]:
+        """First row and end row of a shard."""
+        return shard * self.shard_rows, min(self.splits[split].rows, (shard + 1) * self.shard_rows)
+
+    def shards(self, split: str) -> range:
+        """The shards that this job writes."""
+        rows, start = self.splits[split].rows, self.splits[split].start
+        return range(start // self.shard_rows, -(-rows // self.shard_rows) if rows > start else 0)
+
+    def save_in(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "job.json", self.model_dump(mode="json"))
+
+
+def job_folder(store: Path, name: str) -> Path:
+    return store / WORK_FOLDER / name.replace("/", "-")
+
+
+def keys_folder(job: Path) -> Path:
+    """Where a job that appends rows keeps the new key arrays, laid out as in a store."""
+    return job / "keys"
+
+
+def log_path(store: Path, job: Job, split: str, shard: int) -> Path:
+    return job_folder(store, job.name) / split / f"{shard:06d}.log"
+
+
+def pending_jobs(store: Path) -> list[str]:
+    """Names of the jobs that are not finalized."""
+    files = sorted((store / WORK_FOLDER).glob("*/job.json"))
+    files = [path for path in files if not path.parent.name.endswith((CREATING, DONE))]
+    return [str(read_json(path)["name"]) for path in files]
+
+
+def load_job(store: Path, name: str) -> Job:
+    """Raises StoreError when the store has no such job."""
+    path = job_folder(store, name) / "job.json"
+    if not path.exists():
+        raise StoreError(
+            f"{store}: no job {name!r} is being written; pending: {pending_jobs(store) or 'none'}"
+        )
+    try:
+        return Job.model_validate(read_json(path))
+    except ValidationError as error:
+        raise StoreError(f"{path}: damaged: {error}") from error
+
+
+# -- the commit log ----------------------------------------------------------------------------------------------
+#
+# What is in the log of a shard is committed; rows that are not in it are written again by the next run. A commit is one
+# record, appended after the data whose checksums it holds:
+#
+#     b"COMMIT1\n" | header length uint32 | payload length uint64 | header JSON | payload | crc32c uint32
+#
+# The header has the rows, the length and running crc32c of every partial shard file (`prefix`), and the size of each
+# small array in the payload. Small and ragged arrays are kept only there until the job is finalized: their final
+# layout depends on all rows.
+#
+# Why a log, and not a file per commit: appending is one write, and a kill can only damage the end. A torn or damaged
+# record ends the log, because every record's checksum covers the whole record. And because each `prefix` covers the
+# shard file from its start, one true record proves all data before it: after a power failure, which may keep a record
+# and lose its data, resuming goes back to the last record whose checksum the files still have.
 
 MAGIC = b"COMMIT1\n"
 HEAD = struct.Struct("<IQ")
@@ -141,128 +259,6 @@ def _is_intact(file: BinaryIO, commit: Commit) -> bool:
     file.seek(commit.begin)
     record = file.read(commit.end - commit.begin)
     return record[-4:] == struct.pack("<I", crc32c(record[:-4]))
-
-
-# Folders of .work that are no jobs: a new version, a store of rows encoded for it, what it replaced (switch.py).
-NEXT, ROWS_STORE, REPLACED = "next", "rows", "replaced"
-CREATING, DONE = (
-    ".creating",
-    ".done",
-)  # suffixes of the folders of jobs that are not complete yet, or finished
-
-
-class JobSplit(Model):
-    """Rows of one split; rows before `start` were written by an earlier job and stay."""
-
-    rows: int
-    start: int = 0
-
-
-class Job(Model):
-    """The content of job.json. `scale` holds one power of two a channel, fixed before the first shard."""
-
-    name: Name
-    arrays: tuple[ArraySpec, ...]
-    splits: dict[str, JobSplit]
-    scale: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    center: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    shard_rows: int
-    batch_rows: int
-
-    def attributes(self, name: str) -> dict[str, Any]:
-        """The attributes of an array's zarr.json."""
-        found: dict[str, Any] = {}
-        if name in self.scale:
-            found["scale"] = list(self.scale[name])
-        if name in self.center:
-            found["center"] = list(self.center[name])
-        return found
-
-    @property
-    def direct(self) -> list[ArraySpec]:
-        return [spec for spec in self.arrays if spec.direct]
-
-    @property
-    def logged(self) -> list[ArraySpec]:
-        """Arrays that wait in the commit log until the job is finalized."""
-        return [spec for spec in self.arrays if not spec.direct]
-
-    @property
-    def ragged_groups(self) -> dict[str, list[ArraySpec]]:
-        """Offsets' name → the ragged arrays that share it."""
-        groups: dict[str, list[ArraySpec]] = {}
-        for spec in self.arrays:
-            if spec.ragged:
-                groups.setdefault(spec.offsets_name, []).append(spec)
-        return groups
-
-    @property
-    def owns_rows(self) -> bool:
-        """Whether this job decides which rows are valid (the extractor's job)."""
-        return any(spec.name == VALID for spec in self.arrays)
-
-    def scale_of(self, name: str) -> np.ndarray | None:
-        """[D] float32, or None for an array that is stored as it is."""
-        scale = self.scale.get(name)
-        return None if scale is None else np.array(scale, dtype=np.float32)
-
-    def layout(self, spec: ArraySpec, rows: int) -> Layout:
-        return Layout.of(spec, rows, self.shard_rows)
-
-    def shard_range(self, split: str, shard: int) -> tuple[int, int]:
-        """First row and end row of a shard."""
-        return shard * self.shard_rows, min(self.splits[split].rows, (shard + 1) * self.shard_rows)
-
-    def shards(self, split: str) -> range:
-        """The shards that this job writes."""
-        rows, start = self.splits[split].rows, self.splits[split].start
-        return range(start // self.shard_rows, -(-rows // self.shard_rows) if rows > start else 0)
-
-    def save_in(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "job.json", self.model_dump(mode="json"))
-
-
-def job_folder(store: Path, name: str) -> Path:
-    return store / WORK_FOLDER / name.replace("/", "-")
-
-
-def keys_folder(job: Path) -> Path:
-    """Where a job that appends rows keeps the new key arrays, laid out as in a store."""
-    return job / "keys"
-
-
-def locks_folder(store: Path, job: Job) -> Path:
-    return locks_of(job_folder(store, job.name))
-
-
-def locks_of(folder: Path) -> Path:
-    """Where the writers of a folder of `.work` keep their locks."""
-    return folder / "locks"
-
-
-def log_path(store: Path, job: Job, split: str, shard: int) -> Path:
-    return job_folder(store, job.name) / split / f"{shard:06d}.log"
-
-
-def pending_jobs(store: Path) -> list[str]:
-    """Names of the jobs that are not finalized."""
-    files = sorted((store / WORK_FOLDER).glob("*/job.json"))
-    files = [path for path in files if not path.parent.name.endswith((CREATING, DONE))]
-    return [str(read_json(path)["name"]) for path in files]
-
-
-def load_job(store: Path, name: str) -> Job:
-    """Raises StoreError when the store has no such job."""
-    path = job_folder(store, name) / "job.json"
-    if not path.exists():
-        raise StoreError(
-            f"{store}: no job {name!r} is being written; pending: {pending_jobs(store) or 'none'}"
-        )
-    try:
-        return Job.model_validate(read_json(path))
-    except ValidationError as error:
-        raise StoreError(f"{path}: damaged: {error}") from error
 
 
 def progress(store: Path, job: Job) -> dict[str, tuple[int, int]]:

@@ -22,7 +22,7 @@ from store.errors import LockedError, StoreError
 
 HEARTBEAT_S = 15.0
 STALE_AFTER_S = 120.0
-SUFFIX = ".lock"
+FOLDER, SUFFIX = "locks", ".lock"
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +104,19 @@ def _portable_process_start(pid: int) -> str | None:
 
 
 class RowLock:
-    """Held from creation until `release`. Raises LockedError while a live writer holds any of the rows."""
+    """Held from creation until `release`. Raises LockedError while a live writer holds any of the rows.
+
+    work: the folder of a job, or of a new version, in which the locks are kept.
+    """
 
     def __init__(
-        self, folder: Path, split: str | None, start: int, stop: int, *, break_lock: bool = False
+        self, work: Path, split: str | None, start: int, stop: int, *, break_lock: bool = False
     ) -> None:
+        folder = work / FOLDER
         self.owner = this_process(split, start, stop)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{self.owner.pid}-{secrets.token_hex(6)}{SUFFIX}"
+        # Whole at once, so that no other writer reads a part; it need not outlive the process, so it is not synced.
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self.owner)))
         os.rename(partial, self.path)
@@ -149,7 +154,7 @@ class RowLock:
                 log.warning("took over the lock of a dead writer: %s", other)
             else:
                 raise LockedError(
-                    f"{folder.parent.parent.parent}: already being written: {other}; wait for it, or pass "
+                    f"{folder.parents[2]}: already being written: {other}; wait for it, or pass "
                     "--break-lock if you know that it is gone"
                 )
             path.unlink(missing_ok=True)

@@ -1,11 +1,17 @@
-"""A new version takes the store's place, and what is deleted afterwards.
+"""Put a new version in the place of the store, and delete what is left over.
 
     .work/next/            the new version, complete, under the same layout as a store (version.py writes it)
     .work/rows/            a store of rows that were encoded for it
     .work/replaced/        what the switch has moved out of the way
 
-The switch marks the old manifest incomplete, moves each split and `.commits`, and moves the new root `zarr.json` last.
-Each step is skipped when it is done, so that a killed switch is finished by calling `publish_version` again.
+A store is many files, and no file system renames them all at once, so the order of the steps makes it safe:
+
+1. The old manifest is marked incomplete: from here on readers refuse the store instead of mixing two versions.
+2. Each split, and `.commits`, is moved: the old one to `.work/replaced`, the new one from `.work/next`.
+3. The new root `zarr.json` is moved last. It says complete, so its arrival is what completes the switch.
+
+Each step can be seen to be done from what is in `.work/next` still: what is gone from there has been moved. So a
+switch that was killed is finished by calling `publish_version` again, which skips those steps.
 """
 
 from __future__ import annotations
@@ -50,7 +56,7 @@ def switch(store: Path, new: Path) -> None:
     replaced = store / WORK_FOLDER / REPLACED
     replaced.mkdir(exist_ok=True)
     for name in [COMMITS_FOLDER, *dict.fromkeys([*old_splits, *new_splits])]:
-        # When the new one is gone it has its place already, and what is there must stay.
+        # Not in `.work/next` any more: it was moved before the kill, and what is in the store is the new one.
         moved = not (new / name).exists() and name in {COMMITS_FOLDER, *new_splits}
         if not moved and (store / name).exists():
             os.rename(store / name, replaced / name)
@@ -59,6 +65,7 @@ def switch(store: Path, new: Path) -> None:
     for note in [path for path in new.glob(".*/*") if path.is_file()]:
         (store / note.parent.name).mkdir(exist_ok=True)
         os.replace(note, store / note.parent.name / note.name)
+    # All moves must be on the disk before the manifest that calls the store complete.
     for folder in (store, new, replaced):
         sync_folder(folder)
     os.replace(new / ZARR_JSON, store / ZARR_JSON)

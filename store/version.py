@@ -33,9 +33,9 @@ from store.format import (
     offsets_spec,
     own_specs,
 )
-from store.job import CREATING, locks_of
+from store.job import CREATING
 from store.keys import KeyTable, write_keys
-from store.locks import RowLock
+from store.locks import FOLDER, RowLock
 from store.metadata import (
     ZARR_JSON,
     read_json,
@@ -101,7 +101,7 @@ def write_version(
     with disk_errors(store.path):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        lock = RowLock(locks_of(folder), None, 0, 0)
+        lock = RowLock(folder, None, 0, 0)
         try:
             for name, split in splits.items():
                 SplitVersion(store, folder, name, split, specs, between).write()
@@ -123,7 +123,7 @@ def write_version(
             shutil.rmtree(folder, ignore_errors=True)
             raise
         lock.release()
-        shutil.rmtree(locks_of(folder))
+        shutil.rmtree(folder / FOLDER)
         os.rename(folder, next_folder(store.path))
         sync_folder(folder.parent)
 

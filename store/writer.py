@@ -1,17 +1,11 @@
-"""One shard of a job while it is written: its partial files, its commit log, what waits in memory.
-
-A commit record is written at once, so that a killed process loses nothing of it, and data and log are synced a
-little later. A power failure in between may keep a record and lose its data; but every record carries the
-checksums of all data before it, and resuming goes back to the last one that is true.
-
-Append rows to a store: whole shards written directly, small arrays in the commit log.
+"""Append rows to a store: large rows directly into shard files, small arrays into the commit log (see job.py).
 
 A row is committed when its record is in its shard's log: at least every 1,024 rows or 60 seconds. What was not
-committed when a process was killed is written again by the next run, and the files come out bit-identical.
+committed when a process was killed is written again by the next run, and the resulting files are bit-identical.
 
-A second thread syncs data and log, while the next rows are computed. Where rows come faster than the disk, the
-commits of up to 128 MB share a sync: one for each would cost most of the speed. Only a power failure can
-undo those, and the next run notices (see OpenShard).
+The record is written at once, so that it survives a kill; a second thread syncs data and log a little later, while the
+next rows are computed. Where rows come faster than the disk can sync, the commits of up to 128 MB share a sync: one
+for each would cost most of the speed. Only a power failure can undo those, and the next run finds out (`_true_commits`).
 """
 
 from __future__ import annotations
@@ -40,7 +34,6 @@ from store.job import (
     job_folder,
     keys_folder,
     load_job,
-    locks_folder,
     log_path,
     read_commits,
 )
@@ -227,7 +220,7 @@ class StoreWriter:
         self._syncer = ThreadPoolExecutor(1, "store-sync")
         self._syncs: deque[tuple[Future[None], int]] = deque()  # under way, and their bytes
         with disk_errors(self.path):
-            folder = locks_folder(self.path, self.job)
+            folder = job_folder(self.path, job)
             self._lock = RowLock(folder, split, self.start, self.stop, break_lock=break_lock)
             try:
                 self.next_row = self._resume()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extract.sources.base import AnnotationError, Boxes, Sample, Samples, kinds_where_any
+from extract.sources.base import AnnotationError, Boxes, Sample, Samples
 from files.reading import read_regular_text
 
 Names = tuple[str, ...]
@@ -57,16 +57,11 @@ class FrozenBoxes:
 class BoxedFiles(Samples):
     """Image files below `root` with boxes."""
 
+    every_has = frozenset(["boxes"])
+
     def __init__(self, root: Path, paths: Sequence[str], keys: Sequence[str], boxes: FrozenBoxes) -> None:
+        super().__init__(keys)
         self.root, self.paths, self.boxes = root, paths, boxes
-        self._keys = keys
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
-
-    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
-        return kinds_where_any(frozenset(["boxes"]), self, rows)
 
     def build(self, index: int) -> Sample:
         return Sample(key=self._keys[index], image=self.root / self.paths[index], boxes=self.boxes.of(index))

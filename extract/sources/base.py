@@ -173,10 +173,16 @@ class Sample:
 class Samples(Sequence[Sample], ABC):
     """The samples of one split, made on demand: a million of them cost little more than their keys."""
 
+    # Kinds of targets that every sample has. None: `target_kinds` looks at each sample.
+    every_has: frozenset[str] | None = None
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = keys
+
     @property
-    @abstractmethod
     def keys(self) -> Sequence[str]:
         """The keys of all samples, in order."""
+        return self._keys
 
     @abstractmethod
     def build(self, index: int) -> Sample:
@@ -185,9 +191,11 @@ class Samples(Sequence[Sample], ABC):
     def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
         """Which of `label`, `boxes` and `mask` any sample has, or any sample at `rows`.
 
-        Decided from every sample: few of a million may be labeled. This looks at each one; layouts that know the
-        answer from their annotations override it.
+        Decided from every sample: few of a million may be labeled. Layouts that know the answer from their
+        annotations set `every_has` or override this.
         """
+        if self.every_has is not None:
+            return self.every_has if (len(self) if rows is None else len(rows)) else frozenset()
         indices = range(len(self)) if rows is None else rows.tolist()
         found: set[str] = set()
         for sample in map(self.build, indices):
@@ -216,21 +224,19 @@ class Samples(Sequence[Sample], ABC):
         return (self.build(index) for index in range(len(self)))
 
 
+def label_of(labels: npt.NDArray[np.int32] | None, index: int) -> int | None:
+    """One of `labels` (int32 [N], -1: none)."""
+    return None if labels is None or labels[index] < 0 else int(labels[index])
+
+
 def kinds_of_labels(
     labels: npt.NDArray[np.int32] | None, rows: npt.NDArray[np.int64] | None
 ) -> frozenset[str]:
-    """`target_kinds` of samples whose only targets are `labels` (int32 [N], -1: none)."""
+    """`target_kinds` of samples whose only targets are `labels`, see `label_of`."""
     if labels is None:
         return frozenset()
     chosen = labels if rows is None else labels[rows]
     return frozenset(["label"] if bool((chosen >= 0).any()) else [])
-
-
-def kinds_where_any(
-    kinds: frozenset[str], samples: Samples, rows: npt.NDArray[np.int64] | None
-) -> frozenset[str]:
-    """`target_kinds` of a layout in which every sample has all of `kinds`."""
-    return kinds if (len(samples) if rows is None else len(rows)) else frozenset()
 
 
 class Selection(Samples):
@@ -248,11 +254,7 @@ class Selection(Samples):
     ) -> None:
         self.samples, self.rows, self.classes = samples, rows, classes
         names = samples.keys
-        self._keys = [prefix + names[row] for row in rows] if prefix else [names[row] for row in rows]
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
+        super().__init__([prefix + names[row] for row in rows] if prefix else [names[row] for row in rows])
 
     def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
         return self.samples.target_kinds(self.rows if rows is None else self.rows[rows])

@@ -43,16 +43,7 @@ FILE_KINDS: Mapping[str, str] = {
     ".parquet": "table",
 }
 
-SWITCHES: Mapping[str, bool] = {
-    "true": True,
-    "yes": True,
-    "1": True,
-    "on": True,
-    "false": False,
-    "no": False,
-    "0": False,
-    "off": False,
-}
+SWITCHES = dict.fromkeys(("true", "yes", "1", "on"), True) | dict.fromkeys(("false", "no", "0", "off"), False)
 
 # Options that only one layout has, and so that they decide between layouts.
 MASK_OPTIONS = frozenset(["masks", "ignore", "colors", "mask_suffix"])

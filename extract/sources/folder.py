@@ -1,15 +1,13 @@
-"""Class folders: `[train|val|test/]class/…/image.jpg`, and folders of images without labels.
+"""Class folders of images or clips: `[train|val|test/]class/…/image.jpg`, and folders without labels.
 
 The first folder below the root (or below the split) is the class; deeper folders are just part of the key.
 Class names are sorted by code point (`10` before `9`), exactly as torchvision's `ImageFolder` and ultralytics do,
 so that class numbers agree with theirs. A folder that holds images directly, or has a single sub-folder with
 images, is unlabeled.
 
-Clips: video files, or folders of frames, in class folders or without labels.
-
-`[train|val|test/][class/]clip.mp4`, or `[train|val|test/][class/]clip/000001.jpg`; the two are not mixed. A folder of
-frames is one clip, its frames sorted by name (numbers by value: frame 10 follows 9), its key the folder's path. Class
-names are sorted by code point.
+Clips are video files, or folders of frames, in the same folders: `[train|val|test/][class/]clip.mp4`, or
+`[train|val|test/][class/]clip/000001.jpg`; the two are not mixed. A folder of frames is one clip, its frames sorted by
+name (numbers by value: frame 10 follows 9), its key the folder's path.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
+from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels, label_of
 from extract.sources.listing import Progress, list_files, make_key, make_keys
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.clips import VIDEO_SUFFIXES, ClipFrame, clip_content, read_clip
@@ -36,25 +34,40 @@ MASK_FOLDER = re.compile(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A clip: a video file, or a folder of frames."""
+
+    path: Path
+
+    def read(self) -> bytes:
+        return clip_content(self.path)
+
+    def stored_bytes(self) -> int:
+        if not self.path.is_dir():
+            return self.path.stat().st_size
+        with os.scandir(self.path) as entries:
+            return sum(entry.stat().st_size for entry in entries)
+
+    def read_clip(self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int) -> list[ClipFrame]:
+        return read_clip(self.path, count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
+
+
 class FileSamples(Samples):
-    """Image files below `root`, with a label each (int32 [N], -1: none) or none at all."""
+    """Images, or clips, below `root`, with a label each (int32 [N], -1: none) or none at all."""
 
-    def __init__(self, root: Path, paths: list[str], labels: npt.NDArray[np.int32] | None) -> None:
-        self.root, self.paths, self.labels = root, paths, labels
-        self._keys = make_keys(paths)
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
+    def __init__(
+        self, root: Path, paths: list[str], labels: npt.NDArray[np.int32] | None, *, clips: bool = False
+    ) -> None:
+        super().__init__(make_keys(paths))
+        self.root, self.paths, self.labels, self.clips = root, paths, labels, clips
 
     def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
         return kinds_of_labels(self.labels, rows)
 
     def build(self, index: int) -> Sample:
-        return Sample(key=self._keys[index], image=self.root / self.paths[index], label=self.label_of(index))
-
-    def label_of(self, index: int) -> int | None:
-        return None if self.labels is None or self.labels[index] < 0 else int(self.labels[index])
+        key, path, label = self._keys[index], self.root / self.paths[index], label_of(self.labels, index)
+        return Sample(key, label=label, frames=Clip(path)) if self.clips else Sample(key, path, label)
 
 
 def open_folder(path: Path, *, labelled: bool | None = None, progress: Progress | None = None) -> Source:
@@ -65,20 +78,36 @@ def open_folder(path: Path, *, labelled: bool | None = None, progress: Progress 
     files = list_files(path, IMAGE_SUFFIXES, progress)
     if not files:
         raise SourceError(f"no images in {path}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
-    by_split = split_paths(files)
-    names, notes = class_names_of(by_split, path, labelled)
+    return class_folders(path, files, labelled, clips=False)
+
+
+def open_clips(path: Path, *, labelled: bool | None = None, progress: Progress | None = None) -> Source:
+    """Open clips. `labelled`: None decides by the layout, as for images. Raises SourceError."""
+    videos = list_files(path, VIDEO_SUFFIXES, progress)
+    folders = folders_of(list_files(path, IMAGE_SUFFIXES, progress))
+    if videos and folders:
+        raise SourceError(
+            f"{path} holds both video files ({videos[0]}) and frames ({folders[0]}/): split them"
+        )
+    if not videos and not folders:
+        raise SourceError(f"no clips in {path}: expected video files or a folder of frames for each clip")
+    return class_folders(path, videos or folders, labelled, clips=True)
+
+
+def class_folders(root: Path, paths: list[str], labelled: bool | None, *, clips: bool) -> Source:
+    """The images or clips at `paths`, with the classes and splits that their folders are named for."""
+    by_split = split_paths(paths)
+    names, notes = class_names_of(by_split, root, labelled)
     index = {name: number for number, name in enumerate(names)}
-    parts = {
-        split: FileSamples(path, paths, label_paths(paths, depth, index))
-        for split, (depth, paths) in by_split.items()
-    }
-    task = "classification" if names else "features"
     return Source(
-        kind="folder",
-        root=str(path),
-        task=task,
+        kind="clips" if clips else "folder",
+        root=str(root),
+        task="sequence" if clips else "classification" if names else "features",
         class_names=names,
-        parts=parts,
+        parts={
+            split: FileSamples(root, members, label_paths(members, depth, index), clips=clips)
+            for split, (depth, members) in by_split.items()
+        },
         notes=notes,
         warnings=split_like_classes(names),
     )
@@ -149,73 +178,6 @@ def label_paths(paths: list[str], depth: int, index: dict[str, int]) -> npt.NDAr
         return None
     folders = (make_key(path.split("/", depth + 1)[depth]) for path in paths)
     return np.fromiter((index[folder] for folder in folders), np.int32, len(paths))
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """A clip: a video file, or a folder of frames."""
-
-    path: Path
-
-    def read(self) -> bytes:
-        return clip_content(self.path)
-
-    def stored_bytes(self) -> int:
-        if not self.path.is_dir():
-            return self.path.stat().st_size
-        with os.scandir(self.path) as entries:
-            return sum(entry.stat().st_size for entry in entries)
-
-    def read_clip(self, count: int, *, pairs: bool, max_pixels: int, bit_depth: int) -> list[ClipFrame]:
-        return read_clip(self.path, count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
-
-
-class ClipSamples(Samples):
-    """Clips below `root`, with a label each (int32 [N]) or none at all."""
-
-    def __init__(self, root: Path, paths: list[str], labels: npt.NDArray[np.int32] | None) -> None:
-        self.root, self.paths, self.labels = root, paths, labels
-        self._keys = make_keys(paths)
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
-
-    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
-        return kinds_of_labels(self.labels, rows)
-
-    def build(self, index: int) -> Sample:
-        label = None if self.labels is None else int(self.labels[index])
-        return Sample(self._keys[index], label=label, frames=Clip(self.root / self.paths[index]))
-
-
-def open_clips(path: Path, *, labelled: bool | None = None, progress: Progress | None = None) -> Source:
-    """Open clips. `labelled`: None decides by the layout, as for images. Raises SourceError."""
-    videos = list_files(path, VIDEO_SUFFIXES, progress)
-    folders = folders_of(list_files(path, IMAGE_SUFFIXES, progress))
-    if videos and folders:
-        raise SourceError(
-            f"{path} holds both video files ({videos[0]}) and frames ({folders[0]}/): split them"
-        )
-    clips = videos or folders
-    if not clips:
-        raise SourceError(f"no clips in {path}: expected video files or a folder of frames for each clip")
-    by_split = split_paths(clips)
-    names, notes = class_names_of(by_split, path, labelled)
-    index = {name: number for number, name in enumerate(names)}
-    parts = {
-        split: ClipSamples(path, members, label_paths(members, depth, index))
-        for split, (depth, members) in by_split.items()
-    }
-    return Source(
-        kind="clips",
-        root=str(path),
-        task="sequence",
-        class_names=names,
-        parts=parts,
-        notes=notes,
-        warnings=split_like_classes(names),
-    )
 
 
 def folders_of(files: list[str]) -> list[str]:

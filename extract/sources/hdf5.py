@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from extract.sources.annotations import Labels
-from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels
+from extract.sources.base import Sample, Samples, Source, SourceError, kinds_of_labels, label_of
 from extract.sources.listing import Progress, make_key
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.decode import MOST_PIXELS, ImageError
@@ -61,19 +61,15 @@ class Hdf5Samples(Samples):
     def __init__(
         self, file: str, dataset: str, keys: list[str], labels: npt.NDArray[np.int32] | None
     ) -> None:
+        super().__init__(keys)
         self.file, self.dataset, self.labels = file, dataset, labels
-        self._keys = keys
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
 
     def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
         return kinds_of_labels(self.labels, rows)
 
     def build(self, index: int) -> Sample:
-        label = None if self.labels is None or self.labels[index] < 0 else int(self.labels[index])
-        return Sample(self._keys[index], Hdf5Image(self.file, self.dataset, index), label=label)
+        image = Hdf5Image(self.file, self.dataset, index)
+        return Sample(self._keys[index], image, label=label_of(self.labels, index))
 
 
 def open_hdf5(

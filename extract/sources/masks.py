@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from extract.sources.annotations import Names, parse_class_names, read_lines
-from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError, kinds_where_any
+from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError
 from extract.sources.listing import Progress, list_files, make_keys, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
 from files.reading import read_regular_text
@@ -118,16 +117,11 @@ class MaskFile:
 class MaskedFiles(Samples):
     """Images and their masks, both relative to `root`."""
 
+    every_has = frozenset(["mask"])
+
     def __init__(self, root: Path, pairs: Sequence[tuple[str, str]], rule: MaskRule) -> None:
+        super().__init__(make_keys([image for image, _ in pairs]))
         self.root, self.pairs, self.rule = root, pairs, rule
-        self._keys = make_keys([image for image, _ in pairs])
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
-
-    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
-        return kinds_where_any(frozenset(["mask"]), self, rows)
 
     def build(self, index: int) -> Sample:
         image, mask = self.pairs[index]

@@ -274,13 +274,9 @@ class Joined(Samples):
     """The samples of several splits, one after the other."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
+        super().__init__([key for part in parts for key in part.keys])
         self.parts = parts
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
-        self._keys = [key for part in parts for key in part.keys]
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
 
     def target_kinds(self, rows: Rows | None = None) -> frozenset[str]:
         return frozenset().union(*(part.target_kinds() for part in self.parts))

@@ -87,11 +87,8 @@ class BlobSamples(Samples):
     """Rows whose images are blobs; everything else is as in a table."""
 
     def __init__(self, table: TableSamples, query: Query, keys: list[Any]) -> None:
+        super().__init__(table.keys)
         self.table, self.query, self.database_keys = table, query, keys
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self.table.keys
 
     def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
         return self.table.target_kinds(rows)

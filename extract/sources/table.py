@@ -41,7 +41,7 @@ from extract.sources.base import (
     Source,
     SourceError,
     kinds_of_labels,
-    kinds_where_any,
+    label_of,
 )
 from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside
 from extract.sources.splitting import SPLIT_NAMES
@@ -89,26 +89,22 @@ class TableSamples(Samples):
     """Rows of a table; images are paths relative to `root`, or cells."""
 
     def __init__(self, root: Path, rows: Rows, names: Labels, with_boxes: bool) -> None:
+        super().__init__(rows.keys)
         self.root, self.images = root, rows.images
-        self._keys = rows.keys
         numbers = np.array([names.number(value) for value in rows.labels], np.int32)
         self.labels = numbers if (numbers >= 0).any() else None
         self.boxes = freeze_boxes(rows, names) if with_boxes else None
 
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
-
     def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
-        boxes = frozenset(["boxes"] if self.boxes is not None else [])
-        return kinds_of_labels(self.labels, rows) | kinds_where_any(boxes, self, rows)
+        some = len(self) if rows is None else len(rows)
+        boxes = frozenset(["boxes"] if self.boxes is not None and some else [])
+        return kinds_of_labels(self.labels, rows) | boxes
 
     def build(self, index: int) -> Sample:
         image = self.images[index]
         content: Path | Payload = self.root / image if isinstance(image, str) else image
-        label = None if self.labels is None or self.labels[index] < 0 else int(self.labels[index])
         boxes = None if self.boxes is None else self.boxes.of(index)
-        return Sample(self._keys[index], content, label=label, boxes=boxes)
+        return Sample(self._keys[index], content, label=label_of(self.labels, index), boxes=boxes)
 
 
 def freeze_boxes(rows: Rows, names: Labels) -> FrozenBoxes:

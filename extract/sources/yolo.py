@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from extract.sources.annotations import parse_class_names
 from extract.sources.base import (
@@ -29,7 +28,6 @@ from extract.sources.base import (
     Samples,
     Source,
     SourceError,
-    kinds_where_any,
 )
 from extract.sources.listing import Progress, list_files, make_keys, resolve_inside, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
@@ -99,16 +97,11 @@ def parse_line(line: str, num_classes: int, where: str) -> tuple[float, float, f
 class YoloSamples(Samples):
     """Images below `root`; `paths` are relative to it."""
 
+    every_has = frozenset(["boxes"])
+
     def __init__(self, root: Path, paths: list[str], num_classes: int) -> None:
+        super().__init__(make_keys(paths))
         self.root, self.paths, self.num_classes = root, paths, num_classes
-        self._keys = make_keys(paths)
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
-
-    def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
-        return kinds_where_any(frozenset(["boxes"]), self, rows)
 
     def build(self, index: int) -> Sample:
         path = self.paths[index]

@@ -24,7 +24,7 @@ import sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from store.locks import RowLock
-lock = RowLock(Path(sys.argv[1]), "train", 0, 64)
+lock = RowLock(Path(sys.argv[1]).parent, "train", 0, 64)
 print("held", flush=True)
 time.sleep(600)
 """
@@ -48,15 +48,15 @@ def test_live_lock_is_refused_and_a_dead_one_taken_over(
     process = holder(folder)
     try:
         with pytest.raises(LockedError, match=rf"train rows 0:64, process {process.pid} on .* since 20"):
-            RowLock(folder, "train", 32, 128)
-        RowLock(folder, "train", 64, 128).release()
-        RowLock(folder, "val", 0, 64).release()
+            RowLock(folder.parent, "train", 32, 128)
+        RowLock(folder.parent, "train", 64, 128).release()
+        RowLock(folder.parent, "val", 0, 64).release()
         assert len(list(folder.iterdir())) == 1
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     with caplog.at_level(logging.WARNING):
-        RowLock(folder, "train", 32, 128).release()
+        RowLock(folder.parent, "train", 32, 128).release()
     assert f"took over the lock of a dead writer: train rows 0:64, process {process.pid}" in caplog.text
     assert list(folder.iterdir()) == []
 
@@ -96,9 +96,9 @@ def test_another_host_is_stale_when_its_heartbeat_stops(tmp_path: Path) -> None:
     folder = tmp_path / "locks"
     write_owner(folder, STALE_AFTER_S / 2, host="elsewhere")
     with pytest.raises(LockedError, match="on elsewhere"):
-        RowLock(folder, "train", 0, 10)
+        RowLock(folder.parent, "train", 0, 10)
     write_owner(folder, STALE_AFTER_S * 1.5, host="elsewhere")
-    RowLock(folder, "train", 0, 10).release()
+    RowLock(folder.parent, "train", 0, 10).release()
     assert list(folder.iterdir()) == []
 
 
@@ -106,7 +106,7 @@ def test_break_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "locks"
     write_owner(folder, 0, host="elsewhere")
     with caplog.at_level(logging.WARNING):
-        RowLock(folder, "train", 0, 10, break_lock=True).release()
+        RowLock(folder.parent, "train", 0, 10, break_lock=True).release()
     assert "broke the lock of train rows 0:64" in caplog.text
 
 
@@ -147,7 +147,8 @@ def test_the_heart_beats_on_after_an_error(
 
 
 def test_an_unreadable_lock_blocks_nobody(tmp_path: Path) -> None:
-    (tmp_path / "torn.lock").write_text('{"host"')
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "torn.lock").write_text('{"host"')
     RowLock(tmp_path, "train", 0, 1).release()
 
 
