@@ -21,7 +21,7 @@ from console.stop import Stopped
 
 
 class Command(NamedTuple):
-    """One row of the table: where the command lives and what the overview says of it."""
+    """One row of the table: where the command is implemented, and its heading and help in the overview."""
 
     target: str  # "module:function"
     panel: str
@@ -57,7 +57,7 @@ COMMANDS: dict[str, Command] = {
     "distill": Command("commands.platform:distill", MORE, "What a training platform starts."),
 }
 
-# What the disk refuses is no defect, wherever it happens: one line, as for errors that carry an `exit_code`.
+# Errors of the disk are one line wherever they occur, like errors that carry an `exit_code`.
 DISK_ERRORS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -67,7 +67,7 @@ DISK_ERRORS = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
-INTERRUPTED = 130  # what typer returns after a Ctrl-C that no command took care of
+INTERRUPTED = 130  # what typer returns after a Ctrl-C that no command handled
 
 
 class LazyGroup(TyperGroup):
@@ -100,7 +100,7 @@ def overview_wanted() -> bool:
 
 
 def stub(name: str, command: Command):  # type: ignore[no-untyped-def]
-    """A command that only knows its help line."""
+    """A command that has a help line and nothing else."""
     app = typer.Typer(add_completion=False)
     app.command(name, help=command.help, rich_help_panel=command.panel)(lambda: None)
     return typer.main.get_command(app)
@@ -116,7 +116,7 @@ def load(name: str, command: Command):  # type: ignore[no-untyped-def]
     app.command(name, help=text, rich_help_panel=command.panel, context_settings=settings)(target)
     made = typer.main.get_command(app)
     for parameter in made.params:
-        if parameter.help:  # `[auto]`, a default, is no markup
+        if parameter.help:  # `[default: auto]` is not markup
             parameter.help = parameter.help.replace("[", r"\[")
     return made
 
@@ -194,13 +194,13 @@ def program_name() -> str:
 
 
 def error_line(error: Exception) -> str:
-    """What went wrong, on one line; for a misused command line also where its help is."""
+    """What went wrong, on one line; for a wrong command line also the command that prints its help."""
     if isinstance(error, OSError) and not hasattr(error, "exit_code"):
         name = str(error.filename or "")
         where = f"{name if len(name) <= 200 else name[:100] + '…' + name[-100:]}: " if name else ""
         return f"error: {where}{error.strerror}: {DISK_ERRORS[error.errno or 0]}, then run the same command again"
     if isinstance(error, Stopped):
-        return str(error)  # asked for, so no error
+        return str(error)  # the user asked for it: not an error
     describe = getattr(error, "format_message", None)  # typer's own errors
     context = getattr(error, "ctx", None)
     hint = f" ({context.command_path} --help)" if context is not None else ""

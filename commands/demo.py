@@ -40,20 +40,20 @@ SMALLEST = Size(150, 2, "0")
 
 
 class Step(NamedTuple):
-    """One command of the demo, and what to say before it."""
+    """One command of the demo and its title."""
 
     title: str
     arguments: list[str]
 
 
 class DemoError(Exception):
-    """The demo cannot start or one of its commands failed; the text says which."""
+    """The demo cannot start, or one of its commands failed."""
 
     exit_code = 1
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder to write into; a second run goes on in it.")] = Path(
+    out: Annotated[Path, typer.Option(help="The folder to write into; a second run continues in it.")] = Path(
         "demo"
     ),
     data: Annotated[
@@ -62,12 +62,12 @@ def demo(
     teacher_path: Annotated[
         Path | None, typer.Option(help="A Qwen2.5-VL checkpoint instead of the random one.")
     ] = None,
-    smallest: Annotated[bool, typer.Option(help="The least that still runs every step.")] = False,
+    smallest: Annotated[bool, typer.Option(help="The smallest sizes that still run every step.")] = False,
 ) -> None:
     """cli demo --out demo
 
     The whole pipeline on 500 real images in a few minutes: make a tiny Qwen2.5-VL, extract with it, extract
-    with a really pretrained teacher, probe both, train a student and its control, sweep two students, report.
+    with a pretrained teacher, probe both, train a student and its control, sweep two students, report.
     """
     size = SMALLEST if smallest else NORMAL
     started = time.monotonic()
@@ -79,17 +79,19 @@ def demo(
     for number, step in enumerate(list_steps(out, images, task, teacher_path, weights, size), start=1):
         run_step(number, step)
     if teacher_path is None and data is None:
-        say(
-            "\nThe students know these digits as well as the demo's teacher, which has never seen any: a gain over "
-            "the control is not to be expected here. The demo shows the steps, not what Qwen2.5-VL is worth."
+        print(
+            "\nThe demo's teacher has never seen these digits and knows them no better than the students: do not expect a "
+            "gain over the control. The demo shows the steps, not the quality of Qwen2.5-VL.",
+            flush=True,
         )
-    say(
-        f"\nDone in {time.monotonic() - started:.0f} s. The report: {(out / 'sweep' / 'report.html').resolve()}"
+    print(
+        f"\nDone in {time.monotonic() - started:.0f} s. The report: {(out / 'sweep' / 'report.html').resolve()}",
+        flush=True,
     )
 
 
 def task_of(images: Path) -> str:
-    """What the data set's annotations are good for. Raises SourceError when it cannot be opened."""
+    """The task that the data set's annotations allow. Raises SourceError when it cannot be opened."""
     from extract.sources.detect import open_source
 
     return open_source(images, val_fraction=VAL_FRACTION).task
@@ -98,7 +100,7 @@ def task_of(images: Path) -> str:
 def fetch_pretrained_weights() -> Path:
     from commands.assets import pretrained_teacher_weights
 
-    say("Fetching the pretrained teacher's weights (23 MB, once) ...")
+    print("Fetching the pretrained teacher's weights (23 MB, once) ...", flush=True)
     return pretrained_teacher_weights()
 
 
@@ -109,7 +111,7 @@ def write_digits(folder: Path, count: int) -> Path:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    say(f"Writing {count} real scans of handwritten digits to {folder}")
+    print(f"Writing {count} real scans of handwritten digits to {folder}", flush=True)
     for index, (scan, label) in enumerate(zip(digits.images[:count], digits.target[:count], strict=True)):
         path = folder / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"--out {out}: cannot be made a folder: {error.strerror}") from None
+        raise DemoError(f"--out {out}: cannot be created: {error.strerror}") from None
 
 
 def run_step(number: int, step: Step) -> None:
@@ -145,18 +147,18 @@ def run_step(number: int, step: Step) -> None:
     Raises Stopped after a signal, DemoError when the command failed.
     """
     shown = shlex.join(["cli", *step.arguments])
-    say(f"\n[{number}] {step.title}\n$ {shown}")
+    print(f"\n[{number}] {step.title}\n$ {shown}", flush=True)
     exit_code, signals = run_command([sys.executable, "-m", "cli", *step.arguments])
     if signals:
-        raise Stopped("the demo was stopped: the same command goes on with what is done", 128 + signals[0])
+        raise Stopped("the demo was stopped: the same command continues", 128 + signals[0])
     if exit_code != 0:
         raise DemoError(f"the demo stopped at step {number}, exit code {exit_code}: {shown}")
 
 
 def run_command(command: list[str]) -> tuple[int, list[int]]:
-    """Its exit code, and the signals that came meanwhile: each is passed on once, and the command ends in its own way.
+    """Its exit code, and the signals received meanwhile: each is passed on once, and the command ends by itself.
 
-    It has a process group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
+    It has its own process group, else Ctrl-C would reach it twice: from the terminal and from here.
     """
     signals: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -169,7 +171,7 @@ def run_command(command: list[str]) -> tuple[int, list[int]]:
     previous = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
         child = subprocess.Popen(command, env=environment(), process_group=0)
-        for number in signals:  # that came before there was a child
+        for number in signals:  # received before the child existed
             child.send_signal(number)
         return child.wait(), signals
     finally:
@@ -178,16 +180,12 @@ def run_command(command: list[str]) -> tuple[int, list[int]]:
 
 
 def environment() -> dict[str, str]:
-    """The child's: this checkout or installation on its path."""
+    """The child's environment, with this checkout or installation on its path."""
     import os
 
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     return {**os.environ, "PYTHONPATH": path}
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 # -- the commands, as a user would type them ---------------------------------------------------------------
@@ -196,28 +194,28 @@ def say(text: str) -> None:
 def list_steps(
     out: Path, images: Path, task: str, teacher_path: Path | None, weights: Path | None, size: Size
 ) -> list[Step]:
-    """The commands, in order, for a data set of this task. Paths are relative to where the user stands.
+    """The commands, in order, for a data set of this task. Paths are relative to the working directory.
 
-    Without `teacher_path`, a random Qwen2.5-VL shows the machinery and the pretrained teacher's `weights` teach.
+    Without `teacher_path`, a random Qwen2.5-VL shows the steps, and a teacher with pretrained `weights` teaches.
     """
     suggestion = SUGGESTIONS[task]
     qwen_store, store = out / "qwen.zarr", out / "features.zarr"
     if teacher_path is not None:
         return [
             extract_qwen(images, qwen_store, teacher_path, suggestion),
-            *probe(qwen_store, "the teacher's", suggestion),
+            *probe_steps(qwen_store, "the teacher's", suggestion),
             *train_and_report(out, qwen_store, suggestion, size),
         ]
     tiny = out / "tiny-qwen"
     return [
         Step(
-            "A small Qwen2.5-VL checkpoint with random weights: it shows the machinery and teaches nothing",
+            "A small Qwen2.5-VL checkpoint with random weights: it shows the steps and teaches nothing",
             ["make-tiny-teacher", str(tiny)],
         ),
         extract_qwen(images, qwen_store, tiny, suggestion),
         extract_pretrained(images, store, weights, suggestion),
-        *probe(qwen_store, "the random teacher's", suggestion),
-        *probe(store, "the pretrained teacher's", suggestion),
+        *probe_steps(qwen_store, "the random teacher's", suggestion),
+        *probe_steps(store, "the pretrained teacher's", suggestion),
         *train_and_report(out, store, suggestion, size),
     ]
 
@@ -225,7 +223,7 @@ def list_steps(
 def extract_qwen(images: Path, store: Path, teacher_path: Path, suggestion: Suggestion) -> Step:
     return Step(
         "Stage one with Qwen2.5-VL's vision tower: every image is seen once",
-        extract(images, store, QWEN_SIZE, ["--teacher-path", str(teacher_path)], suggestion),
+        extract_words(images, store, QWEN_SIZE, ["--teacher-path", str(teacher_path)], suggestion),
     )
 
 
@@ -233,12 +231,12 @@ def extract_pretrained(images: Path, store: Path, weights: Path | None, suggesti
     teacher = ["--teacher", PRETRAINED_TEACHER, "--teacher-path", str(weights)]
     logits = ["--logits", "probe"] if suggestion.classes else []
     return Step(
-        "Stage one with a really pretrained teacher (EfficientNet-Lite2, ImageNet, also 1280 wide)",
-        extract(images, store, PRETRAINED_SIZE, [*teacher, *logits], suggestion),
+        "Stage one with a pretrained teacher (EfficientNet-Lite2, ImageNet, also 1280 wide)",
+        extract_words(images, store, PRETRAINED_SIZE, [*teacher, *logits], suggestion),
     )
 
 
-def extract(
+def extract_words(
     images: Path, store: Path, image_size: str, teacher: list[str], suggestion: Suggestion
 ) -> list[str]:
     kept = ["--images", "jpeg"] if suggestion.images else []
@@ -248,9 +246,9 @@ def extract(
     ]
 
 
-def probe(store: Path, whose: str, suggestion: Suggestion) -> Iterator[Step]:
+def probe_steps(store: Path, whose: str, suggestion: Suggestion) -> Iterator[Step]:
     if suggestion.classes:
-        yield Step(f"What {whose} features are worth", ["probe", str(store)])
+        yield Step(f"Accuracy of {whose} features", ["probe", str(store)])
 
 
 def train_and_report(out: Path, store: Path, suggestion: Suggestion, size: Size) -> list[Step]:

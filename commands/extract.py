@@ -33,7 +33,8 @@ def extract(
     """cli extract photos --out photos.zarr --teacher-path Qwen2.5-VL-7B-Instruct
 
     Encode every image of DATA with the teacher, once, into STORE. Running the same command again resumes, or
-    follows the data set: changed, removed, renamed and new images and annotations, reusing what is encoded. Without the real weights, try things with random ones:
+    follows the data set: changed, removed, renamed and new images and annotations, reusing what is encoded.
+    Without the real weights, try it with random ones:
 
     cli make-tiny-teacher tiny
 
@@ -76,7 +77,7 @@ class ProgressObserver:
             self.display.advance(done - self.done)
         self.done = done
         if done >= total:
-            self.close()  # what follows, a probe for one, must not count as the rate of this phase
+            self.close()  # what follows (a probe) is not part of this phase's rate
 
     def close(self) -> None:
         if self.display is not None:
@@ -93,7 +94,7 @@ class ProgressObserver:
 
 
 def print_estimate(result: Mapping[str, Any]) -> None:
-    """What `--dry-run` found out."""
+    """The result of `--dry-run`."""
     figures = result["estimate"]
     splits = ", ".join(f"{rows:,} {name}" for name, rows in result["splits"].items())
     print(f"{result['rows']:,} images ({splits}), batches of {figures['batch_size']}")
@@ -127,7 +128,7 @@ def print_estimate(result: Mapping[str, Any]) -> None:
 
 
 def print_changes(counts: Mapping[str, int], text: str) -> None:
-    """What the store has otherwise than the data set has it now."""
+    """How the data set differs from what the store recorded."""
     print(f"the data set has changed since the store was made: {text}")
     rows = [{"samples": name, "count": count} for name, count in counts.items() if name != "encode"]
     print_table(rows, ["samples", "count"])
@@ -178,7 +179,7 @@ def probe(
     """cli probe photos.zarr
 
     Measure the stored features (k-NN, linear probe) and write the probe's out-of-fold logits to `logits/probe`:
-    a row's logits come from a probe that never saw it.
+    a row's logits come from a probe that was not fitted on it.
     """
     configure_logging()
     from extract.logits import add_probe
@@ -222,7 +223,7 @@ def make_tiny_teacher(
 ) -> None:
     """cli make-tiny-teacher tiny
 
-    Write a Qwen2.5-VL checkpoint with a small vision tower and random weights: it shows the machinery and teaches
+    Write a Qwen2.5-VL checkpoint with a small vision tower and random weights: it shows the steps and teaches
     nothing.
     """
     from extract.teachers.tiny import make_tiny_teacher as make
@@ -240,9 +241,9 @@ def make_tiny_teacher(
 class Suggestion:
     """`student` is for a real training; the two `small` ones, with the options `quick`, are for the demo.
 
-    `options`: what a training of this task must be told. `control`: whether there is anything to learn without the
-    teacher. `classes`: whether an image has one class, so that features can be probed. `images`: whether a store can
-    keep the images themselves.
+    `options`: what a training of this task needs. `control`: whether there is something to learn without the teacher.
+    `classes`: whether an image has one class, so that features can be probed. `images`: whether a store can hold the
+    images.
     """
 
     student: str

@@ -1,4 +1,4 @@
-"""`cli inspect --pictures`: samples of a store with their true labels, boxes and masks, beside what the stored grids see.
+"""`cli inspect --pictures`: samples of a store with their true labels, boxes and masks, next to the stored grids.
 
 A grid is shown in colors: its first three principal components.
 """
@@ -31,7 +31,7 @@ Colors = npt.NDArray[np.uint8]
 
 
 def write_pictures(path: Path | str, folder: Path, count: int = 16) -> list[Path]:
-    """One PNG a sample, the image with its targets beside its grid, and `overview.png`; samples are spread over all splits.
+    """One PNG a sample, the image with its targets next to its grid, and `overview.png`; samples are spread over all splits.
 
     Raises:
         StoreError: for a store without valid rows, or with neither grids nor images to be found.

@@ -1,4 +1,4 @@
-"""`cli distill`: the training platform's command. Its options have a grammar of their own (backend/options.py)."""
+"""`cli distill`: the training platform's command. Its options have their own grammar (backend/task/options.py)."""
 
 from __future__ import annotations
 

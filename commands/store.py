@@ -37,7 +37,7 @@ def inspect(
 ) -> None:
     """cli inspect flowers.zarr
 
-    Show what is in a store: samples by kind and class, splits, arrays, sizes, manifest, how far it is.
+    Show what is in a store: samples by kind and class, splits, arrays, sizes, manifest, progress.
 
     cli inspect flowers.zarr --pictures pictures
 
@@ -109,9 +109,9 @@ def print_description(described: dict[str, Any]) -> None:
 
 
 def print_measured(measured: dict[str, Any]) -> None:
-    """What `cli probe` found out about the features."""
+    """Accuracies that `cli probe` measured."""
     if measured.get("probe_top1") is not None:
-        print(f"worth          linear probe {measured['probe_top1']:.1%}, k-NN {measured['knn_top1']:.1%}")
+        print(f"accuracy       linear probe {measured['probe_top1']:.1%}, k-NN {measured['knn_top1']:.1%}")
 
 
 def array_row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def refuse_url(path: str, what: str) -> None:
 
 
 def print_audit(audit: dict[str, Any]) -> None:
-    """What encoding again showed."""
+    """The result of encoding samples again."""
     line = f"{audit['samples']} samples encoded again: least cosine {audit['pooled']:.6f} (pooled)"
     if audit["grid"] is not None:
         line += f", {audit['grid']:.6f} (grid tokens)"
@@ -312,7 +312,7 @@ def convert(
 ) -> None:
     """cli convert flowers.zarr flowers.h5
 
-    Convert a store to one HDF5 file or back (lossless), or to a smaller store (with what that costs).
+    Convert a store to one HDF5 file or back (lossless), or to a smaller store (and print the loss).
 
     cli convert flowers.h5 flowers.zarr
 
@@ -339,7 +339,7 @@ def convert(
 
 
 def convert_paths(source: str, target: str, *, zstd: bool, int8: bool, pca: int | None) -> list[Any]:
-    """Choose the way by what is a file and what is asked for. Raises StoreError for a way that is none."""
+    """Convert in the way that the two paths and the options ask for. Raises StoreError where there is none."""
     from store.errors import StoreError
     from store.hdf5 import hdf5_to_store, store_to_hdf5
     from store.pack import pack_store

@@ -47,12 +47,12 @@ def sweep(
 
 
 offer_options(sweep, SweepConfig)
-# A training option given as one of the sweep's is explained by `refuse_unknown`.
+# A training option given as an option of the sweep is explained by `refuse_unknown`.
 sweep.context_settings = {"ignore_unknown_options": True, "allow_extra_args": True}  # type: ignore[attr-defined]
 
 
 def refuse_unknown(context: typer.Context, words: list[str]) -> None:
-    """What the command line holds beside the sweep's own options: only the store may be there."""
+    """Refuse what the command line has besides the store and the sweep's options."""
     own = [option for parameter in context.command.params for option in parameter.opts]
     for number, word in enumerate(words):
         option, _, value = word.partition("=")
@@ -63,7 +63,7 @@ def refuse_unknown(context: typer.Context, words: list[str]) -> None:
         if option.startswith("-"):
             context.fail(f"No such option: {option}: {nearest_names(option, own)}")
     if len(words) > 1:
-        context.fail(f"unexpected argument {words[1]!r} beside the store")
+        context.fail(f"unexpected argument {words[1]!r} after the store")
 
 
 def parse_sets(items: list[str]) -> dict[str, list[Any]]:

@@ -50,7 +50,7 @@ def train(
     configure_logging()
     if gpu_devices:
         if options.get("device") is not None:
-            raise ConfigError("--gpu-devices and --device both say where to train: give one of them")
+            raise ConfigError("--gpu-devices and --device both choose the devices: give one of them")
         options["device"] = gpu_devices
     settings = load_config(options, config)
     if os.environ.get("RANK", "0") == "0":
@@ -100,7 +100,7 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
 
 
 def next_command(summary: dict[str, Any], out: Path) -> str:
-    """A command that makes sense after a training; its report needs no labels, an export one task."""
+    """A useful next command; a label-free student has no predictions to write."""
     if summary.get("task") == "features":
         return f"cli report {out}"
     return f"cli predict {out} IMAGES --out predictions, or cli export {out}"
@@ -117,7 +117,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
     data_root: Annotated[
-        Path | None, typer.Option(help="Where the images lie, when the store has none.")
+        Path | None, typer.Option(help="Where the images are, when the store has none.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -154,7 +154,7 @@ def evaluate(
 
 
 def after_evaluation(run: Path, store: str, result: dict[str, Any]) -> str:
-    """A command that makes sense after a measurement."""
+    """A useful next command."""
     if run.suffix == ".onnx":
         return f"cli predict {run} INPUTS --out predictions"
     if result["task"] in ("classification", "segmentation"):

@@ -1,8 +1,8 @@
 """Options: how a configuration declares them, where their values come from, and what is wrong with them.
 
-A configuration is a pydantic model whose fields are made by `option`. Whoever needs to know something about an option
-asks `options_of`: the command line for its help, the training for what a resumed run may change, the platform for
-defaults and choices. `load_options` is the one way from values (options, a file, a recipe) to a configuration.
+A configuration is a pydantic model whose fields are made by `option`. `options_of` returns what is known of them: to
+the command line for its help, to the training for what a resumed run may change, to the platform for what both share.
+`load_options` is the one way from values (options, a file, a run to resume) to a configuration.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Option:
         help: what it does, a sentence.
         panel: the heading in `--help`; empty for what is listed before all headings.
         flag: how it is written on the command line where that is not its name: `--source-option`, `STORE`.
-        metavar: what `--help` shows in the place of the value, where its type says too little.
-        shown_default: the default in words, where the value says too little.
+        metavar: what `--help` shows in the place of the value, where its type is not enough.
+        shown_default: the default in words, where the value is not enough.
         free_on_resume: may differ between the command that started a run and the one that resumes it.
         distills: has an effect on the distillation alone: a control without the teacher does not depend on it.
         set_by_sweep: a sweep sets it itself for each of its trials.
@@ -79,7 +79,7 @@ def option(
     min_length: int | None = None,
     **facts: Any,
 ) -> Any:
-    """A field of a configuration with its default (`...`: it must be given), its help, its limits and facts for `Option`."""
+    """A field of a configuration: its default (`...`: required), its help, its limits and facts for `Option`."""
     limits: dict[str, Any] = {"ge": ge, "gt": gt, "le": le, "lt": lt, "min_length": min_length}
     return Field(default, description=help, json_schema_extra=facts, **limits)
 

@@ -1,4 +1,4 @@
-"""What an extraction is asked to do: one frozen object, checked as a whole before anything heavy starts."""
+"""The configuration of an extraction: one frozen object, checked as a whole before anything expensive starts."""
 
 from __future__ import annotations
 

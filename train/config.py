@@ -1,7 +1,7 @@
-"""What a training is asked to do: one frozen object, checked as a whole before anything heavy starts.
+"""The configuration of a training: one frozen object, checked as a whole before anything expensive starts.
 
-Precedence: option > configuration file > recipe of the student > general default; `sources` says for every
-field which of them it came from.
+Precedence: option > configuration file > recipe of the student > general default; `sources` records which of
+them each value came from.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def fill_from_recipe(cls, values: Any) -> Any:
-        """Fields that were not given come from the student's recipe; say so in `sources`."""
+        """Fields that were not given come from the student's recipe, which `sources` records."""
         if not isinstance(values, dict):
             return values
         given = {name for name in values if name != "sources"}

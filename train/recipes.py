@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Distances are means over 1280 standardised channels, so their gradient is small beside that of a cross-entropy: at
+# Distances are means over 1280 standardized channels, so their gradient is small compared with a cross-entropy's: at
 # weight 1 a classifier learns little of the features (benchmarks/learning.py --ablation).
 FEATURE_WEIGHT = 20.0
 

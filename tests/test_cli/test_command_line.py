@@ -103,7 +103,7 @@ def test_overview_shows_the_stages_in_order() -> None:
             "No such option: --student: did you mean --students",
             "",
         ),
-        (["sweep", "a", "b", "--out", "c"], "unexpected argument 'b' beside the store", "(cli sweep --help)"),
+        (["sweep", "a", "b", "--out", "c"], "unexpected argument 'b' after the store", "(cli sweep --help)"),
     ],
 )
 def test_a_misused_command_line_is_one_line_and_exit_code_2(

@@ -47,7 +47,7 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     done = run_demo(tmp_path / "out")
     assert done.returncode == 1
-    assert done.stderr == f"error: --out {tmp_path / 'out'}: cannot be made a folder: File exists\n"
+    assert done.stderr == f"error: --out {tmp_path / 'out'}: cannot be created: File exists\n"
 
 
 @pytest.mark.slow
@@ -86,4 +86,4 @@ def test_a_signal_ends_the_command_that_runs_in_its_own_way(number: signal.Signa
         rest = list(lines)
     assert demo.returncode == 128 + number
     assert any(line.startswith("stopped: ") and "Go on with: cli extract" in line for line in rest)
-    assert rest[-1] == "the demo was stopped: the same command goes on with what is done\n"
+    assert rest[-1] == "the demo was stopped: the same command continues\n"

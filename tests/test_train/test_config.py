@@ -176,7 +176,7 @@ def test_every_field_is_an_option_of_the_command():
 def test_two_options_for_the_device_are_one_too_many():
     from commands.train import train
 
-    with pytest.raises(ConfigError, match="--gpu-devices and --device both say where to train"):
+    with pytest.raises(ConfigError, match="--gpu-devices and --device both choose the devices"):
         train(store="x.zarr", gpu_devices="0", device="cpu")
 
 

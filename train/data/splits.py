@@ -155,11 +155,11 @@ def check_targets(task: str, split: Any, name: str, store: str, advice: str = LA
     needed = {"classification": LABEL, "sequence": LABEL, "segmentation": MASK}.get(task)
     if needed is None:
         return
-    unlabelled = needed == LABEL and labels_of(split) is None
-    if needed in names and not unlabelled:
+    unlabeled = needed == LABEL and labels_of(split) is None
+    if needed in names and not unlabeled:
         return
     has = [kind for kind, array in (("labels", LABEL), ("masks", MASK)) if array in names]
-    found = ", ".join(has) if has and not unlabelled else "no targets" if not has else "unlabelled rows only"
+    found = ", ".join(has) if has and not unlabeled else "no targets" if not has else "unlabeled rows only"
     what = "class masks" if needed == MASK else "class labels"
     raise TrainError(f"{store}: {task} needs {what} in split {name}, the store has {found}: {advice}")
 
@@ -188,9 +188,7 @@ def resolve_classes(
         raise ConfigError(
             f"num_classes {config.num_classes}: {config.store} has {known} classes; pass at least {known}"
         )
-    notes.append(
-        f"the head has {config.num_classes} classes, the data {known}: the rest is never predicted right"
-    )
+    notes.append(f"the head has {config.num_classes} classes, the data {known}: no sample is of the others")
     return config.num_classes
 
 
@@ -214,7 +212,7 @@ def check_labels(
         raise TrainError(f"{config.store}: split {config.val_split} has no labels to validate against")
     if missing := int((present < 0).sum()):
         notes.append(
-            f"{missing} samples of {config.train_split} have no label: they are learnt from the teacher alone"
+            f"{missing} samples of {config.train_split} have no label: they are learned from the teacher alone"
         )
 
 
@@ -235,7 +233,7 @@ def warn_of_splits(config: TrainConfig, store: Store, task: str) -> None:
     """Log a warning for copies in both splits, classes that one lacks, and few validation samples."""
     train, val = config.train_split, config.val_split
     if train not in store or val not in store:
-        return  # opening them says so, and what to do
+        return  # opening them is an error that names the next step
     warnings = split_warnings(store, train, val, TARGET_KINDS.get(task))
     if task == "segmentation":
         warnings += mask_warnings(store, val) + mask_warnings(store, train, UNLEARNED)

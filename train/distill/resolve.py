@@ -114,7 +114,7 @@ def resolve_target(
 def resolve_augmentation(
     config: TrainConfig, plan: DistillationPlan, notes: list[str]
 ) -> tuple[str, Augmentation]:
-    """How images vary. Without a grid that moves along, only colours and mild crops go with feature targets."""
+    """How images vary. Without a grid that moves along, only color changes and mild crops go with feature targets."""
     fixed = plan.features and not plan.grid and not plan.recorded
     name: str = config.augment
     if name == "auto":

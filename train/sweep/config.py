@@ -1,4 +1,4 @@
-"""What a sweep is asked to do, and the trials that follow from it."""
+"""The configuration of a sweep, and its trials."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Trial(NamedTuple):
 
 
 def plan_trials(config: SweepConfig, store_fingerprint: str) -> list[Trial]:
-    """All trials of a sweep, the controls first: each control stands beside several distilled trials.
+    """All trials of a sweep, the controls first: several distilled trials are compared with one control.
 
     A trial's name ends in a digest of its options and the store: a changed option is another trial, another way to
     write the same value (`1e-4` and `0.0001`) is not.
@@ -190,7 +190,7 @@ def short_name(student: str) -> str:
 def checked(config: SweepConfig, combinations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The combinations with their values as `cli train` understands them: plain numbers and words, whole paths.
 
-    Raises `ConfigError` now with what every trial would stumble over after hours.
+    Raises `ConfigError` now instead of letting trials fail after hours.
     """
     settled: list[dict[str, Any]] = []
     problems: dict[str, None] = {}
