@@ -1,7 +1,8 @@
-"""The platform's settings → our two configurations. This is the only place that knows both."""
+"""The platform's settings → the configurations of both stages. This is the only place that knows all three."""
 
 from __future__ import annotations
 
+from collections import ChainMap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from backend.task.request import TaskRequest
 from train.recipes import recipe_of
 
 if TYPE_CHECKING:
-    from console.options import Option
     from extract.config import ExtractConfig
     from train.config import TrainConfig
 
@@ -19,24 +19,26 @@ PATCH = 28
 LARGEST_TEACHER_SIZE = 448
 GRID_TASKS = frozenset({"detection", "segmentation"})
 LABEL_TASKS = frozenset({"classification", "sequence"})
-
 # Any of these in the output folder: this task was started before.
 RUN_FILES = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
 
-class Mapping:
-    """What a request means for both stages; `notes` say where the platform's wish could not be followed."""
+class StageConfigs:
+    """What a request means for both stages; `notes` tell where the platform's wish could not be followed.
+
+    Attributes:
+        settings: option or JSON > recipe of the student > default.
+        distillation: feature, logit or hybrid.
+        lora_rank: 0 for none.
+    """
 
     def __init__(self, request: TaskRequest) -> None:
         self.request = request
         self.notes: list[str] = list(request.notes)
-        self.recipe = recipe_of(str(request.student))
+        defaults = {name: option.default for name, option in OPTIONS.items()}
+        self.settings = ChainMap(dict(request.chosen), dict(recipe_of(str(request.student))), defaults)
         self.distillation = self.resolve_distillation()
         self.lora_rank = self.resolve_lora()
-
-    def setting(self, name: str) -> Any:
-        """Option or JSON, else the recipe of the student, else the default."""
-        return {**self.recipe, **self.request.chosen}.get(name, OPTIONS[name].default)
 
     def resolve_distillation(self) -> str:
         """feature, logit or hybrid, as far as the task has class logits.
@@ -44,9 +46,9 @@ class Mapping:
         Raises:
             OptionError: when logits alone are asked for where there are none.
         """
-        asked, task = self.setting("distillation_type"), self.request.task
+        asked, task = str(self.settings["distillation_type"]), self.request.task
         if task in LABEL_TASKS or asked == "feature":
-            return str(asked)
+            return asked
         if "distillation_type" in self.request.chosen:
             if asked == "logit":
                 raise OptionError(
@@ -59,7 +61,7 @@ class Mapping:
 
     def resolve_lora(self) -> int:
         """The back end sends rank 16 as its default: on random weights adapters make no sense."""
-        rank = int(self.setting("lora_rank"))
+        rank = int(self.settings["lora_rank"])
         if rank and self.request.student_path is None and not self.request.pretrained:
             self.notes.append(f"lora_rank {rank}: left off, the student starts from random weights")
             return 0
@@ -68,10 +70,10 @@ class Mapping:
     @property
     def teacher_size(self) -> int:
         """The student's image size to the nearest multiple of 28, at most 448, unless asked otherwise."""
-        asked = self.request.get("teacher_image_size")
+        asked = self.settings["teacher_image_size"]
         if asked is not None:
             return int(asked)
-        size = (int(self.setting("image_size")) + PATCH // 2) // PATCH * PATCH
+        size = (int(self.settings["image_size"]) + PATCH // 2) // PATCH * PATCH
         return min(max(size, PATCH), LARGEST_TEACHER_SIZE)
 
     def features(self) -> dict[str, Any]:
@@ -82,15 +84,16 @@ class Mapping:
             "image_size": self.teacher_size,
             "grid": "auto" if request.task in GRID_TASKS else 0,
             "logits": "probe" if self.distillation in ("logit", "hybrid") else "none",
-            "val_fraction": request.get("val_fraction"),
+            "val_fraction": self.settings["val_fraction"],
             # A missing split is cut by content: renamed files stay on their side, copies are never on both.
             "group_duplicates": True,
             # Images of one folder are read there; a database or a second folder have no common root to read from.
-            "images": "jpeg" if request.database or data_splits(request) else "none",
+            "images": "jpeg" if request.database or request.splits else "none",
         }
         if request.student.type == "lstm":
             wanted["source"] = "clips"
-            wanted |= {"frames": request.get("clip_frames")} if request.get("clip_frames") else {}
+            if self.settings["clip_frames"]:
+                wanted["frames"] = self.settings["clip_frames"]
         if request.database:
             wanted["source"] = "sql"
         return wanted
@@ -108,24 +111,21 @@ class Mapping:
         from extract.config import load_config
 
         request = self.request
+        if request.database:
+            source_options = {name: request.database[name] for name in ("query", "image_root")}
+            data: dict[str, Any] = {"data": request.database["url"], "source_options": source_options}
+        else:
+            data = {"data": str(request.dataset_dir), "split": request.splits or None}
         options = {
             **self.features(),
+            **data,
             "out": out,
             "teacher_path": str(request.teacher_path),
             "device": ",".join(dict.fromkeys(request.devices)),
-            "workers": request.get("workers"),
-            "max_bad": request.get("max_bad"),
-            **self.data_options(),
+            "workers": self.settings["workers"],
+            "max_bad": self.settings["max_bad"],
         }
         return load_config(None, options)
-
-    def data_options(self) -> dict[str, Any]:
-        request = self.request
-        if request.database:
-            options = {name: request.database[name] for name in ("query", "image_root")}
-            return {"data": request.database["url"], "source_options": options}
-        splits = data_splits(request)
-        return {"data": str(request.dataset_dir), **({"split": splits} if splits else {})}
 
     def train_config(self, store: Path) -> TrainConfig:
         """Stage two's configuration; it resumes when the output folder holds a run.
@@ -133,12 +133,14 @@ class Mapping:
         Raises:
             ConfigError: when the options do not make sense together.
         """
-        from console.options import options_of
-        from train.config import TrainConfig, load_config
+        from train.config import load_config
 
         request = self.request
+        in_use = {"", "lora" if self.lora_rank else "", "logits" if self.distillation != "feature" else ""}
         options = {
-            **self.same_options(options_of(TrainConfig)),
+            # What was not chosen is left to the recipe, which TrainConfig itself applies.
+            **{name: value for name, value in request.chosen.items() if OPTIONS[name].shared}
+            | {name: None for name, option in OPTIONS.items() if option.needs not in in_use},
             "store": store,
             "student": str(request.student),
             "out": request.output_dir,
@@ -155,29 +157,7 @@ class Mapping:
             options["data_root"] = request.dataset_dir
         return load_config(options)
 
-    def same_options(self, options: dict[str, Option]) -> dict[str, Any]:
-        """What was chosen of the options that have the same name and meaning in stage two, where they have an effect."""
-        unused = {"lora": not self.lora_rank, "logits": self.distillation == "feature"}
-        return {
-            name: self.request.chosen[name]
-            for name, option in options.items()
-            if name in self.request.chosen and not unused.get(option.needs)
-        }
-
     @property
     def checkpoint_interval(self) -> int | None:
         """Epochs between `checkpoint_epoch_n.pt` files, None for none of them."""
-        if not self.request.get("auto_save_checkpoint"):
-            return None
-        return int(self.request.get("checkpoint_interval"))
-
-
-def data_splits(request: TaskRequest) -> dict[str, str] | None:
-    """Splits from two data sets, each of which gives its own split of that name, or all it has.
-
-    None when one data set holds both in its layout.
-    """
-    train, val = request.dataset_dir, request.val_dataset_dir
-    if train is None or val is None or train == val:
-        return None
-    return {"train": str(train), "val": str(val)}
+        return int(self.settings["checkpoint_interval"]) if self.settings["auto_save_checkpoint"] else None

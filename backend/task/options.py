@@ -1,7 +1,8 @@
-"""The platform's options, each said once: name, kind, limits, default, and its names in the JSON.
+"""The platform's options: name, kind, limits, default, names in the JSON; and how a value of each kind is read.
 
-The names and defaults are an external contract (SPEC section 3); the JSON's camelCase form of each name is
-accepted without being listed, `json` holds the further spellings.
+Names and defaults are an external contract. What the platform shares with `cli train` is declared there, on the
+fields of TrainConfig; this table lists the differences. The JSON's camelCase form of each name is accepted without
+being listed; `json` holds further spellings.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import math
 import operator
 import re
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backend.task.errors import OptionError
+from console.options import options_of
 from files.reading import open_regular
+from train.config import TrainConfig
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", re.ASCII)
@@ -123,23 +126,39 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "boolean": as_boolean,
     "list": as_list,
 }
+LIMITS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "ge": ("at least", operator.ge),
+    "gt": ("more than", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("less than", operator.lt),
+}
+LARGEST_NUMBER = 1e9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One option: `default` None means absent; `from_json` False keeps it out of the web form's reach."""
+    """One option.
+
+    Attributes:
+        kind: a key of READERS.
+        default: None means absent.
+        limits: `ge`, `gt`, `le`, `lt` → number.
+        json: further names in the JSON.
+        from_json: False keeps it out of the web form's reach.
+        shared: a field of TrainConfig with the same name and meaning, which gets its value.
+        needs: what must be in use for it to have an effect: `lora`, or class `logits` of the teacher.
+    """
 
     name: str
     kind: str
     help: str
     default: Any = None
     choices: tuple[str, ...] = ()
-    minimum: float | None = None
-    above: float | None = None
-    maximum: float | None = None
-    below: float | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
     json: tuple[str, ...] = ()
     from_json: bool = True
+    shared: bool = False
+    needs: str = ""
 
     def read(self, value: Any) -> Any:
         """The typed value, or None for an empty one, which counts as not given.
@@ -152,7 +171,10 @@ class Option:
         result = READERS[self.kind](value)
         if self.choices:
             result = self.read_choice(result)
-        self.check_range(result)
+        for name, limit in self.limits.items():
+            words, holds = LIMITS[name]
+            if not holds(result, limit):
+                raise OptionError(f"expected {words} {limit:.10g}, got {shown(result)}")
         return None if result == "" else result
 
     def read_choice(self, value: str) -> str | None:
@@ -161,144 +183,139 @@ class Option:
             raise OptionError(f"expected one of {', '.join(self.choices)}, got {shown(value)}")
         return word or None
 
-    def check_range(self, value: Any) -> None:
-        limits = (
-            (self.minimum, "at least", operator.ge),
-            (self.above, "more than", operator.gt),
-            (self.maximum, "at most", operator.le),
-            (self.below, "less than", operator.lt),
-        )
-        for limit, words, holds in limits:
-            if limit is not None and not holds(value, limit):
-                raise OptionError(f"expected {words} {limit:.10g}, got {shown(value)}")
-
 
 def text(name: str, help: str, **rest: Any) -> Option:
     return Option(name=name, kind="text", help=help, **rest)
 
 
-def integer(name: str, help: str, **rest: Any) -> Option:
-    return Option(name=name, kind="integer", help=help, **({"minimum": 1, "maximum": 10**9} | rest))
-
-
-def number(name: str, help: str, **rest: Any) -> Option:
-    return Option(name=name, kind="number", help=help, **({"minimum": 0, "maximum": 1e9} | rest))
+def integer(name: str, help: str, *, ge: float = 1, le: float = LARGEST_NUMBER, **rest: Any) -> Option:
+    return Option(name=name, kind="integer", help=help, limits={"ge": ge, "le": le}, **rest)
 
 
 def boolean(name: str, help: str, **rest: Any) -> Option:
     return Option(name=name, kind="boolean", help=help, **rest)
 
 
-TASK = (
-    text("task_id", "The platform's id of the task."),
-    text("task_name", "Its name, for log lines."),
-    text("api_base_url", "Where progress is reported: http://host:port/path.", from_json=False),
-    text("output_dir", "Where everything is written (default: output root / task id).", from_json=False),
-)
-MODELS = (
-    text("teacher_model", "Name of the teacher: a folder of the models root."),
-    text("teacher_path", "Its folder or file (default: models root / teacher_model).", json=("modelPath",)),
-    text("models_root", "Folder of the models.", from_json=False),
-    text("student_model", "resnet50, resnet/resnet50, yolov8s, …"),
-    text("student_model_type", "resnet, vit, yolov8, unet, lstm (default: from student_model)."),
-    text("student_model_size", "resnet18, vit-tiny, n, small, … (default: from student_model)."),
-    text("student_path", "Weights to start from, if they exist.", json=("pretrainPath",)),
-    boolean("pretrained", "Start from timm's published weights where no student_path is given."),
-)
-DATA = (
-    text("dataset_id", "Folder of the data set below the data sets' root."),
-    text("val_dataset_id", "Folder whose val split validates (default: dataset_id)."),
-    text("datasets_root", "Folder of the data sets.", default="/data/datasets", from_json=False),
-    text("dataset_url", "Database that holds the data set (SQLAlchemy URL).", from_json=False),
-    Option(name="dataset_query", kind="long text", help="Its query; may use :dataset_id.", from_json=False),
-    text("cache_dir", "Shared cache of teacher features.", from_json=False),
-    integer("teacher_image_size", "Teacher's image side (default: from image_size).", minimum=28),
-    integer("clip_frames", "Frames per clip for lstm students.", minimum=2, maximum=4096),
-    number(
-        "val_fraction", "Share cut for validation when there is one split.", default=0.1, below=1, above=0
-    ),
-    text("max_bad", "How many unreadable images end the run: 1% or a count.", default="1%"),
-)
-TRAINING = (
-    text(
-        "task_type",
-        "classification, detection, segmentation, sequence, features.",
-        default="classification",
-        choices=("classification", "detection", "segmentation", "sequence", "features"),
-    ),
-    integer(
-        "num_classes", "Classes of the head; more than the data has widens it.", default=10, maximum=10**6
-    ),
-    integer("image_size", "Side of the student's input in pixels.", default=224, minimum=16, maximum=4096),
-    integer("epochs", "Passes over the training split.", default=100, json=("totalEpochs",)),
-    integer("batch_size", "Images per step.", default=32, maximum=65536),
-    number("learning_rate", "Peak learning rate.", default=1e-4, minimum=None, above=0),
-    text("optimizer", "adamw, adam, sgd.", default="adamw", choices=("adamw", "adam", "sgd")),
-    text(
-        "lr_scheduler",
-        "cosine, linear, constant.",
-        default="cosine",
-        choices=("cosine", "linear", "constant"),
-    ),
-    number("weight_decay", "Weight decay.", default=0.01),
-    integer("grad_accum_steps", "Batches per optimizer step.", default=1, maximum=65536),
-    number("max_grad_norm", "Clipping of the gradient's norm; 0 is off.", default=1.0),
-    integer("seed", "Random seed.", default=0, minimum=0, maximum=2**31 - 1),
-    integer("workers", "Processes that decode images.", minimum=0, maximum=1024),
-)
-DISTILLATION = (
-    text(
-        "distillation_type",
-        "feature, logit, hybrid.",
-        default="hybrid",
-        choices=("feature", "logit", "hybrid"),
-    ),
-    number("temperature", "Temperature of the logit loss.", default=4.0, minimum=None, above=0),
-    number("alpha", "Soft weight; the hard weight is 1 - alpha.", maximum=1),
-    number("hard_label_weight", "Weight of the task loss.", default=0.5),
-    number("soft_label_weight", "Weight of the distillation loss.", default=0.5),
-    text(
-        "feature_loss_type",
-        "mse, cosine, smooth_l1, relation.",
-        default="mse",
-        choices=("mse", "cosine", "smooth_l1", "relation"),
-    ),
-    boolean("align_feature", "Map student features to the teacher's width.", default=True),
-    text("distill_loss_type", "kl_div.", default="kl_div", choices=("kl_div",)),
-)
-LORA = (
-    integer("lora_rank", "Rank of LoRA; 0 is off.", default=0, minimum=0, maximum=4096),
-    number("lora_alpha", "Scale of LoRA.", default=16.0, minimum=None, above=0),
-    number("lora_dropout", "Dropout of LoRA.", default=0.1, below=1),
-    Option(
-        name="lora_target_modules",
-        kind="list",
-        help="Modules that get adapters (default: by student).",
-        json=("targetModules",),
-    ),
-    text("lora_bias", "none, all, lora_only.", default="none", choices=("none", "all", "lora_only")),
-)
-RUNNING = (
-    Option(name="gpu_devices", kind="list", help="0 or 0,1 or cpu.", default="0"),
-    boolean("auto_save_checkpoint", "Keep checkpoint_epoch_n.pt files.", default=False),
-    integer("checkpoint_interval", "Epochs between them.", default=10),
-    Option(
-        name="training_config",
-        kind="long text",
-        help="The settings as JSON: a file or the text.",
-        from_json=False,
-    ),
-    text("platform_config", "The platform's YAML with URLs and roots.", from_json=False),
-)
+def shared(name: str, *, limits: Mapping[str, float] | None = None, **differences: Any) -> Option:
+    """An option of `cli train`: everything but the differences is as its field declares it."""
+    declared = options_of(TrainConfig)[name]
+    (kind,) = declared.kinds
+    bounds = {
+        limit: getattr(item, limit)
+        for item in TrainConfig.model_fields[name].metadata
+        for limit in LIMITS
+        if hasattr(item, limit)
+    }
+    if kind in (int, float):
+        bounds.setdefault("le", LARGEST_NUMBER)
+    facts: dict[str, Any] = {
+        "kind": {int: "integer", float: "number", bool: "boolean", str: "text"}[kind],
+        "help": declared.help,
+        "default": declared.default,
+        "choices": declared.choices,
+        "needs": declared.needs,
+    }
+    return Option(name=name, shared=True, limits={**bounds, **(limits or {})}, **{**facts, **differences})
+
 
 GROUPS: dict[str, tuple[Option, ...]] = {
-    "Task": TASK,
-    "Models": MODELS,
-    "Data": DATA,
-    "Training": TRAINING,
-    "Distillation": DISTILLATION,
-    "LoRA": LORA,
-    "Running": RUNNING,
+    "Task": (
+        text("task_id", "The platform's id of the task."),
+        text("task_name", "Its name, for log lines."),
+        text("api_base_url", "Where progress is reported: http://host:port/path.", from_json=False),
+        text("output_dir", "Where everything is written (default: output root / task id).", from_json=False),
+    ),
+    "Models": (
+        text("teacher_model", "Name of the teacher: a folder of the models root."),
+        text(
+            "teacher_path", "Its folder or file (default: models root / teacher_model).", json=("modelPath",)
+        ),
+        text("models_root", "Folder of the models.", from_json=False),
+        text("student_model", "resnet50, resnet/resnet50, yolov8s, …"),
+        text("student_model_type", "resnet, vit, yolov8, unet, lstm (default: from student_model)."),
+        text("student_model_size", "resnet18, vit-tiny, n, small, … (default: from student_model)."),
+        text("student_path", "Weights to start from, if they exist.", json=("pretrainPath",)),
+        boolean("pretrained", "Start from timm's published weights where no student_path is given."),
+    ),
+    "Data": (
+        text("dataset_id", "Folder of the data set below the data sets' root."),
+        text("val_dataset_id", "Folder whose val split validates (default: dataset_id)."),
+        text("datasets_root", "Folder of the data sets.", default="/data/datasets", from_json=False),
+        text("dataset_url", "Database that holds the data set (SQLAlchemy URL).", from_json=False),
+        Option(
+            name="dataset_query", kind="long text", help="Its query; may use :dataset_id.", from_json=False
+        ),
+        text("cache_dir", "Shared cache of teacher features.", from_json=False),
+        integer("teacher_image_size", "Teacher's image side (default: from image_size).", ge=28),
+        integer("clip_frames", "Frames per clip for lstm students.", ge=2, le=4096),
+        Option(
+            name="val_fraction",
+            kind="number",
+            help="Share cut for validation when there is one split.",
+            default=0.1,
+            limits={"gt": 0, "lt": 1},
+        ),
+        text("max_bad", "How many unreadable images end the run: 1% or a count.", default="1%"),
+    ),
+    "Training": (
+        text(
+            "task_type",
+            "The student's task.",
+            default="classification",
+            choices=("classification", "detection", "segmentation", "sequence", "features"),
+        ),
+        shared("num_classes", default=10, help="Classes of the head; more than the data has widens it."),
+        shared("image_size", limits={"ge": 16}),
+        shared("epochs", json=("totalEpochs",)),
+        shared("batch_size", limits={"le": 65536}),
+        shared("learning_rate"),
+        shared("optimizer", choices=("adamw", "adam", "sgd"), help="sgd uses momentum 0.9."),
+        shared("lr_scheduler"),
+        shared("weight_decay"),
+        shared("grad_accum_steps", limits={"le": 65536}),
+        shared("max_grad_norm"),
+        shared("seed", limits={"le": 2**31 - 1}),
+        shared("workers", limits={"le": 1024}, help="Processes that decode images."),
+    ),
+    "Distillation": (
+        shared(
+            "distillation_type",
+            default="hybrid",
+            choices=("feature", "logit", "hybrid"),
+            help="Tasks without class logits distill features alone.",
+        ),
+        shared("temperature"),
+        Option(
+            name="alpha",
+            kind="number",
+            help="Soft weight; the hard weight is 1 - alpha.",
+            limits={"ge": 0, "le": 1},
+        ),
+        shared("hard_label_weight"),
+        shared("soft_label_weight"),
+        shared("feature_loss_type"),
+        shared("align_feature"),
+        shared("distill_loss_type"),
+    ),
+    "LoRA": (
+        shared("lora_rank", limits={"le": 4096}),
+        shared("lora_alpha"),
+        shared("lora_dropout"),
+        shared("lora_target_modules", kind="list", default=None, json=("targetModules",)),
+        shared("lora_bias"),
+    ),
+    "Running": (
+        Option(name="gpu_devices", kind="list", help="0 or 0,1 or cpu.", default="0"),
+        boolean("auto_save_checkpoint", "Keep checkpoint_epoch_n.pt files.", default=False),
+        integer("checkpoint_interval", "Epochs between them.", default=10),
+        Option(
+            name="training_config",
+            kind="long text",
+            help="The settings as JSON: a file or the text.",
+            from_json=False,
+        ),
+        text("platform_config", "The platform's YAML with URLs and roots.", from_json=False),
+    ),
 }
 OPTIONS: dict[str, Option] = {option.name: option for group in GROUPS.values() for option in group}
 
@@ -315,7 +332,7 @@ def camel_case(name: str) -> str:
 
 
 def help_text(program: str) -> str:
-    """The page that `--help` prints: 80 columns, each option with its default."""
+    """The page that `--help` prints: 80 columns, each option with its choices and default."""
     lines = [
         f"{program} --task_id 7 --api_base_url http://localhost:8080/api \\",
         "    --teacher_model qwen2.5-vl-8b --teacher_path /data/models/qwen2.5-vl-8b \\",
@@ -333,6 +350,7 @@ def help_text(program: str) -> str:
 
 
 def option_line(option: Option) -> str:
+    choices = f" {', '.join(option.choices)}." if option.choices else ""
     default = "" if option.default is None else f" [{option.default}]"
     head = f"  --{option.name:<22}"
-    return textwrap.fill(head + option.help + default, 80, subsequent_indent=" " * len(head))
+    return textwrap.fill(f"{head}{option.help}{choices}{default}", 80, subsequent_indent=" " * len(head))

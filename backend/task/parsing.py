@@ -46,6 +46,7 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
             take(arguments, raw, canonical_name(name), values)
     for name, value in raw.items():
         read_into(arguments, name, value)
+    spell_out_alpha(arguments.values)
     return arguments
 
 
@@ -118,7 +119,7 @@ def read_training_config(text: str) -> Arguments:
     arguments = Arguments()
     for path, name, value in sorted(walk(content, arguments), key=lambda item: item[0].count(".")):
         take_field(arguments, path, name, value)
-    split_alpha(arguments)
+    spell_out_alpha(arguments.values)
     return arguments
 
 
@@ -232,9 +233,10 @@ SPECIAL: dict[str, Callable[[Arguments, str, Any], None]] = {
 }
 
 
-def split_alpha(arguments: Arguments) -> None:
-    """`alpha` is the soft weight, 1 - alpha the hard one, unless the JSON gives the weights themselves."""
-    alpha = arguments.values.pop("alpha", None)
+def spell_out_alpha(values: dict[str, Any]) -> None:
+    """`alpha` is the soft weight, 1 - alpha the hard one, unless the weights themselves are given as well."""
+    alpha = values.pop("alpha", None)
     if alpha is not None:
-        arguments.values.setdefault("soft_label_weight", alpha)
-        arguments.values.setdefault("hard_label_weight", round(1 - alpha, 12))
+        for name, weight in (("soft_label_weight", alpha), ("hard_label_weight", round(1 - alpha, 12))):
+            if values.get(name) is None:
+                values[name] = weight

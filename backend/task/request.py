@@ -64,6 +64,12 @@ class TaskRequest:
         """The chosen value of an option, else its default."""
         return self.chosen.get(name, OPTIONS[name].default)
 
+    @property
+    def splits(self) -> dict[str, str]:
+        """Splits from two data sets, each of which gives its own split of that name, or all it has; else empty."""
+        train, val = self.dataset_dir, self.val_dataset_dir
+        return {} if train is None or val is None or train == val else {"train": str(train), "val": str(val)}
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -130,19 +136,7 @@ def merge(words: Sequence[str]) -> Merged:
         config = PlatformConfig()
     arguments.problems += document.problems
     arguments.check()
-    options = with_alpha(arguments.values)
-    return Merged(options, document.values, config, arguments.warnings + document.warnings)
-
-
-def with_alpha(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`--alpha` spelled out as the two weights, unless those are given too."""
-    result = {name: value for name, value in values.items() if name != "alpha"}
-    alpha = values.get("alpha")
-    if alpha is not None:
-        for name, weight in (("soft_label_weight", alpha), ("hard_label_weight", round(1 - alpha, 12))):
-            if result.get(name) is None:
-                result[name] = weight
-    return result
+    return Merged(arguments.values, document.values, config, arguments.warnings + document.warnings)
 
 
 def resolve(merged: Merged) -> TaskRequest:

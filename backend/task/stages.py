@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.task.calls import PipeSender, Sender, TaskCalls
-from backend.task.configs import Mapping, data_splits
+from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError, PlatformError
 from backend.task.events import ExtractionEvents, TrainingEvents, training_observers
 from backend.task.feature_cache import (
@@ -39,9 +39,9 @@ class Task:
     def __init__(self, request: TaskRequest, sender: Sender, stop: StopRequest) -> None:
         self.request, self.sender, self.stop = request, sender, stop
         self.calls = TaskCalls(request.task_id)
-        self.mapping = Mapping(request)
+        self.configs = StageConfigs(request)
         self.cache = FeatureCache(request.cache_dir)
-        self.epochs = int(self.mapping.setting("epochs"))
+        self.epochs = int(self.configs.settings["epochs"])
         self.extraction = ExtractionEvents(self.calls, sender, self.epochs)
 
     def run(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Task:
         """
         request = self.request
         log.info("task %s: student %s, %s", request.task_id, request.student, request.task)
-        for note in self.mapping.notes[len(request.notes) :]:
+        for note in self.configs.notes[len(request.notes) :]:
             log.warning("%s", note)
         make_folder(request.output_dir)
         self.cache.prepare()
@@ -77,9 +77,9 @@ class Task:
         owner = f"task {self.request.task_id}"
         with self.cache.lock(key, owner, self.stop, self.extraction.say):
             if not is_complete(path):
-                training = self.mapping.train_config(path)
+                training = self.configs.train_config(path)
                 check_student(training)
-                check_data(self.mapping.extract_config(path), training)
+                check_data(self.configs.extract_config(path), training)
                 log.info("features: extracting into the cache, %s", path)
                 self.extract(path)
             else:
@@ -91,11 +91,11 @@ class Task:
         """The store's name: data, teacher and all that decides what is extracted."""
         teacher = teacher_digest(self.request.teacher_path, self.cache.digests, self.check_stop)
         data = self.database_digests() if self.request.database else self.folder_digests()
-        return cache_key({**self.mapping.store_features(), "weights": teacher, "data": data})
+        return cache_key({**self.configs.store_features(), "weights": teacher, "data": data})
 
     def folder_digests(self) -> dict[str, str]:
         request = self.request
-        folders = data_splits(request) or {"all": str(request.dataset_dir)}
+        folders = request.splits or {"all": str(request.dataset_dir)}
         memo = self.cache.digests
         return {name: digest_folder(Path(path), memo, self.check_stop) for name, path in folders.items()}
 
@@ -104,14 +104,14 @@ class Task:
         from extract.inputs import open_data
 
         return {
-            "rows": digest_source(open_data(self.mapping.extract_config(Path("unused"))), self.check_stop)
+            "rows": digest_source(open_data(self.configs.extract_config(Path("unused"))), self.check_stop)
         }
 
     def extract(self, path: Path) -> None:
         from extract.existing import DifferentStore
         from extract.run import run_extraction
 
-        config = self.mapping.extract_config(path)
+        config = self.configs.extract_config(path)
         try:
             result = run_extraction(config, [self.extraction], self.stop)
         except DifferentStore as error:
@@ -130,7 +130,7 @@ class Task:
 
     def add_logits(self, path: Path) -> None:
         """A store of another task may lack the class logits that this one needs: they are made from its features."""
-        config = self.mapping.extract_config(path)
+        config = self.configs.extract_config(path)
         if config.logits == "none":
             return
         from extract.logits import add_logits
@@ -142,7 +142,7 @@ class Task:
     def train(self, store: Path) -> dict[str, Any]:
         """Train, or go on with what lies in the output folder; the content of summary.json."""
         self.check_stop()
-        config = self.mapping.train_config(store)
+        config = self.configs.train_config(store)
         if config.resume:
             log.info("%s holds a run: going on with it", self.request.output_dir)
         if len(config.devices) > 1 and config.student_type != "yolov8":
@@ -161,7 +161,7 @@ class Task:
         """Publish the best model, note the platform's part in summary.json, send the evaluation."""
         folder = self.request.output_dir
         TrainingEvents(self.calls, self.sender, self.epochs, folder).publish_best()
-        summary["platform"] = {"task_id": self.request.task_id, "notes": self.mapping.notes}
+        summary["platform"] = {"task_id": self.request.task_id, "notes": self.configs.notes}
         write_summary(folder / SUMMARY, summary)
         metrics = summary.get("metrics") or {}
         self.sender.send(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from backend.task.configs import Mapping
+from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError
 from backend.task.http_client import HttpClient
 from backend.task.options import OPTIONS, camel_case
@@ -95,7 +95,7 @@ def settle(line: list[str]) -> TaskRequest | None:
     """The request of a command line, or None after a proper refusal."""
     try:
         request = read_request(line)
-        Mapping(request).features()
+        StageConfigs(request).features()
     except OptionError as error:
         check_refusal(error)
         return None
@@ -152,9 +152,9 @@ def check_inside(request: TaskRequest, root: Path) -> None:
 def check_both_stages(request: TaskRequest) -> None:
     """What the door lets through, the two configurations take or refuse in their own words."""
     try:
-        mapping = Mapping(request)
-        mapping.train_config(Path("store.zarr"))
-        mapping.extract_config(Path("store.zarr"))
+        configs = StageConfigs(request)
+        configs.train_config(Path("store.zarr"))
+        configs.extract_config(Path("store.zarr"))
     except (OptionError, DistillError) as error:
         check_refusal(error)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.task.configs import Mapping
+from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError
 from backend.task.request import read_request
 from backend.task.stages import Task, check_data, check_student, is_complete
@@ -57,10 +57,10 @@ def test_a_student_that_cannot_be_is_refused_before_the_extraction(
 
 
 def problem_of_data(line: list[str]) -> str:
-    mapping = Mapping(read_request(line))
+    configs = StageConfigs(read_request(line))
     store = Path("features.zarr")
     with pytest.raises(OptionError) as caught:
-        check_data(mapping.extract_config(store), mapping.train_config(store))
+        check_data(configs.extract_config(store), configs.train_config(store))
     return str(caught.value)
 
 
@@ -83,9 +83,9 @@ def test_splits_without_val_are_refused_before_the_extraction(site: Site) -> Non
 @pytest.mark.parametrize("data", ["花", "one-split", "boxes", "masks"])
 def test_data_that_fits(data: str, words: Callable[..., list[str]]) -> None:
     students = {"boxes": "yolov8n", "masks": "unet/small"}
-    mapping = Mapping(read_request(words(dataset_id=data, student_model=students.get(data, "resnet18"))))
+    configs = StageConfigs(read_request(words(dataset_id=data, student_model=students.get(data, "resnet18"))))
     store = Path("features.zarr")
-    check_data(mapping.extract_config(store), mapping.train_config(store).replace(num_classes=10))
+    check_data(configs.extract_config(store), configs.train_config(store).replace(num_classes=10))
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_a_student_without_a_number_of_classes_is_fine(
     student: str, words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     line = words(student_model=student, num_classes=None, image_size=64)
-    check_student(Mapping(read_request(line)).train_config(tmp_path / "features.zarr"))
+    check_student(StageConfigs(read_request(line)).train_config(tmp_path / "features.zarr"))
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_an_unfinished_store_of_another_precision_does_not_block_the_cache(
     """As when a task on a GPU (bfloat16) was stopped and the next one runs on the CPU."""
     task = Task(read_request(words()), Told(), StopRequest())
     store, stop = tmp_path / "features.zarr", StopRequest()
-    other = task.mapping.extract_config(store).model_copy(update={"dtype": "bfloat16"})
+    other = task.configs.extract_config(store).model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(Stopped):
         run_extraction(other, [StopAtOnce(stop)], stop)
     assert store.exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from backend.task.configs import Mapping
+from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError
 from backend.task.request import read_request
 from tests.test_backend.platform_data import make_class_folders, make_clips, make_masks, make_yolo
@@ -19,9 +19,9 @@ from train.config import TrainConfig
 OUT = Path("features.zarr")
 
 
-def mapping(site: Site, student: str, **options: object) -> Mapping:
+def mapping(site: Site, student: str, **options: object) -> StageConfigs:
     named: dict[str, Any] = {"student_model": student, "student_model_type": None, "student_model_size": None}
-    return Mapping(read_request(site.words(**(named | options))))
+    return StageConfigs(read_request(site.words(**(named | options))))
 
 
 def train(site: Site, student: str, **options: object) -> TrainConfig:
@@ -168,7 +168,7 @@ def test_lora_on_given_weights_stays(site: Site) -> None:
     assert config.student_path == site.models / "w.pt"
 
 
-def keys_of(made: Mapping) -> dict[str, list[str]]:
+def keys_of(made: StageConfigs) -> dict[str, list[str]]:
     from extract.inputs import open_data
 
     return {
