@@ -40,13 +40,13 @@ def keyword(option: Option, recipes: Recipes) -> inspect.Parameter:
     """The option as a keyword of a command, described for typer."""
     text = f"{option.help}{listed_choices(option)}{shown_default(option, recipes)}"
     kind: Any = str
-    if not option.written.startswith("--"):
-        info = typer.Argument(help=text, metavar=option.written, show_default=False)
+    if not option.flag.startswith("--"):
+        info = typer.Argument(help=text, metavar=option.flag, show_default=False)
     else:
         is_flag = option.kinds == {bool}
         kind = bool if is_flag else list[str] if option.kinds == {dict} else str
         info = typer.Option(
-            f"{option.written}/--no-{option.written[2:]}" if is_flag else option.written,
+            f"{option.flag}/--no-{option.flag[2:]}" if is_flag else option.flag,
             help=text,
             rich_help_panel=option.panel or None,
             show_default=False,

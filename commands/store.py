@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -319,17 +320,7 @@ def convert(
     cli convert flowers.zarr small.zarr --int8 --zstd
     """
     costs = convert_paths(source, target, zstd=zstd, int8=int8, pca=pca)
-    listed = [
-        {
-            "array": cost.array,
-            "cosine_mean": cost.cosine_mean,
-            "cosine_p1": cost.cosine_p1,
-            "bytes_before": cost.bytes_before,
-            "bytes_after": cost.bytes_after,
-            "saved": cost.saved,
-        }
-        for cost in costs
-    ]
+    listed = [{**asdict(cost), "saved": cost.saved} for cost in costs]
     if json:
         print_json({"source": source, "target": target, "costs": listed})
         return

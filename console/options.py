@@ -11,7 +11,7 @@ import difflib
 import functools
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is known of one option; all but the first five are keywords of `option`.
+    """What is known of one option; all but the first four are keywords of `option`.
 
     Attributes:
         name: the field's.
@@ -35,7 +35,7 @@ class Option:
         default: None where there is none.
         help: what it does, a sentence.
         panel: the heading in `--help`; empty for what is listed before all headings.
-        flag: how it is written on the command line where that is not its name: `--source-option`, `STORE`.
+        flag: how it is written on the command line: `--learning-rate`, or `STORE` for an argument.
         metavar: what `--help` shows in the place of the value, where its type is not enough.
         shown_default: the default in words, where the value is not enough.
         free_on_resume: may differ between the command that started a run and the one that resumes it.
@@ -51,8 +51,8 @@ class Option:
     choices: tuple[str, ...]
     default: Any
     help: str
+    flag: str
     panel: str = ""
-    flag: str = ""
     metavar: str = ""
     shown_default: str = ""
     free_on_resume: bool = False
@@ -62,25 +62,12 @@ class Option:
     students: tuple[str, ...] = ()
     not_for: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def written(self) -> str:
-        """How it is written on the command line: `--learning-rate`, or `STORE` for an argument."""
-        return self.flag or f"--{self.name.replace('_', '-')}"
 
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    min_length: int | None = None,
-    **facts: Any,
-) -> Any:
-    """A field of a configuration: its default (`...`: required), its help, its limits and facts for `Option`."""
-    limits: dict[str, Any] = {"ge": ge, "gt": gt, "le": le, "lt": lt, "min_length": min_length}
+def option(default: Any, help: str, **rest: Any) -> Any:
+    """A field of a configuration: its default (`...`: required), its help, facts for `Option`, and pydantic's limits."""
+    known = {item.name for item in fields(Option)}
+    facts = {name: value for name, value in rest.items() if name in known}
+    limits = {name: value for name, value in rest.items() if name not in known}
     return Field(default, description=help, json_schema_extra=facts, **limits)
 
 
@@ -106,7 +93,7 @@ def describe_field(name: str, item: FieldInfo) -> Option:
     types: frozenset[Any] = frozenset(
         str if get_origin(kind) is Literal else get_origin(kind) or kind for kind in kinds
     )
-    facts: Any = item.json_schema_extra or {}
+    facts: Any = {"flag": f"--{name.replace('_', '-')}", **(item.json_schema_extra or {})}  # type: ignore[dict-item]
     return Option(
         name=name,
         kinds=types,
@@ -152,7 +139,7 @@ def describe_problem(name: str, items: Sequence[Mapping[str, Any]], model: type[
     if kind in ("missing", "too_short"):
         known = options_of(model).get(name)
         problem = "missing" if kind == "missing" else "expected at least one value, got none"
-        return f"{known.written if known else '--' + name}: {problem}"
+        return f"{known.flag if known else '--' + name}: {problem}"
     texts = [str(item["msg"]).removeprefix("Value error, ").removeprefix("Input ") for item in items]
     # pydantic explains some problems twice
     text = " or ".join(dict.fromkeys(text.partition(", unable to parse")[0] for text in texts))

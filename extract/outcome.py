@@ -123,7 +123,7 @@ def resume_command(config: ExtractConfig) -> str:
     """The command line that goes on with this extraction; passwords in addresses are left out of it."""
     words = ["cli", "extract", config.data]
     for name, item in options_of(ExtractConfig).items():
-        value, option = getattr(config, name), item.written
+        value, option = getattr(config, name), item.flag
         if name in ("data", "overwrite", "dry_run") or value == item.default:
             continue
         if isinstance(value, bool):

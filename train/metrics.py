@@ -134,19 +134,13 @@ def warn_of_zero_metric(config: TrainConfig, folder: Path, records: Sequence[Map
     third = math.ceil(config.epochs / 3)
     if third < 2 or len(records) != third:
         return
-    name = next((name for name in HEADLINE_METRICS if records[-1].get(name) is not None), None)
+    name = headline_of(key for key, value in records[-1].items() if value is not None)
     if name is None or max(record.get(name) or 0.0 for record in records) >= SHOWN_AS_ZERO:
         return
+    rate = records[-1].get("learning_rate") or config.learning_rate
     log.warning(
-        "%s: %s is still 0 after %d of %d epochs: usual causes are a learning rate that is too low or too high (now "
-        "%.3g), objects that are too small at an image size of %d px, labels that do not fit the images (cli inspect %s "
-        "--pictures FOLDER), or too few epochs",
-        *(
-            folder,
-            METRICS[name].label,
-            third,
-            config.epochs,
-            records[-1].get("learning_rate") or config.learning_rate,
-        ),
-        *(config.image_size, config.store),
+        f"{folder}: {label_of(name)} is still 0 after {third} of {config.epochs} epochs: usual causes are a learning rate "
+        f"that is too low or too high (now {rate:.3g}), objects that are too small at an image size of "
+        f"{config.image_size} px, labels that do not fit the images (cli inspect {config.store} --pictures FOLDER), or too "
+        "few epochs"
     )

@@ -37,7 +37,7 @@ def test_a_field_says_all_that_is_known_of_its_option() -> None:
     assert (options["count"].kinds, options["count"].default, options["count"].panel) == ({int}, 3, "Numbers")
     assert (options["side"].kinds, options["side"].choices) == ({int, str}, ())
     assert options["mode"].choices == ("fast", "exact")
-    assert [options[name].written for name in ("place", "count", "pairs")] == ["PLACE", "--count", "--pair"]
+    assert [options[name].flag for name in ("place", "count", "pairs")] == ["PLACE", "--count", "--pair"]
     assert names_where(Example, "distills") == {"quiet"}
 
 

@@ -151,14 +151,11 @@ def open_split(store: Any, name: str, option: str) -> Any:
 
 def check_targets(task: str, split: Any, name: str, store: str, advice: str = LABEL_FREE) -> None:
     """The split must hold what the task learns from, or is measured on; `advice` is the next step when it does not."""
-    names = set(split.names)
-    needed = {"classification": LABEL, "sequence": LABEL, "segmentation": MASK}.get(task)
-    if needed is None:
-        return
+    needed = {"label": LABEL, "mask": MASK}.get(TARGET_KINDS.get(task, ""))
     unlabeled = needed == LABEL and labels_of(split) is None
-    if needed in names and not unlabeled:
+    if needed is None or (needed in split.names and not unlabeled):
         return
-    has = [kind for kind, array in (("labels", LABEL), ("masks", MASK)) if array in names]
+    has = [kind for kind, array in (("labels", LABEL), ("masks", MASK)) if array in split.names]
     found = ", ".join(has) if has and not unlabeled else "no targets" if not has else "unlabeled rows only"
     what = "class masks" if needed == MASK else "class labels"
     raise TrainError(f"{store}: {task} needs {what} in split {name}, the store has {found}: {advice}")
