@@ -1,4 +1,4 @@
-"""What extraction and training tell → calls to the platform, and the files it looks for."""
+"""Events of extraction and training → calls to the platform, and the files it looks for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backend.task.calls import Sender, TaskCalls
+from backend.task.calls import Sender, TaskCalls, percent
 from console.log import get_logger
 from files.writing import replacing
+from train.events import SilentObserver
+from train.metrics import headline_of
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
@@ -23,16 +25,16 @@ BEST, BEST_MODEL, METRICS = "best.pt", "best_model.pt", "metrics.jsonl"
 EXTRACTION_EVERY_S = 2.0
 LOG_EVERY_S = 30.0
 MEGABYTE = 1_000_000
-# The number that stands for a student's quality, by task: the first that a record has.
-ACCURACIES = ("top1", "map50", "miou", "probe_top1", "knn_top1")
+# Headline metrics that the platform does not call accuracy.
+NO_ACCURACY = frozenset({"map50_95", "cosine"})
 
 
 def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
     """The validation accuracy of a record or of final metrics, as a fraction of 1."""
-    for name in ACCURACIES:
-        if metrics.get(name) is not None:
-            return float(metrics[name])
-    return None
+    name = headline_of(
+        name for name, value in metrics.items() if value is not None and name not in NO_ACCURACY
+    )
+    return None if name is None else float(metrics[name])
 
 
 class ExtractionEvents:
@@ -40,34 +42,32 @@ class ExtractionEvents:
 
     def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int) -> None:
         self.calls, self.sender, self.total_epochs = calls, sender, total_epochs
-        self.said = float("-inf")
+        self.sent = float("-inf")
         self.logged = time.monotonic()
 
     def progress(self, done: int, total: int, message: str) -> None:
         """Called by stage one after each batch."""
         now, text = time.monotonic(), f"extracting features: {message}, {done} of {total}"
-        if now - self.said >= EXTRACTION_EVERY_S or done >= total:
-            self.said = now
-            self.say(text)
+        if now - self.sent >= EXTRACTION_EVERY_S or done >= total:
+            self.sent = now
+            self.send(text)
         if now - self.logged >= LOG_EVERY_S:
             self.logged = now
             log.info("%s", text)
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
         self.sender.send(self.calls.progress(epoch=0, total_epochs=self.total_epochs, message=text))
 
 
 def training_observers(config: TrainConfig, calls: TaskCalls, sender: Sender | None) -> list[TrainingEvents]:
     """The observer of a training, in the process that reports."""
-    if sender is None:
-        return []
-    return [TrainingEvents(calls, sender, config.epochs, config.out)]
+    return [] if sender is None else [TrainingEvents(calls, sender, config.epochs, config.out)]
 
 
-class TrainingEvents:
-    """Hears the training (`train.events.Observer`) and reports each epoch and each better model, each once.
+class TrainingEvents(SilentObserver):
+    """Observes the training (`train.events`) and reports each epoch and each better model, each once.
 
-    An epoch is in last.pt before it is reported. Where a run ended just between the two, the one that goes on
+    An epoch is in last.pt before it is reported. Where a run ended just between the two, the one that resumes it
     finds an epoch in metrics.jsonl that was not there before, and reports it.
     """
 
@@ -83,7 +83,7 @@ class TrainingEvents:
         self.report(epoch, record)
 
     def catch_up(self, before: int | None = None) -> None:
-        """Report what metrics.jsonl holds and nobody has reported: all of it, or the epochs `before` one."""
+        """Report what is in metrics.jsonl and has not been reported: all of it, or the epochs `before` one."""
         self.caught_up = True
         for record in read_records(self.folder / METRICS):
             epoch = int(record["epoch"])
@@ -93,15 +93,14 @@ class TrainingEvents:
     def report(self, epoch: int, record: Mapping[str, Any]) -> None:
         accuracy = accuracy_of(record)
         self.reported.add(epoch)
-        self.sender.send(
-            self.calls.progress(
-                epoch=epoch,
-                total_epochs=self.total_epochs,
-                train_loss=record.get("train_loss"),
-                val_loss=record.get("val_loss"),
-                val_accuracy=accuracy,
-            )
+        progress = self.calls.progress(
+            epoch=epoch,
+            total_epochs=self.total_epochs,
+            train_loss=record.get("train_loss"),
+            val_loss=record.get("val_loss"),
+            val_accuracy=accuracy,
         )
+        self.sender.send(progress)
         self.sender.send(self.calls.history(epoch=epoch, values=history_values(record, accuracy)))
 
     def checkpoint_saved(self, path: Path, epoch: int, is_best: bool) -> None:
@@ -109,19 +108,23 @@ class TrainingEvents:
             self.publish_best()
 
     def publish_best(self) -> None:
-        """Make best.pt the platform's best_model.pt and say so, when it is not that already."""
-        from backend.task.events import publish, same_file
+        """Make best.pt the platform's best_model.pt and report it, when it is not that already.
 
+        Checkpoints are replaced, never rewritten, so a link keeps what it was made of; a copy where links are
+        impossible.
+        """
         best, published = self.folder / BEST, self.folder / BEST_MODEL
-        if best.exists() and not same_file(best, published):
-            publish(best, published)
-            self.sender.send(self.calls.model_path(published.absolute()))
+        if not best.exists() or (published.exists() and os.path.samefile(best, published)):
+            return
+        with replacing(published) as partial:
+            try:
+                os.link(best, partial)
+            except OSError:
+                shutil.copyfile(best, partial)
+        self.sender.send(self.calls.model_path(published.absolute()))
 
     def finished(self, summary: dict[str, Any]) -> None:
         self.catch_up()
-
-    def failed(self, error: BaseException) -> None:
-        pass
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -138,15 +141,13 @@ def history_values(record: Mapping[str, Any], accuracy: float | None) -> dict[st
 
     `distillLoss` is the whole distillation term, `softLoss` its logit part, `hardLoss` the task loss.
     """
-    terms = [record.get(name) for name in ("feature_loss", "logit_loss")]
-    known = [term for term in terms if term is not None]
-    train_accuracy = record.get("train_accuracy")
+    terms = [record[name] for name in ("feature_loss", "logit_loss") if record.get(name) is not None]
     return {
         "trainLoss": record.get("train_loss"),
-        "trainAccuracy": None if train_accuracy is None else 100 * train_accuracy,
+        "trainAccuracy": percent(record.get("train_accuracy")),
         "valLoss": record.get("val_loss"),
-        "valAccuracy": None if accuracy is None else round(100 * accuracy, 6),
-        "distillLoss": sum(known) if known else None,
+        "valAccuracy": percent(accuracy),
+        "distillLoss": sum(terms) if terms else None,
         "hardLoss": record.get("hard_loss"),
         "softLoss": record.get("logit_loss"),
         "gpuUsage": gpu_usage(),

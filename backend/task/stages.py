@@ -71,11 +71,11 @@ class Task:
 
     def features(self) -> Path:
         """The store with this task's features, from the cache or extracted now; one task at a time makes it."""
-        self.extraction.say("looking for cached features")
+        self.extraction.send("looking for cached features")
         key = self.feature_key()
         path = self.cache.store_path(key)
         owner = f"task {self.request.task_id}"
-        with self.cache.lock(key, owner, self.stop, self.extraction.say):
+        with self.cache.lock(key, owner, self.stop, self.extraction.send):
             if not is_complete(path):
                 training = self.configs.train_config(path)
                 check_student(training)
