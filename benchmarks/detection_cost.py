@@ -93,11 +93,11 @@ def set_up(
     """A trainer that is ready for its first step."""
     from store.reader import open_store
     from train.config import TrainConfig
-    from train.engine.yolo.assemble import build_job
-    from train.engine.yolo.offline import prepare_ultralytics
+    from train.yolo.assemble import build_job
+    from train.yolo.offline import prepare_ultralytics
 
     prepare_ultralytics()
-    from train.engine.yolo.trainer import StoreTrainer
+    from train.yolo.trainer import StoreTrainer
 
     options: dict[str, Any] = {
         "store": store,
@@ -135,7 +135,7 @@ def train_step(trainer: Any, batch: dict[str, Any]) -> None:
 
 
 def measure(store: Path, work: Path, image_size: int, rounds: int) -> dict[str, Any]:
-    from train.engine.yolo.targets import PENDING
+    from train.yolo.targets import PENDING
 
     trainers = {
         levels: set_up(store, work / f"{image_size}-{levels}", image_size, levels) for levels in LEVELS

@@ -64,7 +64,7 @@ def make_store(arguments: argparse.Namespace, work: Path) -> Path:
 def write_yolo_folder(store: Path, folder: Path, image_size: int) -> Path:
     """The images and boxes of a store's train and val as files for ultralytics; returns data.yaml."""
     from store.reader import open_store
-    from train.engine.yolo.records import open_split
+    from train.yolo.records import open_split
 
     opened = open_store(store)
     for name in ("train", "val"):
@@ -86,13 +86,13 @@ def train_ultralytics(
     data: Path, out: Path, seed: int, *, epochs: int, image_size: int, device: str
 ) -> dict[str, float]:
     """ultralytics' own training with its own defaults; metrics of its best epoch."""
-    from train.engine.yolo.offline import prepare_ultralytics
+    from train.yolo.offline import prepare_ultralytics
 
     prepare_ultralytics()
     from ultralytics import YOLO
     from ultralytics.engine.trainer import BaseTrainer
 
-    from train.engine.yolo.trainer import StoreTrainer
+    from train.yolo.trainer import StoreTrainer
 
     BaseTrainer.read_results_csv = StoreTrainer.read_results_csv  # its own needs polars
     YOLO("yolov8n.yaml").train(

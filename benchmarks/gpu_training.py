@@ -284,7 +284,7 @@ def synchronizations(step: Callable[[], None], steps: int = 20) -> float:
 def measure_yolo(settings: Settings, note: Note) -> None:
     """A step of YOLOv8s with and without the distilled level P5, as ultralytics' trainer does it."""
     from benchmarks.detection_cost import make_store, set_up
-    from train.engine.yolo.targets import PENDING
+    from train.yolo.targets import PENDING
 
     size, batch = (64, 2) if settings.quick else (640, 16)
     student = "yolov8/n" if settings.quick else "yolov8/s"

@@ -58,7 +58,7 @@ def evaluate_run(
     student, content = load_student_from_run(run) if onnx is None else (OnnxStudent(onnx), about(onnx.card))
     opened: Any = open_store(store)
     if student.spec.type == "yolov8":
-        from train.engine.yolo.evaluate import evaluate_yolo
+        from train.yolo.evaluate import evaluate_yolo
 
         return evaluate_yolo(
             run,

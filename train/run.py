@@ -74,7 +74,7 @@ def run_training(
     group = Observers(observers if os.environ.get("RANK", "0") == "0" else ())
     try:
         if config.student_type == "yolov8":
-            from train.engine.yolo.run import run_yolo
+            from train.yolo.run import run_yolo
 
             return run_yolo(config, observers, stop)
         with contextlib.ExitStack() as stack:

@@ -121,7 +121,7 @@ def test_a_detector_on_two_processes_reports_each_epoch_once(
     words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.test_train.yolo_ranks import CpuRanksTrainer
-    from train.engine.yolo import trainer
+    from train.yolo import trainer
 
     monkeypatch.setattr(trainer, "StoreTrainer", CpuRanksTrainer)
     line = words(dataset_id="boxes", student_model="yolov8n", epochs=2, image_size=64, batch_size=4)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from tests.test_train.yolo_runs import Listener, make_config, metrics_of
-from train.engine.yolo.run import run_yolo
 from train.errors import TrainError
+from train.yolo.run import run_yolo
 
 pytest.importorskip("ultralytics")
 
 
 def test_a_rank_reads_its_job_from_the_run_folder(yolo_run: tuple[Path, Listener]) -> None:
-    from train.engine.yolo.ddp import job_of_rank
+    from train.yolo.ddp import job_of_rank
 
     folder, _ = yolo_run
     before = metrics_of(folder)
@@ -32,7 +32,7 @@ def test_a_rank_reads_its_job_from_the_run_folder(yolo_run: tuple[Path, Listener
 def on_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`run_yolo` trains on two CPU processes."""
     from tests.test_train.yolo_ranks import CpuRanksTrainer
-    from train.engine.yolo import trainer
+    from train.yolo import trainer
 
     monkeypatch.setattr(trainer, "StoreTrainer", CpuRanksTrainer)
 

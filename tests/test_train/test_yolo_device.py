@@ -37,7 +37,7 @@ class Crossings(TorchDispatchMode):
 
 
 def make_targets(**options: Any) -> Any:
-    from train.engine.yolo.targets import TeacherTargets
+    from train.yolo.targets import TeacherTargets
 
     generator = np.random.default_rng(0)
     return TeacherTargets(
@@ -52,7 +52,7 @@ def make_targets(**options: Any) -> Any:
 
 def make_batch() -> dict[str, Any]:
     """Mosaics of three sources each, with a box."""
-    from train.engine.yolo.geometry import UNIT_SQUARE, Placement, packed_placements
+    from train.yolo.geometry import UNIT_SQUARE, Placement, packed_placements
 
     placements = [Placement(row, UNIT_SQUARE * 64 - (16 * row, 0)) for row in range(SOURCES)]
     rows, values = packed_placements(placements, 64, 64)
@@ -67,7 +67,7 @@ def make_batch() -> dict[str, Any]:
 
 
 def make_term(kind: str) -> Any:
-    from train.engine.yolo.model import Distillation
+    from train.yolo.model import Distillation
 
     return Distillation(
         dict.fromkeys(SIDES, 5), WIDTH, kind=kind, hard_weight=1.0, soft_weight=1.0, foreground=2.0, align=True,
@@ -77,7 +77,7 @@ def make_term(kind: str) -> Any:
 
 def on_meta(batch: dict[str, Any], targets: Any) -> dict[str, Any]:
     """The batch after preprocessing, on the meta device, its grids read and copied there."""
-    from train.engine.yolo.targets import PENDING
+    from train.yolo.targets import PENDING
 
     targets.to(torch.device("meta"))
     read = targets.read(batch["source_rows"].numpy())
@@ -116,8 +116,8 @@ def test_each_array_of_a_batch_is_copied_once() -> None:
 
 def test_a_norm_that_is_not_finite_is_noticed_before_anything_is_saved() -> None:
     """On a GPU norms are read every few steps; on a CPU at once."""
-    from train.engine.yolo.trainer import StoreTrainer
     from train.errors import TrainError
+    from train.yolo.trainer import StoreTrainer
 
     trainer = StoreTrainer.__new__(StoreTrainer)
     trainer.epoch = 3
@@ -132,8 +132,8 @@ def test_a_norm_that_is_not_finite_is_noticed_before_anything_is_saved() -> None
 
 def test_grids_are_read_a_batch_ahead() -> None:
     """The loader starts reading batch n + 1 before it hands out batch n, and hands out each once, in order."""
-    from train.engine.yolo.targets import PENDING
-    from train.engine.yolo.trainer import ReadingAhead
+    from train.yolo.targets import PENDING
+    from train.yolo.trainer import ReadingAhead
 
     events: list[str] = []
 
@@ -176,7 +176,7 @@ def test_the_precision_option_decides_ultralytics_amp(
     """Only the answers of torch.cuda are faked: there is no GPU here."""
     from ultralytics.cfg import get_cfg
 
-    from train.engine.yolo.assemble import device_arguments
+    from train.yolo.assemble import device_arguments
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -187,8 +187,8 @@ def test_the_precision_option_decides_ultralytics_amp(
 
 
 def test_a_precision_or_device_that_the_gpu_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.engine.yolo.assemble import device_arguments
     from train.errors import ConfigError
+    from train.yolo.assemble import device_arguments
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -204,9 +204,9 @@ def test_fp16_training_is_set_up_without_ultralytics_own_check(
 ) -> None:
     """`check_amp` loads a model file that it would have to download; it runs on a CPU too when amp is True."""
     from store.reader import open_store
-    from train.engine.yolo.assemble import build_job
-    from train.engine.yolo.offline import prepare_ultralytics
-    from train.engine.yolo.trainer import StoreTrainer
+    from train.yolo.assemble import build_job
+    from train.yolo.offline import prepare_ultralytics
+    from train.yolo.trainer import StoreTrainer
 
     prepare_ultralytics()
     config = config_of(out=tmp_path, image_size=64, device="cpu", batch_size=4, yolo_settings="plots=false")
@@ -221,7 +221,7 @@ def test_fp16_training_is_set_up_without_ultralytics_own_check(
 
 def test_loader_processes_are_this_process_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     from console import cores
-    from train.engine.yolo.assemble import worker_count
+    from train.yolo.assemble import worker_count
 
     monkeypatch.setattr(cores, "available_cores", lambda: 16)
     assert worker_count(config_of(), {"device": "0"}) == 8
@@ -235,8 +235,8 @@ def test_grids_are_gathered_into_buffers_that_are_used_in_turn(tmp_path: Path) -
     """A new array for each batch costs page faults and a second copy to pinned memory."""
     from benchmarks.detection_cost import make_store
     from store.reader import open_store
-    from train.engine.yolo.records import GridReader
-    from train.engine.yolo.targets import BUFFERS
+    from train.yolo.records import GridReader
+    from train.yolo.targets import BUFFERS
 
     split = open_store(make_store(tmp_path / "store.zarr"))["train"]
     read, device = GridReader(split), torch.device("cpu")

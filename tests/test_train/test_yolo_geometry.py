@@ -73,9 +73,9 @@ def fine_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_trainer(coordinate_store: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """`make_trainer(settings)`: a trainer that is set up, with targets in true units."""
-    from train.engine.yolo.assemble import build_job
-    from train.engine.yolo.offline import prepare_ultralytics
-    from train.engine.yolo.trainer import StoreTrainer
+    from train.yolo.assemble import build_job
+    from train.yolo.offline import prepare_ultralytics
+    from train.yolo.trainer import StoreTrainer
 
     prepare_ultralytics()
     made = []
@@ -221,7 +221,7 @@ def test_a_transform_that_did_not_move_its_placements_would_be_seen(
 ) -> None:
     from ultralytics.data import augment
 
-    from train.engine.yolo import geometry
+    from train.yolo import geometry
 
     monkeypatch.setattr(geometry, "TRACKED", {**geometry.TRACKED, augment.RandomFlip: augment.RandomFlip})
     trainer = make_trainer(f"mosaic=1,{EVERYTHING}", workers=0)
@@ -240,8 +240,8 @@ def test_mixup_blends_targets_as_it_blends_pixels(make_trainer: Callable[..., An
 
 
 def test_a_teacher_with_letterbox_has_its_padding_left_out() -> None:
-    from train.engine.yolo.geometry import packed_placements, whole_image
-    from train.engine.yolo.targets import TeacherTargets
+    from train.yolo.geometry import packed_placements, whole_image
+    from train.yolo.targets import TeacherTargets
 
     wide = np.arange(GRID * GRID, dtype=np.float32).reshape(1, GRID, GRID, 1)
     for policy, first, last in (("letterbox", 2, 5), ("center-crop", 0, GRID - 1), ("squash", 0, GRID - 1)):
@@ -268,7 +268,7 @@ def test_a_teacher_with_letterbox_has_its_padding_left_out() -> None:
 def test_an_unknown_augmentation_is_refused() -> None:
     from ultralytics.data import augment
 
-    from train.engine.yolo.geometry import track
+    from train.yolo.geometry import track
 
     class Swirl(augment.BaseTransform):  # type: ignore[misc]
         pass
@@ -278,7 +278,7 @@ def test_an_unknown_augmentation_is_refused() -> None:
 
 
 def test_foreground_cells_weigh_more() -> None:
-    from train.engine.yolo.targets import foreground_weights
+    from train.yolo.targets import foreground_weights
 
     batch = {
         "img": torch.zeros(2, 3, 64, 64),
@@ -300,7 +300,7 @@ def test_images_are_sized_as_ultralytics_sizes_them(coordinate_store: Path, tmp_
     from ultralytics.cfg import get_cfg
     from ultralytics.data.dataset import YOLODataset
 
-    from train.engine.yolo.dataset import DetectionRecord, StoreDataset
+    from train.yolo.dataset import DetectionRecord, StoreDataset
 
     image = coordinate_image(5, np.random.default_rng(1))
     height, width = image.shape[:2]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_train.yolo_runs import OPTIONS, ROOT, make_config
-from train.engine.yolo.run import run_yolo
 from train.errors import ConfigError
+from train.yolo.run import run_yolo
 
 pytest.importorskip("ultralytics")
 
@@ -79,7 +79,7 @@ def test_a_whole_training_with_plots_never_tries_to_connect(yolo_store: Path, tm
 def test_telemetry_trackers_and_downloads_are_off() -> None:
     from ultralytics.utils import callbacks, checks, events, plotting
 
-    from train.engine.yolo.offline import prepare_ultralytics
+    from train.yolo.offline import prepare_ultralytics
 
     prepare_ultralytics()
     assert not events.events.enabled

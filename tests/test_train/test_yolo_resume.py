@@ -28,9 +28,9 @@ from tests.test_train.yolo_runs import (
 )
 from train.checkpoint import load_checkpoint
 from train.config import load_config
-from train.engine.yolo.run import run_yolo
 from train.errors import ConfigError
 from train.events import SilentObserver
+from train.yolo.run import run_yolo
 
 pytest.importorskip("ultralytics")
 
@@ -184,7 +184,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from train.config import TrainConfig
-from train.engine.yolo import run as yolo_run
+from train.yolo import run as yolo_run
 kill_at, options = int(sys.argv[1]), eval(sys.argv[2])
 counted = yolo_run.count_batches
 def count(*arguments):
@@ -217,7 +217,7 @@ def test_resume_after_kill_9_with_loader_workers(yolo_store: Path, tmp_path: Pat
 SLOW_BATCH = """
 import sys, time
 from train.config import TrainConfig
-from train.engine.yolo.dataset import StoreDataset
+from train.yolo.dataset import StoreDataset
 from train.events import SilentObserver
 from train.run import run_training
 class Platform(SilentObserver):

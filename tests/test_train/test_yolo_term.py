@@ -21,7 +21,7 @@ WIDTH = 6
 
 def one_image_targets(grid: np.ndarray) -> Any:
     """Targets of a single square image with the stored `grid` [g, g, D]."""
-    from train.engine.yolo.targets import TeacherTargets
+    from train.yolo.targets import TeacherTargets
 
     return TeacherTargets(
         lambda rows, _: torch.from_numpy(grid[None].repeat(len(rows), 0)),
@@ -34,7 +34,7 @@ def one_image_targets(grid: np.ndarray) -> Any:
 
 def shifted_batch(images: int) -> dict[str, Tensor]:
     """Training images of 64 pixels whose left half shows the right half of the source; the rest shows nothing."""
-    from train.engine.yolo.geometry import UNIT_SQUARE, Placement, packed_placements
+    from train.yolo.geometry import UNIT_SQUARE, Placement, packed_placements
 
     rows, values = packed_placements([Placement(0, UNIT_SQUARE * 64 - (32, 0))], 64, 64)
     return {
@@ -48,7 +48,7 @@ def shifted_batch(images: int) -> dict[str, Tensor]:
 
 
 def build_distillation(**settings: Any) -> Any:
-    from train.engine.yolo.model import Distillation
+    from train.yolo.model import Distillation
 
     options: dict[str, Any] = {"kind": "mse", "foreground": 1.0, "align": False, "align_head": "linear"}
     weights = {"hard_weight": 1.0, "soft_weight": 1.0}
@@ -99,7 +99,7 @@ def test_foreground_weights_are_weights_of_the_mean(grid: np.ndarray) -> None:
 
 def test_mixed_precision_leaves_the_geometry_exact(grid: np.ndarray) -> None:
     """Autocast would round the products that place cells to eight bits."""
-    from train.engine.yolo.geometry import Placement, packed_placements
+    from train.yolo.geometry import Placement, packed_placements
 
     corners = np.array([[-7.3, 3.1], [52.9, -11.7], [70.2, 55.4], [4.6, 66.8]])
     rows, values = packed_placements([Placement(0, corners)], 64, 64)
@@ -130,7 +130,7 @@ def distilled_network(targets: Any, **settings: Any) -> Any:
     network = build_network("n", 2, "distilled")
     network.args = arguments()
     widths = level_widths(network)
-    from train.engine.yolo.model import Distillation
+    from train.yolo.model import Distillation
 
     options: dict[str, Any] = {"kind": "mse", "foreground": 1.0, "align": True, "align_head": "linear"}
     weights = {"hard_weight": 0.25, "soft_weight": 3.0}
@@ -164,7 +164,7 @@ def test_the_term_is_scaled_and_listed_as_ultralytics_does_with_its_own(grid: np
 
 
 def test_distilled_and_control_start_from_the_same_weights(yolo_store: Path, tmp_path: Path) -> None:
-    from train.engine.yolo.assemble import build_job
+    from train.yolo.assemble import build_job
 
     networks = [
         build_job(

@@ -16,9 +16,9 @@ from tests.test_train.yolo_runs import (
     metrics_of,
 )
 from train.checkpoint import load_checkpoint, load_student_from_run
-from train.engine.yolo.run import run_yolo
 from train.errors import ConfigError, TrainError
 from train.loop.machine import OutOfMemoryError
+from train.yolo.run import run_yolo
 
 pytest.importorskip("ultralytics")
 
@@ -115,7 +115,7 @@ def validation_nan(kind: str, rows: torch.Tensor, *_: Any) -> torch.Tensor:
 def test_what_is_not_finite_stops_the_run_and_saves_nothing(
     yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, term: Any, what: str
 ) -> None:
-    from train.engine.yolo import model
+    from train.yolo import model
 
     monkeypatch.setattr(model, "feature_loss", term)
     with pytest.raises(TrainError, match=f"the {what} is not finite in epoch 1, nothing of which is saved"):
@@ -124,7 +124,7 @@ def test_what_is_not_finite_stops_the_run_and_saves_nothing(
 
 
 def exhaust_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.engine.yolo.model import Distillation
+    from train.yolo.model import Distillation
 
     plain = Distillation.forward
 

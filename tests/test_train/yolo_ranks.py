@@ -11,7 +11,7 @@ from torch import distributed, nn
 from ultralytics.engine import validator
 from ultralytics.utils import LOCAL_RANK, RANK
 
-from train.engine.yolo.trainer import StoreTrainer
+from train.yolo.trainer import StoreTrainer
 
 PLAIN_DDP, PLAIN_BACKEND = nn.parallel.DistributedDataParallel, validator.AutoBackend
 CPU = torch.device("cpu")

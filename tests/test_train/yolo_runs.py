@@ -80,7 +80,7 @@ class Crash(Exception):
 
 def crash_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """End the next training in the middle of its `batch`-th batch."""
-    from train.engine.yolo import run as yolo_run
+    from train.yolo import run as yolo_run
 
     counted = yolo_run.count_batches
 

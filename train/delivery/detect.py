@@ -14,7 +14,7 @@ from files.names import printable
 from train.delivery.draw import Box, Label, draw_boxes
 from train.delivery.model import ModelCard, TrainedModel, class_name
 from train.delivery.records import Prediction
-from train.engine.yolo.offline import prepare_ultralytics
+from train.yolo.offline import prepare_ultralytics
 
 IOU_THRESHOLD = 0.7  # ultralytics' default for predicting
 

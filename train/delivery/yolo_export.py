@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from train.delivery.model import ModelCard, OnnxModel
 from train.delivery.program import add_card, exporting, quiet, write_torch_export
-from train.engine.yolo.offline import prepare_ultralytics
 from train.errors import DeliveryError
 from train.students.base import Student
+from train.yolo.offline import prepare_ultralytics
 
 OPSETS = range(11, 21)  # that torch's older exporter, which ultralytics uses, and ONNX Runtime 1.20 both know
 

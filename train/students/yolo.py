@@ -16,9 +16,9 @@ from files.weights import (
     read_weights,
     why_unreadable,
 )
-from train.engine.yolo.offline import prepare_ultralytics
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
 from train.students.names import StudentName
+from train.yolo.offline import prepare_ultralytics
 
 ULTRALYTICS_ERROR = "ERROR ❌️ "
 P5_STRIDE = 32
@@ -26,7 +26,7 @@ P5 = 2  # index among the Detect head's inputs P3, P4, P5
 
 
 class YoloStudent(Student):
-    """A YOLOv8 detector. It trains in ultralytics' own trainer (`train.engine.yolo`), not in the common loop."""
+    """A YOLOv8 detector. It trains in ultralytics' own trainer (`train.yolo`), not in the common loop."""
 
     def __init__(self, network: nn.Module, spec: StudentSpec) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def build_network(size: str, num_classes: int, network_class: str = "plain") -> 
     prepare_ultralytics()
     from ultralytics.nn.tasks import DetectionModel
 
-    from train.engine.yolo.model import DistilledDetectionModel
+    from train.yolo.model import DistilledDetectionModel
 
     kind = DetectionModel if network_class == "plain" else DistilledDetectionModel
     # ultralytics measures strides while it builds, which the meta device cannot.

@@ -25,12 +25,12 @@ from ultralytics.utils.torch_utils import unwrap_model
 from console.log import get_logger
 from files.writing import publish
 from train.data.batches import start_worker
-from train.engine.yolo.dataset import SOURCE_ROWS, StoreDataset
-from train.engine.yolo.job import TrainingJob
-from train.engine.yolo.recorder import METRICS
-from train.engine.yolo.state import epoch_seed, only_validation_left, restore_state, seed_everything
-from train.engine.yolo.targets import PENDING
 from train.errors import TrainError
+from train.yolo.dataset import SOURCE_ROWS, StoreDataset
+from train.yolo.job import TrainingJob
+from train.yolo.recorder import METRICS
+from train.yolo.state import epoch_seed, only_validation_left, restore_state, seed_everything
+from train.yolo.targets import PENDING
 
 log = get_logger("train")
 ULTRALYTICS_FOLDER = "ultralytics"
@@ -62,7 +62,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         the job is then read back from the run folder's config.json.
         """
         if job is None:
-            from train.engine.yolo.ddp import job_of_rank
+            from train.yolo.ddp import job_of_rank
 
             job = job_of_rank(Path((overrides or {})["project"]))
         self.job = job

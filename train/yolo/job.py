@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from train.config import TrainConfig
-from train.engine.yolo.model import plain_detector
-from train.engine.yolo.records import DetectionSplit
 from train.students.yolo import YoloStudent
+from train.yolo.model import plain_detector
+from train.yolo.records import DetectionSplit
 
 
 def ignore(trainer: Any) -> None:

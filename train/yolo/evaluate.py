@@ -12,9 +12,9 @@ import torch
 from store.reader import open_store
 from train.config import load_config
 from train.data.splits import warn_of_measured_split
-from train.engine.yolo.offline import prepare_ultralytics
 from train.errors import TrainError
 from train.students.base import Student
+from train.yolo.offline import prepare_ultralytics
 
 
 def evaluate_yolo(
@@ -36,10 +36,10 @@ def evaluate_yolo(
     Raises TrainError when the store has other classes than the student, or no boxes.
     """
     prepare_ultralytics()
-    from train.engine.yolo.assemble import device_arguments
-    from train.engine.yolo.recorder import METRICS
-    from train.engine.yolo.records import open_split
-    from train.engine.yolo.summary import name_precisions
+    from train.yolo.assemble import device_arguments
+    from train.yolo.recorder import METRICS
+    from train.yolo.records import open_split
+    from train.yolo.summary import name_precisions
 
     opened = open_store(store)
     check_same_classes(tuple(opened.manifest.class_names), tuple(content["class_names"]), store, run)
@@ -103,8 +103,8 @@ def build_validator(
     from ultralytics.models.yolo.detect import DetectionValidator
     from ultralytics.utils import YAML
 
-    from train.engine.yolo.dataset import StoreDataset
-    from train.engine.yolo.trainer import start_seeded_worker
+    from train.yolo.dataset import StoreDataset
+    from train.yolo.trainer import start_seeded_worker
 
     description = {"path": str(folder), "train": ".", "val": ".", "names": names}
     YAML.save(folder / "data.yaml", description)

@@ -11,7 +11,7 @@ from ultralytics.nn.tasks import DetectionModel
 
 from train.distill.losses import feature_loss
 from train.distill.projector import build_projector, channels_last_rows
-from train.engine.yolo.targets import TeacherTargets, foreground_weights
+from train.yolo.targets import TeacherTargets, foreground_weights
 
 # Inputs of the Detect head, in its order, and their strides in pixels.
 LEVELS = ("P3", "P4", "P5")

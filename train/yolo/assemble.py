@@ -15,20 +15,20 @@ from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
 from train.delivery.fonts import register_with_matplotlib
-from train.engine.yolo.job import TrainingJob
-from train.engine.yolo.model import LEVELS, Distillation
-from train.engine.yolo.options import (
+from train.errors import ConfigError
+from train.lora import apply_lora_options
+from train.students.names import parse_student_name
+from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
+from train.yolo.job import TrainingJob
+from train.yolo.model import LEVELS, Distillation
+from train.yolo.options import (
     clip_norm,
     levels_of,
     mixes_images,
     parse_settings,
     ultralytics_arguments,
 )
-from train.engine.yolo.records import DetectionSplit, open_split
-from train.errors import ConfigError
-from train.lora import apply_lora_options
-from train.students.names import parse_student_name
-from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
+from train.yolo.records import DetectionSplit, open_split
 
 log = get_logger("train")
 

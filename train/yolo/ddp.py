@@ -24,10 +24,10 @@ from console.stop import Stopped
 from processes.deadline import StopDeadline
 from store.reader import open_store
 from train.config import TrainConfig
-from train.engine.yolo.job import TrainingJob
 from train.errors import TrainError
 from train.events import Observer, SilentObserver
 from train.rundir import CONFIG, METRICS
+from train.yolo.job import TrainingJob
 
 EVENTS = ".events-of-ranks.jsonl"
 POLL_S = 0.5
@@ -39,10 +39,10 @@ def job_of_rank(run: Path) -> TrainingJob:
     """The job that the launching process described in `run`/config.json."""
     from ultralytics.utils import RANK
 
-    from train.engine.yolo.assemble import build_job
-    from train.engine.yolo.offline import prepare_ultralytics
-    from train.engine.yolo.recorder import Recorder, describe_run
-    from train.engine.yolo.state import best_epoch_of, resume_state
+    from train.yolo.assemble import build_job
+    from train.yolo.offline import prepare_ultralytics
+    from train.yolo.recorder import Recorder, describe_run
+    from train.yolo.state import best_epoch_of, resume_state
 
     prepare_ultralytics()
     options = json.loads((run / CONFIG).read_text(encoding="utf-8"))["options"]
@@ -88,7 +88,7 @@ class EventWriter(SilentObserver):
         self.write(event="checkpoint_saved", path=str(path), epoch=epoch, is_best=is_best)
 
     def training_finished(self, trainer: Any) -> None:
-        from train.engine.yolo.summary import ending_of
+        from train.yolo.summary import ending_of
 
         self.write(event="training_finished", ending=ending_of(trainer))
 

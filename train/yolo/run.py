@@ -20,8 +20,6 @@ from store.reader import Store, open_store
 from train.checkpoint import LAST
 from train.config import TrainConfig
 from train.data.splits import warn_of_splits
-from train.engine.yolo.offline import prepare_ultralytics
-from train.engine.yolo.options import check_options
 from train.errors import ConfigError, TrainError
 from train.events import Observer, Observers
 from train.loop.machine import MEMORY_ADVICE, OutOfMemoryError, is_out_of_memory
@@ -35,6 +33,8 @@ from train.rundir import (
     write_config,
     write_json,
 )
+from train.yolo.offline import prepare_ultralytics
+from train.yolo.options import check_options
 
 log = get_logger("train")
 
@@ -111,11 +111,11 @@ def train_yolo(
     config: TrainConfig, store: Store, folder: Path, watch: StopDeadline, observer: Observer
 ) -> dict[str, Any]:
     """One training in `folder`, from the start or after the epoch that its last.pt holds; returns its summary."""
-    from train.engine.yolo.assemble import build_job
-    from train.engine.yolo.ddp import train_on_ranks
-    from train.engine.yolo.state import resume_state
-    from train.engine.yolo.summary import summarise
-    from train.engine.yolo.trainer import StoreTrainer
+    from train.yolo.assemble import build_job
+    from train.yolo.ddp import train_on_ranks
+    from train.yolo.state import resume_state
+    from train.yolo.summary import summarise
+    from train.yolo.trainer import StoreTrainer
 
     state = resume_state(folder)
     first_epoch = 0 if state is None else state["epoch"] + 1
@@ -140,10 +140,10 @@ def train_here(
     trainer: Any, watch: StopDeadline, observer: Observer, first_epoch: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train in this process; returns the records of all epochs and `ending_of` the trainer."""
-    from train.engine.yolo.recorder import Recorder, describe_run
-    from train.engine.yolo.state import best_epoch_of
-    from train.engine.yolo.summary import ending_of
-    from train.engine.yolo.trainer import close_loaders
+    from train.yolo.recorder import Recorder, describe_run
+    from train.yolo.state import best_epoch_of
+    from train.yolo.summary import ending_of
+    from train.yolo.trainer import close_loaders
 
     job = trainer.job
     recorder = Recorder(

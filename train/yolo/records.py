@@ -18,9 +18,9 @@ from store.reader import Split, Store
 from train.data.batches import FeatureGatherer
 from train.data.images import ImageReader
 from train.distill.projector import TargetStandardizer
-from train.engine.yolo.dataset import DetectionRecord
-from train.engine.yolo.targets import BUFFERS, TeacherTargets
 from train.errors import TrainError
+from train.yolo.dataset import DetectionRecord
+from train.yolo.targets import BUFFERS, TeacherTargets
 
 log = get_logger("train")
 MIN_SIDE = 1e-6  # of a normalised box; ultralytics drops boxes without area as well

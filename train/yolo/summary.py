@@ -9,12 +9,12 @@ from typing import Any
 from train.checkpoint import BEST, load_student_from_run
 from train.config import TrainConfig
 from train.data.splits import count_validation
-from train.engine.yolo.job import TrainingJob
-from train.engine.yolo.recorder import METRICS
 from train.loop.machine import peak_memory
 from train.measure import measure_latency
 from train.rundir import store_reference
 from train.students.catalog import count_macs
+from train.yolo.job import TrainingJob
+from train.yolo.recorder import METRICS
 
 
 def summarise(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 from ultralytics.data.dataset import YOLODataset
 
-from train.engine.yolo.geometry import GEOMETRY_KEY, packed_placements, track, whole_image
+from train.yolo.geometry import GEOMETRY_KEY, packed_placements, track, whole_image
 
 # Keys of a batch: rows of the store int64 [B, K] (−1: none) and packed placements float32 [B, K, PACKED_WIDTH].
 SOURCE_ROWS = "source_rows"

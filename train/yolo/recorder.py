@@ -12,14 +12,14 @@ from torch import Tensor
 
 from train.checkpoint import BEST, FORMAT, load_checkpoint
 from train.config import TrainConfig, config_to_json
-from train.engine.yolo.model import DISTILLATION_ITEM
-from train.engine.yolo.state import training_state
 from train.events import Observer
 from train.loop.saving import CheckpointWriter, HostCopy, Saved
 from train.loop.trackers import Tracker, open_trackers
 from train.metrics import warn_of_zero_metric
 from train.rundir import METRICS as METRICS_LINES
 from train.rundir import append_metrics, write_metrics
+from train.yolo.model import DISTILLATION_ITEM
+from train.yolo.state import training_state
 
 HARD_ITEMS = ("box_loss", "cls_loss", "dfl_loss")
 METRICS = {
