@@ -333,7 +333,7 @@ def convert_paths(source: str, target: str, *, zstd: bool, int8: bool, pca: int 
     """Convert in the way that the two paths and the options ask for. Raises StoreError where there is none."""
     from store.errors import StoreError
     from store.hdf5 import hdf5_to_store, store_to_hdf5
-    from store.pack import pack_store
+    from store.transfer import pack_store
 
     packing = zstd or int8 or pca is not None
     refuse_url(target, "convert's target")

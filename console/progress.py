@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import Self, TextIO
 
 PLAIN_INTERVAL_S = 10.0
 
 
-class Progress(Protocol):
-    """The display of a long operation: counts items, prints notes, closes."""
+class Progress(ABC):
+    """The display of a long operation: counts items, prints notes, and is closed at the end of its `with` block."""
 
+    def __init__(self, total: int | None, description: str, unit: str, done: int, stream: TextIO) -> None:
+        self.total, self.description, self.unit, self.stream = total, description, unit, stream
+        self.done = self.initial = done
+        self.started = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """Items a second of this run."""
+        return (self.done - self.initial) / max(time.monotonic() - self.started, 1e-9)
+
+    @abstractmethod
     def advance(self, count: int = 1) -> None: ...
 
+    @abstractmethod
     def note(self, text: str) -> None: ...
 
+    @abstractmethod
     def close(self) -> None: ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def track_progress(
@@ -40,35 +56,32 @@ def track_progress(
     return PlainProgress(total, description, unit, done, stream)
 
 
-class PlainProgress:
+class PlainProgress(Progress):
     """One flushed line now and then: readable in logs and through a pipe, no carriage return, no color."""
 
     def __init__(self, total: int | None, description: str, unit: str, done: int, stream: TextIO) -> None:
-        self.total, self.description, self.unit, self.stream = total, description, unit, stream
-        self.done = self.initial = done
-        self.started = self.said = time.monotonic()
-        self.said_done: int | None = None
+        super().__init__(total, description, unit, done, stream)
+        self.printed_at, self.printed_done = self.started, -1
 
     def advance(self, count: int = 1) -> None:
         self.done += count
-        if time.monotonic() - self.said >= PLAIN_INTERVAL_S:
-            self.say()
+        if time.monotonic() - self.printed_at >= PLAIN_INTERVAL_S:
+            self.print_line()
 
     def note(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
-        if self.said_done != self.done:
-            self.say()
+        if self.printed_done != self.done:
+            self.print_line()
 
-    def say(self) -> None:
-        self.said, self.said_done = time.monotonic(), self.done
+    def print_line(self) -> None:
+        self.printed_at, self.printed_done = time.monotonic(), self.done
         self.note(self.line())
 
     def line(self) -> str:
         """`encoding: 128/500 images (26%), 41.3 images/s, 0:09 left`"""
-        elapsed = max(time.monotonic() - self.started, 1e-9)
-        rate = (self.done - self.initial) / elapsed
+        rate = self.rate
         if self.total is None:
             return f"{self.description}: {self.done} {self.unit}, {rate:.1f} {self.unit}/s"
         share = 100 * self.done / self.total if self.total else 100.0
@@ -78,16 +91,8 @@ class PlainProgress:
             line += f", {clock((self.total - self.done) / rate)} left"
         return line
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class BarProgress:
+class BarProgress(Progress):
     """A rich progress bar with rate and time left."""
 
     def __init__(self, total: int | None, description: str, unit: str, done: int, stream: TextIO) -> None:
@@ -95,7 +100,7 @@ class BarProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        self.unit, self.done, self.initial, self.started = unit, done, done, time.monotonic()
+        super().__init__(total, description, unit, done, stream)
         self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -109,22 +114,13 @@ class BarProgress:
 
     def advance(self, count: int = 1) -> None:
         self.done += count
-        rate = (self.done - self.initial) / max(time.monotonic() - self.started, 1e-9)
-        self.bar.update(self.task, advance=count, rate=f"{rate:.1f} {self.unit}/s")
+        self.bar.update(self.task, advance=count, rate=f"{self.rate:.1f} {self.unit}/s")
 
     def note(self, text: str) -> None:
         self.bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         self.bar.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def clock(seconds: float) -> str:

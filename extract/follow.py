@@ -35,8 +35,17 @@ from store.job import ROWS_STORE
 from store.keys import KeyTable, Plan
 from store.metadata import ZARR_JSON, write_manifest
 from store.reader import Store, open_store
-from store.switch import being_switched, clear_version, drop_rows_store, publish_version
-from store.version import RaggedChange, VersionSplit, bytes_to_write, can_link, write_version
+from store.version import (
+    RaggedChange,
+    VersionSplit,
+    being_switched,
+    bytes_to_write,
+    can_link,
+    clear_version,
+    drop_rows_store,
+    publish_version,
+    write_version,
+)
 
 log = get_logger("extract")
 

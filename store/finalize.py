@@ -33,6 +33,7 @@ from store.format import (
     ArraySpec,
     Manifest,
     offsets_spec,
+    ragged_groups,
 )
 from store.job import (
     DONE,
@@ -59,9 +60,9 @@ from store.metadata import (
     write_json,
     write_manifest,
 )
-from store.shards import PARTIAL, ArrayWriter, Layout, byte_view, read_data
+from store.shards import PARTIAL, ArrayWriter, Layout, blocks, byte_view, read_data
 
-BLOCK_BYTES = 8 * 1024 * 1024  # four times as much in float64
+STATISTICS_BYTES = 8 * 1024 * 1024  # four times as much in float64
 
 
 def channel_statistics(
@@ -74,12 +75,11 @@ def channel_statistics(
     Without any valid vector: mean 0, std 1.
     """
     width = array.layout.row_shape[-1]
-    block = max(1, BLOCK_BYTES // max(1, array.layout.row_bytes))
     shift, total, squares, count = np.zeros(width), np.zeros(width), np.zeros(width), 0
-    for start in range(0, len(array), block):
-        rows = array.slice(start, start + block)
+    for start, stop in blocks(0, len(array), array.layout.row_bytes, STATISTICS_BYTES):
+        rows = array.slice(start, stop)
         if valid is not None:
-            rows = rows[valid.slice(start, start + block)]
+            rows = rows[valid.slice(start, stop)]
         vectors = rows.reshape(-1, width).astype(np.float64)
         if valid is None:
             vectors = vectors[np.isfinite(vectors).all(axis=1)]
@@ -176,7 +176,7 @@ class Finishing:
         record = commit_record(self.store, self.split)
         for spec in self.job.direct:
             record[spec.name] = self.finish_direct(spec, record.get(spec.name, []))
-        for name, specs in self.job.ragged_groups.items():
+        for name, specs in ragged_groups(self.job.arrays).items():
             for spec in specs:
                 entries = self.kept_entries(name)
                 record[spec.name] = self.compact(spec, entries, record.get(spec.name, []))
@@ -277,12 +277,12 @@ def write_statistics(store: Path, split: str, spec: ArraySpec, scale: np.ndarray
     array = open_array(str(store), split, spec.name, metadata)
     valid = None if spec.ragged else MappedArray.open(store / split, VALID)
     mean, std, count = channel_statistics(array, valid, scale)
-    metadata["attributes"]["statistics"] = {
-        "mean": [float(value) for value in mean],
-        "std": [float(value) for value in std],
-        "count": count,
-    }
+    metadata["attributes"]["statistics"] = statistics_json(mean, std, count)
     write_json(path, metadata)
+
+
+def statistics_json(mean: np.ndarray, std: np.ndarray, count: int) -> dict[str, Any]:
+    return {"mean": mean.astype(float).tolist(), "std": std.astype(float).tolist(), "count": count}
 
 
 def commit_record(store: Path, split: str) -> dict[str, Checksums]:

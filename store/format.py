@@ -8,6 +8,7 @@ A store is a Zarr v3 group with one sub-group a split. The manifest is the root 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -236,3 +237,12 @@ def own_specs() -> list[ArraySpec]:
 def offsets_spec(name: str) -> ArraySpec:
     """The spec of a ragged array's offsets."""
     return ArraySpec(name=name, dtype="int64")
+
+
+def ragged_groups(specs: Iterable[ArraySpec]) -> dict[str, list[ArraySpec]]:
+    """Offsets' name → the ragged arrays that share it."""
+    groups: dict[str, list[ArraySpec]] = {}
+    for spec in specs:
+        if spec.ragged:
+            groups.setdefault(spec.offsets_name, []).append(spec)
+    return groups

@@ -20,7 +20,8 @@ from store.format import FORMAT_VERSION, KEY_OFFSETS, KEY_VALUES, ArraySpec, Man
 from store.hdf5_file import MAX_ROW_BYTES, Hdf5Error, find_dataset, open_hdf5_file
 from store.keys import KEY_SPECS, KeyTable
 from store.reader import Split, Store, open_store
-from store.transfer import BLOCK_BYTES, Block, copy_store
+from store.shards import blocks
+from store.transfer import Columns, copy_store
 
 MOST_SHARD_ROWS = 1 << 24  # of a file from elsewhere: a shard's index is made in memory
 
@@ -69,9 +70,8 @@ def copy_array(array: RowArray, out: Any, name: str, attributes: dict[str, np.nd
     """One contiguous data set."""
     layout = array.layout
     dataset = out.create_dataset(name, shape=layout.shape, dtype=layout.dtype)
-    step = max(1, BLOCK_BYTES // max(1, layout.row_bytes))
-    for start in range(0, len(array), step):
-        dataset[start : start + step] = array.slice(start, start + step)
+    for start, stop in blocks(0, len(array), layout.row_bytes):
+        dataset[start:stop] = array.slice(start, stop)
     for key, value in attributes.items():
         dataset.attrs[key] = value
 
@@ -197,7 +197,7 @@ class Hdf5Rows:
     def slice(self, split: str, name: str, start: int, stop: int) -> np.ndarray:
         return np.asarray(self.array(split, name)[start:stop])
 
-    def block(self, split: str, start: int, stop: int) -> Block:
+    def block(self, split: str, start: int, stop: int) -> Columns:
         return {
             spec.name: self.entries(split, spec, start, stop)
             if spec.ragged

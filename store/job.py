@@ -28,7 +28,7 @@ from store.format import FEATURES_JOB, VALID, WORK_FOLDER, ArraySpec, Model, Nam
 from store.metadata import read_json, write_json
 from store.shards import Layout, crc32c
 
-# Folders of .work that are no jobs: a new version, a store of rows encoded for it, what it replaced (switch.py).
+# Folders of .work that are no jobs: a new version, a store of rows encoded for it, what it replaced (version.py).
 NEXT, ROWS_STORE, REPLACED = "next", "rows", "replaced"
 # Suffixes of the folders of jobs that are not complete yet, and of finished ones.
 CREATING, DONE = ".creating", ".done"
@@ -69,15 +69,6 @@ class Job(Model):
     def logged(self) -> list[ArraySpec]:
         """Arrays that wait in the commit log until the job is finalized."""
         return [spec for spec in self.arrays if not spec.direct]
-
-    @property
-    def ragged_groups(self) -> dict[str, list[ArraySpec]]:
-        """Offsets' name → the ragged arrays that share it."""
-        groups: dict[str, list[ArraySpec]] = {}
-        for spec in self.arrays:
-            if spec.ragged:
-                groups.setdefault(spec.offsets_name, []).append(spec)
-        return groups
 
     @property
     def owns_rows(self) -> bool:

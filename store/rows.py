@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from store.errors import StoreError
-from store.format import OWN_ARRAYS, REASONS, VALID, ArraySpec
+from store.format import OWN_ARRAYS, REASONS, VALID, ArraySpec, ragged_groups
 from store.job import Job
 
 # The calibration batch's largest value lands in (2^11, 2^12]: 16 times as much still fits below 65504.
@@ -211,7 +211,7 @@ def blank_invalid(
 
 def check_lengths(job: Job, ragged: Mapping[str, list[np.ndarray]]) -> None:
     """Ragged arrays that share offsets have equal lengths, row by row."""
-    for specs in job.ragged_groups.values():
+    for specs in ragged_groups(job.arrays).values():
         lengths = [list(map(len, ragged[spec.name])) for spec in specs]
         if any(other != lengths[0] for other in lengths[1:]):
             raise StoreError(f"append: {[spec.name for spec in specs]} differ in entries of a row")

@@ -6,7 +6,7 @@ Uncompressed chunks follow one another in a shard file, so a row's place is a mu
 
 Absent chunks have offset and length 2^64 - 1. zarr-python and tensorstore read this bit-exactly.
 
-One shard file while it is written: appended to under a temporary name, published when full.
+A shard file is written under a temporary name, and published when it is full.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from store.errors import StoreError
 from store.format import ArraySpec
 
 PARTIAL = ".partial"
+BLOCK_BYTES = 32 * 1024 * 1024  # what is read or written at a time where a whole array is
 CHECKSUM_BYTES = 4 << 20
 ABSENT = 2**64 - 1
-CRC_BYTES = 4
 DIRECT_CHUNK_BYTES = 256 * 1024
 DIRECT_SHARD_BYTES = 160 * 1024 * 1024
 SMALL_CHUNK_BYTES = 32 * 1024
@@ -152,6 +152,13 @@ class Layout:
             "attributes": attributes,
             "storage_transformers": [],
         }
+
+
+def blocks(first: int, end: int, row_bytes: int, most: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    """The rows [first, end) in ranges of about `most` bytes."""
+    step = max(1, most // max(1, row_bytes))
+    for start in range(first, end, step):
+        yield start, min(end, start + step)
 
 
 def encode_index(lengths: list[int], chunks_per_shard: int) -> bytes:

@@ -24,6 +24,7 @@ from store.format import (
     OFFSETS,
     WORK_FOLDER,
     ArraySpec,
+    ragged_groups,
 )
 from store.job import (
     CREATING,
@@ -45,10 +46,8 @@ from store.locks import SUFFIX, Owner, is_abandoned, read_owner
 from store.metadata import ZARR_JSON, node_names, parse_manifest, read_json, read_root
 from store.reader import Split, Store
 from store.rows import all_finite
-from store.shards import PARTIAL, Layout, ShardFile, checksum_of
-from store.switch import switch_is_done
-
-BLOCK_BYTES = 32 * 1024 * 1024
+from store.shards import PARTIAL, Layout, ShardFile, blocks, checksum_of
+from store.version import switch_is_done
 
 
 @dataclass(frozen=True)
@@ -279,11 +278,7 @@ def check_lengths(folder: Path, split: Split) -> Iterator[Finding]:
 
 
 def check_offsets(folder: Path, split: Split) -> Iterator[Finding]:
-    groups: dict[str, list[ArraySpec]] = {}
-    for spec in split.specs.values():
-        if spec.ragged:
-            groups.setdefault(spec.offsets_name, []).append(spec)
-    for name, specs in groups.items():
+    for name, specs in ragged_groups(split.specs.values()).items():
         where = f"{folder}/{split.name}/{name}"
         offsets = split.array(name)
         yield from check_ascending(where, offsets.slice(0, len(offsets)), len(split))
@@ -326,7 +321,7 @@ def check_values(folder: Path, split: Split) -> Iterator[Finding]:
 
 
 def check_fixed_values(split: Split, spec: ArraySpec) -> Iterator[str]:
-    for first, rows in blocks(split, spec.name):
+    for first, rows in row_blocks(split, spec.name):
         flags = split.valid[first : first + len(rows)]
         if flags.all() and all_finite(rows):
             continue  # The usual case, in a tenth of the time.
@@ -340,7 +335,7 @@ def check_fixed_values(split: Split, spec: ArraySpec) -> Iterator[str]:
 
 def check_ragged_values(split: Split, spec: ArraySpec) -> Iterator[str]:
     offsets = split.read(spec.offsets_name)
-    for first, entries in blocks(split, spec.name):
+    for first, entries in row_blocks(split, spec.name):
         finite = np.isfinite(entries).reshape(len(entries), -1).all(axis=1)
         for entry in (first + np.flatnonzero(~finite)).tolist():
             row = int(np.searchsorted(offsets, entry, side="right")) - 1
@@ -348,9 +343,8 @@ def check_ragged_values(split: Split, spec: ArraySpec) -> Iterator[str]:
                 yield f"row {row} is valid, but not finite"
 
 
-def blocks(split: Split, name: str) -> Iterator[tuple[int, np.ndarray]]:
+def row_blocks(split: Split, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows) of an array, about 32 MB at a time."""
     array = split.array(name)
-    step = max(1, BLOCK_BYTES // max(1, array.layout.row_bytes))
-    for start in range(0, len(array), step):
-        yield start, array.slice(start, start + step)
+    for start, stop in blocks(0, len(array), array.layout.row_bytes):
+        yield start, array.slice(start, stop)

@@ -25,7 +25,7 @@ import numpy as np
 
 from files.writing import sync_folder
 from store.errors import StoreError, disk_errors
-from store.format import FEATURES_JOB, OWN_ARRAYS, VALID
+from store.format import FEATURES_JOB, OWN_ARRAYS, VALID, ragged_groups
 from store.job import (
     Commit,
     Job,
@@ -52,7 +52,7 @@ class OpenShard:
     """
 
     def __init__(self, store: Path, job: Job, split: str, shard: int, commits: list[Commit]) -> None:
-        self._groups = job.ragged_groups
+        self._groups = ragged_groups(job.arrays)
         self._logged = [*self._groups, *(spec.name for spec in job.logged)]  # what every record has
         self.first, self.end = job.shard_range(split, shard)
         self.uncommitted = 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from console.redaction import HIDDEN, redact, secrets_of
 from extract.sources.annotations import Labels, parse_annotation
 from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError
 from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside
-from extract.sources.table import Rows, TableSamples, split_of
+from extract.sources.table import Rows, split_of, table_source
 from imaging.decode import ImageError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class SqlBlob:
 class BlobSamples(Samples):
     """Rows whose images are blobs; everything else is as in a table."""
 
-    def __init__(self, table: TableSamples, query: Query, keys: list[Any]) -> None:
+    def __init__(self, table: Samples, query: Query, keys: list[Any]) -> None:
         super().__init__(table.keys)
         self.table, self.query, self.database_keys = table, query, keys
 
@@ -132,14 +132,11 @@ def read_source(query: Query, stored: bool, root: Path, names: Labels, progress:
     where = redact(query.url)
     if not splits:
         raise SourceError(f"{where}: the query gives no rows")
-    classes = names.finish(where)
-    with_boxes = any(boxes is not None for rows in splits.values() for boxes in rows.boxes)
-    parts: dict[str, Samples] = {}
-    for split, rows in splits.items():
-        table = TableSamples(root, rows, names, with_boxes)
-        parts[split] = BlobSamples(table, query, keys[split]) if stored else table
-    task = "detection" if with_boxes else "classification" if classes else "features"
-    return Source(kind="sql", root=where, task=task, class_names=classes, parts=parts)
+    source = table_source("sql", where, names.finish(where), root, splits, names)
+    if not stored:
+        return source
+    blobs = {split: BlobSamples(table, query, keys[split]) for split, table in source.parts.items()}
+    return replace(source, parts=blobs)
 
 
 def read_splits(
@@ -157,7 +154,10 @@ def read_splits(
         split = split_of(record.get(roles.get("split", "")), where)
         keys.setdefault(split, []).append(record[roles["key"]])
         image = "" if stored else path_of(record[roles["image"]], root, where)
-        add_row(splits.setdefault(split, Rows()), key, image, record, roles, names, where)
+        label, boxes, classes = parse_annotation(record.get(roles.get("annotation", "")), names, where)
+        own = record.get(roles.get("label", ""))
+        label = label if own is None else names.add(own, where)
+        splits.setdefault(split, Rows()).add(key, image, label, boxes, classes)
         if progress is not None and number % PROGRESS_EVERY == 0:
             progress(number)
     if progress is not None:
@@ -166,24 +166,6 @@ def read_splits(
         order = rows.sort()
         keys[split] = [keys[split][row] for row in order]
     return splits, keys
-
-
-def add_row(
-    rows: Rows,
-    key: str,
-    image: str,
-    record: Mapping[str, Any],
-    roles: Mapping[str, str],
-    names: Labels,
-    where: str,
-) -> None:
-    label, boxes, classes = parse_annotation(record.get(roles.get("annotation", "")), names, where)
-    own = record.get(roles.get("label", ""))
-    rows.keys.append(key)
-    rows.images.append(image)
-    rows.labels.append(label if own is None else names.add(own, where))
-    rows.boxes.append(boxes)
-    rows.classes.append(classes)
 
 
 def path_of(value: Any, root: Path, where: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from extract.sources.annotations import (
     BoxTable,
     FrozenBoxes,
     Labels,
+    Names,
     check_box,
     check_classes,
     parse_annotation,
@@ -75,6 +77,20 @@ class Rows:
     labels: list[str | int | None] = field(default_factory=list)
     boxes: list[list[tuple[float, float, float, float]] | None] = field(default_factory=list)
     classes: list[list[str | int]] = field(default_factory=list)
+
+    def add(
+        self,
+        key: str,
+        image: str | ParquetCell,
+        label: str | int | None,
+        boxes: list[tuple[float, float, float, float]] | None,
+        classes: list[str | int],
+    ) -> None:
+        self.keys.append(key)
+        self.images.append(image)
+        self.labels.append(label)
+        self.boxes.append(boxes)
+        self.classes.append(classes)
 
     def sort(self) -> list[int]:
         """Put the samples in the order of their keys; returns where each was before."""
@@ -135,11 +151,17 @@ def open_tables(
             read_rows(table, columns, root, split, names, splits, progress)
     if not any(rows.keys for rows in splits.values()):
         raise SourceError(f"{path}: the table has no rows")
-    classes = names.finish(str(path))
+    return table_source("table", str(root), names.finish(str(path)), root, splits, names)
+
+
+def table_source(
+    kind: str, origin: str, classes: Names, root: Path, splits: Mapping[str, Rows], names: Labels
+) -> Source:
+    """The source of rows that are complete; images are relative to `root`, `classes` is what `names` finished with."""
     with_boxes = any(boxes is not None for rows in splits.values() for boxes in rows.boxes)
     parts = {name: TableSamples(root, rows, names, with_boxes) for name, rows in splits.items()}
     task = "detection" if with_boxes else "classification" if classes else "features"
-    return Source(kind="table", root=str(root), task=task, class_names=classes, parts=parts)
+    return Source(kind=kind, root=origin, task=task, class_names=classes, parts=parts)
 
 
 def find_columns(table: TableFile, image: str | None, label: str | None) -> dict[str, str]:
@@ -184,12 +206,8 @@ def read_rows(
         rows = splits.setdefault(split or split_of(values.get(columns.get("split", "")), where), Rows())
         content, name = locate(values.get(columns["image"]), cell, table, root, where)
         key = values.get(columns.get("key", ""))
-        rows.keys.append(make_key(str(key)) if key not in (None, "") else name)
-        rows.images.append(content)
-        label, boxes, classes = read_targets(values, columns, names, where)
-        rows.labels.append(label)
-        rows.boxes.append(boxes)
-        rows.classes.append(classes)
+        key = make_key(str(key)) if key not in (None, "") else name
+        rows.add(key, content, *read_targets(values, columns, names, where))
         total += 1
         if progress is not None and total % PROGRESS_EVERY == 0:
             progress(total)
@@ -216,8 +234,6 @@ def read_targets(
 
 def decode_json(value: Any, where: str) -> Any:
     """A list as it is, or from JSON text."""
-    import json
-
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
@@ -243,11 +259,7 @@ def read_box_rows(
         rows = splits.setdefault(part, Rows())
         row = index.setdefault((part, name), len(rows.keys))
         if row == len(rows.keys):
-            rows.keys.append(name)
-            rows.images.append(content)
-            rows.labels.append(None)
-            rows.boxes.append([])
-            rows.classes.append([])
+            rows.add(name, content, None, [], [])
         corners = [values.get(name) for name in CORNERS]
         if all(value in (None, "") for value in corners):
             continue

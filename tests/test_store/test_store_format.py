@@ -191,7 +191,7 @@ def test_importing_the_store_is_light() -> None:
     code = (
         "import sys, store; assert 'numpy' not in sys.modules, 'numpy';"
         "store.open_store;"
-        "import store.writer, store.create, store.verify, store.pack, store.hdf5, store.summary, store.quality;"
+        "import store.writer, store.create, store.verify, store.transfer, store.hdf5, store.summary, store.quality;"
         "found = {'torch', 'zarr', 'transformers', 'dask', 'sklearn', 'h5py', 'fsspec'} & set(sys.modules);"
         "assert not found, found"
     )

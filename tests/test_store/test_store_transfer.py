@@ -22,9 +22,8 @@ from store.finalize import finalize_store
 from store.format import feature_arrays, image_arrays, logits_array, target_arrays
 from store.hdf5 import hdf5_to_store, store_to_hdf5
 from store.keys import Plan
-from store.pack import StoreRows, pack_store
 from store.reader import open_store
-from store.transfer import BLOCK_BYTES, blocks
+from store.transfer import BLOCK_BYTES, StoreRows, blocks, pack_store
 from store.writer import StoreWriter
 
 

@@ -23,9 +23,8 @@ from version_writer import (
 
 from store.errors import StoreError
 from store.reader import open_store
-from store.switch import publish_version
 from store.verify import verify_store
-from store.version import bytes_to_write, can_link, write_version
+from store.version import bytes_to_write, can_link, publish_version, write_version
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from store.finalize import finalize_store
 from store.format import ArraySpec, feature_arrays, image_arrays, target_arrays
 from store.keys import KeyTable, Plan
 from store.reader import open_store
-from store.switch import publish_version
-from store.version import RaggedChange, VersionSplit, write_version
+from store.version import RaggedChange, VersionSplit, publish_version, write_version
 from store.writer import StoreWriter
 
 GRID_WIDTH, GRID = 16, 2
