@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from store.reader import Store
 from train.checkpoint import load_student_from_run
 from train.config import TrainConfig, load_config
 from train.data.splits import (
@@ -56,7 +57,7 @@ def evaluate_run(
 
     onnx = open_exported(run, device) if run.suffix == ".onnx" else None
     student, content = load_student_from_run(run) if onnx is None else (OnnxStudent(onnx), about(onnx.card))
-    opened: Any = open_store(store)
+    opened = open_store(store)
     if student.spec.type == "yolov8":
         from train.yolo.evaluate import evaluate_yolo
 
@@ -136,7 +137,7 @@ def name_of_loss(name: str) -> str:
 
 
 def data_to_evaluate(
-    config: TrainConfig, store: Any, content: dict[str, Any], num_classes: int
+    config: TrainConfig, store: Store, content: dict[str, Any], num_classes: int
 ) -> TrainingData:
     """Rows and labels of the split, checked against the student's task and classes."""
     ours, theirs = content["class_names"], list(store.manifest.class_names)
@@ -162,7 +163,7 @@ def data_to_evaluate(
 
 
 def measure(
-    student: Any, config: TrainConfig, store: Any, data: TrainingData, accelerator: Accelerator
+    student: Any, config: TrainConfig, store: Store, data: TrainingData, accelerator: Accelerator
 ) -> dict[str, float]:
     """Losses and metrics of the student on the split, without the teacher's targets."""
     objective = Objective(build_task(data.task, num_classes=data.num_classes, label_smoothing=0.0))

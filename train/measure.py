@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from store.reader import Store
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data.batches import BatchLoader
@@ -26,7 +27,7 @@ LATENCY_RUNS = 5
 
 
 def measure_student(
-    built: Built, config: TrainConfig, store: Any, data: TrainingData, best: Path
+    built: Built, config: TrainConfig, store: Store, data: TrainingData, best: Path
 ) -> dict[str, Any]:
     """`parameters`, `trainable_parameters`, `macs`, `latency_ms` (one image), and `quality` of label-free runs."""
     student = built.student
@@ -62,7 +63,7 @@ def measure_latency(student: Student, runs: int = LATENCY_RUNS) -> float:
     return round(1000 * statistics.median(times[1:]), 3)
 
 
-def feature_quality(built: Built, config: TrainConfig, store: Any, data: TrainingData) -> dict[str, float]:
+def feature_quality(built: Built, config: TrainConfig, store: Store, data: TrainingData) -> dict[str, float]:
     """k-NN and linear-probe accuracy of the student's own pooled features, both trained on the training split."""
     from store.quality import knn_accuracy, probe_accuracy
 

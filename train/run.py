@@ -16,6 +16,7 @@ import torch
 from console.log import get_logger
 from console.stop import StopRequest
 from processes.deadline import StopDeadline, nothing_to_save
+from store.reader import Store
 from train.checkpoint import BEST, LAST
 from train.config import TrainConfig
 from train.data.splits import TrainingData, resolve_data, resolve_task, warn_of_splits
@@ -92,7 +93,7 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopDeadline) -
     task = resolve_task(config)
     if (config.control or config.control_only) and task == "features":
         raise ConfigError("control: without a task loss there is nothing to compare with")
-    store: Any = open_store(config.store)
+    store: Store = open_store(config.store)
     data = resolve_data(config, store, task)
     accelerator = build_accelerator(config)
     if accelerator.is_main_process:
@@ -118,7 +119,7 @@ def run_stages(config: TrainConfig, observers: Observers, watch: StopDeadline) -
 
 def train_student(
     config: TrainConfig,
-    store: Any,
+    store: Store,
     data: TrainingData,
     watch: StopDeadline,
     observers: Observers,
@@ -167,7 +168,7 @@ def halve_batch(config: TrainConfig, folder: Path) -> TrainConfig:
 
 def train_once(
     config: TrainConfig,
-    store: Any,
+    store: Store,
     data: TrainingData,
     watch: StopDeadline,
     observers: Observers,
@@ -225,7 +226,7 @@ def resolved(built: Built, data: TrainingData, control: bool) -> dict[str, Any]:
 
 
 def run_control(
-    config: TrainConfig, store: Any, data: TrainingData, watch: StopDeadline, main: Outcome
+    config: TrainConfig, store: Store, data: TrainingData, watch: StopDeadline, main: Outcome
 ) -> dict[str, Any]:
     """The same student, seed, images and schedule on the task loss alone, at weight 1, in RUN/control."""
     # Batches as the main run ended up with, in case it ran out of memory.
@@ -240,7 +241,7 @@ def run_control(
     }
 
 
-def summarize(outcome: Outcome, store: Any, data: TrainingData, folder: Path) -> dict[str, Any]:
+def summarize(outcome: Outcome, store: Store, data: TrainingData, folder: Path) -> dict[str, Any]:
     """The content of summary.json."""
     from train.measure import measure_student
 

@@ -15,6 +15,7 @@ from console.output import plain_json
 from console.redaction import redact_values
 from files.writing import check_writable, replace_file, shortened
 from store.format import RANDOM_WEIGHTS_NOTICE
+from store.reader import Store
 from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError, TrainError
 
@@ -28,7 +29,7 @@ OUR_FOLDERS = ("tensorboard", "control", "ultralytics", "wandb", "mlflow")
 PACKAGES = ("torch", "timm", "accelerate", "numpy", "zarr", "peft", "ultralytics")
 
 
-def prepare_run_folder(config: TrainConfig, store: Any) -> Path:
+def prepare_run_folder(config: TrainConfig, store: Store) -> Path:
     """Create the run folder, or check that the run in it may be resumed.
 
     What a start that failed left behind is no run: it is removed, or resumed (--resume) with any options.
@@ -232,13 +233,13 @@ def is_complete(summary: Mapping[str, Any], config: TrainConfig) -> bool:
     return bool(enough) and (not config.control or "control" in summary)
 
 
-def warn_of_random_teacher(path: str, store: Any) -> None:
+def warn_of_random_teacher(path: str, store: Store) -> None:
     """Say so where the teacher of the features in `store`, at `path` as the user wrote it, has random weights."""
     if store.manifest.teacher.random_weights:
         log.warning("%s: teacher of %s", path, RANDOM_WEIGHTS_NOTICE)
 
 
-def store_reference(store: Any) -> dict[str, Any]:
+def store_reference(store: Store) -> dict[str, Any]:
     """What config.json and summary.json say about the store."""
     return {
         "path": store.location,

@@ -23,7 +23,8 @@ from store.format import feature_arrays, image_arrays, logits_array, target_arra
 from store.hdf5 import hdf5_to_store, store_to_hdf5
 from store.keys import Plan
 from store.reader import open_store
-from store.transfer import BLOCK_BYTES, StoreRows, blocks, pack_store
+from store.shards import BLOCK_BYTES
+from store.transfer import StoreRows, pack_store, row_ranges
 from store.writer import StoreWriter
 
 
@@ -140,7 +141,7 @@ def test_a_row_that_the_new_form_cannot_hold_is_an_error(tmp_path: Path) -> None
         hdf5_to_store(tmp_path / "s.h5", tmp_path / "t.zarr")
 
 
-def test_blocks_are_bounded_by_what_lies_in_ragged_arrays(tmp_path: Path) -> None:
+def test_row_ranges_are_bounded_by_the_ragged_arrays(tmp_path: Path) -> None:
     """Photographs of several megabytes: not a thousand of them at once."""
     path = tmp_path / "s.zarr"
     create_store(
@@ -154,7 +155,7 @@ def test_blocks_are_bounded_by_what_lies_in_ragged_arrays(tmp_path: Path) -> Non
     with StoreWriter(path, "train") as writer:
         writer.append({"images/encoded/values": images, "sizes": block["sizes"], "content": block["content"]})
     finalize_store(path)
-    cuts = list(blocks(StoreRows(open_store(path)), "train"))
+    cuts = list(row_ranges(StoreRows(open_store(path)), "train"))
     assert [start for start, _ in cuts] == [0, *[stop for _, stop in cuts[:-1]]]
     assert cuts[-1][1] == 20
     assert max(sum(len(image) for image in images[start:stop]) for start, stop in cuts) <= BLOCK_BYTES

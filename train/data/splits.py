@@ -62,7 +62,7 @@ class TrainingData:
     preprocessing: Preprocessing | None = None
 
 
-def student_preprocessing(store: Any, recorded: Mapping[str, Any]) -> Preprocessing:
+def student_preprocessing(store: Store, recorded: Mapping[str, Any]) -> Preprocessing:
     """How a trained student is shown the images of any store: as in its training, `recorded` in its checkpoint.
 
     The store may have been made with another resize policy: a student that learned from letterboxed images fails on
@@ -90,7 +90,7 @@ def student_preprocessing(store: Any, recorded: Mapping[str, Any]) -> Preprocess
     return shown
 
 
-def named_arrays(store: Any) -> set[str]:
+def named_arrays(store: Store) -> set[str]:
     return {spec.name for spec in store.manifest.arrays}
 
 
@@ -106,7 +106,7 @@ def resolve_task(config: TrainConfig) -> str:
     )
 
 
-def resolve_data(config: TrainConfig, store: Any, task: str) -> TrainingData:
+def resolve_data(config: TrainConfig, store: Store, task: str) -> TrainingData:
     """Rows, labels and classes. Raises TrainError when the store cannot serve the task."""
     train, val = (open_split(store, name, option) for name, option in split_options(config))
     check_targets(task, train, config.train_split, config.store)
@@ -135,7 +135,7 @@ def split_options(config: TrainConfig) -> list[tuple[str, str]]:
     return [(config.train_split, "--train-split"), (config.val_split, "--val-split")]
 
 
-def open_split(store: Any, name: str, option: str) -> Any:
+def open_split(store: Store, name: str, option: str) -> Split:
     """A split that has rows."""
     if name not in store.splits:
         made = ", or extract with --val-fraction" if name == "val" else ""
@@ -149,7 +149,7 @@ def open_split(store: Any, name: str, option: str) -> Any:
     return store[name]
 
 
-def check_targets(task: str, split: Any, name: str, store: str, advice: str = LABEL_FREE) -> None:
+def check_targets(task: str, split: Split, name: str, store: str, advice: str = LABEL_FREE) -> None:
     """The split must hold what the task learns from, or is measured on; `advice` is the next step when it does not."""
     needed = {"label": LABEL, "mask": MASK}.get(TARGET_KINDS.get(task, ""))
     unlabeled = needed == LABEL and labels_of(split) is None
@@ -161,7 +161,7 @@ def check_targets(task: str, split: Any, name: str, store: str, advice: str = LA
     raise TrainError(f"{store}: {task} needs {what} in split {name}, the store has {found}: {advice}")
 
 
-def valid_rows(split: Any, name: str, notes: list[str]) -> NDArray[np.int64]:
+def valid_rows(split: Split, name: str, notes: list[str]) -> NDArray[np.int64]:
     """Rows with features. Raises TrainError when there are none."""
     valid = split.valid if VALID in split.names else np.ones(len(split), dtype=bool)
     rows = np.flatnonzero(valid).astype(np.int64)
@@ -173,7 +173,7 @@ def valid_rows(split: Any, name: str, notes: list[str]) -> NDArray[np.int64]:
 
 
 def resolve_classes(
-    config: TrainConfig, store: Any, labels: NDArray[np.int32] | None, notes: list[str]
+    config: TrainConfig, store: Store, labels: NDArray[np.int32] | None, notes: list[str]
 ) -> int:
     """The store's classes; more widen the head, fewer are an error."""
     known = len(store.manifest.class_names) or (int(labels.max()) + 1 if labels is not None else 0)
@@ -213,7 +213,7 @@ def check_labels(
         )
 
 
-def labels_of(split: Any) -> NDArray[np.int32] | None:
+def labels_of(split: Split) -> NDArray[np.int32] | None:
     """Labels int32 [N] (-1: none), or None when the split has none at all."""
     if LABEL not in split.names:
         return None

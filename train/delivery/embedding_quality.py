@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 from console.log import get_logger
 from store.format import NO_LABEL, POOLED
 from store.quality import knn_accuracy, probe_accuracy
+from store.reader import Store
 from train.config import TrainConfig
 from train.data.splits import TrainingData, labels_of, valid_rows
 from train.data.views import AUGMENTATIONS
@@ -38,7 +39,7 @@ class SplitEmbeddings(NamedTuple):
 
 
 def measure_embeddings(
-    model: TrainedModel, config: TrainConfig, store: Any, data: TrainingData, accelerator: Accelerator
+    model: TrainedModel, config: TrainConfig, store: Store, data: TrainingData, accelerator: Accelerator
 ) -> dict[str, float]:
     """`pooled_cosine` to the teacher, and `knn_top1` and `probe_top1` where the store has labels.
 
@@ -64,7 +65,7 @@ def measure_embeddings(
     return {**metrics, "knn_top1": knn_accuracy(*pairs), "probe_top1": probe_accuracy(*pairs)}
 
 
-def why_no_accuracy(store: Any, split: str, data: TrainingData) -> str | None:
+def why_no_accuracy(store: Store, split: str, data: TrainingData) -> str | None:
     """Why k-NN and probe cannot be measured; None when they can."""
     if data.val_labels is None or not has_labels(data.val_labels[data.val_rows]):
         return f"split {split} has no labels"
@@ -81,7 +82,7 @@ def has_labels(labels: NDArray[np.int32]) -> bool:
 
 
 def embed_split(
-    model: TrainedModel, config: TrainConfig, store: Any, data: TrainingData, accelerator: Accelerator
+    model: TrainedModel, config: TrainConfig, store: Store, data: TrainingData, accelerator: Accelerator
 ) -> SplitEmbeddings:
     """The model's embeddings of the split's rows, shown as in training without augmentation."""
     objective = Objective(build_task("features", num_classes=0, label_smoothing=0.0))
@@ -122,7 +123,7 @@ def joined(parts: Iterable[NDArray[np.float32] | None]) -> NDArray[np.float32] |
     return np.concatenate(present) if present else None
 
 
-def cosine_to_teacher(model: TrainedModel, found: SplitEmbeddings, store: Any, split: str) -> float | None:
+def cosine_to_teacher(model: TrainedModel, found: SplitEmbeddings, store: Store, split: str) -> float | None:
     """Mean cosine between aligned embeddings and the teacher's pooled features, standardized by this store's statistics.
 
     None, with a log line that says why, where the two cannot be compared.

@@ -7,10 +7,10 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from console.progress import track_progress
 from console.stop import Stopped, StopRequest
+from store.reader import Store
 from train.checkpoint import BEST, LAST, load_checkpoint
 from train.config import TrainConfig
 from train.data.splits import resolve_data, resolve_task, student_preprocessing
@@ -37,7 +37,7 @@ class FineTuning:
 def build_finetuning(
     run: Path,
     config: TrainConfig,
-    store: Any,
+    store: Store,
     student: Student,
     card: ModelCard,
     epochs: int,

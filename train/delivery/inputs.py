@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from imaging.clips import read_clip_frames
 from imaging.decode import ImageError, decode
-from store.reader import open_store
+from store.reader import Store, open_store
 from train.config import TrainConfig
 from train.data.clips import ClipReader
 from train.data.images import ImageReader
@@ -64,7 +64,7 @@ def split_pixels(run: Path, card: ModelCard, count: int) -> list[NDArray[np.uint
     return [card.show(images.read(int(row), card.image_size)) for row in rows]
 
 
-def clip_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) -> ClipReader:
+def clip_reader(config: TrainConfig, store: Store, split: str, card: ModelCard) -> ClipReader:
     """Reads equally many frames of every clip of a split, from the data set's root."""
     root = config.data_root or store.manifest.data_root
     places = np.full(len(store[split]), card.frames or FRAMES, dtype=np.int64)
@@ -72,7 +72,7 @@ def clip_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) ->
     return ClipReader(store[split], Path(root) if root else None, places, per_place, depth)
 
 
-def image_reader(config: TrainConfig, store: Any, split: str, card: ModelCard) -> ImageReader:
+def image_reader(config: TrainConfig, store: Store, split: str, card: ModelCard) -> ImageReader:
     """Reads the images of a split: from the store, or from the data set's root."""
     root = config.data_root or store.manifest.data_root
     return ImageReader(

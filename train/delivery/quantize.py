@@ -17,7 +17,7 @@ from torch import nn
 
 from console.log import get_logger
 from files.writing import check_writable, whole_file
-from store.reader import open_store
+from store.reader import Store, open_store
 from train.config import TrainConfig
 from train.data.splits import open_split
 from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
@@ -106,7 +106,7 @@ def check_quantizable(student: Student, card: ModelCard) -> None:
         )
 
 
-def check_store(run: Path, store: Any, card: ModelCard) -> None:
+def check_store(run: Path, store: Store, card: ModelCard) -> None:
     """Other classes or another teacher than the run's are errors; other data is fine, and named."""
     names = tuple(store.manifest.class_names)
     if names and card.class_names and names != card.class_names:
@@ -126,7 +126,7 @@ def check_store(run: Path, store: Any, card: ModelCard) -> None:
         log.info("other data than the run was trained on: %s instead of %s", store.path, trained["path"])
 
 
-def calibration_inputs(store: Any, config: TrainConfig, card: ModelCard, count: int) -> NDArray[np.float32]:
+def calibration_inputs(store: Store, config: TrainConfig, card: ModelCard, count: int) -> NDArray[np.float32]:
     """Normalised images float32 [B, 3, S, S], evenly spread over the training split."""
     reader = image_reader(config, store, config.train_split, card)
     rows = spread(np.flatnonzero(store[config.train_split].valid), count)
@@ -177,7 +177,7 @@ def summarize(
     models: Mapping[str, Path],
     student: Student,
     config: TrainConfig,
-    store: Any,
+    store: Store,
     inputs: NDArray[np.float32],
     out: Path,
     options: QuantizeOptions,
@@ -232,7 +232,7 @@ def measure_latencies(models: Mapping[str, Path], image: NDArray[np.float32]) ->
     return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
 
-def measure_metrics(model: OnnxModel, config: TrainConfig, store: Any, split: str) -> dict[str, float]:
+def measure_metrics(model: OnnxModel, config: TrainConfig, store: Store, split: str) -> dict[str, float]:
     """The task's metrics on a split."""
     from train.evaluation import about, data_to_evaluate, measure
     from train.loop.machine import build_accelerator

@@ -5,9 +5,8 @@ What the store cannot serve is an error that names what to extract; every choice
 
 from __future__ import annotations
 
-from typing import Any
-
 from store.format import FRAMES, GRID, LOGITS, POOLED, VIEWS_GRID, VIEWS_POOLED
+from store.reader import Split
 from train.config import TrainConfig
 from train.data.splits import CLASS_TASKS
 from train.data.views import AUGMENTATIONS, Augmentation
@@ -17,7 +16,7 @@ from train.students.base import StudentSpec
 
 
 def resolve_features(
-    config: TrainConfig, split: Any, task: str, spec: StudentSpec, notes: list[str]
+    config: TrainConfig, split: Split, task: str, spec: StudentSpec, notes: list[str]
 ) -> DistillationPlan:
     """What is distilled. Raises ConfigError for options that the store cannot serve (and what to extract)."""
     kind = config.distillation_type or ("hybrid" if task in CLASS_TASKS else "feature")

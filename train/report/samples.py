@@ -14,7 +14,7 @@ from PIL import Image
 
 from console.log import get_logger
 from store.errors import DistillError
-from store.reader import Store
+from store.reader import Split, Store
 from train.data.images import ImageReader, Shown
 from train.data.views import render_mask
 from train.delivery.clips import clip_pixels
@@ -69,7 +69,7 @@ class Subject(NamedTuple):
         return card
 
     @property
-    def split(self) -> Any:
+    def split(self) -> Split:
         return self.store[self.split_name]
 
 

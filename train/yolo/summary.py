@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from store.reader import Store
 from train.checkpoint import BEST, load_student_from_run
 from train.config import TrainConfig
 from train.data.splits import count_validation
@@ -19,7 +20,7 @@ from train.yolo.recorder import METRICS
 
 def summarise(
     config: TrainConfig,
-    store: Any,
+    store: Store,
     run: Path,
     job: TrainingJob,
     records: list[dict[str, Any]],
