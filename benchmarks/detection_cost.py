@@ -93,7 +93,7 @@ def set_up(
     """A trainer that is ready for its first step."""
     from store.reader import open_store
     from train.config import TrainConfig
-    from train.yolo.assemble import build_job
+    from train.yolo.job import build_job
     from train.yolo.offline import prepare_ultralytics
 
     prepare_ultralytics()

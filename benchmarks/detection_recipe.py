@@ -64,7 +64,7 @@ def make_store(arguments: argparse.Namespace, work: Path) -> Path:
 def write_yolo_folder(store: Path, folder: Path, image_size: int) -> Path:
     """The images and boxes of a store's train and val as files for ultralytics; returns data.yaml."""
     from store.reader import open_store
-    from train.yolo.records import open_split
+    from train.yolo.dataset import open_split
 
     opened = open_store(store)
     for name in ("train", "val"):

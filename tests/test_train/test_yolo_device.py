@@ -176,7 +176,7 @@ def test_the_precision_option_decides_ultralytics_amp(
     """Only the answers of torch.cuda are faked: there is no GPU here."""
     from ultralytics.cfg import get_cfg
 
-    from train.yolo.assemble import device_arguments
+    from train.yolo.job import device_arguments
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -188,7 +188,7 @@ def test_the_precision_option_decides_ultralytics_amp(
 
 def test_a_precision_or_device_that_the_gpu_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.errors import ConfigError
-    from train.yolo.assemble import device_arguments
+    from train.yolo.job import device_arguments
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -204,7 +204,7 @@ def test_fp16_training_is_set_up_without_ultralytics_own_check(
 ) -> None:
     """`check_amp` loads a model file that it would have to download; it runs on a CPU too when amp is True."""
     from store.reader import open_store
-    from train.yolo.assemble import build_job
+    from train.yolo.job import build_job
     from train.yolo.offline import prepare_ultralytics
     from train.yolo.trainer import StoreTrainer
 
@@ -221,7 +221,7 @@ def test_fp16_training_is_set_up_without_ultralytics_own_check(
 
 def test_loader_processes_are_this_process_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     from console import cores
-    from train.yolo.assemble import worker_count
+    from train.yolo.job import worker_count
 
     monkeypatch.setattr(cores, "available_cores", lambda: 16)
     assert worker_count(config_of(), {"device": "0"}) == 8
@@ -235,7 +235,7 @@ def test_grids_are_gathered_into_buffers_that_are_used_in_turn(tmp_path: Path) -
     """A new array for each batch costs page faults and a second copy to pinned memory."""
     from benchmarks.detection_cost import make_store
     from store.reader import open_store
-    from train.yolo.records import GridReader
+    from train.yolo.dataset import GridReader
     from train.yolo.targets import BUFFERS
 
     split = open_store(make_store(tmp_path / "store.zarr"))["train"]

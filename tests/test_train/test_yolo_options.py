@@ -210,7 +210,7 @@ def test_settings_are_read_as_ultralytics_reads_them() -> None:
 @pytest.mark.parametrize("freeze", [23, -1, [30], "head", [*range(23)]])
 def test_frozen_layers_exist_and_leave_some_to_learn(freeze: Any) -> None:
     from train.students.yolo import build_network
-    from train.yolo.assemble import check_frozen
+    from train.yolo.job import check_frozen
 
     with torch.device("meta"):
         network = build_network("n", 2)
@@ -226,7 +226,7 @@ def test_unknown_levels_are_refused() -> None:
 
 
 def test_cpu_has_no_distributed_training() -> None:
-    from train.yolo.assemble import device_arguments
+    from train.yolo.job import device_arguments
 
     with pytest.raises(ConfigError, match="not on several"):
         device_arguments(make_config(device="cpu,cpu"))
@@ -237,7 +237,7 @@ def test_cpu_has_no_distributed_training() -> None:
 
 
 def test_classes_may_be_more_than_the_store_has_but_not_fewer(tmp_path: Path) -> None:
-    from train.yolo.assemble import class_names
+    from train.yolo.job import class_names
 
     store = open_store(make_store(tmp_path / "s", {"train": scenes(2, 1)}))
     assert class_names(make_config(num_classes=3), store) == ("red", "green", "class_2")
@@ -247,7 +247,7 @@ def test_classes_may_be_more_than_the_store_has_but_not_fewer(tmp_path: Path) ->
 
 def optimizer_of(store: Path, out: Path, iterations: int, chosen: Any = None, **options: Any) -> Any:
     """The optimizer that a training of that many steps gets, and ultralytics' arguments then."""
-    from train.yolo.assemble import build_job
+    from train.yolo.job import build_job
     from train.yolo.trainer import StoreTrainer
 
     config = make_config(store=store, out=out, image_size=64, device="cpu", **options)

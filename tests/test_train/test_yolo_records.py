@@ -22,7 +22,7 @@ def row_with(boxes: list[list[float]], classes: list[int]) -> Row:
 
 
 def open_train(path: Path, **settings: Any) -> Any:
-    from train.yolo.records import open_split
+    from train.yolo.dataset import open_split
 
     return open_split(open_store(path), "train", image_size=64, data_root=None, distil=True, **settings)
 
@@ -78,7 +78,7 @@ def test_a_store_without_boxes_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_missing_split_is_an_error(tmp_path: Path) -> None:
-    from train.yolo.records import open_split
+    from train.yolo.dataset import open_split
 
     path = make_store(tmp_path / "s", {"train": scenes(2, 1)})
     with pytest.raises(TrainError, match="no split 'val', it has train"):
@@ -87,7 +87,7 @@ def test_a_missing_split_is_an_error(tmp_path: Path) -> None:
 
 def test_raw_images_have_the_boxes_of_the_teachers_view(tmp_path: Path) -> None:
     """`--images raw` stores what the teacher saw: here a 200×100 photo in a 112-pixel letterbox."""
-    from train.yolo.records import detection_records
+    from train.yolo.dataset import detection_records
 
     image = np.zeros((100, 200, 3), np.uint8)
     row = (image, np.array([[50, 25, 150, 75]], np.float32), np.zeros(1, np.int32))
@@ -100,7 +100,7 @@ def test_raw_images_have_the_boxes_of_the_teachers_view(tmp_path: Path) -> None:
 def test_both_splits_are_standardized_by_the_training_splits_statistics(tmp_path: Path) -> None:
     """As in the main loop: training and validation distances are to the same targets."""
     from train.config import TrainConfig
-    from train.yolo.assemble import open_splits
+    from train.yolo.job import open_splits
 
     def features(split: str, row: int, image: np.ndarray) -> np.ndarray:
         return np.random.default_rng(row).normal(5 if split == "val" else 0, 1, (4, 4, 6)).astype(np.float32)

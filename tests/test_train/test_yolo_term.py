@@ -164,7 +164,7 @@ def test_the_term_is_scaled_and_listed_as_ultralytics_does_with_its_own(grid: np
 
 
 def test_distilled_and_control_start_from_the_same_weights(yolo_store: Path, tmp_path: Path) -> None:
-    from train.yolo.assemble import build_job
+    from train.yolo.job import build_job
 
     networks = [
         build_job(

@@ -257,7 +257,7 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
 
 def detection(subject: Subject, count: int) -> Findings:
     """Worst by missed and invented boxes; true boxes in white, without a label."""
-    from train.yolo.records import detection_records
+    from train.yolo.dataset import detection_records
 
     card, reader = subject.card, subject.reader
     records = {

@@ -6,20 +6,37 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from ultralytics.data.dataset import YOLODataset
 
-from train.yolo.geometry import GEOMETRY_KEY, packed_placements, track, whole_image
+from console.log import get_logger
+from imaging.geometry import resize_view
+from store.format import BOX_CLASSES, BOXES, GRID, SIZES
+from store.reader import Split, Store
+from train.data.batches import FeatureGatherer
+from train.data.images import ImageReader
+from train.distill.projector import TargetStandardizer
+from train.errors import TrainError
+from train.yolo.geometry import (
+    GEOMETRY_KEY,
+    SOURCE_PLACEMENTS,
+    SOURCE_ROWS,
+    packed_placements,
+    track,
+    whole_image,
+)
+from train.yolo.targets import BUFFERS, TeacherTargets
 
-# Keys of a batch: rows of the store int64 [B, K] (−1: none) and packed placements float32 [B, K, PACKED_WIDTH].
-SOURCE_ROWS = "source_rows"
-SOURCE_PLACEMENTS = "source_placements"
+log = get_logger("train")
+MIN_SIDE = 1e-6  # of a normalised box; ultralytics drops boxes without area as well
 
 
 @dataclass(frozen=True)
@@ -155,3 +172,166 @@ class StoreDataset(YOLODataset):  # type: ignore[misc]
             collated[SOURCE_ROWS] = pad_sequence(rows, batch_first=True, padding_value=-1)
             collated[SOURCE_PLACEMENTS] = pad_sequence(values, batch_first=True)
         return collated
+
+
+@dataclass(frozen=True)
+class DetectionSplit:
+    """What the trainer needs of one split: `records`, and `read_image(row)` → uint8 [H, W, 3] RGB."""
+
+    records: list[DetectionRecord]
+    read_image: Callable[[int], NDArray[np.uint8]]
+    targets: TeacherTargets | None = None
+
+
+class SourceImages:
+    """Reads the pixels of rows; picklable, for loader workers that are spawned."""
+
+    def __init__(self, reader: ImageReader, image_size: int) -> None:
+        self.reader, self.image_size = reader, image_size
+
+    def __call__(self, row: int) -> NDArray[np.uint8]:
+        return np.asarray(self.reader.read(row, self.image_size).image.convert("RGB"))
+
+
+def open_split(
+    store: Store,
+    name: str,
+    *,
+    image_size: int,
+    data_root: Path | None,
+    distil: bool,
+    statistics_of: str | None = None,
+    sources_per_cell: int = 1,
+) -> DetectionSplit:
+    """Records, images and, with `distil`, targets of a split, standardized by the statistics of `statistics_of`.
+
+    That is the training split, for the validation split too: both distances are to the same targets. None: `name`.
+    Raises TrainError when the split, its boxes, its images or (with `distil`) its grid are missing.
+    """
+    if name not in store:
+        raise TrainError(f"{store.location}: no split {name!r}, it has {', '.join(store.splits)}")
+    split = store[name]
+    if BOXES not in split.names:
+        raise TrainError(
+            f"{store.location}: the store has no boxes: YOLO students need a detection data set (cli extract --source "
+            "yolo, coco or voc)"
+        )
+    reader = ImageReader(split, data_root or root_of(store), store.manifest.preprocessing)
+    records = detection_records(store, split, raw=reader.kind == "raw")
+    if not records:
+        raise TrainError(f"{store.location}: split {name!r} has no valid images")
+    targets = None
+    if distil:
+        learnt = store[statistics_of or name]
+        targets = teacher_targets(store, split, learnt, reader.kind == "raw", sources_per_cell)
+    return DetectionSplit(records, SourceImages(reader, image_size), targets)
+
+
+def root_of(store: Store) -> Path | None:
+    return Path(store.manifest.data_root) if store.manifest.data_root else None
+
+
+def detection_records(store: Store, split: Split, *, raw: bool) -> list[DetectionRecord]:
+    """The valid rows of a split, in row order.
+
+    With `raw` the images are what the teacher saw, so boxes and sizes are those of its view. Boxes are clipped to
+    the image, those without area and repetitions dropped (the log says how many), images without boxes kept as
+    background.
+
+    Raises TrainError for a class without a name.
+    """
+    rows = np.flatnonzero(split.valid)
+    sizes = split.read(SIZES)
+    boxes, classes = split.ragged(rows, BOXES), split.ragged(rows, BOX_CLASSES)
+    side = store.manifest.preprocessing.image_size
+    records, dropped, repeated = [], 0, 0
+    for row, box, label in zip(rows.tolist(), boxes, classes, strict=True):
+        key = str(split.keys[row])
+        check_classes(label, store.manifest.class_names, key)
+        width, height = int(sizes[row][0]), int(sizes[row][1])
+        normalised = box.astype(np.float64).reshape(-1, 4) / (width, height, width, height)
+        if raw:
+            view = resize_view(store.manifest.preprocessing.resize, (width, height), side)
+            normalised = view.boxes_to_view(normalised)
+            width = height = side
+        centred, kept = clean_boxes(normalised)
+        dropped += int(len(kept) - kept.sum())
+        label = label[kept].astype(np.int64)
+        first = first_of_each(centred, label)
+        repeated += len(label) - len(first)
+        records.append(DetectionRecord(row, key, width, height, centred[first], label[first]))
+    if not any(len(record.boxes) for record in records):
+        log.warning("%s: no image has a box: nothing to learn or to measure", split.where)
+    if dropped:
+        log.warning("%s: %d boxes without area inside their image are ignored", split.where, dropped)
+    if repeated:
+        log.warning("%s: %d boxes that repeat another one of their image are ignored", split.where, repeated)
+    return records
+
+
+def first_of_each(boxes: NDArray[np.float32], classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices, in order, of the boxes [M, 4] that no earlier box with the same class equals."""
+    labels = np.column_stack([classes, boxes])
+    return np.sort(np.unique(labels, axis=0, return_index=True)[1])
+
+
+def check_classes(label: NDArray[np.int32], names: tuple[str, ...], key: str) -> None:
+    bad = label[(label < 0) | (label >= len(names))]
+    if len(bad):
+        raise TrainError(
+            f"boxes of {key}: class {int(bad[0])}, but the store names {len(names)} classes (0 to {len(names) - 1}): "
+            "correct the labels or the list of names, then extract again"
+        )
+
+
+def clean_boxes(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Normalised xyxy [M, 4] → clipped centre, size float32 [m, 4], and which of the M have area and are finite."""
+    clipped = np.clip(np.nan_to_num(boxes, nan=0.0), 0.0, 1.0)
+    size = clipped[:, 2:] - clipped[:, :2]
+    kept: NDArray[np.bool_] = np.all(size > MIN_SIDE, axis=1)
+    centred = np.concatenate([clipped[:, :2] + size / 2, size], axis=1)
+    return centred[kept].astype(np.float32), kept
+
+
+def teacher_targets(
+    store: Store, split: Split, learnt: Split, raw: bool, sources_per_cell: int
+) -> TeacherTargets:
+    """Targets from the stored grid, with the statistics of the split `learnt`.
+
+    Raises TrainError when there is no grid, or no statistics of it.
+    """
+    if GRID not in split.names:
+        raise TrainError(
+            f"{store.location}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
+            "with --distillation-type none)"
+        )
+    statistics = learnt.statistics.get(GRID)
+    if statistics is None:
+        raise TrainError(f"{store.location}: no statistics of {GRID}: run the extraction to its end")
+    preprocessing = store.manifest.preprocessing
+    side = preprocessing.image_size
+    standardizer = TargetStandardizer(statistics.mean, statistics.std, split.scale.get(GRID))
+    # Raw images are the teacher's view already: its whole grid lies over the whole image.
+    sizes = np.full((len(split), 2), side) if raw else split.read(SIZES)
+    return TeacherTargets(
+        GridReader(split),
+        sizes,
+        standardizer,
+        resize="squash" if raw else preprocessing.resize,
+        teacher_size=(side, side),
+        sources_per_cell=sources_per_cell,
+    )
+
+
+class GridReader:
+    """Gathers stored grids by row: for a GPU into pinned buffers that are used in turn, and copied from directly."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self.gatherer: FeatureGatherer | None = None
+
+    def __call__(self, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+        """Grids [U, g, g, D] of rows int64 [U], valid until `BUFFERS` more calls."""
+        if self.gatherer is None or self.gatherer.device != device:
+            self.gatherer = FeatureGatherer(self.split, [GRID], BUFFERS, device)
+        return self.gatherer.gather(rows)[GRID]

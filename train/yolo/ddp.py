@@ -39,10 +39,9 @@ def job_of_rank(run: Path) -> TrainingJob:
     """The job that the launching process described in `run`/config.json."""
     from ultralytics.utils import RANK
 
-    from train.yolo.assemble import build_job
+    from train.yolo.job import build_job
     from train.yolo.offline import prepare_ultralytics
-    from train.yolo.recorder import Recorder, describe_run
-    from train.yolo.state import best_epoch_of, resume_state
+    from train.yolo.recorder import Recorder, best_epoch_of, describe_run, resume_state
 
     prepare_ultralytics()
     options = json.loads((run / CONFIG).read_text(encoding="utf-8"))["options"]
@@ -88,7 +87,7 @@ class EventWriter(SilentObserver):
         self.write(event="checkpoint_saved", path=str(path), epoch=epoch, is_best=is_best)
 
     def training_finished(self, trainer: Any) -> None:
-        from train.yolo.summary import ending_of
+        from train.yolo.recorder import ending_of
 
         self.write(event="training_finished", ending=ending_of(trainer))
 

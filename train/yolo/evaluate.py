@@ -36,10 +36,9 @@ def evaluate_yolo(
     Raises TrainError when the store has other classes than the student, or no boxes.
     """
     prepare_ultralytics()
-    from train.yolo.assemble import device_arguments
-    from train.yolo.recorder import METRICS
-    from train.yolo.records import open_split
-    from train.yolo.summary import name_precisions
+    from train.yolo.dataset import open_split
+    from train.yolo.job import device_arguments
+    from train.yolo.recorder import METRICS, name_precisions
 
     opened = open_store(store)
     check_same_classes(tuple(opened.manifest.class_names), tuple(content["class_names"]), store, run)

@@ -26,6 +26,8 @@ from ultralytics.utils.instance import Instances
 from train.errors import TrainError
 
 GEOMETRY_KEY = "placements"
+# Keys of a batch: rows of the store int64 [B, K] (−1: none) and packed placements float32 [B, K, PACKED_WIDTH].
+SOURCE_ROWS, SOURCE_PLACEMENTS = "source_rows", "source_placements"
 Floats = NDArray[np.float64]
 Rectangle = tuple[float, float, float, float]  # x1, y1, x2, y2
 WHOLE: Rectangle = (0.0, 0.0, 1.0, 1.0)

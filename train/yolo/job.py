@@ -1,16 +1,36 @@
-"""One YOLOv8 training as data: what the trainer, its ranks and the summary are given."""
+"""From options and a store to a `TrainingJob`: data, network, devices. Everything that does not fit is an error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from console.cores import core_share
+from console.devices import device_index, find_device
+from console.log import get_logger
+from store.reader import Store
 from train.config import TrainConfig
-from train.students.yolo import YoloStudent
-from train.yolo.model import plain_detector
-from train.yolo.records import DetectionSplit
+from train.delivery.fonts import register_with_matplotlib
+from train.errors import ConfigError
+from train.lora import apply_lora_options
+from train.students.names import parse_student_name
+from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
+from train.yolo.dataset import DetectionSplit, open_split
+from train.yolo.model import LEVELS, Distillation, plain_detector
+from train.yolo.options import (
+    clip_norm,
+    levels_of,
+    mixes_images,
+    parse_settings,
+    ultralytics_arguments,
+)
+
+log = get_logger("train")
 
 
 def ignore(trainer: Any) -> None:
@@ -70,3 +90,199 @@ class TrainingJob:
     def trainable_parameters(self) -> int:
         """How many numbers learn, alignment heads included; counted once the trainer is set up."""
         return sum(p.numel() for p in self.student.network.parameters() if p.requires_grad)
+
+
+def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any] | None) -> TrainingJob:
+    """The job of a configuration; the caller sets its callbacks. `state`: what is resumed from, or None.
+
+    Raises ConfigError or TrainError for what does not fit.
+    """
+    size = parse_student_name(config.student).size
+    names = class_names(config, store)
+    devices = device_arguments(config)
+    splits = open_splits(config, store, 2 if mixes_images(parse_settings(config.yolo_settings)) else 1)
+    config = fit_batch(config, len(splits["train"].records))
+    arguments = (
+        ultralytics_arguments(config, len(splits["train"].records))
+        | {"model": f"yolov8{size}.yaml"}
+        | devices
+        | plots(config, names)
+    )
+    student = build_trained_student(config, store, splits, len(names))
+    check_frozen(arguments.get("freeze"), student.network)
+    trainable = {name for name, value in student.network.named_parameters() if value.requires_grad}
+    return TrainingJob(
+        config=config,
+        run=run,
+        arguments=arguments,
+        class_names=names,
+        splits=splits,
+        student=student,
+        trainable=trainable if config.lora_rank else None,
+        clip_norm=clip_norm(config),
+        workers=worker_count(config, arguments),
+        bit_depth=store.manifest.preprocessing.bit_depth,
+        state=state,
+    )
+
+
+def open_splits(config: TrainConfig, store: Store, sources_per_cell: int) -> dict[str, DetectionSplit]:
+    """The training and validation data, under ultralytics' names for them."""
+    return {
+        mode: open_split(
+            store,
+            name,
+            image_size=config.image_size,
+            data_root=config.data_root,
+            distil=config.distillation_type != "none",
+            statistics_of=config.train_split,
+            sources_per_cell=sources_per_cell,
+        )
+        for mode, name in (("train", config.train_split), ("val", config.val_split))
+    }
+
+
+def fit_batch(config: TrainConfig, rows: int) -> TrainConfig:
+    """A recipe's batch shrinks to a small split; one that was asked for is an error."""
+    if config.batch_size <= rows:
+        return config
+    if config.is_explicit("batch_size"):
+        raise ConfigError(
+            f"batch_size {config.batch_size} is larger than split {config.train_split} ({rows} samples): "
+            f"pass --batch-size {rows} or less"
+        )
+    log.info("batch_size %d instead of %d: the split has no more samples", rows, config.batch_size)
+    return config.replace(batch_size=rows)
+
+
+def build_trained_student(
+    config: TrainConfig, store: Store, splits: dict[str, DetectionSplit], num_classes: int
+) -> YoloStudent:
+    """The student as it trains: local weights, LoRA, and unless it is a control the alignment heads.
+
+    Initial weights are a function of the seed alone; heads are drawn after them and do not change them.
+    """
+    torch.manual_seed(config.seed)
+    size = parse_student_name(config.student).size
+    network = build_network(size, num_classes, "distilled")
+    student = YoloStudent(network, student_spec(network, size, num_classes, config.image_size))
+    if config.student_path is not None:
+        loaded = student.load_local_weights(config.student_path)
+        log.info("weights of %s; drawn anew: %s", loaded.origin, ", ".join(loaded.reinitialised) or "none")
+    report = apply_lora_options(student, config.model_dump(), trained=False)
+    if report is not None:
+        log.info(
+            "LoRA on %d layers: %s of %s parameters learn",
+            len(report.targets),
+            f"{report.trainable_parameters:,}",
+            f"{report.total_parameters:,}",
+        )
+    if config.distillation_type != "none":
+        attach_teacher(config, network, store, splits)
+    return student
+
+
+def check_frozen(freeze: Any, network: Any) -> None:
+    """ultralytics' `freeze` must name layers, and leave some to learn. Raises ConfigError when it does not."""
+    if freeze is None:
+        return
+    count = len(network.model)
+    layers = range(freeze) if isinstance(freeze, int) else freeze
+    known = isinstance(layers, (range, list)) and all(layer in range(count) for layer in layers)
+    if not known or (isinstance(freeze, int) and freeze < 0) or len(set(layers)) == count:
+        raise ConfigError(
+            f"yolo_settings freeze={freeze}: expected how many of the first layers to freeze, 0 to {count - 1}, or a "
+            f"list of some of the layers 0 to {count - 1}, such as freeze=[0,1,2]"
+        )
+
+
+def attach_teacher(
+    config: TrainConfig, network: Any, store: Store, splits: dict[str, DetectionSplit]
+) -> None:
+    widths = dict(zip(LEVELS, level_widths(network), strict=True))
+    distillation = Distillation(
+        {level: widths[level] for level in levels_of(config)},
+        store.manifest.teacher.width,
+        kind=config.feature_loss_type,
+        hard_weight=config.hard_label_weight,
+        soft_weight=config.soft_label_weight * config.feature_weight,
+        foreground=config.foreground_weight,
+        align=config.align_feature,
+        align_head=config.align_head,
+    )
+    train, val = splits["train"].targets, splits["val"].targets
+    assert train is not None
+    assert val is not None
+    network.attach(distillation, (train, val))
+
+
+def class_names(config: TrainConfig, store: Store) -> tuple[str, ...]:
+    """The store's class names, widened to `num_classes` when that is larger.
+
+    Raises ConfigError when it is smaller.
+    """
+    names = tuple(store.manifest.class_names)
+    wanted = config.num_classes if config.num_classes is not None else len(names)
+    if wanted < len(names):
+        raise ConfigError(
+            f"num_classes {wanted}, but {config.store} has {len(names)} classes: leave the option out, or raise it"
+        )
+    if wanted > len(names):
+        log.warning("num_classes %d: the head gets %d classes that have no data", wanted, wanted - len(names))
+    return names + tuple(f"class_{index}" for index in range(len(names), wanted))
+
+
+def device_arguments(config: TrainConfig) -> dict[str, Any]:
+    """`device` and `amp` in ultralytics' form. Raises ConfigError for what the machine does not have."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [find_device(name, gpus, ConfigError) for name in config.devices]
+    kinds = {name.partition(":")[0] for name in devices}
+    if len(devices) > 1 and kinds != {"cuda"}:
+        raise ConfigError(
+            f"device {config.device}: ultralytics trains on several GPUs, not on several {'/'.join(sorted(kinds))} "
+            "devices; use one"
+        )
+    if kinds == {"cuda"}:
+        indices = ",".join(str(device_index(name)) for name in devices)
+        return {"device": indices, "amp": cuda_precision(config.precision)}
+    if config.precision in ("fp16", "bf16"):
+        raise ConfigError(
+            f"precision {config.precision} on {devices[0]}: ultralytics has it on CUDA GPUs only; use fp32"
+        )
+    return {"device": devices[0], "amp": False}
+
+
+def cuda_precision(precision: str) -> bool | str:
+    """ultralytics' `amp`: bf16 where the device has it, else fp16 with loss scaling."""
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return "bf16" if has_bf16 else True
+    if precision == "bf16" and not has_bf16:
+        raise ConfigError("precision bf16: this GPU does not have it; use fp16 or auto")
+    choices: dict[str, bool | str] = {"fp32": False, "bf16": "bf16", "fp16": True}
+    return choices[precision]
+
+
+def plots(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:
+    """Plots are off where polars is missing, which ultralytics draws them with: `{"plots": False}`, else empty.
+
+    Raises ConfigError when plots were asked for.
+    """
+    if importlib.util.find_spec("polars") is not None:
+        register_with_matplotlib(names)
+        return {}
+    wanted = parse_settings(config.yolo_settings).get("plots")
+    if wanted:
+        raise ConfigError(
+            "yolo_settings plots=true: ultralytics draws plots with polars, which is not installed"
+        )
+    if wanted is None:
+        log.info("no plots in RUN/ultralytics: polars is not installed (pip install polars)")
+    return {"plots": False}
+
+
+def worker_count(config: TrainConfig, arguments: dict[str, Any]) -> int:
+    """Loader processes: as asked; ultralytics' 8 at most on GPUs, and on CPUs, as it does, none."""
+    if config.workers is not None:
+        return config.workers
+    return 0 if arguments["device"] in ("cpu", "mps") else min(8, core_share())

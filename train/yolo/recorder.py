@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import json
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from train.checkpoint import BEST, FORMAT, load_checkpoint
+from console.log import get_logger
+from store.reader import Store
+from train.checkpoint import BEST, FORMAT, LAST, load_checkpoint, load_student_from_run
 from train.config import TrainConfig, config_to_json
+from train.data.splits import count_validation
+from train.errors import TrainError
 from train.events import Observer
-from train.loop.saving import CheckpointWriter, HostCopy, Saved
+from train.loop.machine import peak_memory
+from train.loop.saving import CheckpointWriter, HostCopy, Saved, adopt_best
 from train.loop.trackers import Tracker, open_trackers
+from train.measure import measure_latency
 from train.metrics import warn_of_zero_metric
 from train.rundir import METRICS as METRICS_LINES
-from train.rundir import append_metrics, write_metrics
+from train.rundir import append_metrics, store_reference, write_metrics
+from train.students.catalog import count_macs
+from train.yolo.job import TrainingJob
 from train.yolo.model import DISTILLATION_ITEM
-from train.yolo.state import training_state
+
+log = get_logger("train")
+STATE_VERSION = 1
 
 HARD_ITEMS = ("box_loss", "cls_loss", "dfl_loss")
 METRICS = {
@@ -211,3 +224,159 @@ def finished_records(file: Path, epochs: int) -> list[dict[str, Any]]:
         if record["epoch"] <= epochs:
             records.append(record)
     return records
+
+
+def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """The seed of an epoch's data order, augmentation and dropout; each DDP rank augments differently."""
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Python, numpy and torch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def resume_state(folder: Path) -> dict[str, Any] | None:
+    """What `last.pt` holds for going on, or None for a new run. Raises TrainError when it holds none."""
+    if not (folder / LAST).exists():
+        return None
+    state = load_checkpoint(folder / LAST).get("training")
+    if not isinstance(state, dict) or "ema" not in state:
+        raise TrainError(f"{folder / LAST} holds no state of a YOLO training: start again with --overwrite")
+    if "best_epoch" in state:  # not in runs made before checkpoints were written by time
+        adopt_best(folder, state["best_epoch"])
+    log.info("%s: resumed after epoch %d", folder, state["epoch"] + 1)
+    return state
+
+
+def best_epoch_of(state: dict[str, Any] | None) -> int:
+    """The best epoch, from 1, of what is resumed from; 0 for a new run."""
+    return 0 if state is None else int(state.get("best_epoch", 0))
+
+
+def training_state(trainer: Any) -> dict[str, Any]:
+    """The state after the trainer's current epoch."""
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    stopper = trainer.stopper
+    return {
+        "version": STATE_VERSION,
+        "epoch": trainer.epoch,
+        "stopped_early": bool(trainer.stop) and trainer.epoch + 1 < trainer.epochs,
+        "model": unwrap_model(trainer.model).state_dict(),
+        "ema": trainer.ema.ema.state_dict(),
+        "updates": trainer.ema.updates,
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "best_fitness": plain(trainer.best_fitness),
+        "chosen": {
+            "optimizer": str(trainer.args.optimizer),
+            "lr0": float(trainer.args.lr0),
+            "warmup_bias_lr": float(trainer.args.warmup_bias_lr),
+        },
+        "stopper": {
+            "best_fitness": plain(stopper.best_fitness),
+            "best_epoch": stopper.best_epoch,
+            "possible_stop": stopper.possible_stop,
+        },
+    }
+
+
+def only_validation_left(content: dict[str, Any], epochs: int) -> bool:
+    """True when the run was interrupted after its last epoch."""
+    return bool(content["stopped_early"]) or content["epoch"] + 1 >= epochs
+
+
+def restore_state(trainer: Any, content: dict[str, Any]) -> None:
+    """Put a saved state into a trainer that is set up; training continues with the following epoch."""
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    if content["version"] != STATE_VERSION:
+        raise TrainError(
+            f"resume: the checkpoint's state has version {content['version']}, this program reads {STATE_VERSION}: "
+            "start again with --overwrite"
+        )
+    unwrap_model(trainer.model).load_state_dict(content["model"])
+    trainer.ema.ema.load_state_dict(content["ema"])
+    trainer.ema.updates = content["updates"]
+    for saved, group in zip(
+        content["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True
+    ):
+        saved["fused"] = group.get("fused")  # belongs to the device, which may be another one now
+    trainer.optimizer.load_state_dict(content["optimizer"])
+    trainer.scaler.load_state_dict(content["scaler"])
+    trainer.best_fitness = content["best_fitness"]
+    trainer.stopper.__dict__.update(content["stopper"])
+    trainer.start_epoch = content["epoch"] + 1
+
+
+def plain(value: Any) -> float | None:
+    """A Python float of numpy's or torch's scalar; weights-only loading knows no numpy scalars."""
+    return None if value is None else float(value)
+
+
+def summarize(
+    config: TrainConfig,
+    store: Store,
+    run: Path,
+    job: TrainingJob,
+    records: list[dict[str, Any]],
+    ending: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of summary.json, without `control`. `records` are the lines of metrics.jsonl.
+
+    `ending` is what `ending_of` said in the process that trained.
+    """
+    student, content = load_student_from_run(run, BEST)
+    best = next(record for record in records if record["epoch"] == content["epoch"])
+    train_time = sum(record["train_time_s"] for record in records)
+    images = len(job.splits["train"].records) * len(records)
+    return {
+        "student": student.spec.name,
+        "task": "detection",
+        "num_classes": student.spec.num_classes,
+        "validation_samples": count_validation(store, config.val_split, "detection"),
+        "epochs": config.epochs,
+        "epochs_done": len(records),
+        "best_epoch": best["epoch"],
+        "metrics": {name: best[name] for name in METRICS},
+        "parameters": student.parameter_count(),
+        "trainable_parameters": job.trainable_parameters,
+        "macs": count_macs(student),
+        "latency_ms": measure_latency(student),
+        "wall_time_s": round(sum(record["epoch_time_s"] for record in records), 3),
+        "images_per_second": round(images / train_time, 2) if train_time else None,
+        "store": store_reference(store),
+        "seed": config.seed,
+        **ending,
+        "complete": True,
+    }
+
+
+def ending_of(trainer: Any) -> dict[str, Any]:
+    """What summary.json says that only the trainer knows, when it has ended: plain JSON types."""
+    return {
+        "per_class": per_class(trainer),
+        "exported": {name: trainer.export_metrics.get(key) for name, key in METRICS.items()},
+        "batch_size": trainer.batch_size,
+        "optimizer": str(trainer.args.optimizer),
+        "learning_rate": float(trainer.args.lr0),
+        "grad_accum_steps": trainer.accumulate,
+        **peak_memory(),
+    }
+
+
+def per_class(trainer: Any) -> dict[str, float | None]:
+    """mAP50-95 of each class by ultralytics/best.pt; None: undefined, the validation split has no box of the class."""
+    box: Any = getattr(getattr(trainer.validator, "metrics", None), "box", None)
+    return name_precisions(box, trainer.job.class_names)
+
+
+def name_precisions(box: Any, names: Sequence[str]) -> dict[str, float | None]:
+    """ultralytics' AP of each class by name, None for the classes that it did not meet; empty without any."""
+    found = {
+        int(index): float(box.ap[place]) for place, index in enumerate(getattr(box, "ap_class_index", []))
+    }
+    return {name: found.get(index) for index, name in enumerate(names)} if found else {}

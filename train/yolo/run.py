@@ -111,10 +111,9 @@ def train_yolo(
     config: TrainConfig, store: Store, folder: Path, watch: StopDeadline, observer: Observer
 ) -> dict[str, Any]:
     """One training in `folder`, from the start or after the epoch that its last.pt holds; returns its summary."""
-    from train.yolo.assemble import build_job
     from train.yolo.ddp import train_on_ranks
-    from train.yolo.state import resume_state
-    from train.yolo.summary import summarise
+    from train.yolo.job import build_job
+    from train.yolo.recorder import resume_state, summarize
     from train.yolo.trainer import StoreTrainer
 
     state = resume_state(folder)
@@ -133,16 +132,14 @@ def train_yolo(
         )
     else:
         records, ending = train_here(trainer, watch, observer, first_epoch)
-    return summarise(config, store, folder, job, records, ending)
+    return summarize(config, store, folder, job, records, ending)
 
 
 def train_here(
     trainer: Any, watch: StopDeadline, observer: Observer, first_epoch: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train in this process; returns the records of all epochs and `ending_of` the trainer."""
-    from train.yolo.recorder import Recorder, describe_run
-    from train.yolo.state import best_epoch_of
-    from train.yolo.summary import ending_of
+    from train.yolo.recorder import Recorder, best_epoch_of, describe_run, ending_of
     from train.yolo.trainer import close_loaders
 
     job = trainer.job

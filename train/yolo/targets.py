@@ -23,7 +23,7 @@ from imaging.geometry import View, cell_centers, resize_view
 from train.data.prefetch import pinned
 from train.distill.losses import full_precision
 from train.distill.projector import TargetStandardizer
-from train.yolo.dataset import SOURCE_PLACEMENTS, SOURCE_ROWS
+from train.yolo.geometry import SOURCE_PLACEMENTS, SOURCE_ROWS
 
 PENDING = "teacher_grids"
 #: Batches whose grids are in memory at once: one in use, one being copied, one being read.

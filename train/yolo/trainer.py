@@ -26,10 +26,10 @@ from console.log import get_logger
 from files.writing import publish
 from train.data.batches import start_worker
 from train.errors import TrainError
-from train.yolo.dataset import SOURCE_ROWS, StoreDataset
+from train.yolo.dataset import StoreDataset
+from train.yolo.geometry import SOURCE_ROWS
 from train.yolo.job import TrainingJob
-from train.yolo.recorder import METRICS
-from train.yolo.state import epoch_seed, only_validation_left, restore_state, seed_everything
+from train.yolo.recorder import METRICS, epoch_seed, only_validation_left, restore_state, seed_everything
 from train.yolo.targets import PENDING
 
 log = get_logger("train")
