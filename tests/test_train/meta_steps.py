@@ -149,10 +149,7 @@ def make_objective(
         plan,
         weights={"hard_loss": 1.0, "feature_loss": 0.5, "logit_loss": 0.5},
         loss_type=loss_type,
-        standardizers={
-            name: standardizer.to(META)
-            for name, standardizer in build_standardizers(plan, statistics_of_a_split()).items()
-        },
+        standardizers=build_standardizers(plan, statistics_of_a_split(), META),
         teacher_views=np.tile(np.eye(2, 3), (rows, 1, 1)),
         cell_shape=cell_shape,
     )

@@ -13,13 +13,7 @@ from train.data.batches import Batch
 from train.distill.losses import cross_entropy
 from train.distill.mixing import Mixing, mix
 from train.distill.projector import DistilledOutput
-from train.tasks.segmentation import (
-    IGNORE_INDEX,
-    Segmentation,
-    dice_from_sums,
-    dice_sums,
-    pixel_entropy_sum,
-)
+from train.tasks.segmentation import IGNORE_INDEX, Segmentation, dice_from_sums, dice_sums, pixel_entropy_sum
 
 
 def scores(*shape: int) -> Tensor:

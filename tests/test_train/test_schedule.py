@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.data.batches import EpochBatches, group_sizes, micro_batches, rank_share
+from train.data.batches import EpochBatches, micro_batches, rank_share
 from train.loop import loop
-from train.loop.loop import learning_rate_at, warmup_steps
+from train.loop.loop import group_sizes, learning_rate_at, warmup_steps
 from train.run import run_training
 
 

@@ -35,23 +35,12 @@ class Item(NamedTuple):
     weight: float
 
 
-def epoch_order(rows: Rows, seed: int, epoch: int) -> Rows:
-    """`rows` in the random order of an epoch, the same in every process."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
 def micro_batches(count: int, batch_size: int) -> list[slice]:
     """Cut `count` samples into batches; the last one is smaller, but never a single sample (batch norm)."""
     starts = list(range(0, count, batch_size))
     if len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
-
-
-def group_sizes(batches: int, grad_accum_steps: int) -> list[int]:
-    """How many micro-batches each optimizer step of an epoch sums; the last step takes what is left."""
-    full, rest = divmod(batches, grad_accum_steps)
-    return [grad_accum_steps] * full + ([rest] if rest else [])
 
 
 def rank_share(rows: Sequence[int] | Rows, rank: int, world: int) -> list[tuple[int, float]]:
@@ -81,7 +70,9 @@ class EpochBatches:
         return len(self.slices) - self.start
 
     def __iter__(self) -> Iterator[list[Item]]:
-        order = self.rows if self.seed is None else epoch_order(self.rows, self.seed, self.epoch)
+        order = self.rows
+        if self.seed is not None:  # a random order, the same in every process
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
         for part in self.slices[self.start :]:
             yield [
                 Item(self.epoch, row, weight)

@@ -22,14 +22,7 @@ from store.errors import DistillError
 from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, VIEWS_GEOMETRY, Preprocessing
 from store.reader import Split
 from train.data.batches import Item
-from train.data.views import (
-    Augmentation,
-    draw_color,
-    draw_view,
-    render_image,
-    render_mask,
-    sample_generator,
-)
+from train.data.views import Augmentation, draw_color, draw_view, render_image, render_mask, sample_generator
 from train.errors import TrainError
 
 

@@ -11,7 +11,7 @@ add up to the mean over all samples: padding has weight 0, and a short last batc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -83,6 +83,13 @@ class DistillationPlan:
         names = [self.grid_array] if self.features and self.grid else []
         names += [self.pooled_array] if self.pooled and not self.grid else []
         return [*names, f"logits/{self.logits}"] if self.logits else names
+
+    def reduced_to(self, split: Split) -> DistillationPlan:
+        """What of the plan another split has, without recorded views."""
+        logits = self.logits if f"logits/{self.logits}" in split.names else None
+        grid = self.grid and GRID in split.names
+        cells = self.cells and (grid or self.frames)
+        return replace(self, recorded=False, logits=logits, grid=grid, cells=cells)
 
 
 @dataclass
@@ -217,17 +224,18 @@ class Objective:
         return {"loss": loss, **terms}
 
 
-def build_standardizers(plan: DistillationPlan, split: Split) -> dict[str, TargetStandardizer]:
+def build_standardizers(
+    plan: DistillationPlan, split: Split, device: torch.device
+) -> dict[str, TargetStandardizer]:
     """The standardizer of each kind of target that the plan has. Raises TrainError when the store lacks statistics."""
     found = {}
     if plan.pooled:
         # The mean over a grid's cells has the scale of the stored grid, but varies as pooled rows do.
-        found["pooled"] = build_standardizer(
-            split, POOLED, plan.grid_array if plan.grid else plan.pooled_array
-        )
+        stored = plan.grid_array if plan.grid else plan.pooled_array
+        found["pooled"] = build_standardizer(split, POOLED, stored).to(device)
     if plan.cells:
-        kind = FRAMES if plan.frames else GRID
-        found["cells"] = build_standardizer(split, kind, FRAMES if plan.frames else plan.grid_array)
+        kind, stored = (FRAMES, FRAMES) if plan.frames else (GRID, plan.grid_array)
+        found["cells"] = build_standardizer(split, kind, stored).to(device)
     return found
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
 from torch import nn
 
 from console.options import options_of
 from console.stop import StopRequest
-from store.format import GRID, SIZES
-from store.reader import Split, Store
+from store.format import SIZES
+from store.reader import Store
 from train.config import TrainConfig
 from train.data.batches import BatchLoader, EpochBatches, FeatureGatherer, default_workers
 from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
@@ -76,16 +75,24 @@ def build_training(
     learned = DistillationPlan() if control else plan
     check_mixing(config, data.task, learned)
 
+    head = None
+    if learned.features:
+        torch.manual_seed(derive_seed(config.seed, HEAD_SEED))
+        head = build_projector(
+            student.spec.feature_width,
+            store.manifest.teacher.width,
+            align_feature=config.align_feature,
+            kind=config.align_head,
+        )
+    module = DistilledStudent(student, head, cells=learned.cells, pooled=learned.pooled)
     task = build_task(data.task, num_classes=data.num_classes, label_smoothing=config.label_smoothing)
     objective = val_objective = Objective(task)
     if learned.anything:
         cell_shape = measure_cells(student) if learned.grid else None
         objective = build_objective(config, store, task, learned, config.train_split, cell_shape, device)
-        val_plan = validation_plan(learned, store[config.val_split])
-        val_objective = build_objective(config, store, task, val_plan, config.val_split, cell_shape, device)
-    module = DistilledStudent(
-        student, build_head(config, store, learned, student), cells=learned.cells, pooled=learned.pooled
-    )
+        # The validation shows whole images, so recorded views are not replayed.
+        shown = learned.reduced_to(store[config.val_split])
+        val_objective = build_objective(config, store, task, shown, config.val_split, cell_shape, device)
     module.to(device)
     if device.type == "cuda":
         use_channels_last(module)
@@ -178,8 +185,11 @@ def build_objective(
     device: torch.device,
 ) -> Objective:
     """The loss on a split. The statistics are those of the training split, for the validation too."""
-    soft = config.soft_label_weight
-    standardizers = build_standardizers(plan, store[config.train_split])
+    views, soft = None, config.soft_label_weight
+    if plan.grid and not plan.recorded:
+        # What part of each image the teacher saw follows from its resize policy and the images' sizes.
+        preprocessing, sizes = store.manifest.preprocessing, np.maximum(store[split].read(SIZES), 1)
+        views = resize_matrices(preprocessing.resize, sizes, preprocessing.image_size)
     return Objective(
         task,
         plan,
@@ -190,31 +200,9 @@ def build_objective(
         },
         loss_type=config.feature_loss_type,
         temperature=config.temperature,
-        standardizers={name: standardizer.to(device) for name, standardizer in standardizers.items()},
-        teacher_views=teacher_views(store, split) if plan.grid and not plan.recorded else None,
+        standardizers=build_standardizers(plan, store[config.train_split], device),
+        teacher_views=views,
         cell_shape=cell_shape,
-    )
-
-
-def validation_plan(plan: DistillationPlan, split: Split) -> DistillationPlan:
-    """What of `plan` the validation split has; it shows whole images, so recorded views are not replayed."""
-    logits = plan.logits if plan.logits and f"logits/{plan.logits}" in split.names else None
-    grid = plan.grid and GRID in split.names
-    return replace(plan, recorded=False, logits=logits, grid=grid, cells=plan.cells and (grid or plan.frames))
-
-
-def build_head(
-    config: TrainConfig, store: Store, plan: DistillationPlan, student: Student
-) -> nn.Module | None:
-    """The alignment head with its initial weights, a function of the seed alone; None without features."""
-    if not plan.features:
-        return None
-    torch.manual_seed(derive_seed(config.seed, HEAD_SEED))
-    return build_projector(
-        student.spec.feature_width,
-        store.manifest.teacher.width,
-        align_feature=config.align_feature,
-        kind=config.align_head,
     )
 
 
@@ -225,13 +213,6 @@ def measure_cells(student: Student) -> tuple[int, int] | None:
     features = student.eval()(torch.zeros(1, 3, size, size)).features
     student.train(was_training)
     return (features.shape[2], features.shape[3]) if features.ndim == 4 else None
-
-
-def teacher_views(store: Store, split: str) -> NDArray[np.float64]:
-    """What part of each image the teacher saw: float64 [N, 2, 3], from its resize policy and the images' sizes."""
-    preprocessing = store.manifest.preprocessing
-    sizes = np.maximum(store[split].read(SIZES), 1)
-    return resize_matrices(preprocessing.resize, sizes, preprocessing.image_size)
 
 
 def use_channels_last(module: nn.Module) -> None:
@@ -258,7 +239,7 @@ def build_loader(
     """The loader of the training or the validation split: images, or clips for a clip student."""
     name = config.train_split if training else config.val_split
     split, manifest, plan = store[name], store.manifest, objective.plan
-    shown = data.preprocessing or manifest.preprocessing
+    shown, arrays = data.preprocessing or manifest.preprocessing, plan.arrays
     settings = ViewSettings(
         image_size=config.image_size,
         policy=shown.resize,
@@ -266,13 +247,6 @@ def build_loader(
         seed=config.seed,
         masks=data.task == "segmentation",
         recorded_views=recorded_views,
-    )
-    batches = EpochBatches(
-        data.train_rows if training else data.val_rows,
-        config.batch_size,
-        config.seed if training else None,
-        accelerator.process_index,
-        accelerator.num_processes,
     )
     root = config.data_root or manifest.data_root
     if config.student_type == "lstm":
@@ -286,10 +260,17 @@ def build_loader(
     else:
         images = ImageReader(split, root, manifest.preprocessing, shown.bit_depth)
         samples = {"dataset": ImageViews(images, settings)}
+    batches = EpochBatches(
+        data.train_rows if training else data.val_rows,
+        config.batch_size,
+        config.seed if training else None,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
     depth = config.grad_accum_steps + 1 if training else 2
     return BatchLoader(
         batches=batches,
-        gatherer=FeatureGatherer(split, plan.arrays, depth, accelerator.device),
+        gatherer=FeatureGatherer(split, arrays, depth, accelerator.device),
         labels=data.train_labels if training else data.val_labels,
         workers=config.workers if config.workers is not None else default_workers(accelerator.device),
         carry=objective.transport,

@@ -19,7 +19,7 @@ from console.progress import Progress as ProgressDisplay
 from console.stop import Stopped, StopRequest
 from train.checkpoint import normalization
 from train.config import TrainConfig
-from train.data.batches import Batch, BatchLoader, group_sizes
+from train.data.batches import Batch, BatchLoader
 from train.distill.mixing import draw_mixing, mix_images
 from train.distill.objective import Objective, Targets
 from train.distill.projector import DistilledStudent
@@ -368,6 +368,12 @@ def check_finite(values: Mapping[str, float], where: str) -> None:
         )
 
 
+def group_sizes(batches: int, grad_accum_steps: int) -> list[int]:
+    """How many micro-batches each optimizer step of an epoch sums; the last step takes what is left."""
+    full, rest = divmod(batches, grad_accum_steps)
+    return [grad_accum_steps] * full + ([rest] if rest else [])
+
+
 def warmup_steps(warmup_epochs: float, steps_per_epoch: int, total_steps: int) -> int:
     """Length of the linear warm-up: as asked, but at most a fifth of the run."""
     return min(round(warmup_epochs * steps_per_epoch), total_steps // 5)
@@ -395,7 +401,11 @@ def derive_seed(*parts: int) -> int:
 
 def build_normalizer(student: Student, device: torch.device) -> Callable[[Tensor], Tensor]:
     """uint8 images channel-last → float32 channel-first, with the student's mean and standard deviation."""
-    mean, std = (torch.tensor(values, device=device) * 255 for values in normalization(student))
+    published_mean, published_std = normalization(student)
+    mean, std = (
+        255 * torch.tensor(published_mean, device=device),
+        255 * torch.tensor(published_std, device=device),
+    )
 
     def normalize(images: Tensor) -> Tensor:
         """uint8 [..., S, S, 3] → float32 [..., 3, S, S]; on a GPU a view of channel-last memory."""

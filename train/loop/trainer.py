@@ -147,13 +147,17 @@ class Trainer:
             )
             progress.finish_epoch(record)
             if is_best and self.is_main:
-                self.writer.note_best(self.student_content(record), self.adapters(), record["epoch"])
+                adapters = self.adapters() if self.config.lora_rank else None
+                self.writer.note_best(self.student_content(record), adapters, record["epoch"])
         if not self.is_main:
             return
         append_metrics(self.folder, record)
         warn_of_zero_metric(self.config, self.folder, self.parts.progress.history)
         self.save_when_due(after_epoch=True)
-        self.save_interval(record)
+        interval, epoch = self.config.checkpoint_interval, record["epoch"]
+        if interval is not None and epoch % interval == 0:
+            path = self.folder / f"checkpoint_epoch_{epoch}.pt"
+            self.writer.save_beside(path, self.student_content(record), epoch)
         for tracker in self.trackers:
             tracker.log(record, record["epoch"])
         self.observers.epoch_end(record)
@@ -163,32 +167,22 @@ class Trainer:
         for checkpoint in self.writer.finish() if wait else self.writer.finished():
             self.observers.checkpoint_saved(*checkpoint)
 
-    def adapters(self) -> dict[str, Any] | None:
-        """The content of adapters.pt: what LoRA trained, without the base weights; None without LoRA."""
-        if not self.config.lora_rank:
-            return None
+    def adapters(self) -> dict[str, Any]:
+        """The content of adapters.pt: what LoRA trained, without the base weights."""
         from train.lora import adapter_state
 
         parts = self.parts
         return {**self.about, "adapter_state_dict": adapter_state(parts.module.student, parts.evaluated)}
 
-    def save_interval(self, record: Mapping[str, Any]) -> None:
-        """Keep every N-th epoch's student as well, when asked for."""
-        interval, epoch = self.config.checkpoint_interval, record["epoch"]
-        if interval is not None and epoch % interval == 0:
-            path = self.folder / f"checkpoint_epoch_{epoch}.pt"
-            self.writer.save_beside(path, self.student_content(record), epoch)
-
     def student_content(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint of the student alone, of averaged weights where there are any; the tensors are the live ones."""
-        metrics = {k: v for k, v in record.items() if k not in NOT_METRICS}
         return {
             **self.about,
             "epoch": record["epoch"],
             "accuracy": record.get(self.best_metric),
-            "metrics": metrics,
-            "model_state_dict": self.parts.evaluated.state_dict(),
+            "metrics": {k: v for k, v in record.items() if k not in NOT_METRICS},
             "alignment_head": self.head_state(),
+            "model_state_dict": self.parts.evaluated.state_dict(),
         }
 
     def head_state(self) -> dict[str, Any] | None:
