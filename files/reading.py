@@ -1,12 +1,11 @@
-"""Files of a data set: only regular files are opened, so that no entry can block or never end.
+"""Files that others made, read so that no content can block, overwhelm or run code.
 
-A data set is made elsewhere and may hold anything under the name of an image or annotation: a pipe without a writer, a
-socket, a link to a device. Whatever reads a file of a data set opens it here.
+A data set may hold anything under the name of an image or annotation: a pipe without a writer, a socket, a link to a
+device. So only regular files are opened, and every file of a data set is opened here.
 
-YAML from files that others wrote: plain values, aliases only as far as they stay small.
-
-An alias (`*name`) repeats an anchored part, and parts made of aliases repeat exponentially: 300 bytes can stand for
-gigabytes. A loader shares the parts, but whatever walks, merges or prints the result does not.
+In YAML an alias (`*name`) repeats an anchored part, and parts made of aliases repeat exponentially: 300 bytes can stand
+for gigabytes. A loader shares the parts, but code that walks, merges or prints the result does not. So aliases are
+followed only as far as the result stays small.
 """
 
 from __future__ import annotations

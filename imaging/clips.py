@@ -1,8 +1,6 @@
-"""Clips, as both stages see them: which frames are taken, in what order, and what identifies the content.
+"""Clips, for both stages: which frames are taken, in what order, and what identifies the content.
 
-A clip is a video file, or a folder of images in the order of time.
-
-Frames of a video file, through PyAV: chosen ones, or all in turn.
+A clip is a video file, whose frames are decoded through PyAV, or a folder of images in the order of time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The one error of this package.
+"""Decoding: the bytes of an image file → an upright RGB image, or an `ImageError` with the reason.
 
-Decoding: the bytes of an image file → an upright RGB image, or an `ImageError` with the reason.
-
-What is decided here, once, for both stages:
+What is decided here, for both stages:
 
 - The content decides the format, never the file's name; only raster formats are read (no EPS, no PDF).
 - EXIF orientation is applied. Unreadable EXIF counts as none, as in browsers.

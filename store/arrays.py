@@ -1,15 +1,12 @@
-"""An array of a local, uncompressed store as one memory map over all its shard files.
+"""Read one array of a store by row, in the fastest way that is possible.
 
-All shards' data regions are mapped back to back into one reserved address range (MAP_FIXED), so the
-whole array is one numpy array and a gather is one `np.take`. No file stays open, nothing is read before
-it is asked for. Where a shard is no multiple of the page size, or outside Linux, each shard has a map of
-its own and rows are taken shard by shard.
+A local, uncompressed array is one memory map over all its shard files (`MappedArray`): their data regions are mapped
+back to back into one reserved address range (MAP_FIXED), so the whole array is one numpy array and a gather is one
+`np.take`. No file stays open, and nothing is read before it is used. Where a shard's size is not a multiple of the page
+size, or outside Linux, each shard has its own map and rows are taken shard by shard.
 
-The slow, general way to an array: zarr's own, for compressed and remote stores.
-
-zarr takes a shard that is missing for one full of fill values, so each is looked for before its first use.
-
-Where a store is: a local folder, or any URL that fsspec knows (`s3://`, `gs://`, `memory://`).
+Compressed and remote arrays are read through zarr (`ZarrArray`). zarr treats a missing shard as full of fill values, so
+the existence of each shard is checked before its first use.
 """
 
 from __future__ import annotations
@@ -246,6 +243,9 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     starts = ordered[np.concatenate([[0], breaks + 1])]
     ends = ordered[np.concatenate([breaks, [len(ordered) - 1]])] + 1
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+# -- compressed and remote arrays --------------------------------------------------------------------------------
 
 
 class ZarrArray:

@@ -1,6 +1,6 @@
-"""Make a new store: its plan, its metadata, its features job. Nothing of it is visible until it is whole.
+"""Make a new store, or begin to add arrays (`logits/<name>`) or rows to a complete one.
 
-More for a complete store: new arrays (`logits/<name>`) or new rows. Nothing stored is encoded again.
+Nothing of a new store or job is visible until it is complete, and nothing that is stored is encoded again.
 """
 
 from __future__ import annotations
@@ -180,6 +180,9 @@ def lay_out(folder: Path, manifest: Manifest, job: Job, tables: Mapping[str, Key
             write_array_metadata(folder / split, spec.name, layout, job.attributes(spec.name))
     job.save_in(job_folder(folder, job.name))
     write_manifest(folder, manifest)
+
+
+# -- more for a complete store -------------------------------------------------------------------------------------
 
 
 def add_arrays(

@@ -1,9 +1,6 @@
-"""Channel statistics of stored features, block by block.
+"""Complete a job: move small arrays from the commit logs into shards, then statistics, digest and manifest.
 
-Complete a job: small arrays out of the commit logs into shards, statistics, digest, manifest.
-
-Every step is a pure function of committed data and replaces whole files, so a run that was killed here
-is simply run again.
+Every step is a pure function of committed data and replaces whole files, so after a kill the same call is repeated.
 """
 
 from __future__ import annotations
@@ -63,42 +60,6 @@ from store.metadata import (
 from store.shards import PARTIAL, ArrayWriter, Layout, blocks, byte_view, read_data
 
 STATISTICS_BYTES = 8 * 1024 * 1024  # four times as much in float64
-
-
-def channel_statistics(
-    array: RowArray, valid: RowArray | None, scale: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean and std [D] float32 in true units over the vectors of valid rows, and their number.
-
-    valid: the rows' flags; None for ragged arrays, whose invalid entries are NaN.
-    Sums run in float64 around the first finite vector, so that a large mean costs no digits.
-    Without any valid vector: mean 0, std 1.
-    """
-    width = array.layout.row_shape[-1]
-    shift, total, squares, count = np.zeros(width), np.zeros(width), np.zeros(width), 0
-    for start, stop in blocks(0, len(array), array.layout.row_bytes, STATISTICS_BYTES):
-        rows = array.slice(start, stop)
-        if valid is not None:
-            rows = rows[valid.slice(start, stop)]
-        vectors = rows.reshape(-1, width).astype(np.float64)
-        if valid is None:
-            vectors = vectors[np.isfinite(vectors).all(axis=1)]
-        if not len(vectors):
-            continue
-        if count == 0:
-            shift = vectors[0].copy()
-        vectors -= shift
-        total += vectors.sum(axis=0)
-        squares += np.einsum("nd,nd->d", vectors, vectors)
-        count += len(vectors)
-    if count == 0:
-        return np.zeros(width, np.float32), np.ones(width, np.float32), 0
-    factor = np.ones(width) if scale is None else scale.astype(np.float64)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-    return ((mean + shift) * factor).astype(np.float32), (std * factor).astype(np.float32), count
-
-
 Checksums = list[tuple[int, int]]
 
 
@@ -283,6 +244,40 @@ def write_statistics(store: Path, split: str, spec: ArraySpec, scale: np.ndarray
 
 def statistics_json(mean: np.ndarray, std: np.ndarray, count: int) -> dict[str, Any]:
     return {"mean": mean.astype(float).tolist(), "std": std.astype(float).tolist(), "count": count}
+
+
+def channel_statistics(
+    array: RowArray, valid: RowArray | None, scale: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean and std [D] float32 in true units over the vectors of valid rows, and their number.
+
+    valid: the rows' flags; None for ragged arrays, whose invalid entries are NaN.
+    Sums run in float64 around the first finite vector, so that a large mean costs no digits.
+    Without any valid vector: mean 0, std 1.
+    """
+    width = array.layout.row_shape[-1]
+    shift, total, squares, count = np.zeros(width), np.zeros(width), np.zeros(width), 0
+    for start, stop in blocks(0, len(array), array.layout.row_bytes, STATISTICS_BYTES):
+        rows = array.slice(start, stop)
+        if valid is not None:
+            rows = rows[valid.slice(start, stop)]
+        vectors = rows.reshape(-1, width).astype(np.float64)
+        if valid is None:
+            vectors = vectors[np.isfinite(vectors).all(axis=1)]
+        if not len(vectors):
+            continue
+        if count == 0:
+            shift = vectors[0].copy()
+        vectors -= shift
+        total += vectors.sum(axis=0)
+        squares += np.einsum("nd,nd->d", vectors, vectors)
+        count += len(vectors)
+    if count == 0:
+        return np.zeros(width, np.float32), np.ones(width, np.float32), 0
+    factor = np.ones(width) if scale is None else scale.astype(np.float64)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    return ((mean + shift) * factor).astype(np.float32), (std * factor).astype(np.float32), count
 
 
 def commit_record(store: Path, split: str) -> dict[str, Checksums]:

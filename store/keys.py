@@ -1,8 +1,7 @@
-"""Sample keys: UTF-8 bytes, offsets, and a sorted hash index, for ten million keys as for ten.
+"""Sample keys as arrays (UTF-8 bytes, offsets, a sorted hash index), and the plan: which key has which row.
 
-The plan: which key has which row in which split, and where batches are cut.
-
-One process makes it and writes it into the new store; every writer reads it from there.
+The hash index finds a row without reading the keys, in a store of ten million samples as well. One process makes the
+plan and writes the keys into the new store; every writer reads them from there.
 """
 
 from __future__ import annotations

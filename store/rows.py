@@ -1,17 +1,17 @@
-"""float16 with a power-of-two scale per channel: stored = true / scale, exactly undone by a product.
-
-A few channels of Qwen's vision tower reach far beyond float16. A power of two shifts the exponent and
-changes no digit, so the relative error stays at most 2^-11 (float16's rounding) for every stored value
-of at least 2^-14 (its smallest normal number), that is 2^-29 of 2^15, the scaled maximum.
-
-Rows on their way into a store: checked, scaled, and bad ones marked.
+"""Rows on their way into a store: checked, scaled to float16, and bad ones marked invalid.
 
 Every error in a block is found here, before a byte is written.
+
+float16 has a power-of-two scale per channel: stored = true / scale, exactly undone by a product. A few channels of
+Qwen's vision tower reach far beyond float16. A power of two shifts the exponent and changes no digit, so the relative
+error stays at most 2^-11 (float16's rounding) for every stored value of at least 2^-14 (its smallest normal number),
+that is 2^-29 of 2^15, the scaled maximum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,33 +20,6 @@ from store.errors import StoreError
 from store.format import OWN_ARRAYS, REASONS, VALID, ArraySpec, ragged_groups
 from store.job import Job
 
-# The calibration batch's largest value lands in (2^11, 2^12]: 16 times as much still fits below 65504.
-CALIBRATED_EXPONENT = 12
-
-
-def channel_scale(values: np.ndarray) -> np.ndarray:
-    """Scale [D] float32 (powers of two) for features whose calibration batch is `values` [..., D].
-
-    A channel is taken to be at least as large as the mean channel, so that one which happened to be
-    silent in the calibration batch has room. Values that are not finite are left out.
-    """
-    flat = np.abs(values.reshape(-1, values.shape[-1]).astype(np.float64))
-    largest = np.where(np.isfinite(flat), flat, 0.0).max(axis=0, initial=0.0)
-    largest = np.maximum(largest, largest.mean())
-    exponent = np.ceil(np.log2(np.where(largest > 0, largest, 2.0**CALIBRATED_EXPONENT)))
-    exponent = np.clip(exponent - CALIBRATED_EXPONENT, -100, 100)
-    scale: np.ndarray = np.exp2(exponent).astype(np.float32)
-    return scale
-
-
-def to_stored(values: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
-    """values [..., D] / scale [D] in the stored dtype, C-contiguous. What does not fit becomes inf."""
-    if scale is not None and not np.all(scale == 1):
-        values = values.astype(np.float32, copy=False) * (1 / scale)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.ascontiguousarray(values, dtype=dtype)
-
-
 Values = np.ndarray | Sequence[Any]
 FLOAT16_INFINITY = 0x7C00  # the bits of +inf; those of NaN are larger; the sign is the bit above
 FLOAT16_MINUS_INFINITY = 0xFC00
@@ -54,11 +27,13 @@ CACHED = 64 * 1024  # values that stay in the processor's cache between two pass
 NO_BYTES = np.empty(0, np.uint8)
 
 
+@dataclass
 class Block:
     """Rows ready to be written. fixed: name → [b, ...]; ragged: name → list of b arrays."""
 
-    def __init__(self, rows: int, fixed: dict[str, np.ndarray], ragged: dict[str, list[np.ndarray]]) -> None:
-        self.rows, self.fixed, self.ragged = rows, fixed, ragged
+    rows: int
+    fixed: dict[str, np.ndarray]
+    ragged: dict[str, list[np.ndarray]]
 
     def part(self, start: int, stop: int) -> Block:
         return Block(
@@ -215,3 +190,32 @@ def check_lengths(job: Job, ragged: Mapping[str, list[np.ndarray]]) -> None:
         lengths = [list(map(len, ragged[spec.name])) for spec in specs]
         if any(other != lengths[0] for other in lengths[1:]):
             raise StoreError(f"append: {[spec.name for spec in specs]} differ in entries of a row")
+
+
+# -- the scale of a channel ----------------------------------------------------------------------------------------
+
+# The calibration batch's largest value lands in (2^11, 2^12]: 16 times as much still fits below 65504.
+CALIBRATED_EXPONENT = 12
+
+
+def channel_scale(values: np.ndarray) -> np.ndarray:
+    """Scale [D] float32 (powers of two) for features whose calibration batch is `values` [..., D].
+
+    A channel is taken to be at least as large as the mean channel, so that one which happened to be
+    silent in the calibration batch has room. Values that are not finite are left out.
+    """
+    flat = np.abs(values.reshape(-1, values.shape[-1]).astype(np.float64))
+    largest = np.where(np.isfinite(flat), flat, 0.0).max(axis=0, initial=0.0)
+    largest = np.maximum(largest, largest.mean())
+    exponent = np.ceil(np.log2(np.where(largest > 0, largest, 2.0**CALIBRATED_EXPONENT)))
+    exponent = np.clip(exponent - CALIBRATED_EXPONENT, -100, 100)
+    scale: np.ndarray = np.exp2(exponent).astype(np.float32)
+    return scale
+
+
+def to_stored(values: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """values [..., D] / scale [D] in the stored dtype, C-contiguous. What does not fit becomes inf."""
+    if scale is not None and not np.all(scale == 1):
+        values = values.astype(np.float32, copy=False) * (1 / scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(values, dtype=dtype)

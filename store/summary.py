@@ -1,8 +1,6 @@
-"""Facts about the splits of a store: samples by kind and class, images that two splits share, what is worth a warning.
+"""What is in a store: its arrays for `cli inspect`, samples by kind and class, and what deserves a warning.
 
 Shapes: `N` rows of a split, `C` classes. A target's kind is `label`, `boxes` or `mask`.
-
-What is in a store, as plain data for `cli inspect`.
 """
 
 from __future__ import annotations
@@ -185,6 +183,9 @@ def store_warnings(store: Store) -> list[str]:
         *class_warnings(store, others, kind),
         *class_warnings(store, [name for name in store.splits if name == "train"], kind, UNLEARNED),
     ]
+
+
+# -- everything, for `cli inspect` ---------------------------------------------------------------------------------
 
 
 def describe_store(path: str | os.PathLike[str]) -> dict[str, Any]:

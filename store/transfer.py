@@ -1,9 +1,7 @@
-"""Copy a store's rows, block by block, into a new store: the way in from HDF5 and between encodings.
+"""Copy a store's rows, block by block, into a new store: from an HDF5 file, or in a smaller encoding.
 
-Smaller stores: zstd (lossless), int8, or PCA, made from a complete store, with what they cost.
-
-Fidelity is judged on standardized features, (value - mean) / std a channel: plain cosine is dominated by a few
-huge channels and hides damage in the others.
+Smaller encodings are zstd (lossless), int8 and PCA. What they cost is measured on standardized features, (value -
+mean) / std per channel: plain cosine is dominated by a few huge channels and hides damage in the others.
 """
 
 from __future__ import annotations
@@ -143,6 +141,8 @@ def with_added(store: Path, original: Manifest) -> Manifest:
     update = {"added": added, "software": original.software, "digest": original.digest or manifest.digest}
     return manifest.model_copy(update=update)
 
+
+# -- smaller encodings ---------------------------------------------------------------------------------------------
 
 SAMPLE_ROWS = 512
 INT8_MAX = 127

@@ -8,13 +8,11 @@
 
 A mask has the stem of its image, perhaps with one of `MASK_SUFFIXES`; an image without a mask is an error. Masks that
 hold nothing but 0 and 255 are taken as background and foreground (`binary`). `ignore`: class ids, or names of a color
-table, that become 255. `colors`: a file that says which color is which class, see `mask_colors`. Class names come from
+table, that become 255. `colors`: a file that says which color is which class, see below. Class names come from
 `class_names`, from the color table, from `classes.txt`, else they are the ids that occur; ignored classes at their end
 are left out.
 
-Color tables: which color of an RGB mask is which class.
-
-Lines of `R G B name` (CamVid's `label_colors.txt`), a CSV file with the columns name, r, g, b, or JSON: an object name →
+A color table has lines of `R G B name` (CamVid's `label_colors.txt`), a CSV file with the columns name, r, g, b, or JSON: an object name →
 [r, g, b], or a list of {"name": …, "color": [r, g, b]}. The order of the file is the order of the classes.
 """
 
@@ -419,6 +417,8 @@ def _mask_folder(path: str) -> str | None:
 def _image_folder(path: str) -> str | None:
     return next((part for part in path.split("/")[:-1] if part in IMAGE_FOLDERS), None)
 
+
+# -- color tables ------------------------------------------------------------------------------------------------
 
 Color = tuple[int, int, int]
 

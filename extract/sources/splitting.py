@@ -10,13 +10,11 @@
 
 By option the content's digest takes the key's place: renamed files stay in their split, and every file is read once.
 
-Exact copies in a data set, found without reading every file.
-
-Only files of equal size can be copies. Among those a fingerprint of two blocks of 4 KiB is compared, and only where
+Exact copies are found without reading every file: only files of equal size can be copies. Among those a fingerprint of two blocks of 4 KiB is compared, and only where
 that is equal too the whole file is read. Of a million JPEG files that costs a `stat` each, two small reads for the
-many whose size another one has, and whole reads for the copies themselves. Empty files are no copies of one another:
-they are unreadable images. Rows of HDF5 files, Parquet files and databases have no size that is known before they are read: up to
-`READ_ROWS` of them are read, more are left ungrouped.
+many whose size another one has, and whole reads for the copies themselves. Empty files are not copies of one
+another: they are unreadable images. The size of rows of HDF5 files, Parquet files and databases is not known before they
+are read: up to `READ_ROWS` of them are read, more are left ungrouped.
 """
 
 from __future__ import annotations
@@ -226,6 +224,8 @@ def unite_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
     text = "; ".join(f"{name}: {', '.join(source.class_names) or 'none'}" for name, source in sources.items())
     raise SourceError(f"the splits have different class names ({text}): pass class_names or fix the data set")
 
+
+# -- exact copies ------------------------------------------------------------------------------------------------
 
 READ_ROWS = 10_000
 BLOCK = 4096

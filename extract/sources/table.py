@@ -6,8 +6,6 @@ folder, or bytes, or Hugging Face's {bytes, path}), `key id`, `label class categ
 row per box: rows of one path make one sample, `label` is the box's class. A folder may hold one table, or one per
 split (`train.csv`, `val.csv`; `train-00000-of-00002.parquet`).
 Keys: the key column, else the path; bytes without a key: file name and row number.
-
-The files behind a table: which there are, their columns, their rows one after the other, their image cells.
 """
 
 from __future__ import annotations
@@ -292,6 +290,8 @@ def split_of(value: Any, where: str) -> str:
         raise AnnotationError(f"{where}: split {value!r}: expected a name like train or val")
     return SPLIT_NAMES.get(name, name)
 
+
+# -- the files behind a table ------------------------------------------------------------------------------------
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 BATCH_ROWS = 4096
