@@ -38,9 +38,7 @@ COMMANDS: dict[str, Command] = {
     "probe": Command("commands.extract:probe", STAGE_ONE, "k-NN and probe accuracy of a store's features."),
     "teachers": Command("commands.extract:teachers", STAGE_ONE, "List the teachers."),
     "make-tiny-teacher": Command(
-        "commands.extract:make_tiny_teacher",
-        STAGE_ONE,
-        "Make a small random Qwen2.5-VL checkpoint.",
+        "commands.extract:make_tiny_teacher", STAGE_ONE, "Make a small random Qwen2.5-VL checkpoint."
     ),
     "train": Command("commands.train:train", STAGE_TWO, "Train one student from a store."),
     "sweep": Command("commands.sweep:sweep", STAGE_TWO, "Train many students from one store."),
@@ -127,11 +125,7 @@ def flowing_text(docstring: str) -> str:
     return "\n\n".join(" ".join(text.split()).strip("`") for text in paragraphs)
 
 
-app = typer.Typer(
-    cls=LazyGroup,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(cls=LazyGroup, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 def print_version(wanted: bool) -> None:

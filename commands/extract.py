@@ -24,8 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 
 def extract(
     config: Annotated[
-        Path | None,
-        typer.Option(help="YAML, TOML or JSON file with these options; the command line wins."),
+        Path | None, typer.Option(help="YAML, TOML or JSON file with these options; the command line wins.")
     ] = None,
     json: AsJson = False,
     **options: Any,
@@ -198,9 +197,7 @@ def probe(
         print(f"{store}: logits/probe written")
 
 
-def teachers(
-    json: AsJson = False,
-) -> None:
+def teachers(json: AsJson = False) -> None:
     """cli teachers
 
     List the teachers, the width of their features and how to get their weights.
