@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from commands.options import AsJson
+
 
 class ExportFormat(StrEnum):
     onnx = "onnx"
@@ -140,7 +142,7 @@ def export(
         typer.Option(help="Folder of images (or clips) for the check. [default: the run's store]"),
     ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set. [default: 20]")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: AsJson = False,
 ) -> None:
     """cli export runs/resnet18 --format onnx
 
@@ -157,7 +159,7 @@ def export(
     else:
         after = f"load it with torch.export.load({str(done.path)!r})"
     print(f"next: {after}", file=sys.stderr, flush=True)
-    if json_:
+    if json:
         print_json(done._asdict())
         return
     print(
@@ -181,7 +183,7 @@ def quantize(
     split: Annotated[
         str | None, typer.Option(help="The split to measure on. [default: the run's validation split]")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: AsJson = False,
 ) -> None:
     """cli quantize runs/resnet18 features.zarr --mode ptq
 
@@ -198,7 +200,7 @@ def quantize(
     given = finetuning_options(mode, epochs, learning_rate)
     options = QuantizeOptions(mode=mode.value, calibration=calibration, split=split, **given)
     summary = quantize_student(run, store, out, options)
-    if json_:
+    if json:
         print_json(summary)
         return
     print_table(

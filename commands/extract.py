@@ -11,15 +11,13 @@ from typing import Annotated, Any, Self
 
 import typer
 
-from commands.options import offer_options
-from console.log import configure_logging, get_logger
+from commands.options import AsJson, offer_options
+from console.log import get_logger
 from console.output import print_json, print_table
 from console.progress import Progress, clock, track_progress
 from extract.config import ExtractConfig, load_config
 
 SHOWN_BAD = 5  # bad samples that a dry run shows
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 def extract(
@@ -39,7 +37,6 @@ def extract(
 
     cli extract photos --out photos.zarr --teacher-path tiny --dry-run
     """
-    configure_logging()
     settings = load_config(config, options)
     from extract.measured import ExtractionClock, note_probe
     from extract.run import run_extraction
@@ -180,7 +177,6 @@ def probe(
     Measure the stored features (k-NN, linear probe) and write the probe's out-of-fold logits to `logits/probe`:
     a row's logits come from a probe that was not fitted on it.
     """
-    configure_logging()
     from extract.logits import add_probe
     from extract.measured import note_probe
     from store.format import RANDOM_WEIGHTS_NOTICE

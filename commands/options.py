@@ -12,6 +12,8 @@ from pydantic import BaseModel
 
 from console.options import Option, options_of
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else there.")]
+
 #: Student type → option → the default that replaces the general one.
 Recipes = Mapping[str, Mapping[str, Any]]
 

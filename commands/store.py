@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from commands.options import AsJson
 from console.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 StorePath = Annotated[
     str, typer.Argument(help="A store: a folder, or a URL (s3://bucket/a.zarr).", metavar="STORE")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 HDF5_SUFFIXES = (".h5", ".hdf5")
 SHOWN_CLASSES = 40
 

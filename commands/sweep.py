@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.options import offer_options
+from commands.options import AsJson, offer_options
 from console.options import nearest_names, read_option_file
 from console.output import print_json, print_table
 from train.config import TrainConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def sweep(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="YAML, TOML or JSON file with these options.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: AsJson = False,
     **options: Any,
 ) -> None:
     """cli sweep features.zarr --out sweep --students resnet18,vit-tiny --set epochs=20
@@ -38,7 +38,7 @@ def sweep(
     values = {**options, "set": parse_sets(options["set"] or [])}
     settings = load_sweep_config(values, read_option_file(config, ConfigError) if config else None)
     states = run_sweep(settings)
-    if json_:
+    if json:
         print_json({"out": settings.out, "trials": [state._asdict() for state in states]})
     else:
         print_states(states, settings.out)
@@ -104,7 +104,7 @@ def report(
         typer.Option(help="HTML file or folder to write. [default: report.html in the first folder]"),
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Worst samples to show with pictures; 0: none.")] = 24,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: AsJson = False,
 ) -> None:
     """cli report sweep
 
@@ -115,7 +115,7 @@ def report(
     from train.report.build import build_report
 
     made = build_report(folders, out, samples)
-    if json_:
+    if json:
         print_json({"report": made.path, "results": made.rows})
         return
     rows = [{name: shown_in_table(name, row) for name in made.columns} for row in made.rows]

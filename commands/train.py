@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from commands.options import offer_options
+from commands.options import AsJson, offer_options
 from train.config import TrainConfig, load_config
 from train.errors import ConfigError
 from train.recipes import RECIPES
@@ -31,7 +31,7 @@ def train(
     gpu_devices: Annotated[
         str | None, typer.Option(help="Like 0,1: short for --device cuda:0,cuda:1; or cpu.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    json: AsJson = False,
     **options: Any,
 ) -> None:
     """cli train flowers.zarr --student resnet18 --out runs/resnet18
@@ -45,9 +45,6 @@ def train(
 
     cli train --resume --out runs/resnet18
     """
-    from console.log import configure_logging
-
-    configure_logging()
     if gpu_devices:
         if options.get("device") is not None:
             raise ConfigError("--gpu-devices and --device both choose the devices: give one of them")
@@ -66,7 +63,7 @@ def train(
 
     summary = run_training(settings)
     if os.environ.get("RANK", "0") == "0":
-        print_summary(summary, settings.out, json_)
+        print_summary(summary, settings.out, json)
 
 
 offer_options(train, TrainConfig, RECIPES)
@@ -119,24 +116,22 @@ def evaluate(
     data_root: Annotated[
         Path | None, typer.Option(help="Where the images are, when the store has none.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: AsJson = False,
 ) -> None:
     """cli evaluate runs/resnet18 flowers.zarr --split val
 
     Measure a trained student or an exported file on a split: the metrics of its task, per class where there are
     classes. Of a label-free student: the cosine to the teacher, and k-NN and probe accuracy where there are labels.
     """
-    from console.log import configure_logging
     from console.output import print_json, print_table
     from train.evaluation import evaluate_run
     from train.metrics import label_of, shown_text
 
-    configure_logging()
     result = evaluate_run(
         run, store, split=split, batch_size=batch_size, device=device, workers=workers, data_root=data_root
     )
     print(f"next: {after_evaluation(run, store, result)}", file=sys.stderr, flush=True)
-    if json_:
+    if json:
         print_json(result)
         return
     rows = [
@@ -164,7 +159,7 @@ def after_evaluation(run: Path, store: str, result: dict[str, Any]) -> str:
 
 def students(
     name: Annotated[list[str] | None, typer.Argument(help="Only these; timm:NAME works too.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: AsJson = False,
 ) -> None:
     """cli students
 
@@ -177,7 +172,7 @@ def students(
     from train.students import list_students
 
     rows = list_students(name or None)
-    if json_:
+    if json:
         print_json({"students": rows})
         return
     shown = [

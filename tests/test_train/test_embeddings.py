@@ -164,7 +164,7 @@ def test_commands_end_with_the_next_one_on_stderr(
     from commands.train import evaluate
 
     file, store = tmp_path / "student.onnx", tmp_path / "store.zarr"
-    export(run_folder, out=file, json_=True)
+    export(run_folder, out=file, json=True)
     printed = capsys.readouterr()
     assert json.loads(printed.out)["path"] == str(file)
     assert f"next: cli evaluate {file} STORE, or cli predict {file} INPUTS" in printed.err
@@ -172,7 +172,7 @@ def test_commands_end_with_the_next_one_on_stderr(
         (run_folder, f"cli export {run_folder}, or cli quantize"),
         (file, f"cli predict {file}"),
     ):
-        evaluate(run, str(store), device="cpu", workers=0, json_=True)
+        evaluate(run, str(store), device="cpu", workers=0, json=True)
         printed = capsys.readouterr()
         assert json.loads(printed.out)["samples"] == 8
         assert f"next: {after}" in printed.err
