@@ -30,10 +30,16 @@ log = get_logger("cache")
 
 KEY_VERSION = 1
 POLL_S = 0.2
-SAY_EVERY_S = 60.0
+REPORT_EVERY_S = 60.0
 INDEX_FILE = "model.safetensors.index.json"
 TEACHER_FILES = frozenset({"config.json", "preprocessor_config.json", INDEX_FILE})
 VISION_PREFIXES = ("visual.", "model.visual.")
+BLOCK_BYTES = 1 << 20
+READERS = 8
+ANY_SIZE = (1, 1)  # of an image whose boxes are given in pixels, as a database's are
+# Left beside images by other programs (ultralytics, macOS, Windows); not part of the data.
+IGNORED_SUFFIXES = (".cache", ".tmp", ".part")
+IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 
 @dataclass(frozen=True)
@@ -49,26 +55,11 @@ class FeatureCache:
     def store_path(self, key: str) -> Path:
         return self.root / f"{key}.zarr"
 
-    def prepare(self) -> None:
-        """Make the folder.
-
-        Raises:
-            PlatformError: when it cannot be made or written to.
-        """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.root, os.W_OK):
-                raise PermissionError(13, "not writable")
-        except OSError as error:
-            raise PlatformError(
-                f"--cache_dir: {self.root}: {error.strerror}: give a folder that this user can write to"
-            ) from None
-
     @contextmanager
     def lock(
         self, key: str, owner: str, stop: StopRequest, waiting: Callable[[str], None] = lambda text: None
     ) -> Iterator[None]:
-        """Hold a store for this process alone. Whoever waits says for whom; the lock goes with its process.
+        """Hold a store for this process alone. A process that waits reports for whom; the lock ends with its process.
 
         Raises:
             Stopped: when a stop is requested while waiting.
@@ -87,22 +78,24 @@ class FeatureCache:
 
 
 def wait_for_lock(file: IO[str], path: Path, stop: StopRequest, waiting: Callable[[str], None]) -> None:
-    started = said = time.monotonic()
-    first = True
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
+    started, reported = time.monotonic(), float("-inf")
+    while not try_lock(file):
         if stop.requested:
             raise Stopped("stopped while waiting for another task's extraction", stop.exit_code)
-        if first or time.monotonic() - said >= SAY_EVERY_S:
-            first, said = False, time.monotonic()
+        if time.monotonic() - reported >= REPORT_EVERY_S:
+            reported = time.monotonic()
             text = f"waiting for the features that another task extracts ({read_owner(path)})"
             log.info("%s, %d s so far", text, round(time.monotonic() - started))
             waiting(text)
         stop.wait(POLL_S)
+
+
+def try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_owner(path: Path) -> str:
@@ -148,12 +141,10 @@ def vision_shards(index: Path) -> set[str] | None:
         return None
 
 
-BLOCK_BYTES = 1 << 20
-READERS = 8
-ANY_SIZE = (1, 1)  # of an image whose boxes are given in pixels, as a database's are
-# Left beside images by other programs (ultralytics, macOS, Windows); not part of the data.
-IGNORED_SUFFIXES = (".cache", ".tmp", ".part")
-IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+# -- content digests of folders and files, remembered by path, size and time of change ----------------------
+#
+# The first look at a data set reads every byte; later ones only ask for sizes and times. What is remembered is a text
+# file in the cache: losing it costs time, nothing else.
 
 
 @dataclass(frozen=True)

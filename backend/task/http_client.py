@@ -27,8 +27,8 @@ RETRY_STATUS = frozenset({404, 408, 409, 421, 423, 425, 429})
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a call ended: delivered, worth another try, or (`reached` False) nobody there."""
+class Delivery:
+    """How a call ended: delivered, worth another try, or (`reached` False) no answer at all."""
 
     delivered: bool
     reason: str = ""
@@ -61,18 +61,18 @@ class HttpClient:
         self.allow_link_local = allow_link_local
         self.socket: socket.socket | None = None
 
-    def deliver(self, call: Call, timeout_s: float) -> Outcome:
-        """Make the call; whatever goes wrong is an outcome, never an exception."""
+    def deliver(self, call: Call, timeout_s: float) -> Delivery:
+        """Make the call; whatever goes wrong is a result, never an exception."""
         started = time.monotonic()
         try:
             return self.follow(call, timeout_s)
         except RefusedAddressError as error:
-            return Outcome(False, str(error), retry=False)
+            return Delivery(False, str(error), retry=False)
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = self.clean(str(error) or type(error).__name__)
             if time.monotonic() - started >= timeout_s:  # the timer's shutdown looks like a closed connection
                 reason = f"no answer within {timeout_s:.1f} s"
-            return Outcome(False, reason, reached=False)
+            return Delivery(False, reason, reached=False)
 
     def abort(self) -> None:
         """End the call under way: its socket is shut down, the call fails at once."""
@@ -81,7 +81,7 @@ class HttpClient:
             with contextlib.suppress(OSError):
                 current.shutdown(socket.SHUT_RDWR)
 
-    def follow(self, call: Call, timeout_s: float) -> Outcome:
+    def follow(self, call: Call, timeout_s: float) -> Delivery:
         """The call, redirects within the same scheme, host and port included."""
         target = self.parts.path.rstrip("/") + call.target
         for _ in range(REDIRECTS + 1):
@@ -90,9 +90,9 @@ class HttpClient:
                 return self.judge(status, text)
             next_url = urlsplit(urljoin(self.origin + target, location))
             if f"{next_url.scheme}://{next_url.netloc}" != self.origin:
-                return Outcome(False, "redirected to another host: not followed")
+                return Delivery(False, "redirected to another host: not followed")
             target = next_url.path + (f"?{next_url.query}" if next_url.query else "")
-        return Outcome(False, "redirected in circles")
+        return Delivery(False, "redirected in circles")
 
     @property
     def origin(self) -> str:
@@ -101,7 +101,7 @@ class HttpClient:
     def exchange(self, call: Call, target: str, timeout_s: float) -> tuple[int, str, bytes]:
         """One request and its answer: status, Location, the first bytes of the body.
 
-        A socket's own timeout starts anew with every byte; the timer here is what ends a trickling answer.
+        A socket's own timeout starts again with every byte; the timer here is what ends a trickling answer.
         """
         connection = self.connect(timeout_s)
         timer = threading.Timer(timeout_s, self.abort)
@@ -146,7 +146,7 @@ class HttpClient:
             headers["Authorization"] = f"Bearer {self.token}"
         return headers
 
-    def judge(self, status: int, text: bytes) -> Outcome:
+    def judge(self, status: int, text: bytes) -> Delivery:
         """Success is a 2xx answer holding JSON with `code` 200; anything else has a reason."""
         try:
             answer = json.loads(text)
@@ -156,14 +156,14 @@ class HttpClient:
         message = self.clean(str(answer.get("message", ""))) if answer else ""
         if not 200 <= status < 300:
             retry = status >= 500 or status in RETRY_STATUS
-            return Outcome(False, f"HTTP {status} {message}".strip(), retry=retry)
+            return Delivery(False, f"HTTP {status} {message}".strip(), retry=retry)
         if answer is None:
-            return Outcome(False, "the answer is not the platform's JSON")
+            return Delivery(False, "the answer is not the platform's JSON")
         if answer.get("code") != 200:
             code = self.clean(str(answer.get("code")))
             refused = isinstance(answer.get("code"), int) and 400 <= answer["code"] < 500
-            return Outcome(False, f"code {code} {message}".strip(), retry=not refused)
-        return Outcome(True)
+            return Delivery(False, f"code {code} {message}".strip(), retry=not refused)
+        return Delivery(True)
 
     def clean(self, text: str) -> str:
         """Text from outside for a log: one line, short, without the token should a server echo it."""

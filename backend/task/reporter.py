@@ -1,8 +1,17 @@
 """Reports to the platform from a background thread: training never waits for the server.
 
-Calls wait in a bounded queue. Newer progress replaces older. What fails is tried again, ever less often; a
-server that nobody answers at holds all calls back, an error answer only its own. At the end the queue is
-drained within a deadline, the end-of-task call last and hardest; what is left goes to `undelivered.jsonl`.
+The queue, in short:
+
+- `send` appends and returns. Newer progress replaces waiting progress; a full queue drops its oldest call.
+- One thread makes one call at a time. A call stays in the queue while it is made: `settle` removes it when it was
+  delivered or refused, and leaves it for another try otherwise, with pauses that double.
+- Two kinds of failure pause differently. No answer at all (`reached` False) means that the server is down, so that
+  every call waits (`pause_until`). An error answer concerns one call, which alone waits (`not_before`).
+- Closing sets a deadline. Pauses become short, other calls go first and the end-of-task call last, because a
+  platform that has marked a task as complete may refuse the rest. In the second half of the time it goes first.
+- What is left at the end goes to `undelivered.jsonl`.
+
+`changed` guards all fields. It is not held during a call, so that `send` never waits for the network.
 """
 
 from __future__ import annotations
@@ -16,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from backend.task.calls import Call
-from backend.task.http_client import Outcome
+from backend.task.http_client import Delivery
 from console.log import get_logger
 
 log = get_logger("report")
@@ -30,7 +39,7 @@ ANSWER_S = 1.0
 class Client(Protocol):
     """What delivers one call (`HttpClient`)."""
 
-    def deliver(self, call: Call, timeout_s: float) -> Outcome: ...
+    def deliver(self, call: Call, timeout_s: float) -> Delivery: ...
 
     def abort(self) -> None: ...
 
@@ -57,17 +66,17 @@ class Waiting:
 
 
 class Reporter:
-    """Owns the queue and its thread. `send` returns at once and may be called from any thread."""
+    """The queue and its thread. `send` returns at once and may be called from any thread."""
 
     def __init__(self, client: Client, undelivered: Path, patience: Patience | None = None) -> None:
         self.client, self.undelivered, self.patience = client, undelivered, patience or Patience()
         self.changed = threading.Condition()
         self.queue: list[Waiting] = []
-        self.lost = 0
-        self.failures = 0
+        self.lost = 0  # calls that were given up
+        self.failures = 0  # since the last delivery
         self.pause_until = 0.0
         self.started_closing = self.deadline = float("inf")
-        self.current: Waiting | None = None
+        self.current: Waiting | None = None  # the call under way, still in the queue
         self.ended = False
         self.thread = threading.Thread(target=self.run, name="platform-reporter", daemon=True)
         self.thread.start()
@@ -96,6 +105,7 @@ class Reporter:
         with self.changed:
             now = time.monotonic()
             self.started_closing, self.deadline, self.pause_until = now, now + timeout_s, 0.0
+            # Every call gets one more try, whatever pause it was in.
             for item in self.queue:
                 item.not_before = 0.0
             self.changed.notify_all()
@@ -105,6 +115,7 @@ class Reporter:
     def cut_off_stalled_call(self, patience_s: float) -> None:
         """End the call under way, but not one that a good server is answering: it would be sent twice."""
         current = self.current
+        # Waiting releases the lock, so that the thread can settle the call.
         if not self.changed.wait_for(lambda: current is None or self.current is not current, patience_s):
             self.client.abort()
 
@@ -122,7 +133,7 @@ class Reporter:
         return self.lost == 0
 
     def run(self) -> None:
-        """The thread: take the next call that may go, deliver it, settle what came of it."""
+        """The thread: take the next call that is due, make it, settle the result."""
         while True:
             with self.changed:
                 item = self.next_item()
@@ -132,13 +143,14 @@ class Reporter:
                     self.changed.wait(self.time_to_wait())
                     item = self.next_item()
                 self.current = item
-            outcome = self.client.deliver(item.call, self.time_for_call())
+            result = self.client.deliver(item.call, self.time_for_call())
             with self.changed:
                 self.current = None
                 self.changed.notify_all()
+                # `finish` has recorded this call as undelivered already: what came of it does not count any more.
                 if self.ended:
                     return
-                self.settle(item, outcome)
+                self.settle(item, result)
 
     @property
     def closing(self) -> bool:
@@ -147,7 +159,7 @@ class Reporter:
     def next_item(self) -> Waiting | None:
         """The call to make now. The end-of-task call goes last, unless half of the closing time is gone."""
         now = time.monotonic()
-        if now < self.pause_until or now >= self.deadline:
+        if not self.pause_until <= now < self.deadline:
             return None
         others = [item for item in self.queue if not item.call.closes]
         last = [item for item in self.queue if item.call.closes]
@@ -170,32 +182,32 @@ class Reporter:
         # Close to the end one stalled call must leave time for the next.
         return max(0.1, min(self.patience.call_s, remaining / 2))
 
-    def settle(self, item: Waiting, outcome: Outcome) -> None:
+    def settle(self, item: Waiting, result: Delivery) -> None:
         item.attempts += 1
-        if outcome.delivered:
+        if result.delivered:
             self.recovered()
             self.drop(item)
             if item.call.closes:
                 # Progress says RUNNING: after the end it must not arrive any more.
                 self.queue = [other for other in self.queue if other.call.kind != "progress"]
-        elif not outcome.retry:
+        elif not result.retry:
             self.drop(item)
-            self.give_up(item, outcome.reason)
+            self.give_up(item, result.reason)
         else:
-            self.postpone(item, outcome)
+            self.postpone(item, result)
 
     def drop(self, item: Waiting) -> None:
         self.queue = [other for other in self.queue if other is not item]
 
-    def postpone(self, item: Waiting, outcome: Outcome) -> None:
-        item.reason = outcome.reason
-        pause = self.pause(self.failures if not outcome.reached else item.attempts - 1)
-        if outcome.reached:
+    def postpone(self, item: Waiting, result: Delivery) -> None:
+        item.reason = result.reason
+        pause = self.pause(self.failures if not result.reached else item.attempts - 1)
+        if result.reached:
             item.not_before = time.monotonic() + pause
         else:
             self.pause_until = time.monotonic() + pause
         if self.failures == 0:
-            log.warning("platform: %s not delivered (%s): trying again", item.call.kind, outcome.reason)
+            log.warning("platform: %s not delivered (%s): trying again", item.call.kind, result.reason)
         self.failures += 1
 
     def pause(self, failures: int) -> float:

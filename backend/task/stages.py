@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping as MappingType
 from pathlib import Path
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 
 log = get_logger("platform")
 
-SUMMARY = "summary.json"
+# What of a summary goes into `detailedResults`.
+DETAILS = ["student", "task", "num_classes", "epochs_done", "best_epoch", "metrics", "parameters", "platform"]
 
 
 class Task:
@@ -55,8 +55,8 @@ class Task:
         log.info("task %s: student %s, %s", request.task_id, request.student, request.task)
         for note in self.configs.notes[len(request.notes) :]:
             log.warning("%s", note)
-        make_folder(request.output_dir)
-        self.cache.prepare()
+        make_folder("output_dir", request.output_dir)
+        make_folder("cache_dir", request.cache_dir)
         check_devices(request.devices)
         store = self.features()
         summary = self.train(store)
@@ -74,8 +74,7 @@ class Task:
         self.extraction.send("looking for cached features")
         key = self.feature_key()
         path = self.cache.store_path(key)
-        owner = f"task {self.request.task_id}"
-        with self.cache.lock(key, owner, self.stop, self.extraction.send):
+        with self.cache.lock(key, f"task {self.request.task_id}", self.stop, self.extraction.send):
             if not is_complete(path):
                 training = self.configs.train_config(path)
                 check_student(training)
@@ -90,22 +89,18 @@ class Task:
     def feature_key(self) -> str:
         """The store's name: data, teacher and all that decides what is extracted."""
         teacher = teacher_digest(self.request.teacher_path, self.cache.digests, self.check_stop)
-        data = self.database_digests() if self.request.database else self.folder_digests()
-        return cache_key({**self.configs.store_features(), "weights": teacher, "data": data})
+        return cache_key({**self.configs.store_features(), "weights": teacher, "data": self.data_digests()})
 
-    def folder_digests(self) -> dict[str, str]:
-        request = self.request
+    def data_digests(self) -> dict[str, str]:
+        request, memo = self.request, self.cache.digests
+        if request.database:
+            # Rows of the query with their contents: a database has no times of change to rely on.
+            from extract.inputs import open_data
+
+            source = open_data(self.configs.extract_config(Path("unused")))
+            return {"rows": digest_source(source, self.check_stop)}
         folders = request.splits or {"all": str(request.dataset_dir)}
-        memo = self.cache.digests
         return {name: digest_folder(Path(path), memo, self.check_stop) for name, path in folders.items()}
-
-    def database_digests(self) -> dict[str, str]:
-        """Rows of the query with their contents: a database has no times of change to rely on."""
-        from extract.inputs import open_data
-
-        return {
-            "rows": digest_source(open_data(self.configs.extract_config(Path("unused"))), self.check_stop)
-        }
 
     def extract(self, path: Path) -> None:
         from extract.existing import DifferentStore
@@ -115,36 +110,32 @@ class Task:
         try:
             result = run_extraction(config, [self.extraction], self.stop)
         except DifferentStore as error:
-            # Another precision (a GPU's, a CPU's) or another version of ours, stopped half-way: nobody uses that.
-            log.warning("features: starting anew what was never finished: %s", error)
-            again = config.model_copy(update={"overwrite": True})
-            result = run_extraction(again, [self.extraction], self.stop)
+            # Another precision (a GPU's, a CPU's) or another version of ours was stopped half-way: no task uses it.
+            log.warning("features: replacing a store that was never finished: %s", error)
+            result = run_extraction(
+                config.model_copy(update={"overwrite": True}), [self.extraction], self.stop
+            )
         if not result.complete:
             raise PlatformError(f"{path}: the extraction ended without being complete: see the log")
-        log.info(
-            "features: %d images, %d unreadable, %.1f images/s",
-            result.rows,
-            result.bad,
-            result.images_per_second,
-        )
+        counts = (result.rows, result.bad, result.images_per_second)
+        log.info("features: %d images, %d unreadable, %.1f images/s", *counts)
 
     def add_logits(self, path: Path) -> None:
         """A store of another task may lack the class logits that this one needs: they are made from its features."""
         config = self.configs.extract_config(path)
-        if config.logits == "none":
-            return
-        from extract.logits import add_logits
+        if config.logits != "none":
+            from extract.logits import add_logits
 
-        add_logits(config, [self.extraction], self.stop)
+            add_logits(config, [self.extraction], self.stop)
 
     # -- stage two --------------------------------------------------------------------------------------
 
     def train(self, store: Path) -> dict[str, Any]:
-        """Train, or go on with what lies in the output folder; the content of summary.json."""
+        """Train, or resume the run in the output folder; the content of summary.json."""
         self.check_stop()
         config = self.configs.train_config(store)
         if config.resume:
-            log.info("%s holds a run: going on with it", self.request.output_dir)
+            log.info("%s holds a run: resuming it", self.request.output_dir)
         if len(config.devices) > 1 and config.student_type != "yolov8":
             from backend.task.worker import train_on_ranks
 
@@ -159,33 +150,37 @@ class Task:
 
     def report(self, summary: dict[str, Any], store: Path) -> None:
         """Publish the best model, note the platform's part in summary.json, send the evaluation."""
-        folder = self.request.output_dir
+        from console.output import plain_json
+        from store.reader import open_store
+        from train.rundir import SUMMARY, write_json
+
+        request, folder = self.request, self.request.output_dir
         TrainingEvents(self.calls, self.sender, self.epochs, folder).publish_best()
-        summary["platform"] = {"task_id": self.request.task_id, "notes": self.configs.notes}
-        write_summary(folder / SUMMARY, summary)
-        metrics = summary.get("metrics") or {}
-        self.sender.send(
-            self.calls.evaluations(
-                values=evaluation_values(metrics),
-                dataset_id=self.request.val_dataset_id,
-                dataset_name=self.request.val_dataset_id,
-                samples=count_validated(store),
-                details=plain_details(summary),
-            )
+        summary["platform"] = {"task_id": request.task_id, "notes": self.configs.notes}
+        write_json(folder / SUMMARY, summary)
+        evaluations = self.calls.evaluations(
+            values=evaluation_values(summary.get("metrics") or {}),
+            dataset_id=request.val_dataset_id,
+            dataset_name=request.val_dataset_id,
+            samples=int(open_store(store)["val"].valid.sum()),
+            details={name: plain_json(summary[name]) for name in DETAILS if name in summary},
         )
+        self.sender.send(evaluations)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(option: str, path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "not writable")
     except OSError as error:
-        raise PlatformError(f"--output_dir: {path}: {error.strerror}") from None
+        raise PlatformError(
+            f"--{option}: {path}: {error.strerror}: give a folder that this user can write to"
+        ) from None
 
 
 def is_complete(path: Path) -> bool:
-    """True when a finished store lies at `path`."""
+    """True when there is a finished store at `path`."""
     from store.errors import StoreError
     from store.reader import open_store
 
@@ -195,13 +190,6 @@ def is_complete(path: Path) -> bool:
         return bool(open_store(path, allow_incomplete=True).manifest.complete)
     except StoreError:
         return False
-
-
-def count_validated(store: Path) -> int:
-    """Samples of the validation split that have features."""
-    from store.reader import open_store
-
-    return int(open_store(store)["val"].valid.sum())
 
 
 def evaluation_values(metrics: MappingType[str, Any]) -> dict[str, Any]:
@@ -214,29 +202,7 @@ def evaluation_values(metrics: MappingType[str, Any]) -> dict[str, Any]:
     return {"precision": precision, "recall": recall, "f1Score": f1, **detection}
 
 
-def plain_details(summary: MappingType[str, Any]) -> dict[str, Any]:
-    """The part of a summary that goes into `detailedResults`."""
-    from console.output import plain_json
-
-    names = (
-        "student",
-        "task",
-        "num_classes",
-        "epochs_done",
-        "best_epoch",
-        "metrics",
-        "parameters",
-        "platform",
-    )
-    return {name: plain_json(summary[name]) for name in names if name in summary}
-
-
-def write_summary(path: Path, summary: MappingType[str, Any]) -> None:
-    """Replace summary.json, complete or not at all."""
-    from console.output import plain_json
-    from files.writing import replace_file
-
-    replace_file(path, json.dumps(plain_json(summary), indent=2, ensure_ascii=False) + "\n")
+# -- what a task cannot work with, found before hours of extraction instead of after them ------------------
 
 
 def check_devices(devices: tuple[str, ...]) -> None:
@@ -244,9 +210,8 @@ def check_devices(devices: tuple[str, ...]) -> None:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    missing = [
-        name.removeprefix("cuda:") for name in devices if name != "cpu" and device_index(name) >= count
-    ]
+    numbers = [device_index(name) for name in devices if name != "cpu"]
+    missing = [str(number) for number in numbers if number >= count]
     if missing:
         raise PlatformError(
             f"--gpu_devices: GPU {', '.join(missing)} is not there, this machine shows {count} to PyTorch: "
@@ -263,7 +228,7 @@ def check_student(config: TrainConfig) -> None:
     from train.lora import apply_lora_options
     from train.students.build import build_student
 
-    # Without a number the data's counts; a head of another size is drawn anew, so any will do here.
+    # Without a number the data's counts; a head of another size is initialized randomly, so any will do here.
     classes = None if config.task == "features" else config.num_classes or 2
     student = build_student(
         config.student,

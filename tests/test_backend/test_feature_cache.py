@@ -20,6 +20,7 @@ from backend.task.feature_cache import (
     digest_source,
     teacher_digest,
 )
+from backend.task.stages import make_folder
 from console.stop import Stopped, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,6 +194,7 @@ def test_the_key_depends_on_every_part() -> None:
 HOLDER = """
 import sys
 from pathlib import Path
+from backend.task.stages import make_folder
 from backend.task.feature_cache import FeatureCache
 from console.stop import StopRequest
 with FeatureCache(Path(sys.argv[1])).lock("k", "task 1", StopRequest()):
@@ -259,4 +261,4 @@ def test_other_keys_do_not_wait(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(PlatformError, match=r"--cache_dir: .*file"):
-        FeatureCache(tmp_path / "file" / "cache").prepare()
+        make_folder("cache_dir", tmp_path / "file" / "cache")

@@ -146,7 +146,7 @@ def test_a_stop_in_training_is_resumed_as_if_it_had_not_been(
     before = list(platform.calls)
     resumed = run_platform(words(platform, **options), parent=parent)
     assert resumed.code == 0, resumed.text
-    assert "going on with it" in resumed.text
+    assert "resuming it" in resumed.text
     first, second = reported_epochs(before), reported_epochs(platform.calls[len(before) :])
     assert len(first) >= 2
     assert second

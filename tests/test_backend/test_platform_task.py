@@ -10,7 +10,7 @@ import pytest
 from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError
 from backend.task.request import read_request
-from backend.task.stages import Task, check_data, check_student, is_complete
+from backend.task.stages import Task, check_data, check_student, is_complete, make_folder
 from console.stop import Stopped, StopRequest
 from extract.run import run_extraction
 from tests.test_backend.platform_data import make_class_folders
@@ -50,7 +50,7 @@ def test_a_student_that_cannot_be_is_refused_before_the_extraction(
     given = {name: files.get(str(value), value) for name, value in options.items()}
     line = words(**({"student_model": "timm:test_vit", "cache_dir": tmp_path / "cache"} | given))
     task = Task(read_request(line), Told(), StopRequest())
-    task.cache.prepare()
+    make_folder("cache_dir", task.cache.root)
     with pytest.raises(TrainError, match=part):
         task.features()
     assert not list((tmp_path / "cache").glob("*.zarr"))
@@ -112,7 +112,7 @@ def test_an_unfinished_store_of_another_precision_does_not_block_the_cache(
     caplog.set_level("WARNING", "qwen_distill")
     task.extract(store)
     assert is_complete(store)
-    assert "starting anew what was never finished" in caplog.text
+    assert "replacing a store that was never finished" in caplog.text
     assert "bfloat16" in caplog.text
 
 
