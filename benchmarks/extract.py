@@ -151,7 +151,6 @@ def measure_overhead(work: Path, images: int, depth: int, rounds: int) -> dict[s
     decode_s = time.process_time() - cpu
     batches = [torch.from_numpy(pixels[first : first + BATCH, 0].copy()) for first in range(0, images, BATCH)]
     config = load_config(
-        None,
         {
             "data": str(photos),
             "out": work / "store",
@@ -232,7 +231,7 @@ def measure_memory(work: Path, images: int) -> dict[str, Any]:
         "batch_size": 64,
         "device": "cpu",
     }
-    result = run_extraction(load_config(None, options), [observer])
+    result = run_extraction(load_config(options), [observer])
     early, late = observer.mean(0.2, 0.4), observer.mean(0.8, 1.0)
     return {
         "images": images,

@@ -82,7 +82,7 @@ def extract_small(settings: Settings, kind: str) -> Path:
         options |= {"images": "jpeg", "logits": "probe"}
     if kind == "clips":
         options |= {"frames": 4}
-    result = run_extraction(load_config(None, options))
+    result = run_extraction(load_config(options))
     assert result.complete, f"{kind}: the store is incomplete"
     assert result.bad == 0, f"{kind}: {result.bad} bad samples"
     return store

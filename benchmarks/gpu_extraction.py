@@ -86,7 +86,7 @@ def extract_once(
     from extract.run import run_extraction
 
     out = settings.work / f"{name}.zarr"
-    config = load_config(None, {**options_of(settings, photos, size, out), **options})
+    config = load_config({**options_of(settings, photos, size, out), **options})
     observer = RateObserver()
     with watched_encoder(settings) as passes:
         result = run_extraction(config, [observer])
@@ -194,7 +194,7 @@ def stop_and_resume(settings: Settings, photos: Path, size: int) -> int:
     options = options_of(settings, photos, size, settings.work / "stopped.zarr")
     options["grid"] = 4 if settings.quick else 8
     try:
-        run_extraction(load_config(None, options), [StopAt(len(list(photos.iterdir())) // 3)])
+        run_extraction(load_config(options), [StopAt(len(list(photos.iterdir())) // 3)])
     except Stopped:
         pass
     else:

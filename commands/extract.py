@@ -37,7 +37,7 @@ def extract(
 
     cli extract photos --out photos.zarr --teacher-path tiny --dry-run
     """
-    settings = load_config(config, options)
+    settings = load_config(options, config)
     from extract.measured import ExtractionClock, note_probe
     from extract.run import run_extraction
 

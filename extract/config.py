@@ -230,11 +230,11 @@ def parse_shard_range(text: str) -> tuple[int, int | None]:
     raise ValueError("must be first:end with first < end, like 0:8")
 
 
-def load_config(file: Path | None = None, options: Mapping[str, Any] | None = None) -> ExtractConfig:
-    """The configuration from a YAML or TOML file and options; an option that is not None wins.
+def load_config(options: Mapping[str, Any], file: Path | None = None) -> ExtractConfig:
+    """The configuration of `options` (`None` is absent) over those of a YAML, TOML or JSON file.
 
     Raises:
         ConfigError: with every problem: unknown names (and the nearest valid one) and bad values.
     """
     from_file = read_option_file(file, ConfigError) if file is not None else {}
-    return load_options(ExtractConfig, options or {}, from_file, ConfigError)
+    return load_options(ExtractConfig, options, from_file, ConfigError)

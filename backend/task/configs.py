@@ -125,7 +125,7 @@ class StageConfigs:
             "workers": self.settings["workers"],
             "max_bad": self.settings["max_bad"],
         }
-        return load_config(None, options)
+        return load_config(options)
 
     def train_config(self, store: Path) -> TrainConfig:
         """Stage two's configuration; it resumes when the output folder holds a run.

@@ -18,7 +18,7 @@ def extract(out: Path) -> None:
     from extract.config import load_config
     from extract.run import run_extraction
 
-    run_extraction(load_config(None, {"data": str(MISSING), "out": out, "teacher_path": str(MISSING)}))
+    run_extraction(load_config({"data": str(MISSING), "out": out, "teacher_path": str(MISSING)}))
 
 
 def predict(out: Path) -> None:

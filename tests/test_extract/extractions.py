@@ -15,7 +15,7 @@ from store.reader import Store
 
 
 def extract(options: dict[str, Any], **changes: Any) -> ExtractResult:
-    return run_extraction(load_config(None, {**options, **changes}))
+    return run_extraction(load_config({**options, **changes}))
 
 
 def true_features(store: Store, split: str, name: str = "features/pooled") -> np.ndarray:
@@ -47,5 +47,5 @@ class StopAfter:
 def interrupt(options: dict[str, Any], rows: int) -> Stopped:
     stop = StopRequest()
     with pytest.raises(Stopped) as stopped:
-        run_extraction(load_config(None, options), [StopAfter(stop, rows)], stop)
+        run_extraction(load_config(options), [StopAfter(stop, rows)], stop)
     return stopped.value

@@ -17,7 +17,7 @@ from store.reader import open_store
 
 
 def extract(options: dict[str, Any], **changes: Any) -> ExtractResult:
-    return run_extraction(load_config(None, {**options, **changes}))
+    return run_extraction(load_config({**options, **changes}))
 
 
 def microscopy(root: Path, largest: int) -> Path:
@@ -69,4 +69,4 @@ def test_the_rule_is_the_smallest_depth_that_holds_the_sample(
 
 def test_depths_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ConfigError, match="bit_depth: must be auto, full"):
-        load_config(None, {"data": "x", "out": "y", "bit_depth": 24})
+        load_config({"data": "x", "out": "y", "bit_depth": 24})

@@ -27,7 +27,7 @@ from tests.test_extract.source_datasets import (
 
 def extract(options: dict[str, Any], dataset: Dataset, **changes: Any) -> Store:
     values = {**options, "data": str(dataset.path), "max_bad": "50%", **changes}
-    run_extraction(load_config(None, values))
+    run_extraction(load_config(values))
     return open_store(options["out"])
 
 
@@ -92,7 +92,6 @@ def test_true_boxes_are_where_the_objects_are(extract_options: dict[str, Any], t
     for images in ("none", "raw"):
         run_extraction(
             load_config(
-                None,
                 {
                     **extract_options,
                     "data": str(root),
@@ -121,7 +120,7 @@ def test_true_masks_are_laid_over_the_picture(extract_options: dict[str, Any], t
     save(root / "images/0.png", np.zeros((40, 40, 3), np.uint8))
     save(root / "masks/0.png", mask)
     (root / "classes.txt").write_text("left\nright\n")
-    run_extraction(load_config(None, {**extract_options, "data": str(root), "val_fraction": 0}))
+    run_extraction(load_config({**extract_options, "data": str(root), "val_fraction": 0}))
     (file, _) = write_pictures(extract_options["out"], tmp_path / "pictures")
     with Image.open(file) as picture:
         shown = np.asarray(picture)[:200, :224]

@@ -22,7 +22,7 @@ def made(extract_options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A store with grids, made from a copy of the digits."""
     shutil.copytree(extract_options["data"], tmp_path / "data")
     options = {**extract_options, "data": str(tmp_path / "data"), "grid": "native"}
-    run_extraction(load_config(None, options))
+    run_extraction(load_config(options))
     return options
 
 
@@ -49,7 +49,7 @@ class TestAudit:
 
     def test_recorded_views_are_compared_too(self, made: dict[str, Any], tmp_path: Path) -> None:
         options = {**made, "out": tmp_path / "views", "views": 2, "seed": 5}
-        run_extraction(load_config(None, options))
+        run_extraction(load_config(options))
         assert audit(options).findings == []
         for file in Path(made["data"]).rglob("*.png"):
             with Image.open(file) as image:
@@ -79,7 +79,7 @@ class TestAudit:
             shutil.copytree(extract_options["data"], tmp_path / "data" / part)
         splits = {"data": str(tmp_path / "data"), "split": {"train": "one", "val": "two"}}
         options = {**extract_options, **splits, "source": "folder", "source_options": {"labelled": "true"}}
-        run_extraction(load_config(None, options))
+        run_extraction(load_config(options))
         found = audit(options)
         assert (found.samples, found.findings) == (12, [])
 
@@ -91,7 +91,7 @@ class TestAudit:
             pixels = generator.integers(0, 255, (6, 6, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((80, 80)).save(data / f"{number}.jpg")
         options = {**extract_options, "data": str(data), "images": "jpeg"}
-        run_extraction(load_config(None, options))
+        run_extraction(load_config(options))
         shutil.rmtree(data)
         found = audit(options)
         assert (found.samples, found.findings) == (5, [])
@@ -115,7 +115,7 @@ class TestPictures:
     def test_a_store_without_grids_shows_images_and_their_classes(
         self, extract_options: dict[str, Any], tmp_path: Path
     ) -> None:
-        run_extraction(load_config(None, extract_options))
+        run_extraction(load_config(extract_options))
         files = write_pictures(extract_options["out"], tmp_path / "pictures", 6)
         names = {file.name.partition("-")[0] for file in files[:-1]}
         assert names == {"train", "val"}, "samples of every split"
@@ -127,7 +127,7 @@ class TestPictures:
         self, extract_options: dict[str, Any], digit_folder: Path, tmp_path: Path
     ) -> None:
         data = shutil.copytree(digit_folder, tmp_path / "moved")
-        run_extraction(load_config(None, {**extract_options, "data": str(data)}))
+        run_extraction(load_config({**extract_options, "data": str(data)}))
         shutil.rmtree(data)
         with pytest.raises(StoreError, match="--images jpeg or --grid 16"):
             write_pictures(extract_options["out"], tmp_path / "pictures")

@@ -14,7 +14,7 @@ from extract.outcome import resume_command
 
 def test_all_problems_come_in_one_report_with_the_nearest_names() -> None:
     with pytest.raises(ConfigError) as error:
-        load_config(None, {"data": "a", "imgae_size": 3, "grid": -1, "device": "tpu", "max_bad": "lots"})
+        load_config({"data": "a", "imgae_size": 3, "grid": -1, "device": "tpu", "max_bad": "lots"})
     text = str(error.value)
     for part in (
         "unknown option imgae_size: did you mean image_size",
@@ -40,9 +40,9 @@ def test_a_file_and_options_make_the_same_object_and_options_win(
 ) -> None:
     file = tmp_path / f"options{suffix}"
     file.write_text(content)
-    config = load_config(file, {"data": "d", "out": "s", "resize": "squash", "grid": None})
+    config = load_config({"data": "d", "out": "s", "resize": "squash", "grid": None}, file)
     assert (config.image_size, config.resize, config.grid) == (448, "squash", "auto")
-    assert config == load_config(None, {"data": "d", "out": "s", "image_size": 448})
+    assert config == load_config({"data": "d", "out": "s", "image_size": 448})
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,19 @@ def test_a_file_that_cannot_be_read_is_one_line(
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=text):
-        load_config(tmp_path / name)
+        load_config({}, tmp_path / name)
 
 
 @pytest.mark.parametrize(("text", "allowed"), [("1%", 3), ("0", 0), ("20", 20), ("100%", 300), ("0.5%", 1)])
 def test_max_bad_is_a_share_or_a_count(text: str, allowed: int) -> None:
-    assert load_config(None, {"data": "d", "out": "s", "max_bad": text}).allowed_bad(300) == allowed
+    assert load_config({"data": "d", "out": "s", "max_bad": text}).allowed_bad(300) == allowed
 
 
 @pytest.mark.parametrize(
     ("text", "allowed"), [("1%", 1), ("0.1%", 1), ("0%", 0), ("0", 0), ("7", 7), ("10%", 2)]
 )
 def test_a_share_allows_one_bad_image_however_few_there_are(text: str, allowed: int) -> None:
-    assert load_config(None, {"data": "d", "out": "s", "max_bad": text}).allowed_bad(20) == allowed
+    assert load_config({"data": "d", "out": "s", "max_bad": text}).allowed_bad(20) == allowed
 
 
 @pytest.mark.parametrize("text", ["-1", "101%", "x%", "1.5", ""])
@@ -95,7 +95,7 @@ def test_wrong_shard_ranges_are_refused(text: str) -> None:
 
 def test_shard_range_and_scheduler_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
-        load_config(None, {"data": "d", "out": "s", "shard_range": "0:2", "scheduler": "tcp://a:1"})
+        load_config({"data": "d", "out": "s", "shard_range": "0:2", "scheduler": "tcp://a:1"})
 
 
 def test_the_resume_command_is_the_command_that_was_given() -> None:
@@ -108,7 +108,7 @@ def test_the_resume_command_is_the_command_that_was_given() -> None:
         "exact_preprocessing": True,
         "overwrite": True,
     }
-    command = resume_command(load_config(None, given))
+    command = resume_command(load_config(given))
     assert command == (
         "cli extract 'my photos' --out s.zarr --split val=b --split train=a "
         "--source-option 'query=select 1' --image-size 448 --exact-preprocessing"
@@ -118,13 +118,13 @@ def test_the_resume_command_is_the_command_that_was_given() -> None:
 
 def test_the_resume_command_holds_no_password() -> None:
     url = "postgresql://reader:s3cret@db:5432/pictures"
-    command = resume_command(load_config(None, {"data": url, "out": Path("s.zarr")}))
+    command = resume_command(load_config({"data": url, "out": Path("s.zarr")}))
     assert command == "cli extract 'postgresql://reader:***@db:5432/pictures' --out s.zarr"
 
 
 def test_a_pair_without_equals_sign_is_refused() -> None:
     with pytest.raises(ConfigError, match="split: expected NAME=VALUE, got val"):
-        load_config(None, {"data": "d", "out": "s", "split": ["val"]})
+        load_config({"data": "d", "out": "s", "split": ["val"]})
 
 
 @pytest.mark.parametrize(
@@ -135,5 +135,5 @@ def test_decoders_leave_cores_to_the_other_threads(
     monkeypatch: pytest.MonkeyPatch, cores: int, share: int, workers: int
 ) -> None:
     monkeypatch.setattr("extract.inputs.core_share", lambda: cores)
-    assert decode_workers(load_config(None, {"data": "d", "out": "o"}), share) == workers
-    assert decode_workers(load_config(None, {"data": "d", "out": "o", "workers": 7}), share) == 7
+    assert decode_workers(load_config({"data": "d", "out": "o"}), share) == workers
+    assert decode_workers(load_config({"data": "d", "out": "o", "workers": 7}), share) == 7

@@ -91,5 +91,5 @@ def test_a_failed_gpu_is_not_called_a_wrong_image_size(
 def test_workers_of_one_machine_share_its_cores(hosts: list[str], share: int) -> None:
     workers = {f"tcp://{host}:{number}": {"host": host} for number, host in enumerate(hosts)}
     client: Any = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": workers})
-    config = load_config(None, {"data": "d", "out": "o", "scheduler": "tcp://s:1"})
+    config = load_config({"data": "d", "out": "o", "scheduler": "tcp://s:1"})
     assert Coordinator(config, client, [], StopRequest()).share == share

@@ -145,7 +145,7 @@ def test_a_stopped_run_goes_on(
     with monkeypatch.context() as patch:
         stop_when(patch, moment, stop)
         with pytest.raises(Stopped, match=r"committed in .*Go on with: cli extract"):
-            run_extraction(load_config(None, follower.options), (), stop)
+            run_extraction(load_config(follower.options), (), stop)
     assert follower.store.fingerprint == before
     assert verify_store(follower.options["out"]) == []
     follower.extract()
@@ -187,7 +187,7 @@ class TestChangesWhileItIsIncomplete:
         with monkeypatch.context() as patch:
             stop_when(patch, "write_version", stop)
             with pytest.raises(Stopped):
-                run_extraction(load_config(None, follower.options), (), stop)
+                run_extraction(load_config(follower.options), (), stop)
         save(root / "images/train/93.png", picture(93))
         (root / "images/val/91.png").unlink()
         assert follower.extract().encoded == 1  # 93: what the first change needed is there already
@@ -209,14 +209,14 @@ class TestChangesWhileItIsIncomplete:
         with monkeypatch.context() as patch:
             stop_when(patch, "write_version", stop)
             with pytest.raises(Stopped):
-                run_extraction(load_config(None, follower.options), (), stop)
+                run_extraction(load_config(follower.options), (), stop)
         for number in (190, 191):  # the second time a run is stopped at the same place
             save(root / "images/train/90.png", picture(number))
             stop = StopRequest()
             with monkeypatch.context() as patch:
                 stop_when(patch, "write_version", stop)
                 with pytest.raises(Stopped):
-                    run_extraction(load_config(None, follower.options), (), stop)
+                    run_extraction(load_config(follower.options), (), stop)
         (root / "data.yaml").write_text((root / "data.yaml").read_text().replace("bird", "finch"))
         save(root / "images/train/90.png", picture(192))
         assert follower.extract().encoded == 1  # of three new ones, the two others are not encoded again
@@ -235,7 +235,7 @@ class TestChangesWhileItIsIncomplete:
         with monkeypatch.context() as patch:
             stop_when(patch, "write_version", stop)
             with pytest.raises(Stopped):
-                run_extraction(load_config(None, follower.options), (), stop)
+                run_extraction(load_config(follower.options), (), stop)
         (tmp_path / "data/images/train/90.png").unlink()
         assert follower.extract().changes is None
         assert files_of(follower.options["out"]) == before

@@ -24,7 +24,7 @@ from tests.test_extract.source_datasets import mask_of, picture, save
 
 
 def extract(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return run_extraction(load_config(None, {**options, **changes})).as_dict()
+    return run_extraction(load_config({**options, **changes})).as_dict()
 
 
 def test_a_data_set_that_is_cut_otherwise_is_named_as_that(extract_options: dict[str, Any]) -> None:

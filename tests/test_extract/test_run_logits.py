@@ -17,7 +17,7 @@ from store.reader import open_store
 
 
 def extract(options: dict[str, Any], **changes: Any) -> ExtractResult:
-    return run_extraction(load_config(None, {**options, **changes}))
+    return run_extraction(load_config({**options, **changes}))
 
 
 class TestProbe:

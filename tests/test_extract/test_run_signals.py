@@ -197,7 +197,7 @@ def test_kill_nine_and_resume_is_bit_identical(slow_options: dict[str, Any]) -> 
     from extract.config import load_config
 
     out = Path(slow_options["out"])
-    run_extraction(load_config(None, slow_options))
+    run_extraction(load_config(slow_options))
     whole = files_of(out)
     shutil.rmtree(out)
     for rows in (1, 120, 280):
@@ -208,6 +208,6 @@ def test_kill_nine_and_resume_is_bit_identical(slow_options: dict[str, Any]) -> 
         process.communicate()
         psutil.wait_procs(children, timeout=5)
         assert not [child for child in children if child.is_running()]  # decoders go with their parent
-    run_extraction(load_config(None, slow_options))
+    run_extraction(load_config(slow_options))
     assert files_of(out) == whole
     assert open_store(out).manifest.complete

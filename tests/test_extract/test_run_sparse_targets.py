@@ -53,7 +53,7 @@ def test_two_hundred_targets_of_twenty_thousand_samples_get_their_array(
     extract_options: dict[str, Any], tmp_path: Path, column: str, value: str, array: str, val_fraction: float
 ) -> None:
     table = write_table(tmp_path / "data", column, sparse(value))
-    config = load_config(None, {**extract_options, "data": str(table), "val_fraction": val_fraction})
+    config = load_config({**extract_options, "data": str(table), "val_fraction": val_fraction})
     task = make_task(config, open_data(config), open_teacher(config))
     assert array in {spec.name for spec in task.arrays}
     assert task.rows == ROWS

@@ -23,7 +23,7 @@ from store.reader import open_store
 
 
 def extract(options: dict[str, Any], **changes: Any) -> ExtractResult:
-    return run_extraction(load_config(None, {**options, **changes}))
+    return run_extraction(load_config({**options, **changes}))
 
 
 def true_features(split: Any, name: str) -> np.ndarray:
@@ -187,7 +187,7 @@ def test_decoders_that_die_are_started_again(extract_options: dict[str, Any]) ->
     expected = true_features(open_store(extract_options["out"])["train"], "features/pooled")
     shutil.rmtree(extract_options["out"])
     killer = KillDecoders()
-    result = run_extraction(load_config(None, {**extract_options, "workers": 2}), [killer])
+    result = run_extraction(load_config({**extract_options, "workers": 2}), [killer])
     assert killer.killed == 2
     assert (result.complete, result.bad) == (True, 0)
     got = true_features(open_store(extract_options["out"])["train"], "features/pooled")
@@ -201,5 +201,5 @@ def test_decoders_that_do_not_start_are_no_fault_of_the_images(
     """Without telling the two apart every image would be called bad."""
     monkeypatch.setattr(workers, "begin_worker", os._exit)  # what a worker runs first: here it ends it
     with pytest.raises(workers.DecodingFailed, match="end before they decode anything"):
-        run_extraction(load_config(None, {**extract_options, "workers": 2}))
+        run_extraction(load_config({**extract_options, "workers": 2}))
     assert not (extract_options["out"] / "bad_images.jsonl").exists()

@@ -110,7 +110,7 @@ def test_extraction_puts_every_bad_file_into_the_ledger(
         "image_size": 28,
         "max_pixels": MAX_PIXELS,
     }
-    run_extraction(load_config(None, options))
+    run_extraction(load_config(options))
     path = Path(str(options["out"]))
     store = open_store(path)
     ledger = {

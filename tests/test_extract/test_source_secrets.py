@@ -56,6 +56,6 @@ def test_errors_and_commands_hold_no_password(url: str, extract_options: dict[st
     with pytest.raises(SourceError) as raised:
         open_source(f"postgresql://127.0.0.1:1/db?user=u&password={SECRET}", query=QUERY)
     assert SECRET not in str(raised.value)
-    command = resume_command(load_config(None, {**extract_options, "data": url}))
+    command = resume_command(load_config({**extract_options, "data": url}))
     assert SECRET not in command
     assert "password=***" in command

@@ -33,7 +33,7 @@ def test_the_store_holds_the_targets_of_each_key(
         "images": "none" if clips else "raw",
         "grid": 0,
     }
-    run_extraction(load_config(None, options))
+    run_extraction(load_config(options))
     store = open_store(options["out"])
     names = store.manifest.class_names
     assert tuple(names) == dataset.class_names
