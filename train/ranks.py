@@ -1,4 +1,4 @@
-"""What ranks tell each other; every function is the identity when there is one process."""
+"""Communication between ranks; with one process, every function is the identity."""
 
 from __future__ import annotations
 

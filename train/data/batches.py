@@ -89,7 +89,7 @@ class Batch:
     `weight` float32 [B], 0 for padding; `labels` int64 [B]; `masks` uint8 [B, S, S], 255 ignored;
     `features`: stored values by array name, of recorded views the one shown; `transport`: how stored grids are
     carried to the student's cells, by name (see `train.distill.transport.TransportWeights`); `samples`: Σ weight, known on the
-    host, so that nothing has to wait for a device to tell it. `rows`, `views`, `recorded` and `lengths` stay on the host.
+    host, so that nothing has to read it from a device. `rows`, `views`, `recorded` and `lengths` stay on the host.
     """
 
     rows: NDArray[np.int64]
@@ -234,7 +234,7 @@ class BatchLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The micro-batches of `epoch` from number `start` on, on the loader's device.
 
-        One epoch at a time: the one before ends here.
+        One epoch at a time: an earlier one that is not finished ends here.
         """
         self.stop_prefetching()
         self.batches.epoch, self.batches.start = epoch, start
@@ -290,10 +290,10 @@ class BatchLoader:
 
 
 def start_worker(worker: int) -> None:
-    """Signals reach the whole process group: workers leave them to the training process, which ends them.
+    """Signals reach the whole process group: workers ignore them, and the training process ends its workers.
 
-    After SIGTERM a worker goes on for five seconds, in which the training process saves and ends; by itself it
-    then ends too, so that nothing has to wait for it.
+    After SIGTERM a worker continues for five seconds, in which the training process saves and ends; then it ends
+    without being asked, so that nothing has to wait for it.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -304,8 +304,8 @@ def start_worker(worker: int) -> None:
 def default_workers(device: torch.device) -> int:
     """Worker processes of this process's share of the cores.
 
-    A GPU wants nearly all of them for decoding: two are left to the loop and its prefetch thread. On a CPU half of
-    them belong to the student.
+    With a GPU nearly all of them decode: two are left for the loop and its prefetch thread. On a CPU half of them are
+    left for the student.
     """
     cores = core_share()
     return max(1, min(16, cores - 2)) if device.type == "cuda" else min(4, cores // 2)

@@ -47,7 +47,7 @@ class Shown(NamedTuple):
 
 
 def path_of(key: str, data_root: Path | str | None) -> Path:
-    """Where a sample's file lies. Raises DataError for a key that leads out of the data set's root."""
+    """The path of a sample's file. Raises DataError for a key that leads out of the data set's root."""
     if Path(key).is_absolute() or ".." in Path(key).parts:
         raise DataError(
             f"key {key!r} leads out of the data set's root: the store is damaged or was made by others"

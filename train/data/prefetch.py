@@ -1,7 +1,16 @@
 """Batches on the GPU before the loop asks for them: a thread gathers and copies while the GPU computes.
 
-The copies run on a stream of their own, from pinned memory, so neither the CPU nor the GPU waits for them. On a
-CPU nothing of this is used.
+The order of the steps keeps the thread, the copies and the loop's kernels from overwriting each other's memory:
+
+- The thread takes a host batch, puts what is not pinned into a pinned buffer, and queues the copies on a CUDA stream of
+  their own, so that they overlap with the kernels of the loop's stream. An event recorded behind them is the ticket.
+- The loop makes its stream wait for that event (`hand_over`). Neither the CPU nor the loop's earlier kernels wait.
+- A pinned buffer may be filled again only when its copy is done: the thread waits for the ticket of the batch that used
+  the buffer before (`slots` batches earlier).
+- The copies' memory on the GPU was allocated on the copy stream. `record_stream` tells the allocator that the loop's
+  stream uses it too, or it would give the memory to the next copy while kernels still read it.
+
+On a CPU nothing of this is used.
 """
 
 from __future__ import annotations
@@ -20,6 +29,12 @@ if TYPE_CHECKING:
     from train.data.batches import Batch
 
 
+#: Batches that wait on the device for the loop; the thread holds one more.
+AHEAD = 1
+#: Seconds that closing waits for a batch that is being decoded.
+CLOSE_S = 10.0
+
+
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """`values` on `device`, without making the host wait: a copy from pageable memory to a GPU would."""
     if device.type == "cuda" and values.device.type == "cpu":
@@ -27,23 +42,17 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
-#: Batches that wait on the device for the loop; the thread holds one more.
-AHEAD = 1
-#: Seconds that closing waits for a batch that is being decoded.
-CLOSE_S = 10.0
-
-
 class CopyEngine(Protocol):
     """Copies batches to a device in the background."""
 
     def start(self, batch: Batch) -> tuple[Batch, Any]:
-        """Called in the thread: the batch on the device, its copies queued; and what tells that they are done."""
+        """Called in the thread: queue the copies; the batch on the device, and a ticket to wait for them."""
 
     def wait(self, ticket: Any) -> None:
         """Called in the thread: wait until the copies are done, so that their source may be filled again."""
 
     def hand_over(self, batch: Batch, ticket: Any) -> None:
-        """Called by the loop: what it queues from now on sees the batch."""
+        """Called by the loop: kernels that it queues from now on see the complete batch."""
 
 
 class CopyStream:
@@ -74,7 +83,6 @@ class CopyStream:
     def hand_over(self, batch: Batch, ticket: torch.cuda.Event) -> None:
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(ticket)
-        # The memory belongs to the copy stream: without this it could be reused while the loop's kernels read it.
         for value in batch.tensors().values():
             value.record_stream(stream)
 
@@ -128,12 +136,12 @@ class Prefetcher:
         raise item.error
 
     def work(self) -> None:
-        """The thread: gather, copy, queue, until the batches end, one fails, or the loop gives up."""
+        """The thread: gather, copy, queue, until the batches end, one fails, or `close` is called."""
         copies: deque[Any] = deque()
         try:
             while not self.closed.is_set():
                 if len(copies) == self.slots:
-                    # The next batch is put where this one was.
+                    # The next host batch is gathered into the memory that this one was copied from.
                     self.engine.wait(copies.popleft())
                 batch = next(self.host, None)
                 if batch is None:
@@ -150,7 +158,7 @@ class Prefetcher:
             self.put(Failure(error))
 
     def put(self, item: tuple[Batch, Any] | Failure | None) -> None:
-        """Wait for room, but not for a loop that has given up."""
+        """Wait for a free place, but not after `close`."""
         while not self.closed.is_set():
             try:
                 return self.ready.put(item, timeout=0.1)
@@ -158,7 +166,7 @@ class Prefetcher:
                 continue
 
     def close(self) -> None:
-        """End the thread and let go of the batches that were not asked for."""
+        """End the thread and drop the batches that were not asked for."""
         self.closed.set()
         self.finished = True
         self.thread.join(CLOSE_S)

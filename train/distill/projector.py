@@ -1,4 +1,7 @@
-"""Alignment: a trainable map from the student's features into the teacher's space, and fixed target statistics."""
+"""Alignment: a trainable map from the student's features into the teacher's space, and fixed target statistics.
+
+`B` samples, `h w` the student's cells, `T` frames, `D` a width.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is: its loss on labels, and its metrics. Distillation is the same for all (train.distill.targets).
+"""What a task is: its loss on labels, and its metrics. Distillation is the same for all (`train.distill.objective`).
 
 `B` samples, `C` classes, `H W` the student's input.
 """

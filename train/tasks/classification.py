@@ -50,7 +50,7 @@ class Classification:
     def update(self, meter: Meter, output: DistilledOutput, batch: Batch) -> None:
         if output.logits is None or batch.labels is None:
             return
-        # Every sample is counted, the unknown ones as 0: picking the known ones out would make the host wait.
+        # Every sample is counted, the unlabeled ones as 0: selecting the labeled ones would make the host wait.
         known, labels = sample_weight(batch) > 0, batch.labels.clamp_min(0)
         best = output.logits.float().topk(min(5, self.num_classes), dim=1).indices
         hits = (best == labels.unsqueeze(1)) & known.unsqueeze(1)
