@@ -53,6 +53,24 @@ def test_packages_import_only_what_they_may(package: str) -> None:
         assert ours <= ALLOWED[package], f"{path.relative_to(ROOT)} imports {sorted(ours - ALLOWED[package])}"
 
 
+#: From the bottom up; what is beside them in `train/` (configuration, errors, run folders) belongs to the bottom.
+TRAIN_LAYERS = (
+    ("data", "distill", "tasks"),
+    ("loop", "yolo"),
+    ("run", "evaluation", "delivery", "sweep", "report"),
+)
+
+
+@pytest.mark.parametrize("package", [name for layer in TRAIN_LAYERS[:1] for name in layer] + ["loop"])
+def test_no_import_in_train_points_upward(package: str) -> None:
+    level = next(level for level, names in enumerate(TRAIN_LAYERS) if package in names)
+    above = {name for names in TRAIN_LAYERS[level + 1 :] for name in names}
+    for path in sorted((ROOT / "train" / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("train."):
+                assert str(node.module).split(".")[1] not in above, f"{path}: imports {node.module}"
+
+
 def test_only_the_qwen_teacher_imports_transformers() -> None:
     importers = {
         path.relative_to(ROOT).as_posix()
