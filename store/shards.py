@@ -214,19 +214,21 @@ class ShardFile:
         os.lseek(self._fd, written, os.SEEK_SET)
         self.written, self.crc = written, crc
 
-    def append(self, rows: np.ndarray) -> None:
-        """Append rows [b, ...] of the layout's dtype, C-contiguous."""
-        self._write(rows)
+    def append(self, data: bytes | np.ndarray) -> None:
+        """Append bytes, or rows [b, ...] of the layout's dtype, C-contiguous."""
+        write_all(self.fd, data)
+        self.crc = crc32c(data, self.crc)
+        self.written += data.nbytes if isinstance(data, np.ndarray) else len(data)
 
     def sync(self) -> None:
         os.fsync(self.fd)
 
     def finish(self, rows: int) -> tuple[int, int]:
         """Pad to whole chunks, add the index, publish. Returns (bytes, crc32c) of the whole file."""
-        self._write(bytes(self.layout.data_bytes(rows) - self.written))
+        self.append(bytes(self.layout.data_bytes(rows) - self.written))
         if self.layout.codec == "zstd":
             return self._finish_compressed()
-        self._write(linear_index(self.layout, rows))
+        self.append(linear_index(self.layout, rows))
         self.close()
         publish(self.partial, self.final)
         return self.written, self.crc
@@ -246,9 +248,9 @@ class ShardFile:
         lengths = []
         for start in range(0, self.written, chunk):
             packed = bytes(codec.encode(os.pread(self.fd, chunk, start)))
-            target._write(packed)
+            target.append(packed)
             lengths.append(len(packed))
-        target._write(encode_index(lengths, self.layout.chunks_per_shard))
+        target.append(encode_index(lengths, self.layout.chunks_per_shard))
         target.close()
         self.close()
         publish(target.partial, self.final)
@@ -265,11 +267,6 @@ class ShardFile:
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         return self._fd
-
-    def _write(self, data: bytes | np.ndarray) -> None:
-        write_all(self.fd, data)
-        self.crc = crc32c(data, self.crc)
-        self.written += data.nbytes if isinstance(data, np.ndarray) else len(data)
 
 
 def checksum_of(fd: int, length: int) -> int:
@@ -316,7 +313,7 @@ class ArrayWriter:
             if self._file is None:
                 self._file = ShardFile(self.folder, self.layout, len(self.finished))
             room = self.layout.shard_bytes - self._file.written
-            self._file._write(bytes(view[:room]))
+            self._file.append(bytes(view[:room]))
             view = view[room:]
             if self._file.written == self.layout.shard_bytes:
                 self._finish(self.layout.shard_rows)
@@ -356,11 +353,3 @@ def write_all(fd: int, data: bytes | np.ndarray) -> None:
     view = byte_view(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def write_pieces(fd: int, pieces: list[bytes]) -> None:
-    """Like `write_all` of all pieces in a row, in one system call as a rule."""
-    written = os.writev(fd, pieces)
-    for piece in pieces:
-        write_all(fd, piece[written:])
-        written = max(0, written - len(piece))

@@ -40,7 +40,7 @@ from store.job import (
 from store.keys import KeyTable, open_keys
 from store.locks import RowLock
 from store.rows import Block, Values, prepare_block
-from store.shards import ShardFile, write_pieces
+from store.shards import ShardFile, write_all
 
 log = logging.getLogger(__name__)
 
@@ -207,15 +207,15 @@ class StoreWriter:
         size = shard.waiting
         shard.commit()
         self._syncs.append((self._syncer.submit(self._sync, shard, shard.committed), size))
-        while self._syncs and (self._syncs[0][0].done() or self._too_far_behind()):
+        while self._syncs:
+            behind = len(self._syncs) > 1 and sum(size for _, size in self._syncs) > COMMIT_BYTES
+            if not (behind or self._syncs[0][0].done()):
+                break
             self._await_sync()
 
     def _sync(self, shard: OpenShard, stop: int) -> None:
         self._lock.check()
         shard.sync(stop)
-
-    def _too_far_behind(self) -> bool:
-        return len(self._syncs) > 1 and sum(size for _, size in self._syncs) > COMMIT_BYTES
 
     def _await_sync(self) -> None:
         """Wait for the oldest sync under way. Raises what it raised."""
@@ -327,7 +327,8 @@ class OpenShard:
 
     def finish(self) -> None:
         """Publish the files of a shard whose rows are all committed."""
-        self._record(self.end, self._finish_files(), dict.fromkeys(self._logged, b""))
+        finished = {name: file.finish(self.end - self.first) for name, file in self.files.items()}
+        self._record(self.end, finished, dict.fromkeys(self._logged, b""))
         os.fsync(self._log_fd)
         for file in self.files.values():
             file.discard_partial()
@@ -337,11 +338,12 @@ class OpenShard:
         self, stop: int, finished: dict[str, tuple[int, int]] | None, parts: dict[str, bytes]
     ) -> None:
         prefix = {name: (file.written, file.crc) for name, file in self.files.items()}
-        write_pieces(self._log_fd, encode_commit(self.committed, stop, prefix, finished, parts))
-
-    def _finish_files(self) -> dict[str, tuple[int, int]]:
-        """Publish the shard's files; array → (bytes, crc32c)."""
-        return {name: file.finish(self.end - self.first) for name, file in self.files.items()}
+        pieces = encode_commit(self.committed, stop, prefix, finished, parts)
+        # One system call as a rule; it may write less than all.
+        written = os.writev(self._log_fd, pieces)
+        for piece in pieces:
+            write_all(self._log_fd, piece[written:])
+            written = max(0, written - len(piece))
 
     def close(self) -> None:
         for file in self.files.values():
