@@ -121,8 +121,6 @@ def supervise(request: TaskRequest, words: Sequence[str]) -> int:
 
 
 def open_reporter(request: TaskRequest) -> Reporter:
-    if request.api_base_url is None:
-        raise OptionError("--api_base_url: expected a URL, got none")
     client = HttpClient(request.api_base_url, read_token(), request.allow_local_urls)
     return Reporter(client, request.output_dir / UNDELIVERED)
 

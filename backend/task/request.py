@@ -19,14 +19,26 @@ from backend.task.safety import (
     check_id,
     check_inside,
     check_path,
+    exists_at,
     inside,
-    lies_at,
 )
 from console.devices import device_index, parse_devices
 from train.recipes import STUDENT_TASKS
 from train.students.names import SIZES, StudentName
 
 DATASET_PARAMETER = re.compile(r"(?<![:\w]):dataset_id\b")
+# Further spellings of a student's type and size.
+TYPE_NAMES = {"yolo": "yolov8", "yolo8": "yolov8", "yolo-v8": "yolov8", "u-net": "unet"}
+YOLO_SIZES = {
+    "nano": "n",
+    "tiny": "n",
+    "small": "s",
+    "medium": "m",
+    "large": "l",
+    "xlarge": "x",
+    "extra-large": "x",
+}
+OTHER_SIZES = {"s": "small", "m": "medium", "l": "large"}
 PRIVATE = frozenset({"dataset_url", "dataset_query", "training_config", "platform_config"})
 
 
@@ -40,7 +52,7 @@ class TaskRequest:
 
     task_id: str
     task_name: str
-    api_base_url: str | None
+    api_base_url: str
     allow_local_urls: bool
     output_dir: Path
     teacher: str
@@ -81,10 +93,9 @@ class Merged:
     warnings: list[str]
 
     def get(self, name: str) -> Any:
-        for source in (self.options, self.document, self.config.values):
-            if source.get(name) is not None:
-                return source[name]
-        return OPTIONS[name].default
+        sources = (self.options, self.document, self.config.values)
+        given = (source[name] for source in sources if source.get(name) is not None)
+        return next(given, OPTIONS[name].default)
 
     def need(self, name: str, instead: str = "") -> Any:
         value = self.get(name)
@@ -143,12 +154,13 @@ def resolve(merged: Merged) -> TaskRequest:
     notes: list[str] = []
     student = reconcile(*(merged.get(f"student_model{part}") for part in ("", "_type", "_size")))
     task_id = check_id("task_id", merged.need("task_id"))
+    url = merged.need("api_base_url", ": give it, or distillation.api.base-url in --platform_config")
     teacher, teacher_path = resolve_teacher(merged)
     output_dir = resolve_output(merged, task_id)
     return TaskRequest(
         task_id=task_id,
         task_name=merged.get("task_name") or "",
-        api_base_url=resolve_api_url(merged),
+        api_base_url=check_api_url(url, merged.config.allow_local_urls),
         allow_local_urls=merged.config.allow_local_urls,
         output_dir=output_dir,
         teacher=teacher,
@@ -165,11 +177,6 @@ def resolve(merged: Merged) -> TaskRequest:
     )
 
 
-def resolve_api_url(merged: Merged) -> str | None:
-    value = merged.need("api_base_url", ": give it, or distillation.api.base-url in --platform_config")
-    return check_api_url(value, merged.config.allow_local_urls)
-
-
 def resolve_output(merged: Merged, task_id: str) -> Path:
     """`--output_dir`, below the output root when the operator set one; by default root / task id."""
     root, given = merged.config.output_root, merged.get("output_dir")
@@ -181,13 +188,13 @@ def resolve_output(merged: Merged, task_id: str) -> Path:
     if root is not None:
         path = root / path
         check_inside("output_dir", root, path)
-    if lies_at("output_dir", path) and not path.is_dir():
+    if exists_at("output_dir", path) and not path.is_dir():
         raise OptionError(f"--output_dir: expected a folder, got the file {path}")
     return path
 
 
 def resolve_cache(merged: Merged, output_dir: Path) -> Path:
-    """The shared cache lies beside the tasks' folders unless it is configured."""
+    """The shared cache is beside the tasks' folders unless it is configured."""
     given = merged.get("cache_dir")
     if given is not None:
         return check_path("cache_dir", given)
@@ -195,11 +202,11 @@ def resolve_cache(merged: Merged, output_dir: Path) -> Path:
 
 
 def resolve_teacher(merged: Merged) -> tuple[str, Path]:
-    """The teacher's kind (`qwen2.5-vl` or `timm:NAME`) and where its weights lie."""
+    """The teacher's kind (`qwen2.5-vl` or `timm:NAME`) and the place of its weights."""
     name = merged.get("teacher_model")
     path = resolve_teacher_path(merged, name)
-    if not lies_at("teacher_path", path):
-        raise OptionError(f"--teacher_path: nothing lies at {path}: put the teacher's weights there")
+    if not exists_at("teacher_path", path):
+        raise OptionError(f"--teacher_path: {path} does not exist: put the teacher's weights there")
     if name and name.lower().startswith(("timm:", "timm/")):
         return f"timm:{name[len('timm:') :]}", path
     if path.is_file():
@@ -235,11 +242,11 @@ def below_models_root(field_name: str, root: str | None, path: Path, merged: Mer
 def resolve_weights(merged: Merged, notes: list[str]) -> dict[str, Any]:
     """The file that the student starts from, or whether timm's published weights are asked for.
 
-    The back end always sends a path: where nothing lies, no weights are given.
+    The back end always sends a path: where it does not exist, no weights are given.
     """
     missing = []
     for name, path in weight_files(merged):
-        if lies_at(name, path):
+        if exists_at(name, path):
             if name == "pretrainPath":
                 notes.append(f"the student starts from {path} (pretrainPath)")
             return {"student_path": path, "pretrained": False}
@@ -254,7 +261,7 @@ def resolve_weights(merged: Merged, notes: list[str]) -> dict[str, Any]:
 
 
 def weight_files(merged: Merged) -> Iterator[tuple[str, Path]]:
-    """Where weights may lie, first the option's path, then the one typed into the web form."""
+    """Where weights may be: first the option's path, then the one typed into the web form."""
     given, typed = merged.options.get("student_path"), merged.document.get("student_path")
     if given is not None:
         yield "student_path", check_path("student_path", given)
@@ -325,7 +332,7 @@ def resolve_data(merged: Merged) -> dict[str, Any]:
 def data_folder(merged: Merged, option: str, root: Path, name: str) -> Path:
     check_id(option, name)
     path = inside(option, root, name, merged.config.allow_symlinks)
-    if not lies_at(option, path):
+    if not exists_at(option, path):
         raise OptionError(f"--{option}: no data set at {path}")
     return path
 
@@ -363,19 +370,6 @@ def with_dataset_id(query: str, dataset_id: str | None) -> str:
     return DATASET_PARAMETER.sub(f"'{dataset_id}'", query)
 
 
-LETTERS = {
-    "nano": "n",
-    "tiny": "n",
-    "small": "s",
-    "medium": "m",
-    "large": "l",
-    "xlarge": "x",
-    "extra-large": "x",
-}
-WORDS = {"s": "small", "m": "medium", "l": "large"}
-TYPE_NAMES = {"yolo": "yolov8", "yolo8": "yolov8", "yolo-v8": "yolov8", "u-net": "unet"}
-
-
 def reconcile(model: str | None, kind: str | None, size: str | None) -> StudentName:
     """The student that the three options name together; what is missing is derived from `model`.
 
@@ -405,14 +399,11 @@ def parse_model(model: str) -> StudentName:
     text = model.strip()
     if text.lower().startswith("timm:") and len(text) > len("timm:"):
         return StudentName("timm", text[len("timm:") :])
-    head, slash, tail = text.lower().partition("/")
-    if slash:
-        kind = clean_type(head)
-        return StudentName(kind, clean_size(kind, tail))
-    for kind in SIZES:
-        if head.startswith(kind):
-            return StudentName(kind, clean_size(kind, head))
-    raise unknown("student_model", model)
+    head, slash, size = text.lower().partition("/")
+    kind = clean_type(head) if slash else next((kind for kind in SIZES if head.startswith(kind)), None)
+    if kind is None:
+        raise unknown("student_model", model)
+    return StudentName(kind, clean_size(kind, size if slash else head))
 
 
 def clean_type(kind: str) -> str:
@@ -431,7 +422,7 @@ def clean_size(kind: str, size: str) -> str:
     if word in SIZES[kind]:
         return word
     bare = word.removeprefix(kind).strip("-")
-    aliases = LETTERS if kind == "yolov8" else WORDS
+    aliases = YOLO_SIZES if kind == "yolov8" else OTHER_SIZES
     for candidate in (bare, f"{kind}{bare}", f"{kind}-{bare}", aliases.get(bare)):
         if candidate in SIZES[kind]:
             return candidate

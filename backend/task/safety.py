@@ -45,7 +45,7 @@ def check_path(option: str, value: str) -> Path:
     return Path(value)
 
 
-def lies_at(option: str, path: Path) -> bool:
+def exists_at(option: str, path: Path) -> bool:
     """Whether something is at `path`.
 
     Raises:
