@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from files.writing import sync_file, sync_folder
+from files.writing import publish, sync_file, sync_folder
 from store.errors import disk_errors
 from store.finalize import Checksums, commit_record, digest_of, drop_job, remove_done, write_statistics
 from store.format import (
@@ -477,8 +477,7 @@ def switch(store: Path, new: Path) -> None:
     # All moves must be on the disk before the manifest that calls the store complete.
     for folder in (store, new, replaced):
         sync_folder(folder)
-    os.replace(new / ZARR_JSON, store / ZARR_JSON)
-    sync_folder(store)
+    publish(new / ZARR_JSON, store / ZARR_JSON)
 
 
 def clear_version(store: Path) -> None:

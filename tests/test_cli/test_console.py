@@ -18,7 +18,7 @@ from console import progress
 from console.output import print_json, print_table
 from console.progress import clock, track_progress
 from console.stop import StopRequest
-from files.writing import OutputError, whole_file
+from files.writing import PARTIAL_PREFIX, OutputError, replace_file, whole_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,3 +109,30 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         fill_the_disk()
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    (tmp_path / f"{PARTIAL_PREFIX}summary.json").write_text("a longer text, of a process that was killed")
+    replace_file(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_leads_to_content_that_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content first, then the name, then the folder: the order that survives a power failure."""
+    steps: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        steps.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        steps.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    replace_file(tmp_path / "a.json", b"{}")
+    assert steps == [f"{PARTIAL_PREFIX}a.json", "rename", tmp_path.name]

@@ -150,9 +150,10 @@ def test_repair_drops_leftovers_only(make_store: Any) -> None:
     (path / "train/features/pooled/c/9/0.partial").write_bytes(b"x")
     (path / ".work/features.creating").mkdir(parents=True)
     (path / ".work/features.creating/job.json").write_text("{")
+    (path / ".partial-zarr.json").write_text("{")  # killed while the manifest was replaced
     problems = [str(finding) for finding in verify_store(path)]
-    assert len(problems) == 2
-    assert len(repair_store(path)) == 2
+    assert len(problems) == 3
+    assert len(repair_store(path)) == 3
     assert verify_store(path) == []
     assert files_of(path) == before
 
