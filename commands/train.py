@@ -12,8 +12,8 @@ import typer
 from commands.options import AsJson, offer_options
 from train.config import TrainConfig, load_config
 from train.errors import ConfigError
-from train.recipes import RECIPES
 from train.rundir import check_run_folder
+from train.students.families import FAMILIES
 
 # What `per_class` holds, by task.
 PER_CLASS_METRICS = {
@@ -66,7 +66,7 @@ def train(
         print_summary(summary, settings.out, json)
 
 
-offer_options(train, TrainConfig, RECIPES)
+offer_options(train, TrainConfig, {kind: family.recipe for kind, family in FAMILIES.items()})
 
 
 def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:

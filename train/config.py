@@ -18,8 +18,7 @@ from console.options import given, load_options, option, options_of, read_option
 from console.output import plain_json
 from console.redaction import redact_values
 from train.errors import ConfigError
-from train.recipes import recipe_of
-from train.students.names import UnknownStudentError, parse_student_name
+from train.students.families import UnknownStudentError, parse_student_name, recipe_of
 
 Task = Literal["auto", "classification", "segmentation", "sequence", "features", "detection"]
 Source = Literal["option", "file", "recipe"]

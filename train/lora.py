@@ -17,17 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from train.errors import TrainError
 from train.students.base import Student
+from train.students.families import FAMILIES
 
 Bias = Literal["none", "all", "lora_only"]
 
-#: Names of the layers that get adapters by default; None: every layer that can carry one.
-DEFAULT_TARGETS: dict[str, tuple[str, ...] | None] = {
-    "resnet": ("conv1", "conv2", "conv3"),
-    "vit": ("qkv", "proj", "fc1", "fc2"),
-    "lstm": ("conv1", "conv2", "conv3"),
-    "unet": None,
-    "timm": None,
-}
 #: Layers outside the blocks that share a name with layers inside them: adapted only when named in full.
 STEMS = ("conv1", "patch_embed.proj")
 
@@ -138,7 +131,7 @@ def choose_targets(student: Student, wanted: Sequence[str]) -> list[str]:
     A wanted name fits a layer whose full name is it or ends in `.` and it.
     """
     names = adaptable_layers(student)
-    defaults = DEFAULT_TARGETS.get(student.spec.type)
+    defaults = FAMILIES[student.spec.type].adapters
     if not wanted:
         inner = [name for name in names if name not in STEMS]
         return [n for n in inner if defaults is None or n.rsplit(".", 1)[-1] in defaults]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from backend.task.errors import OptionError
 from backend.task.options import OPTIONS
 from backend.task.request import TaskRequest
-from train.recipes import recipe_of
+from train.students.families import recipe_of
 
 if TYPE_CHECKING:
     from extract.config import ExtractConfig

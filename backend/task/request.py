@@ -23,8 +23,7 @@ from backend.task.safety import (
     inside,
 )
 from console.devices import device_index, parse_devices
-from train.recipes import STUDENT_TASKS
-from train.students.names import SIZES, StudentName
+from train.students.families import FAMILIES, SIZES, StudentName
 
 DATASET_PARAMETER = re.compile(r"(?<![:\w]):dataset_id\b")
 # Further spellings of a student's type and size.
@@ -281,7 +280,7 @@ def asks_for_published_weights(merged: Merged) -> bool:
 def resolve_task(merged: Merged, student: StudentName, notes: list[str]) -> str:
     """The student's task; `classification` is hard-coded in the back end and yields to the student's own."""
     asked = str(merged.chosen.get("task_type", ""))
-    own = STUDENT_TASKS[student.type]
+    own = FAMILIES[student.type].task
     if asked in ("", own) or (asked == "classification" and own == "sequence"):
         return own
     if asked == "features" and student.type != "yolov8":

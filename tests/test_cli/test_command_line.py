@@ -15,7 +15,7 @@ import pytest
 import cli
 from console.stop import Stopped
 from train.errors import ConfigError
-from train.students.names import parse_student_name
+from train.students.families import parse_student_name
 
 ROOT = Path(__file__).parents[2]
 

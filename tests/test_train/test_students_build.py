@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from train.students import StudentError, build_student, list_students, rebuild_student, timm_student
 from train.students.base import Student
 from train.students.catalog import count_macs, input_shape, kept_measurements, measure_all, measure_student
-from train.students.names import all_student_names
+from train.students.families import all_student_names
 
 # Published: torchvision (ResNet), Steiner et al. 2021 (ViT-Ti, B, L at 16), Ronneberger et al. 2015 with batch norm.
 PUBLISHED_PARAMETERS = {

@@ -28,7 +28,7 @@ from store.summary import (
 )
 from train.config import TrainConfig
 from train.errors import ConfigError, TrainError
-from train.recipes import STUDENT_TASKS
+from train.students.families import FAMILIES
 
 log = get_logger("train")
 
@@ -96,7 +96,7 @@ def named_arrays(store: Store) -> set[str]:
 
 def resolve_task(config: TrainConfig) -> str:
     """The student's own task, or `features`. Raises ConfigError for a task that the student cannot learn."""
-    own = STUDENT_TASKS[config.student_type]
+    own = FAMILIES[config.student_type].task
     if config.task in ("auto", own):
         return own
     if config.task == "features" and own != "detection":

@@ -8,7 +8,7 @@ from torch import nn
 from train.delivery.model import OnnxModel
 from train.errors import DeliveryError
 from train.students.base import Student, StudentOutput, StudentSpec
-from train.students.names import parse_student_name
+from train.students.families import parse_student_name
 
 
 class PublishedStatistics(nn.Module):

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import TrainError
-from train.recipes import STUDENT_TASKS, recipe_of
-from train.students.names import all_student_names, parse_student_name
+from train.students.families import FAMILIES, all_student_names, parse_student_name, recipe_of
 
 if TYPE_CHECKING:
     from train.students.base import Student
@@ -44,7 +43,7 @@ def describe_student(name: str) -> dict[str, Any]:
     """The row of one student; see `list_students`."""
     parsed = parse_student_name(name)
     recipe = recipe_of(str(parsed))
-    task = STUDENT_TASKS[parsed.type]
+    task = FAMILIES[parsed.type].task
     size = usual_size(recipe)
     row: dict[str, Any] = {"name": str(parsed), "type": parsed.type, "size": parsed.size, "task": task}
     row |= {"num_classes": USUAL_CLASSES[task], "recipe": recipe, "note": None}
@@ -88,7 +87,7 @@ def measure_all() -> dict[str, dict[str, Any]]:
     """What measured.json holds, measured now. Raises TrainError or ImportError for a student that cannot be built."""
     measured = {}
     for name in all_student_names():
-        classes, size = USUAL_CLASSES[STUDENT_TASKS[name.type]], usual_size(recipe_of(str(name)))
+        classes, size = USUAL_CLASSES[FAMILIES[name.type].task], usual_size(recipe_of(str(name)))
         measured[f"{name} at {size} px, {classes} classes"] = measure_student(str(name), classes, size)
     return measured
 

@@ -6,21 +6,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from train.recipes import recipe_of
 from train.students.base import Student
-from train.students.names import parse_student_name
+from train.students.families import FAMILIES, parse_student_name, recipe_of
 
 DEFAULT_IMAGE_SIZE = 224
-
-#: Student type → "module:function". Every function takes the parsed name and the keywords of `construct_student`.
-BUILDERS: dict[str, str] = {
-    "resnet": "train.students.timm_student:build_timm_student",
-    "vit": "train.students.timm_student:build_timm_student",
-    "timm": "train.students.timm_student:build_timm_student",
-    "unet": "train.students.unet:build_unet",
-    "lstm": "train.students.lstm:build_lstm",
-    "yolov8": "train.students.yolo:build_yolo",
-}
 
 
 def construct_student(
@@ -40,7 +29,7 @@ def construct_student(
     Raises UnknownStudentError for a name, StudentError for anything else that cannot be built.
     """
     parsed = parse_student_name(name)
-    module, function = BUILDERS[parsed.type].split(":")
+    module, function = FAMILIES[parsed.type].builder.split(":")
     builder = getattr(importlib.import_module(module), function)
     size = (
         image_size if image_size is not None else recipe_of(str(parsed)).get("image_size", DEFAULT_IMAGE_SIZE)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from train.data.prefetch import to_device
 from train.distill.losses import full_precision
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
-from train.students.names import StudentName
+from train.students.families import StudentName
 from train.students.timm_student import create_timm_model
 
 HIDDEN_SIZES = {"small": 256, "medium": 512, "large": 1024}

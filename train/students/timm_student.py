@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
-from train.students.names import StudentName
+from train.students.families import StudentName
 
 ARCHITECTURES = {
     "vit-tiny": "vit_tiny_patch16_224",

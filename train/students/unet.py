@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from train.students.base import Student, StudentError, StudentOutput, StudentSpec
-from train.students.names import StudentName
+from train.students.families import StudentName
 
 BASE_WIDTHS = {"small": 32, "medium": 48, "large": 64}
 STRIDE = 16

@@ -17,7 +17,7 @@ from files.weights import (
     why_unreadable,
 )
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
-from train.students.names import StudentName
+from train.students.families import StudentName
 from train.yolo.offline import prepare_ultralytics
 
 ULTRALYTICS_ERROR = "ERROR ❌️ "

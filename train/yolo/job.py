@@ -18,7 +18,7 @@ from train.config import TrainConfig
 from train.delivery.fonts import register_with_matplotlib
 from train.errors import ConfigError
 from train.lora import apply_lora_options
-from train.students.names import parse_student_name
+from train.students.families import parse_student_name
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
 from train.yolo.dataset import DetectionSplit, open_split
 from train.yolo.model import LEVELS, Distillation, plain_detector

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from train.students.names import UnknownStudentError, all_student_names, parse_student_name
+from train.students.families import UnknownStudentError, all_student_names, parse_student_name
 
 
 @pytest.mark.parametrize(
@@ -59,5 +59,5 @@ def test_unknown_names_list_the_nearest(text: str, hint: str) -> None:
 
 
 def test_parsing_imports_no_torch() -> None:
-    code = "import sys, train.students.names; sys.exit('torch' in sys.modules)"
+    code = "import sys, train.students.families; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
