@@ -12,7 +12,7 @@ import typer
 from commands.options import AsJson, offer_options
 from train.config import TrainConfig, load_config
 from train.errors import ConfigError
-from train.rundir import check_run_folder
+from train.run_folder import RunFolder
 from train.students.families import FAMILIES
 
 # What `per_class` holds, by task.
@@ -51,7 +51,7 @@ def train(
         options["device"] = gpu_devices
     settings = load_config(options, config)
     if os.environ.get("RANK", "0") == "0":
-        check_run_folder(settings)
+        RunFolder(settings.out).check_place(settings)
     # ultralytics starts the processes of YOLO students.
     if len(settings.devices) > 1 and "RANK" not in os.environ and settings.student_type != "yolov8":
         from console.stop import StopRequest

@@ -355,19 +355,19 @@ def load_config(options: Mapping[str, Any], file: Path | None = None) -> TrainCo
 
 def options_to_resume(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the run that `options` resume, and their `sources`; empty without `resume` or without a run."""
-    from train.rundir import has_results, read_options
+    from train.run_folder import RunFolder
 
     if options.get("resume") not in (True, "true", "True") or "out" not in options:
         return {}
-    folder = Path(str(options["out"]))
-    if {"store", "student"} <= options.keys() and not has_results(folder):
+    folder = RunFolder(Path(str(options["out"])))
+    if {"store", "student"} <= options.keys() and not folder.has_results():
         return {}  # a start that failed: one of its options may be the reason
-    before = read_options(folder)
+    before = folder.read_options()
     if before is None:
         if {"store", "student"} <= options.keys():
             return {}
         raise ConfigError(
-            f"--resume: nothing to resume in {folder}: check --out, or leave --resume out and name STORE and --student"
+            f"--resume: nothing to resume in {folder.path}: check --out, or leave --resume out and name STORE and --student"
         )
     # An option that has been removed since has no effect any more.
     known = {name: value for name, value in before.items() if name in TrainConfig.model_fields}

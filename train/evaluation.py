@@ -34,6 +34,7 @@ from train.loop.assemble import build_loader
 from train.loop.evaluate import evaluate
 from train.loop.loop import build_normalizer
 from train.loop.machine import build_accelerator
+from train.metrics import name_classes
 from train.students.base import Student
 from train.tasks import build_task
 
@@ -103,7 +104,7 @@ def evaluate_run(
         "metrics": {
             name_of_loss(k): v for k, v in metrics.items() if k not in details and k != "val_hard_loss"
         },
-        "per_class": name_details(details, content["class_names"]),
+        "per_class": name_classes(details, content["class_names"]),
         "run": str(run),
         "store": str(store),
     }
@@ -174,9 +175,3 @@ def measure(
         return evaluate(
             module, loader.epoch(0), objective, accelerator.device, normalize, accelerator.autocast
         )
-
-
-def name_details(details: dict[str, float], names: list[str]) -> dict[str, float | None]:
-    from train.run import name_classes
-
-    return name_classes(details, names)

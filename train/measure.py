@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,30 +20,9 @@ from train.distill.objective import Objective
 from train.distill.projector import pooled_rows
 from train.loop.assemble import Built, build_loader
 from train.students.base import Student
-from train.students.catalog import count_macs, input_shape
+from train.students.catalog import input_shape
 
 LATENCY_RUNS = 5
-
-
-def measure_student(
-    built: Built, config: TrainConfig, store: Store, data: TrainingData, best: Path
-) -> dict[str, Any]:
-    """`parameters`, `trainable_parameters`, `macs`, `latency_ms` (one image), and `quality` of label-free runs."""
-    student = built.student
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    quality = {}
-    labelled = data.train_labels is not None and data.val_labels is not None
-    # Only rank 0 writes the summary, and another machine may not see best.pt.
-    if data.task == "features" and labelled and built.parts.accelerator.is_main_process:
-        student.load_state_dict(load_checkpoint(best)["model_state_dict"])
-        quality = feature_quality(built, config, store, data)
-    return {
-        "parameters": student.parameter_count(),
-        "trainable_parameters": trained,
-        "macs": count_macs(student),
-        "latency_ms": measure_latency(student),
-        "quality": quality,
-    }
 
 
 @torch.no_grad()
@@ -63,10 +41,20 @@ def measure_latency(student: Student, runs: int = LATENCY_RUNS) -> float:
     return round(1000 * statistics.median(times[1:]), 3)
 
 
-def feature_quality(built: Built, config: TrainConfig, store: Store, data: TrainingData) -> dict[str, float]:
-    """k-NN and linear-probe accuracy of the student's own pooled features, both trained on the training split."""
+def feature_quality(
+    built: Built, config: TrainConfig, store: Store, data: TrainingData, best: Path
+) -> dict[str, float]:
+    """k-NN and linear-probe accuracy of a label-free student's pooled features, both fitted on the training split.
+
+    Of the student in `best`, which is loaded. Empty for other tasks, without labels, and on ranks other than 0.
+    """
     from store.quality import knn_accuracy, probe_accuracy
 
+    labeled = data.train_labels is not None and data.val_labels is not None
+    # Only rank 0 writes the summary, and another machine may not have best.pt.
+    if data.task != "features" or not labeled or not built.parts.accelerator.is_main_process:
+        return {}
+    built.student.load_state_dict(load_checkpoint(best)["model_state_dict"])
     arguments = []
     for training, labels in ((True, data.train_labels), (False, data.val_labels)):
         assert labels is not None

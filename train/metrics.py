@@ -144,3 +144,17 @@ def warn_of_zero_metric(config: TrainConfig, folder: Path, records: Sequence[Map
         f"{config.image_size} px, labels that do not fit the images (cli inspect {config.store} --pictures FOLDER), or too "
         "few epochs"
     )
+
+
+def name_classes(details: Mapping[str, float], names: Sequence[str]) -> dict[str, float | None]:
+    """`per_class_iou/3` → the name of class 3, where the store names it; None: no samples, so undefined.
+
+    Empty for a task that has no metric per class.
+    """
+    values = {int(key.rpartition("/")[2]): value for key, value in details.items()}
+    known = max([len(names), *(index + 1 for index in values)]) if values else 0
+    return {
+        names[index] if index < len(names) else str(index): values.get(index)
+        for index in range(known)
+        if index < len(names) or index in values
+    }

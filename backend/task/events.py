@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -15,13 +14,14 @@ from console.log import get_logger
 from files.writing import replacing
 from train.events import SilentObserver
 from train.metrics import headline_of
+from train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
 log = get_logger("platform")
 
-BEST, BEST_MODEL, METRICS = "best.pt", "best_model.pt", "metrics.jsonl"
+BEST, BEST_MODEL = "best.pt", "best_model.pt"
 EXTRACTION_EVERY_S = 2.0
 LOG_EVERY_S = 30.0
 MEGABYTE = 1_000_000
@@ -73,7 +73,7 @@ class TrainingEvents(SilentObserver):
 
     def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int, folder: Path) -> None:
         self.calls, self.sender, self.total_epochs, self.folder = calls, sender, total_epochs, folder
-        self.reported = {int(record["epoch"]) for record in read_records(folder / METRICS)}
+        self.reported = {int(record["epoch"]) for record in RunFolder(folder).read_records()}
         self.caught_up = False
 
     def epoch_end(self, record: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ class TrainingEvents(SilentObserver):
     def catch_up(self, before: int | None = None) -> None:
         """Report what is in metrics.jsonl and has not been reported: all of it, or the epochs `before` one."""
         self.caught_up = True
-        for record in read_records(self.folder / METRICS):
+        for record in RunFolder(self.folder).read_records():
             epoch = int(record["epoch"])
             if epoch not in self.reported and (before is None or epoch < before):
                 self.report(epoch, record)
@@ -125,15 +125,6 @@ class TrainingEvents(SilentObserver):
 
     def finished(self, summary: dict[str, Any]) -> None:
         self.catch_up()
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The finished lines of a metrics.jsonl; none where there is no file."""
-    try:
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-    except OSError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def history_values(record: Mapping[str, Any], accuracy: float | None) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class Task:
         """Publish the best model, note the platform's part in summary.json, send the evaluation."""
         from console.output import plain_json
         from store.reader import open_store
-        from train.rundir import SUMMARY, write_json
+        from train.run_folder import SUMMARY, write_json
 
         request, folder = self.request, self.request.output_dir
         TrainingEvents(self.calls, self.sender, self.epochs, folder).publish_best()

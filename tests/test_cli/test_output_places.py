@@ -122,7 +122,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nu\0l", "n" * 300])
 def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     from train.errors import TrainError
-    from train.rundir import make_folder
+    from train.run_folder import make_folder
 
     with pytest.raises(OutputError, match="cannot be written: "):
         check_writable(tmp_path / name, "--out")

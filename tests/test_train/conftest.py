@@ -276,11 +276,11 @@ def yolo_run(yolo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """A finished training that distils at two levels, with its control, and what an observer heard of it."""
     pytest.importorskip("ultralytics")
     from tests.test_train.yolo_runs import RUN_OPTIONS, Listener, make_config
-    from train.yolo.run import run_yolo
+    from train.run import run_training
 
     out = tmp_path_factory.mktemp("run") / "out"
     listener = Listener()
-    run_yolo(make_config(yolo_store, out, control=True, **RUN_OPTIONS), [listener])
+    run_training(make_config(yolo_store, out, control=True, **RUN_OPTIONS), [listener])
     return out, listener
 
 

@@ -12,11 +12,12 @@ import torch
 
 from store.errors import DistillError
 from store.reader import open_store
-from train import run as run_module
 from train.checkpoint import CheckpointError, load_checkpoint, load_student_from_run, save_checkpoint
 from train.errors import ConfigError, TrainError
 from train.events import SilentObserver
+from train.loop import fit as loop_fit
 from train.loop import loop
+from train.loop.machine import is_out_of_memory
 from train.run import OutOfMemoryError, run_training
 
 
@@ -209,7 +210,7 @@ def test_auto_batch_halves_until_it_fits_and_keeps_the_steps(make_store, make_co
 
 def test_auto_batch_lets_go_of_what_ran_out_of_memory(make_store, make_config, monkeypatch):
     exhaust_memory_above(2, monkeypatch)
-    plain, built = run_module.build_training, []
+    plain, built = loop_fit.build_training, []
 
     def build(*arguments: Any, **options: Any) -> Any:
         assert [module() for module in built] == [None] * len(built), "an earlier attempt is still in memory"
@@ -217,7 +218,7 @@ def test_auto_batch_lets_go_of_what_ran_out_of_memory(make_store, make_config, m
         built.append(weakref.ref(result.parts.module))
         return result
 
-    monkeypatch.setattr(run_module, "build_training", build)
+    monkeypatch.setattr(loop_fit, "build_training", build)
     run_training(make_config(make_store(), auto_batch=True, epochs=1))
     assert len(built) == 3
 
@@ -297,8 +298,8 @@ def test_checkpoints_that_would_run_code_are_not_loaded(tmp_path):
 
 
 def test_other_runtime_errors_are_not_taken_for_memory():
-    assert not run_module.is_out_of_memory(RuntimeError("shape mismatch"))
-    assert run_module.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
 
 
 def test_error_types():

@@ -20,7 +20,7 @@ from train.checkpoint import load_checkpoint
 from train.config import load_config
 from train.errors import ConfigError
 from train.run import run_training
-from train.rundir import check_run_folder
+from train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("epoch_time_s",)
@@ -353,7 +353,7 @@ def test_a_start_that_failed_does_not_block_the_next(make_store, make_config, mo
                 run_training(config)
         assert (config.out / "config.json").exists()
         config = make_config(store, epochs=1, **again)
-        check_run_folder(config)
+        RunFolder(config.out).check_place(config)
     assert run_training(config)["complete"]
 
 
@@ -371,7 +371,8 @@ def test_a_folder_that_nobody_can_mean_is_refused(tmp_path, make_config, file, o
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / file).touch()
     with pytest.raises(ConfigError, match=text) if text else contextlib.nullcontext():
-        check_run_folder(make_config("a.zarr", **options))
+        config = make_config("a.zarr", **options)
+        RunFolder(config.out).check_place(config)
 
 
 def test_a_finished_run_is_extended_or_left_alone(make_store, make_config):

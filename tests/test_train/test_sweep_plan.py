@@ -13,7 +13,8 @@ import pytest
 from console.cores import core_share
 from console.options import read_option_file
 from train.errors import ConfigError, TrainError
-from train.sweep.board import best_of, line, read_records, read_state
+from train.run_folder import RunFolder
+from train.sweep.board import best_of, line, read_state
 from train.sweep.config import Trial, load_sweep_config, plan_trials
 from train.sweep.run import (
     dask_defaults,
@@ -256,7 +257,7 @@ def test_a_trial_that_the_system_kills_is_told_apart_from_an_error(
 def test_records_of_a_run_that_is_writing_are_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 1, "top1": 0.5}\n{"epoch": 2, "top1": 0.75}\n{"epoch": 3, "to')
-    records = read_records(path)
+    records = RunFolder(tmp_path).read_records()
     assert [record["epoch"] for record in records] == [1, 2]
     assert best_of(records) == ("top1", 0.75)
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.test_train.yolo_runs import Listener, make_config, metrics_of
 from train.errors import TrainError
-from train.yolo.run import run_yolo
+from train.run import run_training
 
 pytest.importorskip("ultralytics")
 
@@ -30,7 +30,7 @@ def test_a_rank_reads_its_job_from_the_run_folder(yolo_run: tuple[Path, Listener
 
 @pytest.fixture
 def on_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`run_yolo` trains on two CPU processes."""
+    """`run_training` trains on two CPU processes."""
     from tests.test_train.yolo_ranks import CpuRanksTrainer
     from train.yolo import trainer
 
@@ -42,9 +42,9 @@ def on_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_train_report_and_resume(yolo_store: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options: dict[str, Any] = {"epochs": 2, "workers": 0}
-    run_yolo(make_config(yolo_store, out, **{**options, "epochs": 1}))
+    run_training(make_config(yolo_store, out, **{**options, "epochs": 1}))
     listener = Listener()
-    summary = run_yolo(make_config(yolo_store, out, resume=True, **options), [listener])
+    summary = run_training(make_config(yolo_store, out, resume=True, **options), [listener])
     records = metrics_of(out)
     assert [record["epoch"] for record in records] == [1, 2]
     assert all(record["feature_loss"] > 0 for record in records)
@@ -66,4 +66,4 @@ def test_a_failing_process_is_one_clear_error(
 ) -> None:
     monkeypatch.setenv("FAIL_RANK", "1")
     with pytest.raises(TrainError, match=r"DDP launcher failed \(exit code 1\): its own error stands above"):
-        run_yolo(make_config(yolo_store, tmp_path / "out"))
+        run_training(make_config(yolo_store, tmp_path / "out"))

@@ -13,7 +13,7 @@ import pytest
 
 from tests.test_train.yolo_runs import OPTIONS, ROOT, make_config
 from train.errors import ConfigError
-from train.yolo.run import run_yolo
+from train.run import run_training
 
 pytest.importorskip("ultralytics")
 
@@ -136,4 +136,4 @@ def test_plots_without_polars_are_an_error_when_asked_for(
     with pytest.raises(
         ConfigError, match="plots=true: ultralytics draws plots with polars, which is not installed"
     ):
-        run_yolo(config)
+        run_training(config)

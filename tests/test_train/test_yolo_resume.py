@@ -30,7 +30,7 @@ from train.checkpoint import load_checkpoint
 from train.config import load_config
 from train.errors import ConfigError
 from train.events import SilentObserver
-from train.yolo.run import run_yolo
+from train.run import run_training
 
 pytest.importorskip("ultralytics")
 
@@ -47,9 +47,9 @@ def test_resume_equals_an_uninterrupted_run(
     with monkeypatch.context() as patched:
         crash_in(patched, 5)  # three batches an epoch: in the middle of the second
         with pytest.raises(Crash):
-            run_yolo(make_config(yolo_store, out, **RUN_OPTIONS))
+            run_training(make_config(yolo_store, out, **RUN_OPTIONS))
     assert [record["epoch"] for record in metrics_of(out)] == [1]
-    summary = run_yolo(make_config(yolo_store, out, resume=True, **RUN_OPTIONS))
+    summary = run_training(make_config(yolo_store, out, resume=True, **RUN_OPTIONS))
     assert f"{out}: resumed after epoch 1" in train_log.text
     assert_equal(learnt(out), learnt(whole))
     assert summary["metrics"] == json.loads((whole / "summary.json").read_text())["metrics"]
@@ -69,13 +69,13 @@ def test_a_complete_run_is_not_repeated_and_a_taken_folder_is_refused(
     folder, listener = yolo_run
     before = (folder / "last.pt").stat().st_mtime_ns
     options = {"control": True, **RUN_OPTIONS}
-    assert run_yolo(make_config(yolo_store, folder, resume=True, **options)) == listener.summary
-    assert run_yolo(load_config({"out": folder, "resume": True})) == listener.summary
+    assert run_training(make_config(yolo_store, folder, resume=True, **options)) == listener.summary
+    assert run_training(load_config({"out": folder, "resume": True})) == listener.summary
     assert (folder / "last.pt").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="--resume to continue it, or --overwrite"):
-        run_yolo(make_config(yolo_store, folder, **options))
+        run_training(make_config(yolo_store, folder, **options))
     with pytest.raises(ConfigError, match="image_size 64 → 96"):
-        run_yolo(make_config(yolo_store, folder, resume=True, **{**options, "image_size": 96}))
+        run_training(make_config(yolo_store, folder, resume=True, **{**options, "image_size": 96}))
 
 
 @pytest.mark.slow
@@ -94,9 +94,9 @@ def test_interrupted_in_the_middle_of_finishing_the_checkpoints(
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "strip_optimizer", write_half)
         with pytest.raises(Crash):
-            run_yolo(make_config(yolo_store, out, epochs=1))
+            run_training(make_config(yolo_store, out, epochs=1))
     before = learnt(out)
-    summary = run_yolo(make_config(yolo_store, out, epochs=1, resume=True))
+    summary = run_training(make_config(yolo_store, out, epochs=1, resume=True))
     assert summary["epochs_done"] == 1
     assert_equal(learnt(out), before)
     assert summary["exported"]["map50"] is not None
@@ -109,7 +109,7 @@ def saved_epochs(listener: Listener, name: str) -> list[int]:
 def test_checkpoints_are_written_by_time(yolo_store: Path, tmp_path: Path) -> None:
     """After the first epoch, every minute, and at the end; with 0 minutes whenever the last writing is done."""
     listener = Listener()
-    run_yolo(make_config(yolo_store, tmp_path / "minute"), [listener])
+    run_training(make_config(yolo_store, tmp_path / "minute"), [listener])
     assert saved_epochs(listener, "last.pt") == [1, 3]
     assert saved_epochs(listener, "best.pt")[-1] == load_checkpoint(tmp_path / "minute" / "best.pt")["epoch"]
     assert not list((tmp_path / "minute").glob(".best*"))
@@ -125,7 +125,7 @@ def test_a_stop_between_two_writings_keeps_the_last_finished_epoch(yolo_store: P
                 stop.set(signal.SIGTERM)
 
     with pytest.raises(Stopped, match="--resume continues after it"):
-        run_yolo(make_config(yolo_store, out), [StopAfterSecond()], stop)
+        run_training(make_config(yolo_store, out), [StopAfterSecond()], stop)
     last, best = load_checkpoint(out / "last.pt"), load_checkpoint(out / "best.pt")
     assert last["epoch"] == 2
     assert best["epoch"] == last["training"]["best_epoch"]
@@ -137,7 +137,7 @@ def test_an_error_keeps_the_last_finished_epoch_and_the_best_student(
     out = tmp_path / "out"
     crash_in(monkeypatch, 8)  # three batches an epoch: in the middle of the third
     with pytest.raises(Crash):
-        run_yolo(make_config(yolo_store, out))
+        run_training(make_config(yolo_store, out))
     last = load_checkpoint(out / "last.pt")
     assert last["epoch"] == 2
     assert load_checkpoint(out / "best.pt")["epoch"] == last["training"]["best_epoch"]
@@ -155,9 +155,9 @@ def test_ultralytics_best_is_the_student_of_ours_after_a_resume(yolo_store: Path
             stop.set(signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        run_yolo(make_config(yolo_store, out), [StopAfterFirst()], stop)
+        run_training(make_config(yolo_store, out), [StopAfterFirst()], stop)
     (out / "ultralytics" / "best.pt").write_bytes(b"of another epoch")
-    run_yolo(make_config(yolo_store, out, resume=True))
+    run_training(make_config(yolo_store, out, resume=True))
     exported = YOLO(out / "ultralytics" / "best.pt").model.state_dict()
     ours = load_checkpoint(out / "best.pt")["model_state_dict"]
     for name, value in ours.items():
@@ -173,7 +173,7 @@ def test_a_stop_request_ends_after_the_batch(yolo_store: Path, tmp_path: Path) -
             stop.set(signal.SIGTERM)
 
     with pytest.raises(Stopped, match="--resume continues after it") as stopped:
-        run_yolo(make_config(yolo_store, out), [StopAfterFirst()], stop)
+        run_training(make_config(yolo_store, out), [StopAfterFirst()], stop)
     assert stopped.value.exit_code == 143
     assert len(metrics_of(out)) == 1
     assert not (out / "summary.json").exists()
@@ -184,9 +184,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from train.config import TrainConfig
-from train.yolo import run as yolo_run
+from train.run import run_training
+from train.yolo import fit as yolo_fit
 kill_at, options = int(sys.argv[1]), eval(sys.argv[2])
-counted = yolo_run.count_batches
+counted = yolo_fit.count_batches
 def count(*arguments):
     after_batch, seen = counted(*arguments), iter(range(1, 1000))
     def finished(trainer):
@@ -194,8 +195,8 @@ def count(*arguments):
         if next(seen) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
     return finished
-yolo_run.count_batches = count
-yolo_run.run_yolo(TrainConfig(**options))
+yolo_fit.count_batches = count
+run_training(TrainConfig(**options))
 """
 
 

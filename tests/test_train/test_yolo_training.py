@@ -18,7 +18,7 @@ from tests.test_train.yolo_runs import (
 from train.checkpoint import load_checkpoint, load_student_from_run
 from train.errors import ConfigError, TrainError
 from train.loop.machine import OutOfMemoryError
-from train.yolo.run import run_yolo
+from train.run import run_training
 
 pytest.importorskip("ultralytics")
 
@@ -38,7 +38,7 @@ def test_lora_leaves_base_weights_as_they_were(
         "learning_rate": 0.1,
         "optimizer": "sgd",
     }
-    summary = run_yolo(make_config(yolo_store, out, **options))
+    summary = run_training(make_config(yolo_store, out, **options))
     start = load_checkpoint(folder / "best.pt")["model_state_dict"]
     live = load_checkpoint(out / "last.pt")["training"]["model"]
     learning = ("model.22.", "distillation.")  # the Detect head and the alignment heads
@@ -82,7 +82,7 @@ def test_lora_is_merged_in_what_is_validated_and_warns_of_nothing(
 
     monkeypatch.setattr(BaseValidator, "__call__", call)
     options = {"lora_rank": 2, "student_path": yolo_run[0] / "best.pt", "epochs": 1}
-    run_yolo(make_config(yolo_store, tmp_path / "out", **options))
+    run_training(make_config(yolo_store, tmp_path / "out", **options))
     (names,) = validated
     assert not [name for name in names if "lora" in name or "base_layer" in name]
     assert [name for name in names if name.startswith("distillation.")]
@@ -92,7 +92,7 @@ def test_lora_is_merged_in_what_is_validated_and_warns_of_nothing(
 @pytest.mark.parametrize("kind", ["cosine", pytest.param("smooth_l1", marks=pytest.mark.slow)])
 def test_feature_losses_and_foreground_weights(yolo_store: Path, tmp_path: Path, kind: str) -> None:
     options = {"feature_loss_type": kind, "foreground_weight": 4.0, "epochs": 1, "distill_layers": "P3"}
-    run_yolo(make_config(yolo_store, tmp_path / "out", **options))
+    run_training(make_config(yolo_store, tmp_path / "out", **options))
     assert metrics_of(tmp_path / "out")[0]["feature_loss"] > 0
 
 
@@ -119,7 +119,7 @@ def test_what_is_not_finite_stops_the_run_and_saves_nothing(
 
     monkeypatch.setattr(model, "feature_loss", term)
     with pytest.raises(TrainError, match=f"the {what} is not finite in epoch 1, nothing of which is saved"):
-        run_yolo(make_config(yolo_store, tmp_path / "out"))
+        run_training(make_config(yolo_store, tmp_path / "out"))
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
@@ -141,7 +141,7 @@ def test_out_of_memory_ends_with_advice(
 ) -> None:
     exhaust_memory_above(2, monkeypatch)
     with pytest.raises(OutOfMemoryError, match=r"half the --batch-size.*\(batch_size 4\)"):
-        run_yolo(make_config(yolo_store, tmp_path / "out"))
+        run_training(make_config(yolo_store, tmp_path / "out"))
 
 
 def test_auto_batch_halves_until_it_fits_also_for_the_control(
@@ -150,7 +150,7 @@ def test_auto_batch_halves_until_it_fits_also_for_the_control(
     exhaust_memory_above(2, monkeypatch)
     out = tmp_path / "out"
     options = {"auto_batch": True, "control": True, "epochs": 1, "grad_accum_steps": 1}
-    summary = run_yolo(make_config(yolo_store, out, **options, yolo_settings="plots=false"))
+    summary = run_training(make_config(yolo_store, out, **options, yolo_settings="plots=false"))
     assert summary["batch_size"] == 2
     control = json.loads((out / "control" / "config.json").read_text())["resolved"]["ultralytics"]
     assert (control["batch"], control["nbs"]) == (2, 4)  # the main run halved 4, accumulating to 4 as before
@@ -161,13 +161,13 @@ def test_auto_batch_gives_up_when_nothing_fits(
 ) -> None:
     exhaust_memory_above(0, monkeypatch)
     with pytest.raises(OutOfMemoryError):
-        run_yolo(make_config(yolo_store, tmp_path / "out", auto_batch=True))
+        run_training(make_config(yolo_store, tmp_path / "out", auto_batch=True))
 
 
 def test_a_last_batch_of_one_tiny_image_is_an_error(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", {"train": scenes(5, 0), "val": scenes(2, 1)})
     with pytest.raises(TrainError, match=r"batch_size 4, image_size 32: final batch=1.*change batch"):
-        run_yolo(make_config(store, tmp_path / "out", image_size=32))
+        run_training(make_config(store, tmp_path / "out", image_size=32))
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_images_without_any_box_train_with_a_warning(
     """As in ultralytics: backgrounds alone teach the class scores that there is nothing; plots included."""
     empty = [(image, boxes[:0], classes[:0]) for image, boxes, classes in scenes(4, 0)]
     store = make_store(tmp_path / "s", {"train": empty, "val": empty[:2]})
-    summary = run_yolo(make_config(store, tmp_path / "out", epochs=1, yolo_settings="plots=true"))
+    summary = run_training(make_config(store, tmp_path / "out", epochs=1, yolo_settings="plots=true"))
     assert summary["metrics"]["map50"] == 0
     assert "train: no image has a box" in train_log.text
 
@@ -187,12 +187,12 @@ def test_inside_torchrun_it_says_who_starts_the_processes(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match=r"without torchrun .* --device cuda:0,cuda:1"):
-        run_yolo(make_config(yolo_store, tmp_path / "out"))
+        run_training(make_config(yolo_store, tmp_path / "out"))
 
 
 def test_an_explicit_batch_larger_than_the_split_is_an_error(yolo_store: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch_size 64 is larger than split train"):
-        run_yolo(make_config(yolo_store, tmp_path / "out", batch_size=64))
+        run_training(make_config(yolo_store, tmp_path / "out", batch_size=64))
 
 
 @pytest.mark.slow
@@ -208,7 +208,9 @@ def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_pa
         "image_size": 96,
         "warmup_epochs": 1,
     }
-    summary = run_yolo(make_config(store, out, **options, yolo_settings="plots=false,nbs=4,close_mosaic=4"))
+    summary = run_training(
+        make_config(store, out, **options, yolo_settings="plots=false,nbs=4,close_mosaic=4")
+    )
     assert summary["metrics"]["map50"] > 0.3
     records = metrics_of(out)
     assert records[-1]["feature_loss"] < 0.5 * records[0]["feature_loss"]
@@ -235,5 +237,5 @@ def test_evaluation_wants_the_same_classes(yolo_run: tuple[Path, Listener], tmp_
 def test_a_run_that_detects_nothing_gets_a_hint(
     yolo_store: Path, tmp_path: Path, train_log: pytest.LogCaptureFixture
 ) -> None:
-    run_yolo(make_config(yolo_store, tmp_path / "out", epochs=4, learning_rate=1e-9, optimizer="sgd"))
+    run_training(make_config(yolo_store, tmp_path / "out", epochs=4, learning_rate=1e-9, optimizer="sgd"))
     assert "mAP50-95 is still 0 after 2 of 4 epochs" in train_log.text

@@ -80,9 +80,9 @@ class Crash(Exception):
 
 def crash_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """End the next training in the middle of its `batch`-th batch."""
-    from train.yolo import run as yolo_run
+    from train.yolo import fit as yolo_fit
 
-    counted = yolo_run.count_batches
+    counted = yolo_fit.count_batches
 
     def count(*arguments: Any) -> Any:
         after_batch, seen = counted(*arguments), iter(range(1, 1000))
@@ -94,4 +94,4 @@ def crash_in(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
 
         return finished
 
-    monkeypatch.setattr(yolo_run, "count_batches", count)
+    monkeypatch.setattr(yolo_fit, "count_batches", count)

@@ -16,7 +16,7 @@ from train.delivery.inputs import run_folder, sample_inputs
 from train.delivery.model import ModelCard, TorchModel, open_student
 from train.delivery.program import OPSET, write_onnx, write_torch_export
 from train.errors import DeliveryError
-from train.rundir import make_folder
+from train.run_folder import make_folder
 
 Format = Literal["onnx", "torch-export"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}

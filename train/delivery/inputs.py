@@ -20,7 +20,7 @@ from train.delivery.clips import FRAMES, clip_pixels, find_clips
 from train.delivery.files import find_images
 from train.delivery.model import ModelCard
 from train.errors import DeliveryError
-from train.rundir import CONFIG
+from train.run_folder import CONFIG
 
 
 def sample_inputs(run: Path, card: ModelCard, count: int, folder: Path | None = None) -> NDArray[np.float32]:

@@ -25,7 +25,7 @@ from train.data.images import Shown
 from train.data.views import render_image
 from train.delivery.embedding import EmbeddingsOnly, LabelFreeStudent, label_free_student
 from train.errors import DeliveryError
-from train.rundir import SUMMARY
+from train.run_folder import SUMMARY
 from train.students.base import Student
 
 METADATA_KEY = "qwen_distill"

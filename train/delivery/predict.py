@@ -30,7 +30,7 @@ from train.delivery.records import BadFile, Prediction, VideoSummary, read_image
 from train.delivery.scores import softmax, top_classes, top_label
 from train.delivery.video import VideoOutput
 from train.errors import DeliveryError
-from train.rundir import make_folder
+from train.run_folder import make_folder
 
 RECORDS_FILE = "predictions.jsonl"
 

@@ -36,7 +36,7 @@ from train.delivery.onnx_student import OnnxStudent
 from train.delivery.packages import require_torchao
 from train.delivery.program import OPSET, write_onnx
 from train.errors import DeliveryError
-from train.rundir import make_folder, write_json
+from train.run_folder import make_folder, write_json
 from train.students.base import Student, StudentOutput
 
 log = get_logger("quantize")

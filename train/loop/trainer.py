@@ -22,7 +22,7 @@ from train.loop.optimizer import match_layout
 from train.loop.saving import CheckpointWriter, adopt_best
 from train.loop.trackers import Tracker, open_trackers
 from train.metrics import label_of, text_of, warn_of_zero_metric
-from train.rundir import append_metrics, write_metrics
+from train.run_folder import RunFolder
 
 log = get_logger("train")
 
@@ -111,7 +111,7 @@ class Trainer:
         self.wall_before = progress.wall_time_s
         if self.is_main:
             adopt_best(self.folder, progress.best_epoch)
-            write_metrics(self.folder, progress.history)
+            RunFolder(self.folder).write_records(progress.history)
             self.trackers = open_trackers(
                 self.config.tracker, self.folder, self.about["config"], progress.epoch
             )
@@ -151,7 +151,7 @@ class Trainer:
                 self.writer.note_best(self.student_content(record), adapters, record["epoch"])
         if not self.is_main:
             return
-        append_metrics(self.folder, record)
+        RunFolder(self.folder).append_record(record)
         warn_of_zero_metric(self.config, self.folder, self.parts.progress.history)
         self.save_when_due(after_epoch=True)
         interval, epoch = self.config.checkpoint_interval, record["epoch"]

@@ -24,8 +24,7 @@ from train.report.compare import SUMMARY_FIELDS, Cost, cost_of, differences, tab
 from train.report.latency import measure_latencies
 from train.report.page import Section, render_page
 from train.report.samples import gallery_of
-from train.rundir import make_folder
-from train.sweep.worker import read_json
+from train.run_folder import make_folder, read_json
 
 logger = get_logger("report")
 

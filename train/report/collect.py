@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 from console.log import get_logger
 from train.errors import ReportError
 from train.metrics import HEADLINE_METRICS, headline_of
-from train.rundir import CONFIG, METRICS, SUMMARY
-from train.sweep.board import read_records
+from train.run_folder import CONFIG, METRICS, SUMMARY, RunFolder, read_json
 from train.sweep.config import DISTILLATION_OPTIONS
 from train.sweep.run import PLAN_FILE
-from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER, read_json
+from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER
 
 logger = get_logger("report")
 
@@ -192,7 +191,7 @@ def trials_of(folder: Path, group: str) -> Iterator[Run | Unfinished]:
             continue
         place = folder / "trials" / trial["name"]
         outcome = read_json(place / OUTCOME_FILE) or {}
-        summary = outcome.get("summary") or read_json(place / RUN_FOLDER / SUMMARY)
+        summary = outcome.get("summary") or RunFolder(place / RUN_FOLDER).read_summary()
         if summary is None:
             state = str(outcome.get("state", "not started"))
             lines = list(outcome.get("last_lines", []))
@@ -204,7 +203,7 @@ def trials_of(folder: Path, group: str) -> Iterator[Run | Unfinished]:
 
 def run_with_control(folder: Path, group: str) -> Iterator[Run]:
     """A single run, and the control that `--control` trained beside it."""
-    summary = read_json(folder / SUMMARY) or {}
+    summary = RunFolder(folder).read_summary() or {}
     yield read_run(folder, group, group, summary, is_control=False, varied={})
     control = summary.get("control")
     if control:
@@ -217,6 +216,6 @@ def run_with_control(folder: Path, group: str) -> Iterator[Run]:
 def read_run(
     folder: Path, group: str, name: str, summary: dict[str, Any], is_control: bool, varied: dict[str, Any]
 ) -> Run:
-    config = read_json(folder / CONFIG) or {}
-    records = read_records(folder / METRICS)
+    files = RunFolder(folder)
+    config, records = files.read_config(), files.read_records()
     return Run(group, name, folder, summary, config, records, is_control, varied)

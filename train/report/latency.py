@@ -20,8 +20,7 @@ from store.errors import DistillError
 from train.checkpoint import load_student_from_run
 from train.measure import measure_latency
 from train.report.collect import Run
-from train.rundir import LATENCY
-from train.sweep.worker import read_json
+from train.run_folder import LATENCY, read_json
 
 logger = get_logger("report")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple, Self
 
 from console.progress import clock
 from train.metrics import HEADLINE_METRICS, label_of, metric_of, text_of
+from train.run_folder import RunFolder, read_json
 from train.sweep.config import Trial
-from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER, read_json
+from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER
 
 
 class TrialState(NamedTuple):
@@ -32,11 +32,11 @@ class TrialState(NamedTuple):
 
 def read_state(folder: Path, trial: Trial) -> TrialState:
     """The state of `trial` from outcome.json, metrics.jsonl and config.json below `folder`."""
-    run = folder / RUN_FOLDER
+    run = RunFolder(folder / RUN_FOLDER)
     outcome = read_json(folder / OUTCOME_FILE)
-    records = read_records(run / "metrics.jsonl")
-    # The options alone may leave the number of epochs to the student's recipe.
-    options = (read_json(run / "config.json") or {}).get("options") or trial.options
+    records = run.read_records()
+    # The trial's options may leave the number of epochs to the student's recipe; the run's have it.
+    options = run.read_options() or trial.options
     epochs = options.get("epochs")
     metric, best = best_of(records)
     epoch = int(records[-1]["epoch"]) if records else 0
@@ -46,19 +46,6 @@ def read_state(folder: Path, trial: Trial) -> TrialState:
         left = (int(epochs) - epoch) * float(records[-1].get("epoch_time_s") or 0.0)
     reason = str(outcome.get("reason") or "") if outcome else ""
     return TrialState(trial.name, state, epoch, epochs, metric, best, left, reason, trial.is_control)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that is still being written is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def best_of(records: Sequence[dict[str, Any]]) -> tuple[str | None, float | None]:

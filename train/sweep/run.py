@@ -21,7 +21,7 @@ from processes.dask_cluster import ClusterStartError, connect, local_cluster
 from processes.ending import ignore_sigint
 from store.reader import open_store
 from train.errors import ConfigError, TrainError
-from train.rundir import SUMMARY, make_folder, warn_of_random_teacher
+from train.run_folder import SUMMARY, make_folder, read_json, warn_of_random_teacher, write_json
 from train.sweep.board import Board, TrialState, read_state
 from train.sweep.config import SweepConfig, Trial, plan_trials
 from train.sweep.worker import (
@@ -30,11 +30,9 @@ from train.sweep.worker import (
     Order,
     Outcome,
     ended,
-    read_json,
     read_run,
     run_trial,
     try_lock,
-    write_json,
 )
 
 if TYPE_CHECKING:

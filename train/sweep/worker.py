@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -18,10 +17,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from console.cores import SHARE_VARIABLE, available_cores
-from console.output import plain_json
-from console.redaction import redact_values
-from files.writing import whole_file
 from processes.ending import signal_on_parent_death, stop_group
+from train.run_folder import CONFIG, METRICS, SUMMARY, RunFolder, write_json
 
 POLL_S = 0.25
 STOP_GRACE_S = 15.0  # a training saves and leaves within 4 seconds of SIGTERM
@@ -75,10 +72,10 @@ def run_trial(order: Order, stop_requested: Callable[[], bool]) -> Outcome:
 
 def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Callable[[], bool]) -> Outcome:
     started = time.monotonic()
-    going_on = is_interrupted(folder / RUN_FOLDER)
-    with (folder / LOG_FILE).open("ab" if going_on else "wb") as log:
+    resumed = RunFolder(folder / RUN_FOLDER).is_interrupted()  # any other trial starts again
+    with (folder / LOG_FILE).open("ab" if resumed else "wb") as log:
         process = subprocess.Popen(
-            command(order, folder, going_on),
+            command(order, folder, resumed),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -93,7 +90,7 @@ def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Calla
         reason=reason or failure_reason(process.returncode, folder),
         last_lines=[] if state == "done" else last_lines(folder / LOG_FILE),
         wall_time_s=time.monotonic() - started,
-        summary=read_json(folder / RUN_FOLDER / "summary.json") if state == "done" else None,
+        summary=RunFolder(folder / RUN_FOLDER).read_summary() if state == "done" else None,
     )
 
 
@@ -131,12 +128,7 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-def is_interrupted(run: Path) -> bool:
-    """An interrupted trial goes on from its last checkpoint, any other starts anew."""
-    return (run / "last.pt").exists() and not (run / "summary.json").exists()
-
-
-def command(order: Order, folder: Path, going_on: bool) -> list[str]:
+def command(order: Order, folder: Path, resumed: bool) -> list[str]:
     return [
         *(
             sys.executable,
@@ -148,7 +140,7 @@ def command(order: Order, folder: Path, going_on: bool) -> list[str]:
             str(order["options"]["student"]),
         ),
         *("--out", str(folder / RUN_FOLDER), "--config", str(folder / OPTIONS_FILE)),
-        "--resume" if going_on else "--overwrite",
+        "--resume" if resumed else "--overwrite",
     ]
 
 
@@ -205,21 +197,5 @@ def last_lines(path: Path) -> list[str]:
 
 def read_run(folder: Path) -> dict[str, bytes]:
     """The files of a finished trial that a report and later commands need, by path below the trial's folder."""
-    names = [f"{RUN_FOLDER}/{name}" for name in ("config.json", "metrics.jsonl", "best.pt", "summary.json")]
+    names = [f"{RUN_FOLDER}/{name}" for name in (CONFIG, METRICS, "best.pt", SUMMARY)]
     return {name: (folder / name).read_bytes() for name in [LOG_FILE, *names] if (folder / name).exists()}
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None when there is no such file or it is not complete."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(
-            json.dumps(redact_values(plain_json(value)), ensure_ascii=False, indent=1), encoding="utf-8"
-        )

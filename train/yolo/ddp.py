@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from store.reader import open_store
 from train.config import TrainConfig
 from train.errors import TrainError
 from train.events import Observer, SilentObserver
-from train.rundir import CONFIG, METRICS
+from train.run_folder import RunFolder
+from train.yolo.fit import stopped_message
 from train.yolo.job import TrainingJob
 
 EVENTS = ".events-of-ranks.jsonl"
@@ -44,7 +45,7 @@ def job_of_rank(run: Path) -> TrainingJob:
     from train.yolo.recorder import Recorder, best_epoch_of, describe_run, resume_state
 
     prepare_ultralytics()
-    options = json.loads((run / CONFIG).read_text(encoding="utf-8"))["options"]
+    options = RunFolder(run).read_config()["options"]
     options["store"] = os.environ.get(STORE_ADDRESS, options["store"])
     config = TrainConfig(**options)
     state = resume_state(run)
@@ -151,11 +152,10 @@ def train_on_ranks(
     watch: StopDeadline,
     observer: Observer,
     first_epoch: int,
-    stopped_message: Callable[[], str],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Let ultralytics start the ranks and wait for them; returns the records of all epochs and `ending_of` rank 0.
 
-    `stopped_message()` is what a stopped run tells its user. Raises TrainError when a rank failed, Stopped after a
+    Raises TrainError when a rank failed, Stopped after a
     signal, which ends the ranks as well.
     """
     job = trainer.job
@@ -165,7 +165,7 @@ def train_on_ranks(
 
     def end_ranks() -> str:
         end_children()
-        return stopped_message()
+        return stopped_message(job.run)
 
     watch.save = end_ranks
     os.environ[STORE_ADDRESS] = job.config.store
@@ -176,7 +176,7 @@ def train_on_ranks(
                 trainer.train()
         except subprocess.CalledProcessError as error:
             if watch.stop.requested:
-                raise Stopped(stopped_message(), watch.stop.exit_code) from error
+                raise Stopped(stopped_message(job.run), watch.stop.exit_code) from error
             raise TrainError(
                 f"a process of ultralytics' DDP launcher failed (exit code {error.returncode}): its own error stands "
                 "above; --resume continues after the last finished epoch"
@@ -186,8 +186,7 @@ def train_on_ranks(
         raise TrainError(
             f"{job.run}: ultralytics' DDP launcher ended, but rank 0 did not finish the training"
         )
-    lines = (job.run / METRICS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines], reader.ending
+    return RunFolder(job.run).read_records(), reader.ending
 
 
 def end_children() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -20,14 +19,12 @@ from train.config import TrainConfig, config_to_json
 from train.data.splits import count_validation
 from train.errors import TrainError
 from train.events import Observer
+from train.fit import FitResult
 from train.loop.machine import peak_memory
 from train.loop.saving import CheckpointWriter, HostCopy, Saved, adopt_best
 from train.loop.trackers import Tracker, open_trackers
-from train.measure import measure_latency
 from train.metrics import warn_of_zero_metric
-from train.rundir import METRICS as METRICS_LINES
-from train.rundir import append_metrics, store_reference, write_metrics
-from train.students.catalog import count_macs
+from train.run_folder import RunFolder
 from train.yolo.job import TrainingJob
 from train.yolo.model import DISTILLATION_ITEM
 
@@ -85,8 +82,10 @@ class Recorder:
     ) -> None:
         """`first_epoch`: epochs that are finished, `best_epoch`: the best of them, both of a resumed run."""
         self.run, self.config, self.described, self.observer = run, config, described, observer
-        self.records = finished_records(run / METRICS_LINES, first_epoch)
-        write_metrics(run, self.records)
+        # Lines of later epochs are dropped: a resumed run repeats these.
+        self.files = RunFolder(run)
+        self.records = [line for line in self.files.read_records() if line["epoch"] <= first_epoch]
+        self.files.write_records(self.records)
         self.trackers: list[Tracker] = open_trackers(config.tracker, run, config_to_json(config), first_epoch)
         self.writer = CheckpointWriter(run, 60 * config.checkpoint_minutes)
         self.latest: dict[str, Any] = {}
@@ -99,7 +98,7 @@ class Recorder:
         """Called with the trainer right after an epoch's validation and ultralytics' own files."""
         record = self.describe_epoch(trainer)
         self.records.append(record)
-        append_metrics(self.run, record)
+        self.files.append_record(record)
         warn_of_zero_metric(self.config, self.run, self.records)
         for tracker in self.trackers:
             tracker.log(record, record["epoch"])
@@ -211,21 +210,6 @@ def hard_sum(items: Mapping[str, float]) -> float:
     return sum(items.get(name, 0.0) for name in HARD_ITEMS)
 
 
-def finished_records(file: Path, epochs: int) -> list[dict[str, Any]]:
-    """The records of the first `epochs` epochs; a line that was cut off by a crash is not among them."""
-    if not file.exists() or not epochs:
-        return []
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if record["epoch"] <= epochs:
-            records.append(record)
-    return records
-
-
 def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
     """The seed of an epoch's data order, augmentation and dropout; each DDP rank augments differently."""
     return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
@@ -317,46 +301,44 @@ def plain(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def summarize(
+def fit_result(
     config: TrainConfig,
     store: Store,
     run: Path,
     job: TrainingJob,
     records: list[dict[str, Any]],
     ending: dict[str, Any],
-) -> dict[str, Any]:
-    """The content of summary.json, without `control`. `records` are the lines of metrics.jsonl.
+) -> FitResult:
+    """The result of a finished training, from its best.pt and the lines of metrics.jsonl (`records`).
 
-    `ending` is what `ending_of` said in the process that trained.
+    `ending` is `ending_of` the trainer, in the process that trained.
     """
     student, content = load_student_from_run(run, BEST)
     best = next(record for record in records if record["epoch"] == content["epoch"])
     train_time = sum(record["train_time_s"] for record in records)
     images = len(job.splits["train"].records) * len(records)
-    return {
-        "student": student.spec.name,
-        "task": "detection",
-        "num_classes": student.spec.num_classes,
-        "validation_samples": count_validation(store, config.val_split, "detection"),
-        "epochs": config.epochs,
-        "epochs_done": len(records),
-        "best_epoch": best["epoch"],
-        "metrics": {name: best[name] for name in METRICS},
-        "parameters": student.parameter_count(),
-        "trainable_parameters": job.trainable_parameters,
-        "macs": count_macs(student),
-        "latency_ms": measure_latency(student),
-        "wall_time_s": round(sum(record["epoch_time_s"] for record in records), 3),
-        "images_per_second": round(images / train_time, 2) if train_time else None,
-        "store": store_reference(store),
-        "seed": config.seed,
-        **ending,
-        "complete": True,
-    }
+    batch = ending["batch_size"]
+    return FitResult(
+        config=config.replace(
+            batch_size=batch,
+            grad_accum_steps=config.grad_accum_steps * max(job.config.batch_size // batch, 1),
+        ),
+        student=student,
+        num_classes=student.spec.num_classes,
+        validation_samples=count_validation(store, config.val_split, "detection"),
+        epochs_done=len(records),
+        best_epoch=best["epoch"],
+        metrics={name: best[name] for name in METRICS},
+        per_class=ending["per_class"],
+        trainable_parameters=job.trainable_parameters,
+        wall_time_s=round(sum(record["epoch_time_s"] for record in records), 3),
+        images_per_second=round(images / train_time, 2) if train_time else None,
+        details={name: value for name, value in ending.items() if name != "per_class"},
+    )
 
 
 def ending_of(trainer: Any) -> dict[str, Any]:
-    """What summary.json says that only the trainer knows, when it has ended: plain JSON types."""
+    """What only the trainer knows for summary.json, when it has ended: plain JSON types."""
     return {
         "per_class": per_class(trainer),
         "exported": {name: trainer.export_metrics.get(key) for name, key in METRICS.items()},

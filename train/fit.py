@@ -1,0 +1,68 @@
+"""What `train.run` gives to a trainer (`train.loop.fit`, `train.yolo.fit`), and what it gets back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from processes.deadline import StopDeadline
+from store.reader import Store
+from train.config import TrainConfig
+from train.events import Observer
+from train.run_folder import RunFolder
+from train.students.base import Student
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """One training: of the student, or of its control (the same on the task loss alone, at weight 1).
+
+    `asked` are the options as they were given, which a resumed run is compared with; `config` may have smaller batches.
+    """
+
+    config: TrainConfig
+    asked: TrainConfig
+    folder: RunFolder
+    observer: Observer
+    deadline: StopDeadline
+    control: bool
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished training. `config` has the batches that it ended with.
+
+    `details` are the fields of summary.json that only one of the trainers has.
+    """
+
+    config: TrainConfig
+    student: Student
+    num_classes: int
+    validation_samples: int
+    epochs_done: int
+    best_epoch: int
+    metrics: dict[str, float]
+    per_class: dict[str, float | None]
+    trainable_parameters: int
+    wall_time_s: float
+    images_per_second: float | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer(Protocol):
+    """Built with a configuration; building it checks the options and opens the store."""
+
+    config: TrainConfig
+    store: Store
+    task: str
+    #: Of the running training, for messages.
+    batch_size: int
+
+    def fit(self, request: FitRequest) -> FitResult:
+        """Train to the end in the folder, from the start or from its last.pt.
+
+        Raises Stopped after a signal, and RuntimeError or MemoryError when the device has too little memory.
+        """
+
+    def reduce_batch(self, config: TrainConfig, folder: RunFolder) -> TrainConfig | None:
+        """The configuration to try next when memory ran out; None when there is none."""

@@ -1,0 +1,174 @@
+"""`cli train` for YOLOv8 students: store → ultralytics' trainer → run folder.
+
+The run folder holds what other students' run folders hold (config.json, metrics.jsonl, TensorBoard, best.pt,
+last.pt, summary.json) and `ultralytics/` with what ultralytics writes (best.pt, results.csv, plots).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from console.log import get_logger
+from console.progress import Progress, track_progress
+from console.stop import Stopped
+from processes.deadline import StopDeadline
+from store.reader import open_store
+from train.checkpoint import LAST
+from train.config import TrainConfig
+from train.errors import ConfigError, TrainError
+from train.events import Observer
+from train.fit import FitRequest, FitResult
+from train.loop.machine import is_out_of_memory
+from train.run_folder import RunFolder, store_reference
+from train.yolo.offline import prepare_ultralytics
+from train.yolo.options import check_options
+
+log = get_logger("train")
+
+
+class YoloTrainer:
+    """Trains YOLOv8 students with ultralytics (see `train.fit.Trainer`).
+
+    Raises ConfigError for options that it cannot follow, TrainError for data that does not fit.
+    """
+
+    task = "detection"
+
+    def __init__(self, config: TrainConfig) -> None:
+        prepare_ultralytics()
+        check_options(config)
+        check_own_process()
+        if config.control_only:
+            # ultralytics' augmentations do not depend on what is distilled, so this is the control of `--control`.
+            config = config.replace(distillation_type="none")
+        if config.distillation_type == "hybrid":
+            log.info("distillation_type hybrid: YOLO students learn features; there is no logit term")
+        self.config, self.batch_size = config, config.batch_size
+        self.store = open_store(config.store)
+
+    def fit(self, request: FitRequest) -> FitResult:
+        """ultralytics trains from the start, or after the epoch that last.pt holds."""
+        from train.yolo.ddp import train_on_ranks
+        from train.yolo.job import build_job
+        from train.yolo.recorder import fit_result, resume_state
+        from train.yolo.trainer import StoreTrainer
+
+        config, folder = request.config, request.folder
+        if request.control:
+            config = config.replace(distillation_type="none", out=folder.path, control=False)
+            folder.path.mkdir(exist_ok=True)
+        state = resume_state(folder.path)
+        first_epoch = 0 if state is None else state["epoch"] + 1
+        job = build_job(config, folder.path, self.store, state)
+        trainer = StoreTrainer(job)
+        resolved = {"task": self.task, "ultralytics": trainer_arguments(trainer)}
+        folder.write_config(config, resolved, store_reference(self.store))
+        train = train_on_ranks if trainer.ddp else train_here
+        try:
+            records, ending = train(trainer, request.deadline, request.observer, first_epoch)
+        finally:
+            self.batch_size = trainer.batch_size
+        return fit_result(config, self.store, folder.path, job, records, ending)
+
+    def reduce_batch(self, config: TrainConfig, folder: RunFolder) -> None:
+        """ultralytics has tried smaller batches by itself (--auto-batch)."""
+
+
+def check_own_process() -> None:
+    """Raises ConfigError inside torchrun: ultralytics starts the processes of several GPUs by itself."""
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigError(
+            "YOLO students start their own process for each GPU: run cli train without torchrun or accelerate launch, "
+            "with --device cuda:0,cuda:1"
+        )
+
+
+def train_here(
+    trainer: Any, watch: StopDeadline, observer: Observer, first_epoch: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train in this process; returns the records of all epochs and `ending_of` the trainer."""
+    from train.yolo.recorder import Recorder, best_epoch_of, describe_run, ending_of
+    from train.yolo.trainer import close_loaders
+
+    job = trainer.job
+    recorder = Recorder(
+        job.run, job.config, describe_run(job), observer, first_epoch, best_epoch_of(job.state)
+    )
+    total, done = job.config.epochs * job.batches_per_epoch, first_epoch * job.batches_per_epoch
+
+    def stop() -> str:
+        recorder.save_latest()
+        return stopped_message(job.run)
+
+    try:
+        watch.save = stop
+        with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
+            job.batch_finished = count_batches(watch, progress, stop)
+            job.epoch_finished = announce_epochs(
+                recorder.epoch_finished, progress, len(job.splits["val"].records)
+            )
+            trainer.train()
+    except TrainError as error:
+        raise type(error)(last_line(str(error))) from error
+    except (RuntimeError, MemoryError) as error:
+        # A signal to the whole group may have ended loader workers first.
+        if watch.stop.requested and not is_out_of_memory(error):
+            raise Stopped(stop(), watch.stop.exit_code) from error
+        raise
+    finally:
+        recorder.close()
+        close_loaders(trainer)
+    return recorder.records, ending_of(trainer)
+
+
+def last_line(text: str) -> str:
+    """An error's own text; torch puts the traceback of a loader worker before it."""
+    if "Original Traceback" not in text:
+        return text
+    return text.strip().splitlines()[-1].partition(": ")[2]
+
+
+def trainer_arguments(trainer: Any) -> dict[str, Any]:
+    """ultralytics' arguments as plain JSON types."""
+    return {
+        n: v if isinstance(v, (int, float, bool, list)) or v is None else str(v)
+        for n, v in vars(trainer.args).items()
+    }
+
+
+def count_batches(watch: StopDeadline, progress: Progress, stop: Callable[[], str]) -> Callable[[Any], None]:
+    """After every batch: count it, and end when a stop was requested; `stop()` saves and returns what is saved."""
+
+    def batch_finished(trainer: Any) -> None:
+        progress.advance()
+        if watch.stop.requested:
+            watch.acknowledge()
+            raise Stopped(stop(), watch.stop.exit_code)
+
+    return batch_finished
+
+
+def stopped_message(folder: Path) -> str:
+    if (folder / LAST).exists():
+        return f"stopped: the last finished epoch is in {folder / LAST}, --resume continues after it"
+    return f"stopped: in the first epoch, of which nothing is saved in {folder}"
+
+
+def announce_epochs(
+    epoch_finished: Callable[[Any], None], progress: Progress, samples: int
+) -> Callable[[Any], None]:
+    """After every epoch: record it, and show a line; `samples`: validation images."""
+
+    def finished(trainer: Any) -> None:
+        epoch_finished(trainer)
+        losses = ", ".join(f"{name} {float(value):.3f}" for name, value in trainer.tloss.items())
+        values = trainer.metrics
+        progress.note(
+            f"epoch {trainer.epoch + 1}/{trainer.epochs}: {losses}; mAP50 {values.get('metrics/mAP50(B)', 0):.4f}, "
+            f"mAP50-95 {values.get('metrics/mAP50-95(B)', 0):.4f} (n={samples})"
+        )
+
+    return finished
