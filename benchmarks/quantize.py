@@ -108,7 +108,7 @@ def run_folder(study: Study, seed: int, work: Path) -> Path:
 def quantised(study: Study, seed: int, epochs: int, work: Path) -> dict[str, Any]:
     """summary.json of the quantised student of one seed; trained and quantised on first use."""
     from train.config import TrainConfig
-    from train.delivery.quantize import QuantizeOptions, quantize_student
+    from train.deliver.quantize import QuantizeOptions, quantize_student
     from train.run import run_training
 
     store, run = make_store(study, work), run_folder(study, seed, work)
@@ -128,7 +128,7 @@ def quantised(study: Study, seed: int, epochs: int, work: Path) -> dict[str, Any
 
 def time_anew(summary: dict[str, Any]) -> None:
     """Replace the times of a summary by new ones."""
-    from train.delivery.quantize import measure_latencies
+    from train.deliver.quantize import measure_latencies
 
     folder = Path(summary["path"])
     models = {row["model"]: folder / row["file"] for row in summary["models"]}

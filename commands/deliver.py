@@ -55,8 +55,8 @@ def predict(
 
     from console.output import print_json
     from console.stop import Stopped, StopRequest
-    from train.delivery.predict import PredictionWriter, Sampling, predict_files
-    from train.delivery.records import BadFile
+    from train.deliver.predict import PredictionWriter, Sampling, predict_files
+    from train.deliver.records import BadFile
 
     records: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
@@ -150,8 +150,8 @@ def export(
     PyTorch on real images. LoRA adapters are merged first; YOLO students go through ultralytics.
     """
     from console.output import print_json
-    from train.delivery.export import export_student
-    from train.delivery.program import OPSET
+    from train.deliver.export import export_student
+    from train.deliver.program import OPSET
 
     done = export_student(run, format_.value, out, images, opset or OPSET)
     if format_ is ExportFormat.onnx:
@@ -192,10 +192,10 @@ def quantize(
     before and after are printed and written to summary.json.
     """
     from console.output import print_json, print_table
-    from train.delivery.packages import require_torchao
+    from train.deliver.packages import require_torchao
 
     require_torchao()  # before torch and the run are loaded
-    from train.delivery.quantize import QuantizeOptions, quantize_student
+    from train.deliver.quantize import QuantizeOptions, quantize_student
 
     given = finetuning_options(mode, epochs, learning_rate)
     options = QuantizeOptions(mode=mode.value, calibration=calibration, split=split, **given)

@@ -20,7 +20,7 @@ from store import format as names
 from store.errors import StoreError
 from store.reader import Split, Store, open_store
 from train.data.images import DataError, path_of
-from train.delivery.draw import Box, Label, draw_boxes, draw_label, draw_legend, draw_mask
+from train.deliver.draw import Box, Label, draw_boxes, draw_label, draw_legend, draw_mask
 
 SIDE = 224  # pixels of one picture
 CLIP_SIDE = 2  # a clip is shown as 2 × 2 of its frames

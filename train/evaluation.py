@@ -23,10 +23,10 @@ from train.data.splits import (
     warn_of_measured_split,
 )
 from train.data.views import AUGMENTATIONS
-from train.delivery.embedding import label_free_student
-from train.delivery.embedding_quality import measure_embeddings
-from train.delivery.model import ModelCard, OnnxModel, TorchModel
-from train.delivery.onnx_student import OnnxStudent
+from train.deliver.embedding import label_free_student
+from train.deliver.embedding_quality import measure_embeddings
+from train.deliver.model import ModelCard, OnnxModel, TorchModel
+from train.deliver.onnx_student import OnnxStudent
 from train.distill.objective import Objective
 from train.distill.projector import DistilledStudent
 from train.errors import DeliveryError, TrainError

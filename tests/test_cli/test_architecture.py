@@ -57,7 +57,7 @@ def test_packages_import_only_what_they_may(package: str) -> None:
 TRAIN_LAYERS = (
     ("data", "distill", "tasks"),
     ("loop", "yolo"),
-    ("run", "evaluation", "delivery", "sweep", "report"),
+    ("run", "evaluation", "deliver", "sweep", "report"),
 )
 
 

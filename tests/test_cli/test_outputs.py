@@ -22,19 +22,19 @@ def extract(out: Path) -> None:
 
 
 def predict(out: Path) -> None:
-    from train.delivery.predict import predict_files
+    from train.deliver.predict import predict_files
 
     predict_files(MISSING, [str(MISSING)], out=out)
 
 
 def export(out: Path) -> None:
-    from train.delivery.export import export_student
+    from train.deliver.export import export_student
 
     export_student(MISSING, "onnx", out)
 
 
 def quantize(out: Path) -> None:
-    from train.delivery.quantize import QuantizeOptions, quantize_student
+    from train.deliver.quantize import QuantizeOptions, quantize_student
 
     quantize_student(MISSING, str(MISSING), out, QuantizeOptions())
 
@@ -83,8 +83,8 @@ def test_quantize_looks_for_torchao_before_it_loads_anything(monkeypatch: pytest
     from commands.deliver import quantize as command
     from train.errors import DeliveryError
 
-    monkeypatch.setattr("train.delivery.packages.find_spec", lambda name: None)
-    monkeypatch.delitem(sys.modules, "train.delivery.quantize", raising=False)
+    monkeypatch.setattr("train.deliver.packages.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "train.deliver.quantize", raising=False)
     with pytest.raises(DeliveryError, match="quantizing needs torchao: pip install torchao"):
         command(MISSING, str(MISSING))
-    assert "train.delivery.quantize" not in sys.modules
+    assert "train.deliver.quantize" not in sys.modules

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from train.delivery import fonts
-from train.delivery.draw import (
+from train.deliver import fonts
+from train.deliver.draw import (
     PALETTE,
     Box,
     Label,

@@ -14,9 +14,9 @@ from PIL import Image
 
 from store.reader import open_store
 from tests.test_train.runs import trained
-from train.delivery.embedding_files import EmbeddingFiles
-from train.delivery.export import export_student
-from train.delivery.model import ModelCard, OnnxModel, TorchModel, open_student
+from train.deliver.embedding_files import EmbeddingFiles
+from train.deliver.export import export_student
+from train.deliver.model import ModelCard, OnnxModel, TorchModel, open_student
 from train.errors import DeliveryError
 from train.evaluation import evaluate_run
 
@@ -118,7 +118,7 @@ def test_embeddings_are_written_with_their_keys(
 
 
 def test_long_embedding_files_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.delivery.embedding_files.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("train.deliver.embedding_files.ROWS_AT_ONCE", 4)
     rows = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
     with EmbeddingFiles(tmp_path) as files:
         assert [files.add(str(n), row) for n, row in enumerate(rows)] == list(range(11))
@@ -235,7 +235,7 @@ def test_exported_detectors_are_evaluated_as_their_runs(
 @pytest.mark.slow
 def test_int8_files_are_evaluated_and_agree_with_quantize(make_store: Any, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    from train.delivery.quantize import QuantizeOptions, quantize_student
+    from train.deliver.quantize import QuantizeOptions, quantize_student
 
     store = make_store(train=40, val=20)
     run = trained(store, tmp_path / "run", epochs=2)
@@ -246,7 +246,7 @@ def test_int8_files_are_evaluated_and_agree_with_quantize(make_store: Any, tmp_p
 
 
 def test_label_free_clip_students_predict_embeddings(clip_store: Path, tmp_path: Path) -> None:
-    from train.delivery.predict import predict_files
+    from train.deliver.predict import predict_files
 
     run = trained(clip_store, tmp_path / "free", student="lstm/small", task="features", batch_size=2)
     metrics = evaluate_run(run, clip_store, device="cpu", workers=0)["metrics"]

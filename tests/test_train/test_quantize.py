@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.test_train.runs import STUDENT, cli, trained
-from train.delivery.int8 import (
+from train.deliver.int8 import (
     activation_ranges,
     calibrate,
     plain_upsampling,
@@ -21,7 +21,7 @@ from train.delivery.int8 import (
     quantized_training_graph,
     start_from,
 )
-from train.delivery.model import LogitsOnly
+from train.deliver.model import LogitsOnly
 from train.errors import DeliveryError
 from train.students.build import build_student
 
@@ -86,7 +86,7 @@ def test_quantised_students_are_smaller_and_as_good(make_store: Any, tmp_path: P
 
 
 def test_a_store_of_other_classes_or_another_teacher_is_refused(make_store: Any, run_folder: Path) -> None:
-    from train.delivery.quantize import QuantizeOptions, quantize_student
+    from train.deliver.quantize import QuantizeOptions, quantize_student
 
     def quantize(store: Path) -> None:
         quantize_student(run_folder, str(store), run_folder / "int8", QuantizeOptions())

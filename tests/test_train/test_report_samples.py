@@ -22,7 +22,7 @@ from store.writer import StoreWriter
 from train.data.batches import Item
 from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.views import AUGMENTATIONS
-from train.delivery.model import ModelCard
+from train.deliver.model import ModelCard
 from train.report.collect import Run
 from train.report.samples import Subject, detection, mask_on, pixel_confusion, segmentation
 

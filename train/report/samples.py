@@ -17,12 +17,12 @@ from store.errors import DistillError
 from store.reader import Split, Store
 from train.data.images import ImageReader, Shown
 from train.data.views import render_mask
-from train.delivery.clips import clip_pixels
-from train.delivery.detect import detect, drawn
-from train.delivery.draw import Box, draw_boxes, draw_mask, draw_true_boxes, mask_color, mask_image
-from train.delivery.inputs import clip_reader, image_reader, run_options, spread
-from train.delivery.model import ModelCard, TorchModel, batches, choose_device, class_name, open_student
-from train.delivery.scores import softmax
+from train.deliver.clips import clip_pixels
+from train.deliver.detect import detect, drawn
+from train.deliver.draw import Box, draw_boxes, draw_mask, draw_true_boxes, mask_color, mask_image
+from train.deliver.inputs import clip_reader, image_reader, run_options, spread
+from train.deliver.model import ModelCard, TorchModel, batches, choose_device, class_name, open_student
+from train.deliver.scores import softmax
 from train.report import figures
 from train.report.collect import Run
 from train.report.page import LegendEntry, Picture

@@ -15,7 +15,7 @@ from console.devices import device_index, find_device
 from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
-from train.delivery.fonts import register_with_matplotlib
+from train.deliver.fonts import register_with_matplotlib
 from train.errors import ConfigError
 from train.lora import apply_lora_options
 from train.students.families import parse_student_name

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.delivery.model import ModelCard, OnnxModel
-from train.delivery.program import add_card, exporting, quiet, write_torch_export
+from train.deliver.model import ModelCard, OnnxModel
+from train.deliver.program import add_card, exporting, quiet, write_torch_export
 from train.errors import DeliveryError
 from train.students.base import Student
 from train.yolo.offline import prepare_ultralytics

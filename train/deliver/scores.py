@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.delivery.draw import Label
-from train.delivery.model import ModelCard, class_name
+from train.deliver.draw import Label
+from train.deliver.model import ModelCard, class_name
 
 TOP = 5
 

@@ -12,11 +12,11 @@ from PIL import Image
 from files.names import printable
 from imaging.clips import VIDEO_SUFFIXES, frame_files, read_clip_frames
 from imaging.decode import IMAGE_SUFFIXES, ImageError
-from train.delivery.draw import draw_label
-from train.delivery.files import expand_inputs
-from train.delivery.model import ModelCard, TrainedModel
-from train.delivery.records import BadFile, Prediction
-from train.delivery.scores import top_classes, top_label
+from train.deliver.draw import draw_label
+from train.deliver.files import expand_inputs
+from train.deliver.model import ModelCard, TrainedModel
+from train.deliver.records import BadFile, Prediction
+from train.deliver.scores import top_classes, top_label
 from train.errors import DeliveryError
 
 CLIP_SUFFIXES = VIDEO_SUFFIXES | {".gif"}

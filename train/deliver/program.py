@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.delivery.model import METADATA_KEY, ModelCard, OnnxModel, TorchModel, exported_face
+from train.deliver.model import METADATA_KEY, ModelCard, OnnxModel, TorchModel, exported_face
 from train.errors import DeliveryError
 from train.students.base import Student
 

@@ -20,15 +20,15 @@ from files.names import printable
 from files.writing import check_writable, whole_file, writing
 from imaging.clips import VideoFrame, iterate_frames
 from imaging.decode import ImageError
-from train.delivery.clips import find_clips, predict_clip
-from train.delivery.detect import describe, detect
-from train.delivery.draw import IGNORE_INDEX, Label, draw_label, draw_legend, draw_mask, mask_image
-from train.delivery.embedding_files import EmbeddingFiles
-from train.delivery.files import find_pictures, is_video
-from train.delivery.model import ModelCard, TrainedModel, batches, class_name, open_model
-from train.delivery.records import BadFile, Prediction, VideoSummary, read_image
-from train.delivery.scores import softmax, top_classes, top_label
-from train.delivery.video import VideoOutput
+from train.deliver.clips import find_clips, predict_clip
+from train.deliver.detect import describe, detect
+from train.deliver.draw import IGNORE_INDEX, Label, draw_label, draw_legend, draw_mask, mask_image
+from train.deliver.embedding_files import EmbeddingFiles
+from train.deliver.files import find_pictures, is_video
+from train.deliver.model import ModelCard, TrainedModel, batches, class_name, open_model
+from train.deliver.records import BadFile, Prediction, VideoSummary, read_image
+from train.deliver.scores import softmax, top_classes, top_label
+from train.deliver.video import VideoOutput
 from train.errors import DeliveryError
 from train.run_folder import make_folder
 

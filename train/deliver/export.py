@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from files.writing import check_writable, whole_file
-from train.delivery.inputs import run_folder, sample_inputs
-from train.delivery.model import ModelCard, TorchModel, open_student
-from train.delivery.program import OPSET, write_onnx, write_torch_export
+from train.deliver.inputs import run_folder, sample_inputs
+from train.deliver.model import ModelCard, TorchModel, open_student
+from train.deliver.program import OPSET, write_onnx, write_torch_export
 from train.errors import DeliveryError
 from train.run_folder import make_folder
 
@@ -88,7 +88,7 @@ def worst_difference(
 def writer_of(format: Format, card: ModelCard) -> Callable[..., dict[str, NDArray[np.float32]]]:
     """What writes the format: detectors as ONNX go through ultralytics, whose tools then read the file."""
     if card.task == "detection":
-        from train.delivery.yolo_export import write_yolo_onnx, write_yolo_program
+        from train.deliver.yolo_export import write_yolo_onnx, write_yolo_program
 
         return write_yolo_onnx if format == "onnx" else write_yolo_program
     return write_onnx if format == "onnx" else write_torch_export

@@ -23,7 +23,7 @@ from imaging.geometry import View, resize_view
 from train.checkpoint import BEST, load_student_from_run
 from train.data.images import Shown
 from train.data.views import render_image
-from train.delivery.embedding import EmbeddingsOnly, LabelFreeStudent, label_free_student
+from train.deliver.embedding import EmbeddingsOnly, LabelFreeStudent, label_free_student
 from train.errors import DeliveryError
 from train.run_folder import SUMMARY
 from train.students.base import Student

@@ -14,8 +14,8 @@ from store.reader import Store
 from train.checkpoint import BEST, LAST, load_checkpoint
 from train.config import TrainConfig
 from train.data.splits import resolve_data, resolve_task, student_preprocessing
-from train.delivery.inputs import run_folder
-from train.delivery.model import ModelCard
+from train.deliver.inputs import run_folder
+from train.deliver.model import ModelCard
 from train.loop.assemble import build_training
 from train.loop.loop import Loop, Parts
 from train.loop.machine import build_accelerator

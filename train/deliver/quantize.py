@@ -20,9 +20,9 @@ from files.writing import check_writable, whole_file
 from store.reader import Store, open_store
 from train.config import TrainConfig
 from train.data.splits import open_split
-from train.delivery.finetune import FineTuning, build_finetuning, run_finetuning
-from train.delivery.inputs import image_reader, run_content, run_folder, run_options, spread
-from train.delivery.int8 import (
+from train.deliver.finetune import FineTuning, build_finetuning, run_finetuning
+from train.deliver.inputs import image_reader, run_content, run_folder, run_options, spread
+from train.deliver.int8 import (
     Ranges,
     activation_ranges,
     calibrate,
@@ -31,10 +31,10 @@ from train.delivery.int8 import (
     start_from,
     write_int8,
 )
-from train.delivery.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
-from train.delivery.onnx_student import OnnxStudent
-from train.delivery.packages import require_torchao
-from train.delivery.program import OPSET, write_onnx
+from train.deliver.model import LogitsOnly, ModelCard, OnnxModel, batches, open_student
+from train.deliver.onnx_student import OnnxStudent
+from train.deliver.packages import require_torchao
+from train.deliver.program import OPSET, write_onnx
 from train.errors import DeliveryError
 from train.run_folder import make_folder, write_json
 from train.students.base import Student, StudentOutput

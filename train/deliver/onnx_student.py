@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from train.delivery.model import OnnxModel
+from train.deliver.model import OnnxModel
 from train.errors import DeliveryError
 from train.students.base import Student, StudentOutput, StudentSpec
 from train.students.families import parse_student_name

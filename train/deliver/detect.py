@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from files.names import printable
-from train.delivery.draw import Box, Label, draw_boxes
-from train.delivery.model import ModelCard, TrainedModel, class_name
-from train.delivery.records import Prediction
+from train.deliver.draw import Box, Label, draw_boxes
+from train.deliver.model import ModelCard, TrainedModel, class_name
+from train.deliver.records import Prediction
 from train.yolo.offline import prepare_ultralytics
 
 IOU_THRESHOLD = 0.7  # ultralytics' default for predicting
