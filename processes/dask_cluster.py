@@ -54,7 +54,7 @@ def local_cluster(
     """A client of a cluster of this machine: one process with one thread for each of `workers`.
 
     Each entry holds further options of `distributed.Nanny` (`env`, `resources`). `signals` is entered while processes
-    start, and says which signals they get (`processes.ending`).
+    start, and decides which signals they get (`processes.ending`).
 
     Raises:
         ClusterStartError: when a worker cannot be started.
@@ -100,7 +100,7 @@ def prepare_environment() -> None:
 
 @contextmanager
 def nanny_errors(found: list[str]) -> Iterator[None]:
-    """Collect what dask's nannies log as errors, a line each: the exceptions they raise only tell that they failed."""
+    """Collect what dask's nannies log as errors, a line each: the exceptions they raise have no cause."""
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

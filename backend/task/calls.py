@@ -31,7 +31,7 @@ EVALUATION_NUMBERS = ("precision", "recall", "f1Score", "map50", "map95")
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call. A newer call with the same `replaces` makes a waiting older one superfluous.
+    """One call. A newer call with the same `replaces` replaces an older one that is still waiting.
 
     `closes` marks the end-of-task call, which is sent after all others and tried hardest.
     """

@@ -24,7 +24,7 @@ RUN_FILES = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
 
 class StageConfigs:
-    """What a request means for both stages; `notes` tell where the platform's wish could not be followed.
+    """What a request means for both stages; `notes` list where the platform's request could not be followed.
 
     Attributes:
         settings: option or JSON > recipe of the student > default.

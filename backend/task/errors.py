@@ -1,10 +1,10 @@
-"""Errors of the platform's door: one line each, with the exit code the platform sees."""
+"""Errors of a platform's task: one line each, with the exit code that the platform sees."""
 
 from __future__ import annotations
 
 
 class PlatformError(Exception):
-    """The task cannot go on; the text says what, where, got, expected and the next step."""
+    """The task cannot continue; the text has what, where, got, expected and the next step."""
 
     exit_code = 1
 

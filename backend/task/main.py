@@ -27,7 +27,7 @@ from backend.task.request import TaskRequest, find_addressee, read_request
 from console.log import configure_logging, get_logger
 from console.redaction import redact
 from console.stop import StopRequest
-from processes.ending import kill_group
+from processes.ending import exit_now, kill_group
 
 log = get_logger("platform")
 
@@ -75,14 +75,15 @@ def start(words: list[str], program: str) -> int:
     except OptionError as error:
         report_refusal(words, error)
         raise
-    say_warnings(request)
+    for text in (*request.warnings, *request.notes):
+        log.warning("%s", text)
     return supervise(request, words)
 
 
 def report_refusal(words: list[str], error: OptionError) -> None:
-    """Tell the platform why the task does not start, if what is needed for that is in order: one short try.
+    """Report to the platform why the task does not start, if task id and URL are valid: one short try.
 
-    In a thread of its own, since looking up a host's name knows no deadline.
+    In a thread of its own, since looking up a host name has no timeout.
     """
     try:
         addressee = find_addressee(words)
@@ -94,11 +95,6 @@ def report_refusal(words: list[str], error: OptionError) -> None:
             thread.join(REFUSAL_S + 0.5)
     except OptionError:
         return
-
-
-def say_warnings(request: TaskRequest) -> None:
-    for text in (*request.warnings, *request.notes):
-        log.warning("%s", text)
 
 
 def use_utf8_names() -> None:
@@ -117,7 +113,12 @@ def supervise(request: TaskRequest, words: Sequence[str]) -> int:
     close_s = closing_time()
     outlet = open_reporter(request)
     with StopRequest(patient=True) as stop:
-        return Supervisor(request, words, outlet, stop, close_s).run()
+        code = Supervisor(request, words, outlet, stop, close_s).run()
+        if stop.requested:
+            # The four seconds are almost over; the interpreter's own way out can take another one on a busy machine.
+            finish_output()
+            exit_now(code)
+    return code
 
 
 def open_reporter(request: TaskRequest) -> Reporter:
@@ -129,7 +130,7 @@ def closing_time() -> float:
     """Seconds that the last calls may take when the server is in trouble.
 
     Raises:
-        OptionError: when the environment says something that is no number.
+        OptionError: when the environment variable is not a number.
     """
     text = os.environ.get(CLOSE_VARIABLE, "")
     try:
@@ -186,7 +187,7 @@ class Supervisor:
         return process, relay
 
     def relay(self, reading: int) -> None:
-        """Pass calls on; of several that end the task (a rank's and its launcher's) the first says most."""
+        """Pass calls on; of several that end the task (a rank's and its launcher's) the first one explains most."""
         for call in read_calls(reading):
             if not (call.closes and self.ended):
                 self.outlet.send(call)
@@ -226,9 +227,9 @@ class Supervisor:
         return max(REPORT_LEAST_S, STOP_S - since(self.stop)) if self.stop.requested else self.close_s
 
     def sudden_end(self, returncode: int | None) -> str:
-        """What to tell the platform when the working process could not."""
+        """The error to report when the working process could not report it."""
         if returncode is None or self.stop.requested:
-            return "stopped; starting the task again goes on from the last checkpoint"
+            return "stopped; start the task again to resume from the last checkpoint"
         if returncode == -9:
             return "the training process was killed (SIGKILL), as the system does when memory runs out: see the log"
         if returncode < 0:

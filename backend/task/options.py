@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,9 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "lt": ("less than", operator.lt),
 }
 LARGEST_NUMBER = 1e9
+TASKS = ("classification", "detection", "segmentation", "sequence", "features")
+DISTILLATIONS = ("feature", "logit", "hybrid")
+NO_LOGITS = "Tasks without class logits distill features alone."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,53 +188,48 @@ class Option:
         return word or None
 
 
-def text(name: str, help: str, **rest: Any) -> Option:
-    return Option(name=name, kind="text", help=help, **rest)
+def own(kind: str, name: str, help: str, **rest: Any) -> Option:
+    """An option of the platform alone; limits are keywords of their own."""
+    limits = {limit: rest.pop(limit) for limit in LIMITS if limit in rest}
+    return Option(name=name, kind=kind, help=help, limits=limits, **rest)
 
 
-def integer(name: str, help: str, *, ge: float = 1, le: float = LARGEST_NUMBER, **rest: Any) -> Option:
-    return Option(name=name, kind="integer", help=help, limits={"ge": ge, "le": le}, **rest)
-
-
-def boolean(name: str, help: str, **rest: Any) -> Option:
-    return Option(name=name, kind="boolean", help=help, **rest)
-
-
-def shared(name: str, *, limits: Mapping[str, float] | None = None, **differences: Any) -> Option:
+def shared(name: str, **differences: Any) -> Option:
     """An option of `cli train`: everything but the differences is as its field declares it."""
     declared = options_of(TrainConfig)[name]
     (kind,) = declared.kinds
-    bounds = {
-        limit: getattr(item, limit)
-        for item in TrainConfig.model_fields[name].metadata
-        for limit in LIMITS
-        if hasattr(item, limit)
-    }
-    if kind in (int, float):
-        bounds.setdefault("le", LARGEST_NUMBER)
     facts: dict[str, Any] = {
         "kind": {int: "integer", float: "number", bool: "boolean", str: "text"}[kind],
         "help": declared.help,
         "default": declared.default,
         "choices": declared.choices,
         "needs": declared.needs,
+        **({"le": LARGEST_NUMBER} if kind in (int, float) else {}),
     }
-    return Option(name=name, shared=True, limits={**bounds, **(limits or {})}, **{**facts, **differences})
+    for item in TrainConfig.model_fields[name].metadata:
+        facts |= {limit: getattr(item, limit) for limit in LIMITS if hasattr(item, limit)}
+    return own(name=name, shared=True, **{**facts, **differences})
 
+
+text = partial(own, "text")
+operator_text = partial(own, "text", from_json=False)
+long_text = partial(own, "long text", from_json=False)
+integer = partial(own, "integer", ge=1, le=LARGEST_NUMBER)
+number = partial(own, "number")
+boolean = partial(own, "boolean")
+words = partial(own, "list")
 
 GROUPS: dict[str, tuple[Option, ...]] = {
     "Task": (
         text("task_id", "The platform's id of the task."),
         text("task_name", "Its name, for log lines."),
-        text("api_base_url", "Where progress is reported: http://host:port/path.", from_json=False),
-        text("output_dir", "Where everything is written (default: output root / task id).", from_json=False),
+        operator_text("api_base_url", "Where progress is reported: http://host:port/path."),
+        operator_text("output_dir", "Where everything is written (default: output root / task id)."),
     ),
     "Models": (
         text("teacher_model", "Name of the teacher: a folder of the models root."),
-        text(
-            "teacher_path", "Its folder or file (default: models root / teacher_model).", json=("modelPath",)
-        ),
-        text("models_root", "Folder of the models.", from_json=False),
+        text("teacher_path", "Its folder or file (default: models root / its name).", json=("modelPath",)),
+        operator_text("models_root", "Folder of the models."),
         text("student_model", "resnet50, resnet/resnet50, yolov8s, …"),
         text("student_model_type", "resnet, vit, yolov8, unet, lstm (default: from student_model)."),
         text("student_model_size", "resnet18, vit-tiny, n, small, … (default: from student_model)."),
@@ -240,57 +239,34 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Data": (
         text("dataset_id", "Folder of the data set below the data sets' root."),
         text("val_dataset_id", "Folder whose val split validates (default: dataset_id)."),
-        text("datasets_root", "Folder of the data sets.", default="/data/datasets", from_json=False),
-        text("dataset_url", "Database that holds the data set (SQLAlchemy URL).", from_json=False),
-        Option(
-            name="dataset_query", kind="long text", help="Its query; may use :dataset_id.", from_json=False
-        ),
-        text("cache_dir", "Shared cache of teacher features.", from_json=False),
+        operator_text("datasets_root", "Folder of the data sets.", default="/data/datasets"),
+        operator_text("dataset_url", "Database that holds the data set (SQLAlchemy URL)."),
+        long_text("dataset_query", "Its query; may use :dataset_id."),
+        operator_text("cache_dir", "Shared cache of teacher features."),
         integer("teacher_image_size", "Teacher's image side (default: from image_size).", ge=28),
         integer("clip_frames", "Frames per clip for lstm students.", ge=2, le=4096),
-        Option(
-            name="val_fraction",
-            kind="number",
-            help="Share cut for validation when there is one split.",
-            default=0.1,
-            limits={"gt": 0, "lt": 1},
-        ),
+        number("val_fraction", "Share cut for validation from a single split.", default=0.1, gt=0, lt=1),
         text("max_bad", "How many unreadable images end the run: 1% or a count.", default="1%"),
     ),
     "Training": (
-        text(
-            "task_type",
-            "The student's task.",
-            default="classification",
-            choices=("classification", "detection", "segmentation", "sequence", "features"),
-        ),
+        text("task_type", "The student's task.", default="classification", choices=TASKS),
         shared("num_classes", default=10, help="Classes of the head; more than the data has widens it."),
-        shared("image_size", limits={"ge": 16}),
+        shared("image_size", ge=16),
         shared("epochs", json=("totalEpochs",)),
-        shared("batch_size", limits={"le": 65536}),
+        shared("batch_size", le=65536),
         shared("learning_rate"),
         shared("optimizer", choices=("adamw", "adam", "sgd"), help="sgd uses momentum 0.9."),
         shared("lr_scheduler"),
         shared("weight_decay"),
-        shared("grad_accum_steps", limits={"le": 65536}),
+        shared("grad_accum_steps", le=65536),
         shared("max_grad_norm"),
-        shared("seed", limits={"le": 2**31 - 1}),
-        shared("workers", limits={"le": 1024}, help="Processes that decode images."),
+        shared("seed", le=2**31 - 1),
+        shared("workers", le=1024, help="Processes that decode images."),
     ),
     "Distillation": (
-        shared(
-            "distillation_type",
-            default="hybrid",
-            choices=("feature", "logit", "hybrid"),
-            help="Tasks without class logits distill features alone.",
-        ),
+        shared("distillation_type", default="hybrid", choices=DISTILLATIONS, help=NO_LOGITS),
         shared("temperature"),
-        Option(
-            name="alpha",
-            kind="number",
-            help="Soft weight; the hard weight is 1 - alpha.",
-            limits={"ge": 0, "le": 1},
-        ),
+        number("alpha", "Soft weight; the hard weight is 1 - alpha.", ge=0, le=1),
         shared("hard_label_weight"),
         shared("soft_label_weight"),
         shared("feature_loss_type"),
@@ -298,23 +274,18 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         shared("distill_loss_type"),
     ),
     "LoRA": (
-        shared("lora_rank", limits={"le": 4096}),
+        shared("lora_rank", le=4096),
         shared("lora_alpha"),
         shared("lora_dropout"),
         shared("lora_target_modules", kind="list", default=None, json=("targetModules",)),
         shared("lora_bias"),
     ),
     "Running": (
-        Option(name="gpu_devices", kind="list", help="0 or 0,1 or cpu.", default="0"),
+        words("gpu_devices", "0 or 0,1 or cpu.", default="0"),
         boolean("auto_save_checkpoint", "Keep checkpoint_epoch_n.pt files.", default=False),
         integer("checkpoint_interval", "Epochs between them.", default=10),
-        Option(
-            name="training_config",
-            kind="long text",
-            help="The settings as JSON: a file or the text.",
-            from_json=False,
-        ),
-        text("platform_config", "The platform's YAML with URLs and roots.", from_json=False),
+        long_text("training_config", "The settings as JSON: a file or the text."),
+        operator_text("platform_config", "The platform's YAML with URLs and roots."),
     ),
 }
 OPTIONS: dict[str, Option] = {option.name: option for group in GROUPS.values() for option in group}

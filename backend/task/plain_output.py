@@ -1,4 +1,4 @@
-"""Output that a line-reading parent can log: whole UTF-8 lines, no colours, no carriage returns.
+"""Output that a line-reading parent can log: whole UTF-8 lines, no colors, no carriage returns.
 
 Java's Process.destroy() sends SIGTERM and closes our output at once: from then on every write fails, and that
 must not keep anybody from saving a checkpoint. So a parent that is gone is not an error here.
@@ -63,7 +63,7 @@ class PlainStream(io.TextIOBase):
         """Nothing to do: finished lines are flushed as they are written."""
 
     def finish(self) -> None:
-        """Write what stands there without a line break."""
+        """Write what has no line break yet."""
         with self.lock:
             rest, self.pending = self.pending, ""
             if rest.strip():

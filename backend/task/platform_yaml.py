@@ -35,7 +35,7 @@ SQL_PREFIX = "datasets.sql."
 
 @dataclass(frozen=True, kw_only=True)
 class PlatformConfig:
-    """What the operator of the platform says; unlike options and JSON it never comes from a web form."""
+    """Settings of the platform's operator; unlike options and JSON they never come from a web form."""
 
     values: dict[str, str] = field(default_factory=dict)
     output_root: Path | None = None

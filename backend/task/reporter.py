@@ -188,7 +188,7 @@ class Reporter:
             self.recovered()
             self.drop(item)
             if item.call.closes:
-                # Progress says RUNNING: after the end it must not arrive any more.
+                # Progress has the status RUNNING: it must not arrive after the end.
                 self.queue = [other for other in self.queue if other.call.kind != "progress"]
         elif not result.retry:
             self.drop(item)

@@ -45,7 +45,7 @@ PRIVATE = frozenset({"dataset_url", "dataset_query", "training_config", "platfor
 class TaskRequest:
     """What the platform asks for, resolved and checked; nothing heavy is imported for it.
 
-    `chosen` holds only what an option or the JSON said (the recipe of the student comes between them and
+    `chosen` holds only what an option or the JSON gave (the recipe of the student comes between them and
     the defaults); `warnings` go to the log, `notes` also into the summary.
     """
 
@@ -104,7 +104,7 @@ class Merged:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """What options and JSON say; the database's URL is left out, since it may hold a password."""
+        """The values of options and JSON; the database's URL is left out, since it may hold a password."""
         both = {**self.document, **{k: v for k, v in self.options.items() if v is not None}}
         return {name: value for name, value in both.items() if value is not None and name not in PRIVATE}
 
@@ -312,7 +312,7 @@ def resolve_devices(value: str) -> tuple[str, ...]:
 
 
 def resolve_data(merged: Merged) -> dict[str, Any]:
-    """Where the data lies: folders below the data sets' root, or a database and a query."""
+    """Where the data is: folders below the data sets' root, or a database and a query."""
     dataset_id = merged.get("dataset_id")
     if dataset_id is not None:
         check_id("dataset_id", dataset_id)

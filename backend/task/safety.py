@@ -49,7 +49,7 @@ def exists_at(option: str, path: Path) -> bool:
     """Whether something is at `path`.
 
     Raises:
-        OptionError: when that cannot be told: a name too long, a folder that may not be entered.
+        OptionError: when that cannot be determined: a name too long, a folder that may not be entered.
     """
     try:
         path.stat()
@@ -118,7 +118,7 @@ def check_api_url(value: str, allow_local: bool = False) -> str:
 
 
 def is_host(host: str) -> bool:
-    """True for host names (also internationalised) and addresses, false for what would confuse a header."""
+    """True for host names (also internationalized) and addresses, false for what would confuse a header."""
     if ":" in host:
         return read_address(host.partition("%")[0]) is not None
     try:
@@ -152,7 +152,7 @@ def resolves_to_link_local(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        return False  # connecting says so
+        return False  # connecting reports it
     return any(is_link_local(str(entry[4][0])) for entry in found)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = get_logger("platform")
 
-# Seconds after a stop until the end comes in any case; a supervisor that is alive is quicker.
+# Seconds after a stop until the process ends in any case; a supervisor that is alive is quicker.
 ORPHAN_STOP_S = 6.0
 # What libraries would otherwise draw, download or send.
 QUIET = {
@@ -63,7 +63,7 @@ def run_task(words: Sequence[str], stop: StopRequest) -> int:
     # matplotlib, once for every Chinese character of every plot.
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
     sender = PipeSender(int(os.environ.pop(PIPE_VARIABLE)))
-    # The platform kills only the process it knows: without that one, stop with a checkpoint, and in any case.
+    # The platform kills only the supervisor: without it, this process stops with a checkpoint.
     end_with_parent(int(words[0]), signal.SIGTERM)
     with StopDeadline(stop, end_own_group, orderly_s=ORPHAN_STOP_S):
         return work(read_request(words[1:]), sender, stop)
@@ -151,7 +151,7 @@ def run_rank(task_id: str, stop: StopRequest) -> int:
     except Stopped as stopped:
         return stopped.exit_code
     except Exception as error:
-        # An error meant for the user explains itself; of anything else (a lost neighbor) the launcher knows more.
+        # An error for the user explains itself; anything else (a lost connection) the launcher explains better.
         return fail(error, sender if hasattr(error, "exit_code") else None, calls)
     return 0
 

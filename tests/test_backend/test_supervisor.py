@@ -50,7 +50,7 @@ def asked_to_stop() -> StopRequest:
     ("returncode", "delivered", "stopped", "expected"),
     [
         (0, True, False, 0),
-        (0, False, False, 0),  # the work is done; what was not delivered lies in undelivered.jsonl
+        (0, False, False, 0),  # the work is done; what was not delivered is in undelivered.jsonl
         (1, True, False, 1),
         (2, True, False, 2),
         (-9, True, False, 137),
@@ -77,7 +77,7 @@ def test_work_that_does_not_end_by_itself_is_ended(
     assert watching.wait(process) is None
     assert process.wait(30) == -9
     assert main.REPORT_LEAST_S <= watching.time_to_report() < main.STOP_S
-    assert watching.sudden_end(None) == "stopped; starting the task again goes on from the last checkpoint"
+    assert watching.sudden_end(None) == "stopped; start the task again to resume from the last checkpoint"
 
 
 def test_without_a_stop_the_report_has_the_operators_time(site: Site, tmp_path: Path) -> None:
