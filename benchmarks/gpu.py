@@ -49,7 +49,7 @@ STAGES: dict[str, StageEntry] = {
     "correctness": StageEntry("benchmarks.gpu_tower:check_correctness", 80, 90),
     "extraction": StageEntry("benchmarks.gpu_extraction:measure_extraction", 150, 150),
     "training": StageEntry("benchmarks.gpu_training:measure_training", 240, 240),
-    "distributed": StageEntry("benchmarks.gpu_training:check_distributed", 80, 150),
+    "distributed": StageEntry("benchmarks.gpu_training:check_distributed", 110, 150),
 }
 
 

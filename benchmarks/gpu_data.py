@@ -77,6 +77,7 @@ def extract_small(settings: Settings, kind: str) -> Path:
         "batch_size": 8,
         "workers": 0,
         "val_fraction": 0.25,
+        "compile": False,  # would take longer than the extraction
     }
     if kind == "classes":
         options |= {"images": "jpeg", "logits": "probe"}

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from multiprocessing import current_process, get_context, util
 from typing import Self
 
+from PIL import Image
+
 from console.log import get_logger
 from extract.decoding import DecodedSample, DecodeJob, decode_samples
 from extract.slabs import Pixels, SharedMemoryFull, Slab, SlabAddress, open_slab
@@ -231,6 +233,9 @@ def in_daemon() -> bool:
 def begin_worker(parent: int) -> None:
     """Ignore the signals meant for the parent, end with it even when it was killed, and use one core."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, with the first resize
+    # Pillow returns the memory of each image to the system; kept for the next one, decoding took a seventh less CPU time
+    # on a GPU box. 16 blocks of at most 16 MB.
+    Image.core.set_blocks_max(16)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

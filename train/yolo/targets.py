@@ -88,6 +88,7 @@ class TeacherTargets:
         self.copies: torch.cuda.Stream | None = None
         self.copying: deque[torch.cuda.Event] = deque()
         self.centres: dict[tuple[int, int], Tensor] = {}
+        self.counts: dict[tuple[int, int], Tensor] = {}
         self.views_by_size: dict[tuple[int, ...], tuple[NDArray[np.float64], tuple[float, ...]]] = {}
         # One thread, so that reading overlaps the student's forward pass and batches stay in order.
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-grids")
@@ -99,7 +100,7 @@ class TeacherTargets:
     def to(self, device: torch.device) -> TeacherTargets:
         """Targets are made on `device` from now on; on a GPU the grids are copied by a stream of their own."""
         self.standardizer.to(device)
-        self.device, self.centres = device, {}
+        self.device, self.centres, self.counts = device, {}, {}
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         return self
 
@@ -180,14 +181,20 @@ class TeacherTargets:
             self.centres[height, width] = centres.to(self.device)
         return self.centres[height, width]
 
+    def count_of(self, grids: Tensor) -> Tensor:
+        """Columns and rows of the grids [U, g, g, D], float32 [2] on the device; made once."""
+        height, width = grids.shape[1:3]
+        if (height, width) not in self.counts:
+            self.counts[height, width] = torch.tensor([width, height], dtype=torch.float32).to(self.device)
+        return self.counts[height, width]
+
     def neighbours(
         self, grids: Tensor, index: Tensor, points: Tensor, content: Tensor, share: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The stored cells around each point and their weights, both [B, L, P, 4], L sources a point at most."""
-        grid_height, grid_width = grids.shape[1:3]
         kept, which = share.topk(min(self.sources_per_cell, share.shape[1]), dim=1)
-        cells, weights = bilinear_neighbours(points, content, grid_height, grid_width)
-        cells = cells + (index * grid_height * grid_width)[..., None, None]
+        cells, weights = bilinear_neighbours(points, content, self.count_of(grids))
+        cells = cells + (index * grids[0, ..., 0].numel())[..., None, None]
         chosen = which[..., None].expand(-1, -1, -1, 4)
         return cells.gather(1, chosen), kept[..., None] * weights.gather(1, chosen)
 
@@ -243,25 +250,22 @@ def inside(points: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return ((points >= low) & (points < high)).all(-1)
 
 
-def bilinear_neighbours(points: Tensor, content: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def bilinear_neighbours(points: Tensor, content: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The four cells around each point [B, K, P, 2]: flat indices int64 and weights, both [B, K, P, 4].
 
-    Points are clamped to the cells in `content` [B, K, 4], so that padding never mixes in.
+    Points are clamped to the cells in `content` [B, K, 4], so that padding never mixes in. `count`: float32 [2], columns
+    and rows of the grid. Both axes at once: on a GPU each launch costs the trainer more than the arithmetic in it.
     """
-    # Each axis with its own number: a tensor of both would be copied from the host.
-    x0, x1, fx = axis_neighbours(points[..., 0], content[..., None, 0], content[..., None, 2], width)
-    y0, y1, fy = axis_neighbours(points[..., 1], content[..., None, 1], content[..., None, 3], height)
-    cells = torch.stack([y0 * width + x0, y0 * width + x1, y1 * width + x0, y1 * width + x1], -1).long()
-    weights = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], -1)
-    return cells, weights
-
-
-def axis_neighbours(points: Tensor, first: Tensor, last: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: the cell at or before each point, the one after it, and how far the point is between them."""
+    first, last = content[..., None, :2], content[..., None, 2:]
     place = torch.nan_to_num(points, nan=0.0, posinf=1.0, neginf=0.0) * count - 0.5
-    place = torch.minimum(torch.maximum(place, first), last)
-    base = place.floor()
-    return base, torch.minimum(base + 1, last), place - base
+    place = torch.clamp(place, first, last)
+    before = place.floor()
+    part = place - before
+    near = torch.stack([before, torch.minimum(before + 1, last)], -1)  # [B, K, P, axis, 2]
+    share = torch.stack([1 - part, part], -1)
+    cells = near[..., 1, :, None] * count[0] + near[..., 0, None, :]
+    weights = share[..., 1, :, None] * share[..., 0, None, :]
+    return cells.flatten(-2).long(), weights.flatten(-2)
 
 
 def foreground_weights(batch: Mapping[str, Any], height: int, width: int, factor: float) -> Tensor:
