@@ -22,7 +22,7 @@ from train.config import load_config
 from train.data.batches import Batch
 from train.distill.objective import DistillationPlan, Objective, build_standardizers
 from train.distill.projector import DistilledStudent, Projector
-from train.loop.loop import Loop, Parts, Progress, build_normalizer
+from train.loop.loop import Loop, Parts, TrainingState, build_normalizer
 from train.loop.optimizer import WeightAverage, build_optimizer
 from train.loop.saving import StepGuard
 from train.students import build_student
@@ -186,7 +186,7 @@ def make_loop(student: Any, objective: Objective, plan: DistillationPlan | None,
             val_loader=loader,
             normalize=build_normalizer(student, META),
             guard=StepGuard(module),
-            progress=Progress(),
+            progress=TrainingState(),
             average=WeightAverage(student, 0.9),
             stop=SimpleNamespace(requested=False),  # type: ignore[arg-type]
         )

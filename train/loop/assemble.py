@@ -26,7 +26,7 @@ from train.distill.projector import DistilledStudent, build_projector
 from train.distill.resolve import check_mixing, resolve_augmentation, resolve_features
 from train.distill.transport import resize_matrices
 from train.errors import ConfigError
-from train.loop.loop import Parts, Progress, build_normalizer, derive_seed
+from train.loop.loop import Parts, TrainingState, build_normalizer, derive_seed
 from train.loop.optimizer import WeightAverage, build_optimizer
 from train.loop.saving import StepGuard
 from train.lora import apply_lora_options
@@ -120,7 +120,7 @@ def build_training(
         val_loader=val_loader,
         normalize=build_normalizer(student, device),
         guard=StepGuard(module),
-        progress=Progress(),
+        progress=TrainingState(),
         average=WeightAverage(module.student, config.ema_decay) if config.ema_decay is not None else None,
         stop=stop,
     )

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from console.progress import Progress as ProgressDisplay
+from console.progress import Progress
 from console.stop import Stopped, StopRequest
 from train.checkpoint import normalization
 from train.config import TrainConfig
@@ -39,7 +39,7 @@ class NotFiniteError(TrainError):
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Where a run stands: saved in every `last.pt`, so that a resumed run takes the very next step.
 
     `epoch`: epochs finished; `step`: optimizer steps finished in the running one; `global_step`: in all.
@@ -117,7 +117,7 @@ class Parts:
     val_loader: BatchLoader
     normalize: Callable[[Tensor], Tensor]
     guard: StepGuard
-    progress: Progress
+    progress: TrainingState
     average: WeightAverage | None
     stop: StopRequest
 
@@ -139,7 +139,7 @@ class Loop:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.display: ProgressDisplay | None = None
+        self.display: Progress | None = None
         self.save_within_epoch: Callable[[], None] = lambda: None
         self.device = parts.accelerator.device
         self.groups = group_sizes(len(parts.train_loader.batches.slices), parts.config.grad_accum_steps)

@@ -15,9 +15,9 @@ from processes.deadline import StopDeadline
 from store.format import Manifest
 from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint
 from train.config import TrainConfig, config_to_json
-from train.events import Observers
+from train.events import Observer
 from train.loop.assemble import Built
-from train.loop.loop import Loop, NotFiniteError, Progress
+from train.loop.loop import Loop, NotFiniteError, TrainingState
 from train.loop.optimizer import match_layout
 from train.loop.saving import CheckpointWriter, adopt_best
 from train.loop.trackers import Tracker, open_trackers
@@ -53,7 +53,7 @@ class Trainer:
         folder: Path,
         manifest: Manifest,
         task: str,
-        observers: Observers,
+        observers: Observer,
         watch: StopDeadline,
     ) -> None:
         self.built, self.parts, self.config = built, built.parts, config
@@ -67,7 +67,7 @@ class Trainer:
         self.started = time.monotonic()
         self.wall_before = 0.0
 
-    def fit(self) -> Progress:
+    def fit(self) -> TrainingState:
         """Train until the end, early stopping or a stop request; returns where the run stands.
 
         Raises Stopped after a signal: the last finished step is in last.pt.
