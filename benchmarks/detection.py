@@ -29,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from commands.assets import PRETRAINED_TEACHER, asset, pretrained_teacher_weights
-from train.report.compare import mean_with_interval
+from train.report.runs import mean_with_interval
 
 TILE = 128  # pixels of the photo
 TEACHER_SIZE = 256

@@ -33,7 +33,7 @@ def sweep(
     """
     store = options["store"]
     refuse_unknown(context, [*([store] if store else []), *context.args])
-    from train.sweep.run import run_sweep
+    from train.sweep.driver import run_sweep
 
     values = {**options, "set": parse_sets(options["set"] or [])}
     settings = load_sweep_config(values, read_option_file(config, ConfigError) if config else None)

@@ -41,7 +41,7 @@ def quantize(out: Path) -> None:
 
 def sweep(out: Path) -> None:
     from train.sweep.config import load_sweep_config
-    from train.sweep.run import run_sweep
+    from train.sweep.driver import run_sweep
 
     run_sweep(load_sweep_config({"store": str(MISSING), "out": out, "students": "resnet18"}, None))
 

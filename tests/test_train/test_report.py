@@ -22,9 +22,8 @@ from train.config import load_config
 from train.errors import ReportError
 from train.report import figures
 from train.report.build import build_report, pass_seconds
-from train.report.collect import collect
-from train.report.compare import cost_of, differences, mean_with_interval, pareto_front
 from train.report.page import marked
+from train.report.runs import collect, cost_of, differences, mean_with_interval, pareto_front
 from train.report.samples import box_confusion, box_iou, count_hits
 from train.run import run_training
 
@@ -477,14 +476,14 @@ def test_a_folder_of_runs_and_sweeps_is_searched(
 def test_latency_is_measured_once_for_an_architecture_and_kept(
     make_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.report import latency
+    from train.report import runs as report_runs
 
     options = {"epochs": 1, "image_size": 32, "batch_size": 8, "workers": 0, "control": True}
     store, out = make_store(), tmp_path / "run"
     run_training(load_config({"store": str(store), "student": "timm:test_resnet", "out": out, **options}))
     calls = []
-    original = latency.measure_latency
-    monkeypatch.setattr(latency, "measure_latency", lambda *a: calls.append(1) or original(*a))
+    original = report_runs.measure_latency
+    monkeypatch.setattr(report_runs, "measure_latency", lambda *a: calls.append(1) or original(*a))
     made = build_report([out], None, samples=0)
     first = {row["latency_ms"] for row in made.rows}
     assert len(calls) == 1

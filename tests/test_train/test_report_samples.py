@@ -23,7 +23,7 @@ from train.data.batches import Item
 from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.views import AUGMENTATIONS
 from train.deliver.model import ModelCard
-from train.report.collect import Run
+from train.report.runs import Run
 from train.report.samples import Subject, detection, mask_on, pixel_confusion, segmentation
 
 SIDE = 64  # of the teacher's input and of the student's

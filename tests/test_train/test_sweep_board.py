@@ -10,7 +10,7 @@ from tests.test_train.runs import trained
 from train.run_folder import METRICS, write_json
 from train.sweep.board import line, read_state
 from train.sweep.config import Trial
-from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER, ended
+from train.sweep.trial import OUTCOME_FILE, RUN_FOLDER, ended
 
 
 def test_a_running_trial_shows_the_total_and_the_time_left(make_store: Any, tmp_path: Path) -> None:

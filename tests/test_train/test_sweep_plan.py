@@ -16,7 +16,7 @@ from train.errors import ConfigError, TrainError
 from train.run_folder import RunFolder
 from train.sweep.board import best_of, line, read_state
 from train.sweep.config import Trial, load_sweep_config, plan_trials
-from train.sweep.run import (
+from train.sweep.driver import (
     dask_defaults,
     is_done,
     local_workers,
@@ -27,7 +27,7 @@ from train.sweep.run import (
     visible_gpus,
     write_plan,
 )
-from train.sweep.worker import Order, environment, failure_reason, only_one, run_trial
+from train.sweep.trial import Order, environment, failure_reason, only_one, run_trial
 
 STORE = {"store": "features.zarr", "out": Path("sweep")}
 
@@ -198,7 +198,7 @@ def test_a_trial_waits_for_the_process_that_a_lost_worker_left_behind(
         left_behind = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock]
         )
-    monkeypatch.setattr("train.sweep.worker.LOCK_WAIT_S", 0.5)
+    monkeypatch.setattr("train.sweep.trial.LOCK_WAIT_S", 0.5)
     outcome = run_trial(order(folder, "x"), lambda: False)
     assert outcome["state"] == "failed"
     assert "another process is still training in" in outcome["reason"]
@@ -220,7 +220,7 @@ def test_a_trial_says_that_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read_state(folder, trial).state == "waiting"
     seen: list[str] = []
     monkeypatch.setattr(
-        "train.sweep.worker.command", lambda *_: [sys.executable, "-c", "import time; time.sleep(1)"]
+        "train.sweep.trial.command", lambda *_: [sys.executable, "-c", "import time; time.sleep(1)"]
     )
     run_trial(order(folder, "x"), lambda: bool(seen.append(read_state(folder, trial).state)))
     assert seen[0] == "waiting"
@@ -233,8 +233,8 @@ def test_a_trial_that_hangs_is_ended_with_its_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
-    monkeypatch.setattr("train.sweep.worker.command", lambda *_: [sys.executable, "-c", script])
-    monkeypatch.setattr("train.sweep.worker.STOP_GRACE_S", 0.5)
+    monkeypatch.setattr("train.sweep.trial.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr("train.sweep.trial.STOP_GRACE_S", 0.5)
     outcome = run_trial(order(tmp_path / "trial", "x", timeout_s=1.5), lambda: False)
     assert outcome["state"] == "timeout"
     assert "1.5 s" in outcome["reason"]
@@ -245,7 +245,7 @@ def test_a_trial_that_the_system_kills_is_told_apart_from_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = "import os; print('epoch 1', flush=True); os.kill(os.getpid(), 9)"
-    monkeypatch.setattr("train.sweep.worker.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr("train.sweep.trial.command", lambda *_: [sys.executable, "-c", script])
     outcome = run_trial(order(tmp_path / "trial", "x"), lambda: False)
     assert (outcome["state"], outcome["last_lines"]) == ("failed", ["epoch 1"])
     assert "run out of memory" in outcome["reason"]
@@ -276,8 +276,8 @@ def test_records_of_a_run_that_is_writing_are_read_up_to_the_last_whole_line(tmp
 def test_each_local_trial_has_a_gpu_where_there_are_gpus(
     monkeypatch: pytest.MonkeyPatch, gpus: list[str], jobs: int | None, trials: int, expected: list[str]
 ) -> None:
-    monkeypatch.setattr("train.sweep.run.visible_gpus", lambda: gpus)
-    monkeypatch.setattr("train.sweep.run.core_share", lambda: 12)
+    monkeypatch.setattr("train.sweep.driver.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("train.sweep.driver.core_share", lambda: 12)
     workers, cores = local_workers(jobs, trials)
     assert cores == 12 // len(expected)
     assert [worker["env"]["CUDA_VISIBLE_DEVICES"] for worker in workers] == expected
@@ -297,15 +297,15 @@ def test_the_gpus_that_a_sweep_sees(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_trial_sees_the_gpu_of_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
-    monkeypatch.setattr("train.sweep.worker.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr("train.sweep.trial.command", lambda *_: [sys.executable, "-c", script])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # as dask's nanny sets it in the worker
     run_trial(order(tmp_path / "trial", "x"), lambda: False)
     assert (tmp_path / "trial" / "log.txt").read_text().strip() == "7"
 
 
 def test_local_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.sweep.run.visible_gpus", list)
-    monkeypatch.setattr("train.sweep.run.core_share", lambda: 12)
+    monkeypatch.setattr("train.sweep.driver.visible_gpus", list)
+    monkeypatch.setattr("train.sweep.driver.core_share", lambda: 12)
     shares = [
         (len(workers), cores) for workers, cores in (local_workers(jobs, 9) for jobs in (None, 2, 5, 20))
     ]
@@ -315,7 +315,7 @@ def test_local_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trial_has_its_part_of_the_cores_unless_the_user_set_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("train.sweep.worker.available_cores", lambda: 12)
+    monkeypatch.setattr("train.sweep.trial.available_cores", lambda: 12)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # dask's own, in every worker
     alone = environment(4, {})
     assert (alone["OMP_NUM_THREADS"], alone["MKL_NUM_THREADS"]) == ("4", "4")
@@ -359,10 +359,10 @@ def test_workers_that_cannot_be_started_are_one_line_with_their_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A worker whose start fails inside its process: dask's own exception says only that its nanny failed."""
-    from train.sweep import run
+    from train.sweep import driver
 
     (tmp_path / "broken_preload.py").write_text("raise OSError(12, 'Cannot allocate memory')\n")
-    plain = run.local_workers
+    plain = driver.local_workers
 
     def workers(*arguments: Any) -> Any:
         found, cores = plain(*arguments)
@@ -370,10 +370,10 @@ def test_workers_that_cannot_be_started_are_one_line_with_their_reason(
             worker["preload"] = [str(tmp_path / "broken_preload.py")]
         return found, cores
 
-    monkeypatch.setattr(run, "local_workers", workers)
+    monkeypatch.setattr(driver, "local_workers", workers)
     config = load_sweep_config({**STORE, "students": "resnet18", "jobs": 1})
     with (
         pytest.raises(TrainError, match=r"^1 worker processes .*Cannot allocate memory; try fewer --jobs"),
-        run.cluster(config, 1),
+        driver.cluster(config, 1),
     ):
         pass

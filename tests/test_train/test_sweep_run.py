@@ -226,12 +226,12 @@ def test_local_workers_see_one_gpu_each_and_more_jobs_share_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: list[str], jobs: int | None, expected: list[str]
 ) -> None:
     """Real worker processes, a made-up list of GPUs."""
-    from train.sweep import run as sweep_run
+    from train.sweep import driver as sweep_driver
     from train.sweep.config import load_sweep_config
 
-    monkeypatch.setattr(sweep_run, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(sweep_driver, "visible_gpus", lambda: gpus)
     config = load_sweep_config({"store": "x", "out": tmp_path, "students": [STUDENT], "jobs": jobs})
-    with sweep_run.cluster(config, 5) as (client, slot, cores):
+    with sweep_driver.cluster(config, 5) as (client, slot, cores):
         client.wait_for_workers(2)
         seen = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
         assert slot == {"trial": 1}

@@ -19,10 +19,18 @@ from train.data.splits import count_validation
 from train.errors import ReportError
 from train.metrics import label_of, text_of
 from train.report import figures
-from train.report.collect import Collection, Run, collect
-from train.report.compare import SUMMARY_FIELDS, Cost, cost_of, differences, table_rows
-from train.report.latency import measure_latencies
 from train.report.page import Section, render_page
+from train.report.runs import (
+    SUMMARY_FIELDS,
+    Collection,
+    Cost,
+    Run,
+    collect,
+    cost_of,
+    differences,
+    measure_latencies,
+    table_rows,
+)
 from train.report.samples import gallery_of
 from train.run_folder import make_folder, read_json
 

@@ -14,7 +14,7 @@ import plotly.offline
 from markupsafe import Markup, escape
 
 from train import metrics
-from train.report.collect import Unfinished
+from train.report.runs import Unfinished
 
 TABLE_LIMIT = 2000
 

@@ -24,8 +24,8 @@ from train.deliver.inputs import clip_reader, image_reader, run_options, spread
 from train.deliver.model import ModelCard, TorchModel, batches, choose_device, class_name, open_student
 from train.deliver.scores import softmax
 from train.report import figures
-from train.report.collect import Run
 from train.report.page import LegendEntry, Picture
+from train.report.runs import Run
 
 logger = get_logger("report")
 

@@ -13,14 +13,14 @@ from console.progress import clock
 from train.metrics import HEADLINE_METRICS, label_of, metric_of, text_of
 from train.run_folder import RunFolder, read_json
 from train.sweep.config import Trial
-from train.sweep.worker import OUTCOME_FILE, RUN_FOLDER
+from train.sweep.trial import OUTCOME_FILE, RUN_FOLDER
 
 
 class TrialState(NamedTuple):
     """What is known of a trial from the files in its folder."""
 
     name: str
-    state: str  # waiting, or the state of its Outcome
+    state: str  # waiting, or the state of its TrialResult
     epoch: int
     epochs: int | None
     metric: str | None

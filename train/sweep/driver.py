@@ -24,11 +24,11 @@ from train.errors import ConfigError, TrainError
 from train.run_folder import SUMMARY, make_folder, read_json, warn_of_random_teacher, write_json
 from train.sweep.board import Board, TrialState, read_state
 from train.sweep.config import SweepConfig, Trial, plan_trials
-from train.sweep.worker import (
+from train.sweep.trial import (
     OUTCOME_FILE,
     RUN_FOLDER,
     Order,
-    Outcome,
+    TrialResult,
     ended,
     read_run,
     run_trial,
@@ -153,7 +153,7 @@ def store_address(store: str) -> str:
     return store if "://" in store else str(Path(store).resolve())
 
 
-def run_on_worker(order: Order, event_name: str) -> tuple[Outcome, str]:
+def run_on_worker(order: Order, event_name: str) -> tuple[TrialResult, str]:
     """What dask calls on a worker: one trial, stopped when the sweep's event is set. Also says where it ran."""
     from distributed import Event, get_worker
 

@@ -30,7 +30,7 @@ STOPPED = "the sweep was stopped; run the same command again to go on"
 RUN_FOLDER = "run"  # below the trial's folder: `cli train --overwrite` empties what it is given
 
 
-class Outcome(TypedDict):
+class TrialResult(TypedDict):
     """How a trial ended. `summary` is the content of its summary.json when it is done."""
 
     state: str  # running | done | failed | timeout | stopped
@@ -53,7 +53,7 @@ class Order(TypedDict):
     timeout_s: float | None
 
 
-def run_trial(order: Order, stop_requested: Callable[[], bool]) -> Outcome:
+def run_trial(order: Order, stop_requested: Callable[[], bool]) -> TrialResult:
     """Run (or continue) the trial; its output goes to log.txt, its state to outcome.json in its folder."""
     if stop_requested():
         return ended("stopped", STOPPED)
@@ -70,7 +70,7 @@ def run_trial(order: Order, stop_requested: Callable[[], bool]) -> Outcome:
     return outcome
 
 
-def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Callable[[], bool]) -> Outcome:
+def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Callable[[], bool]) -> TrialResult:
     started = time.monotonic()
     resumed = RunFolder(folder / RUN_FOLDER).is_interrupted()  # any other trial starts again
     with (folder / LOG_FILE).open("ab" if resumed else "wb") as log:
@@ -85,7 +85,7 @@ def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Calla
             preexec_fn=signal_on_parent_death,  # so that its trial can go on elsewhere
         )
         state, reason = watch(process, order["timeout_s"], stop_requested)
-    return Outcome(
+    return TrialResult(
         state=state,
         reason=reason or failure_reason(process.returncode, folder),
         last_lines=[] if state == "done" else last_lines(folder / LOG_FILE),
@@ -94,9 +94,9 @@ def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Calla
     )
 
 
-def ended(state: str, reason: str) -> Outcome:
+def ended(state: str, reason: str) -> TrialResult:
     """The outcome of a trial of which there is nothing more to say."""
-    return Outcome(state=state, reason=reason, last_lines=[], wall_time_s=0.0, summary=None)
+    return TrialResult(state=state, reason=reason, last_lines=[], wall_time_s=0.0, summary=None)
 
 
 class FolderBusyError(Exception):
