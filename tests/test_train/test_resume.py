@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -224,9 +225,11 @@ class StopAfter(StopRequest):
 
     @property
     def requested(self) -> bool:
-        self.looks -= 1
-        if self.looks == 0:
-            self.set()
+        # The stop deadline's thread looks as well, at moments of its own.
+        if threading.current_thread() is threading.main_thread():
+            self.looks -= 1
+            if self.looks == 0:
+                self.set()
         return super().requested
 
 
