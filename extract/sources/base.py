@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from files.names import printable
 from imaging.clips import ClipFrame
@@ -164,10 +163,6 @@ class Sample:
         if self.frames is None:
             raise ValueError(f"sample {self.key!r} is not a clip")
         return self.frames.read_clip(count, pairs=pairs, max_pixels=max_pixels, bit_depth=bit_depth)
-
-    def read_frames(self, count: int, **options: Any) -> list[Image.Image]:
-        """The images of `read_clip`, which has the options."""
-        return [frame.image for frame in self.read_clip(count, **options)]
 
 
 class Samples(Sequence[Sample], ABC):

@@ -63,11 +63,6 @@ def split_hash(identity: str | bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def in_validation(identity: str | bytes, val_fraction: float) -> bool:
-    """Whether the hash alone puts the sample with this key (or content digest) into the validation split."""
-    return split_hash(identity) < val_fraction * 2.0**64
-
-
 def cut_validation(
     samples: Samples,
     val_fraction: float,

@@ -27,7 +27,7 @@ def open_dataset(dataset: Dataset, **options: object) -> Source:
 
 def pixels_of(sample: Sample) -> np.ndarray:
     if sample.frames is not None:
-        return np.asarray(sample.read_frames(1)[0])
+        return np.asarray(sample.read_clip(1)[0].image)
     return np.asarray(decode_image(sample.read()))
 
 

@@ -18,13 +18,17 @@ from extract.sources import listing as listing_module
 from extract.sources.base import SourceError
 from extract.sources.detect import open_source
 from extract.sources.listing import list_files, make_key
-from extract.sources.splitting import in_validation
+from extract.sources.splitting import split_hash
 from imaging.decode import ImageError, read_file
 from store.reader import open_store
 from tests.test_extract.extractions import extract
 from tests.test_extract.source_datasets import picture, save
 
 PICTURE = picture(0)
+
+
+def in_validation(key: str, fraction: float) -> bool:
+    return split_hash(key) < fraction * 2.0**64
 
 
 def make(root: Path, *names: str) -> Path:

@@ -248,12 +248,14 @@ def test_video_frames_are_spread_evenly(tmp_path: Path) -> None:
     run, walk = source.splits()["train"]
     assert (run.key, run.label, walk.key, walk.label) == ("train/run/b.avi", 0, "train/walk/a.mp4", 1)
     assert walk.read() == (tmp_path / "train/walk/a.mp4").read_bytes()
-    np.testing.assert_allclose(levels_of(walk.read_frames(4)), [levels[i] for i in (2, 7, 12, 17)], atol=3)
-    pairs = walk.read_frames(2, pairs=True)
+    np.testing.assert_allclose(
+        levels_of([frame.image for frame in walk.read_clip(4)]), [levels[i] for i in (2, 7, 12, 17)], atol=3
+    )
+    pairs = [frame.image for frame in walk.read_clip(2, pairs=True)]
     np.testing.assert_allclose(levels_of(pairs), [levels[i] for i in (4, 5, 14, 15)], atol=3)
-    assert len(run.read_frames(8)) == 8
+    assert len(run.read_clip(8)) == 8
     with pytest.raises(ImageError, match="too many pixels: frames of 64×48"):
-        run.read_frames(2, max_pixels=100)
+        run.read_clip(2, max_pixels=100)
 
 
 def test_damaged_videos_are_bad_clips(tmp_path: Path) -> None:
@@ -264,10 +266,10 @@ def test_damaged_videos_are_bad_clips(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b/text.mkv").write_text("no video at all")
     samples = {sample.key: sample for sample in open_source(tmp_path, val_fraction=0).splits()["train"]}
-    assert len(samples["a/good.avi"].read_frames(4)) == 4
+    assert len(samples["a/good.avi"].read_clip(4)) == 4
     for key in ("a/cut.mp4", "a/empty.mp4", "b/text.mkv"):
         with pytest.raises(ImageError):
-            samples[key].read_frames(4)
+            samples[key].read_clip(4)
 
 
 def test_frame_folders_are_in_the_order_of_time(tmp_path: Path) -> None:
@@ -279,10 +281,10 @@ def test_frame_folders_are_in_the_order_of_time(tmp_path: Path) -> None:
     clip = next(
         s for s in open_source(dataset.path, "clips").splits()["train"] if s.key == "train/bird/clip0"
     )
-    assert levels_of(clip.read_frames(12))[3:] == list(range(4, 13))
+    assert levels_of([frame.image for frame in clip.read_clip(12)])[3:] == list(range(4, 13))
     (Path(dataset.path) / "train/bird/clip0/12.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"frame 12\.png: empty file"):
-        clip.read_frames(12)
+        clip.read_clip(12)
     assert sorted(["f10.png", "f9.png", "f1a.png"], key=time_order) == ["f1a.png", "f9.png", "f10.png"]
 
 
@@ -301,7 +303,7 @@ def test_what_is_no_clip(tmp_path: Path) -> None:
     assert not looks_like_frames(["cat/a/1.png", "cat/a/3.png"])
     assert looks_like_frames(["cat/a/1.png", "cat/a/2.png"])
     with pytest.raises(ValueError, match="is not a clip"):
-        open_source(dataset.path).splits()["train"][0].read_frames(2)
+        open_source(dataset.path).splits()["train"][0].read_clip(2)
     save(tmp_path / "mixed/a/b/1.png", picture(0))
     write_video(tmp_path / "mixed/a/c.mp4", 3)
     with pytest.raises(SourceError, match="both video files"):

@@ -71,7 +71,7 @@ def test_every_layout_reports_it(tmp_path: Path, kind: str, name: str, special: 
                 sample.read_boxes((24, 16))
                 sample.read_mask((24, 16))
                 if sample.frames is not None:
-                    sample.read_frames(3)
+                    sample.read_clip(3)
             except (SourceError, ImageError) as error:
                 problems.append(str(error))
     if special == "folder" and not problems:
@@ -108,7 +108,7 @@ def test_a_video_that_is_a_pipe(tmp_path: Path, name: str) -> None:
     make_pipe(tmp_path / name)
     (samples,) = open_source(tmp_path, "clips", val_fraction=0).splits().values()
     with pytest.raises(ImageError, match="not a regular file"):
-        samples[0].read_frames(2)
+        samples[0].read_clip(2)
     with pytest.raises(ImageError, match="not a regular file"):
         samples[0].read()
 
