@@ -19,8 +19,6 @@ PATCH = 28
 LARGEST_TEACHER_SIZE = 448
 GRID_TASKS = frozenset({"detection", "segmentation"})
 LABEL_TASKS = frozenset({"classification", "sequence"})
-# Any of these in the output folder: this task was started before.
-RUN_FILES = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
 
 class StageConfigs:
@@ -134,8 +132,9 @@ class StageConfigs:
             ConfigError: when the options do not make sense together.
         """
         from train.config import load_config
+        from train.run_folder import RunFolder
 
-        request = self.request
+        request, run = self.request, RunFolder(self.request.output_dir)
         in_use = {"", "lora" if self.lora_rank else "", "logits" if self.distillation != "feature" else ""}
         options = {
             # What was not chosen is left to the recipe, which TrainConfig itself applies.
@@ -151,7 +150,7 @@ class StageConfigs:
             "pretrained": request.pretrained or None,
             "device": ",".join(request.devices),
             "checkpoint_interval": self.checkpoint_interval,
-            "resume": any((request.output_dir / name).exists() for name in RUN_FILES),
+            "resume": run.has_results() or run.has_config(),
         }
         if self.features()["images"] == "none":
             options["data_root"] = request.dataset_dir

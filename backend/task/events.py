@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = get_logger("platform")
 
-BEST, BEST_MODEL = "best.pt", "best_model.pt"
+BEST_MODEL = "best_model.pt"
 EXTRACTION_EVERY_S = 2.0
 LOG_EVERY_S = 30.0
 MEGABYTE = 1_000_000
@@ -72,8 +72,9 @@ class TrainingEvents(SilentObserver):
     """
 
     def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int, folder: Path) -> None:
-        self.calls, self.sender, self.total_epochs, self.folder = calls, sender, total_epochs, folder
-        self.reported = {int(record["epoch"]) for record in RunFolder(folder).read_records()}
+        self.calls, self.sender, self.total_epochs = calls, sender, total_epochs
+        self.run = RunFolder(folder)
+        self.reported = {int(record["epoch"]) for record in self.run.read_records()}
         self.caught_up = False
 
     def epoch_end(self, record: dict[str, Any]) -> None:
@@ -85,7 +86,7 @@ class TrainingEvents(SilentObserver):
     def catch_up(self, before: int | None = None) -> None:
         """Report what is in metrics.jsonl and has not been reported: all of it, or the epochs `before` one."""
         self.caught_up = True
-        for record in RunFolder(self.folder).read_records():
+        for record in self.run.read_records():
             epoch = int(record["epoch"])
             if epoch not in self.reported and (before is None or epoch < before):
                 self.report(epoch, record)
@@ -104,7 +105,7 @@ class TrainingEvents(SilentObserver):
         self.sender.send(self.calls.history(epoch=epoch, values=history_values(record, accuracy)))
 
     def checkpoint_saved(self, path: Path, epoch: int, is_best: bool) -> None:
-        if is_best and path.name == BEST:
+        if is_best and path.name == self.run.best.name:
             self.publish_best()
 
     def publish_best(self) -> None:
@@ -113,7 +114,7 @@ class TrainingEvents(SilentObserver):
         Checkpoints are replaced, never rewritten, so a link keeps what it was made of; a copy where links are
         impossible.
         """
-        best, published = self.folder / BEST, self.folder / BEST_MODEL
+        best, published = self.run.best, self.run.path / BEST_MODEL
         if not best.exists() or (published.exists() and os.path.samefile(best, published)):
             return
         with replacing(published) as partial:

@@ -152,12 +152,12 @@ class Task:
         """Publish the best model, note the platform's part in summary.json, send the evaluation."""
         from console.output import plain_json
         from store.reader import open_store
-        from train.run_folder import SUMMARY, write_json
+        from train.run_folder import RunFolder
 
-        request, folder = self.request, self.request.output_dir
-        TrainingEvents(self.calls, self.sender, self.epochs, folder).publish_best()
+        request = self.request
+        TrainingEvents(self.calls, self.sender, self.epochs, request.output_dir).publish_best()
         summary["platform"] = {"task_id": request.task_id, "notes": self.configs.notes}
-        write_json(folder / SUMMARY, summary)
+        RunFolder(request.output_dir).write_summary(summary)
         evaluations = self.calls.evaluations(
             values=evaluation_values(summary.get("metrics") or {}),
             dataset_id=request.val_dataset_id,

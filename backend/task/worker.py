@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -130,8 +129,9 @@ def train_on_ranks(config: TrainConfig, task_id: str, pipe: int | None, stop: St
         raise PlatformError(
             f"training failed, exit codes of the ranks {exits.codes}: the reason is in the log"
         )
-    summary: dict[str, Any] = json.loads((config.out / "summary.json").read_text("utf-8"))
-    return summary
+    from train.run_folder import RunFolder
+
+    return RunFolder(config.out).read_summary() or {}
 
 
 def run_rank(task_id: str, stop: StopRequest) -> int:
