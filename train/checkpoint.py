@@ -1,7 +1,7 @@
 """Checkpoints: plain types and tensors, written atomically, read with weights-only loading.
 
 `best.pt` holds a student: enough to build, run and export it. `last.pt` holds the same and, under `training`,
-all that a run needs to go on.
+all that a run needs to resume.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         with replacing(path) as partial, partial.open("wb") as file:
             torch.save(dict(content), file)
     except (OSError, RuntimeError) as error:
-        # torch's own text hides what the disk said.
+        # torch's own text hides the reason of the operating system.
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or " ".join(str(error).split())[:200]
         kept = f"; the previous {path.name} is intact" if path.exists() else ""

@@ -51,7 +51,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """`student, task, split, samples, metrics, per_class, run, store` of a run's best student on a split.
 
-    `run` may be an exported ONNX file too: it says itself how images are prepared and what its classes are called.
+    `run` may be an exported ONNX file too: it describes how images are prepared and names its classes.
     Raises TrainError when the store has other classes than the student, or no targets for its task.
     """
     from store.reader import open_store
@@ -148,7 +148,7 @@ def data_to_evaluate(
             f"{store.path}: other classes than the student was trained on (differing: {', '.join(odd[:5])})"
         )
     split = open_split(store, config.val_split, "--split")
-    advice = f"this student learnt {content['task']}: name a store for that"
+    advice = f"this student was trained for {content['task']}: name a store for that"
     check_targets(content["task"], split, config.val_split, config.store, advice)
     rows = valid_rows(split, config.val_split, [])
     return TrainingData(

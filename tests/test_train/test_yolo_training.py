@@ -55,7 +55,7 @@ def test_lora_leaves_base_weights_as_they_were(
     assert sum(float(value.abs().sum()) for value in adapters) > 0
     assert summary["trainable_parameters"] < 0.5 * summary["parameters"]
     assert "LoRA on 45 layers: " in train_log.text
-    assert f"weights of {folder / 'best.pt'}; drawn anew: none" in train_log.text
+    assert f"weights of {folder / 'best.pt'}; initialized randomly: none" in train_log.text
     merged = load_checkpoint(out / "best.pt")["model_state_dict"]
     assert merged.keys() == start.keys()
     assert not torch.equal(merged["network.model.1.conv.weight"], start["network.model.1.conv.weight"])

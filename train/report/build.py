@@ -110,7 +110,7 @@ def best_run(collection: Collection) -> Run:
 
 
 def open_stores(collection: Collection) -> dict[str, Store]:
-    """The runs' stores, by path; one that has moved costs its part of the report, said in the log."""
+    """The runs' stores, by path; the report leaves out what it would read from one that has moved, with a warning."""
     stores: dict[str, Store] = {}
     for path in sorted({run.store_path for run in collection.runs} - {""}):
         try:
@@ -123,7 +123,7 @@ def open_stores(collection: Collection) -> dict[str, Store]:
 def task_sections(
     collection: Collection, stores: dict[str, Store], samples: int, name_task: bool, machine: str
 ) -> list[Section]:
-    """What there is to say of the runs of one task; `name_task` when the page has several."""
+    """The sections on the runs of one task; `name_task` when the page has several."""
     metric, best = collection.headline, best_run(collection)
     task = f" ({best.summary.get('task')})" if name_task else ""
     ceilings = teacher_ceilings(collection, stores)
@@ -197,7 +197,7 @@ def validation_text(runs: Sequence[Run], stores: dict[str, Store]) -> str:
 
 
 def validation_samples(run: Run, stores: dict[str, Store]) -> int | None:
-    """From the summary, or counted in the store for runs of earlier versions; None when neither says it."""
+    """From the summary, or counted in the store for runs of earlier versions; None when neither has it."""
     if run.summary.get("validation_samples") is not None:
         return int(run.summary["validation_samples"])
     split = (run.config.get("options") or {}).get("val_split")

@@ -13,7 +13,7 @@ from train.metrics import gain_text, is_share, text_of
 from train.metrics import label_of as metric_label
 from train.report.runs import CONTROL_SUFFIX, Collection, Difference, Run, label_of, pareto_front
 
-# Okabe and Ito's palette, told apart by color-blind readers; its blue is lighter here, to be seen on black, too.
+# Okabe and Ito's palette, distinguishable for color-blind readers; its blue is lighter here, so that it is visible on black as well.
 COLORS = ("#2B83D0", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#7A7A7A")
 GRAY = "#7A7A7A"
 # Summary fields that quality is drawn against, and the words of the axis.

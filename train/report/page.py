@@ -86,7 +86,7 @@ def render_page(
 
 
 def shown_columns(rows: Sequence[dict[str, Any]], headlines: Sequence[str]) -> list[str]:
-    """Columns that say something: at least one value, the headline metrics early."""
+    """Columns with at least one value, the headline metrics early."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     filled = [name for name in names if any(row.get(name) is not None for row in rows)]
     if not any(row.get("control") for row in rows):

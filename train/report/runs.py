@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
     @property
     def store_path(self) -> str:
-        """Where the store was that it learnt from; empty when the summary does not say."""
+        """The path of the store that it was trained on; empty when the summary has none."""
         store = self.summary.get("store") or {}
         return str(store.get("path", "")) if isinstance(store, dict) else str(store)
 
@@ -226,8 +226,10 @@ def run_with_control(folder: Path, group: str) -> Iterator[Run]:
     if control:
         # Size and speed are the student's; time and memory were measured of the distilled run alone.
         shared = {name: value for name, value in summary.items() if name not in MEASURED_OF_THE_RUN}
-        told = {**shared, "metrics": control["metrics"], "best_epoch": control.get("best_epoch")}
-        yield read_run(folder / "control", group, f"{group}-control", told, is_control=True, varied={})
+        control_summary = {**shared, "metrics": control["metrics"], "best_epoch": control.get("best_epoch")}
+        yield read_run(
+            folder / "control", group, f"{group}-control", control_summary, is_control=True, varied={}
+        )
 
 
 def read_run(
@@ -374,7 +376,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(runs: Sequence[Run], pass_s: Mapping[str, float]) -> Cost | None:
-    """`pass_s`: measured seconds of one teacher pass by store. None where a store does not say it."""
+    """`pass_s`: measured seconds of one teacher pass by store. None where a store has no such record."""
     paths = {run.store_path for run in runs}
     if not paths <= pass_s.keys():
         return None

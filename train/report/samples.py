@@ -43,7 +43,7 @@ NOTHING = "nothing"
 
 
 class Gallery(NamedTuple):
-    """What a report says about one run's mistakes."""
+    """The report's section on one run's mistakes."""
 
     run_name: str
     text: str
@@ -82,7 +82,7 @@ class Scored(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a scorer found: the worst samples, worst first, and what is said about all."""
+    """What a scorer found: the worst samples, worst first, and a text about all of them."""
 
     worst: list[Scored]
     figures: list[go.Figure]
@@ -91,7 +91,7 @@ class Findings(NamedTuple):
 
 
 def gallery_of(run: Run, store: Store | None, count: int) -> Gallery | None:
-    """The `count` worst validation samples of `run`; None where it cannot be run again, which the log says."""
+    """The `count` worst validation samples of `run`; None where it cannot be run again (the log has the reason)."""
     task = str(run.summary.get("task"))
     if store is None or task not in SCORERS:
         return None

@@ -125,14 +125,14 @@ def table(states: Sequence[TrialState]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"running": "cyan", "done": "green", "failed": "red", "timeout": "red", "stopped": "yellow"}
+    colors = {"running": "cyan", "done": "green", "failed": "red", "timeout": "red", "stopped": "yellow"}
     drawn = Table()
     for heading in ("trial", "state", "epoch", "best", "left"):
         drawn.add_column(heading, overflow="fold" if heading == "trial" else "ellipsis")
     for state in states:
         drawn.add_row(
             state.name,
-            Text(state.state, style=colours.get(state.state, "")),
+            Text(state.state, style=colors.get(state.state, "")),
             f"{state.epoch}/{state.epochs or '?'}",
             best_text(state),
             "" if state.left_s is None else clock(state.left_s),

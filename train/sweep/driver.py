@@ -58,10 +58,10 @@ class Cores(NamedTuple):
 def run_sweep(config: SweepConfig) -> list[TrialState]:
     """Train every trial of the sweep that is not done yet; returns the states of all, in plan order.
 
-    A trial that fails, hangs or loses its worker is marked with its reason, and the others go on.
+    A trial that fails, hangs or loses its worker is marked with its reason, and the others continue.
     Raises:
         ConfigError: an option is not valid for one of the students, or another sweep runs in the folder.
-        Stopped: Ctrl-C or SIGTERM; trials that ran have saved their state, the same command goes on.
+        Stopped: Ctrl-C or SIGTERM; trials that ran have saved their state, the same command continues.
     """
     check_writable(config.out, "--out")
     store = open_store(config.store)
@@ -154,7 +154,7 @@ def store_address(store: str) -> str:
 
 
 def run_on_worker(order: Order, event_name: str) -> tuple[TrialResult, str]:
-    """What dask calls on a worker: one trial, stopped when the sweep's event is set. Also says where it ran."""
+    """What dask calls on a worker: one trial, stopped when the sweep's event is set. Also returns where it ran."""
     from distributed import Event, get_worker
 
     worker: Any = get_worker()

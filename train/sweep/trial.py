@@ -1,6 +1,6 @@
 """One trial, on a worker: `cli train` as a subprocess in its own folder, watched until it ends.
 
-outcome.json says how far it is: `running` from its start, then how it ended.
+outcome.json records its state: `running` from its start, then how it ended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAST_LINES = 15
 LAST_BYTES = 16_384
 LOCK_WAIT_S = 60.0  # for the process of a worker that was lost to save and leave
 OPTIONS_FILE, LOG_FILE, OUTCOME_FILE, LOCK_FILE = "trial.json", "log.txt", "outcome.json", "trial.lock"
-STOPPED = "the sweep was stopped; run the same command again to go on"
+STOPPED = "the sweep was stopped; run the same command again to continue"
 RUN_FOLDER = "run"  # below the trial's folder: `cli train --overwrite` empties what it is given
 
 
@@ -82,7 +82,7 @@ def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Calla
             env=environment(order["cores"], order["thread_variables"]),
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C in the terminal reaches the sweep, which then stops its trials
-            preexec_fn=signal_on_parent_death,  # so that its trial can go on elsewhere
+            preexec_fn=signal_on_parent_death,  # so that its trial can continue on another worker
         )
         state, reason = watch(process, order["timeout_s"], stop_requested)
     return TrialResult(
@@ -95,7 +95,7 @@ def train_and_watch(order: Order, folder: Path, lock: int, stop_requested: Calla
 
 
 def ended(state: str, reason: str) -> TrialResult:
-    """The outcome of a trial of which there is nothing more to say."""
+    """The result of a trial that has only a state and a reason."""
     return TrialResult(state=state, reason=reason, last_lines=[], wall_time_s=0.0, summary=None)
 
 
@@ -172,7 +172,7 @@ def watch(
 
 
 def failure_reason(returncode: int, folder: Path) -> str:
-    """One line that says why the process ended: its own error line where it printed one."""
+    """One line with the reason why the process ended: its own error line where it printed one."""
     if returncode == 0:
         return ""
     lines = last_lines(folder / LOG_FILE)

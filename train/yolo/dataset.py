@@ -36,14 +36,14 @@ from train.yolo.geometry import (
 from train.yolo.targets import BUFFERS, TeacherTargets
 
 log = get_logger("train")
-MIN_SIDE = 1e-6  # of a normalised box; ultralytics drops boxes without area as well
+MIN_SIDE = 1e-6  # of a normalized box; ultralytics drops boxes without area as well
 
 
 @dataclass(frozen=True)
 class DetectionRecord:
     """One image of a split: where it is in the store, and its boxes.
 
-    `boxes` float32 [M, 4]: normalised centre x, centre y, width, height, inside the image; `classes` int [M].
+    `boxes` float32 [M, 4]: normalized center x, center y, width, height, inside the image; `classes` int [M].
     """
 
     row: int
@@ -222,8 +222,8 @@ def open_split(
         raise TrainError(f"{store.location}: split {name!r} has no valid images")
     targets = None
     if distil:
-        learnt = store[statistics_of or name]
-        targets = teacher_targets(store, split, learnt, reader.kind == "raw", sources_per_cell)
+        learned = store[statistics_of or name]
+        targets = teacher_targets(store, split, learned, reader.kind == "raw", sources_per_cell)
     return DetectionSplit(records, SourceImages(reader, image_size), targets)
 
 
@@ -249,17 +249,17 @@ def detection_records(store: Store, split: Split, *, raw: bool) -> list[Detectio
         key = str(split.keys[row])
         check_classes(label, store.manifest.class_names, key)
         width, height = int(sizes[row][0]), int(sizes[row][1])
-        normalised = box.astype(np.float64).reshape(-1, 4) / (width, height, width, height)
+        normalized = box.astype(np.float64).reshape(-1, 4) / (width, height, width, height)
         if raw:
             view = resize_view(store.manifest.preprocessing.resize, (width, height), side)
-            normalised = view.boxes_to_view(normalised)
+            normalized = view.boxes_to_view(normalized)
             width = height = side
-        centred, kept = clean_boxes(normalised)
+        centered, kept = clean_boxes(normalized)
         dropped += int(len(kept) - kept.sum())
         label = label[kept].astype(np.int64)
-        first = first_of_each(centred, label)
+        first = first_of_each(centered, label)
         repeated += len(label) - len(first)
-        records.append(DetectionRecord(row, key, width, height, centred[first], label[first]))
+        records.append(DetectionRecord(row, key, width, height, centered[first], label[first]))
     if not any(len(record.boxes) for record in records):
         log.warning("%s: no image has a box: nothing to learn or to measure", split.where)
     if dropped:
@@ -285,18 +285,18 @@ def check_classes(label: NDArray[np.int32], names: tuple[str, ...], key: str) ->
 
 
 def clean_boxes(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Normalised xyxy [M, 4] → clipped centre, size float32 [m, 4], and which of the M have area and are finite."""
+    """Normalized xyxy [M, 4] → clipped center, size float32 [m, 4], and which of the M have area and are finite."""
     clipped = np.clip(np.nan_to_num(boxes, nan=0.0), 0.0, 1.0)
     size = clipped[:, 2:] - clipped[:, :2]
     kept: NDArray[np.bool_] = np.all(size > MIN_SIDE, axis=1)
-    centred = np.concatenate([clipped[:, :2] + size / 2, size], axis=1)
-    return centred[kept].astype(np.float32), kept
+    centered = np.concatenate([clipped[:, :2] + size / 2, size], axis=1)
+    return centered[kept].astype(np.float32), kept
 
 
 def teacher_targets(
-    store: Store, split: Split, learnt: Split, raw: bool, sources_per_cell: int
+    store: Store, split: Split, learned: Split, raw: bool, sources_per_cell: int
 ) -> TeacherTargets:
-    """Targets from the stored grid, with the statistics of the split `learnt`.
+    """Targets from the stored grid, with the statistics of the split `learned`.
 
     Raises TrainError when there is no grid, or no statistics of it.
     """
@@ -305,13 +305,13 @@ def teacher_targets(
             f"{store.location}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
             "with --distillation-type none)"
         )
-    statistics = learnt.statistics.get(GRID)
+    statistics = learned.statistics.get(GRID)
     if statistics is None:
         raise TrainError(f"{store.location}: no statistics of {GRID}: run the extraction to its end")
     preprocessing = store.manifest.preprocessing
     side = preprocessing.image_size
     standardizer = TargetStandardizer(statistics.mean, statistics.std, split.scale.get(GRID))
-    # Raw images are the teacher's view already: its whole grid lies over the whole image.
+    # Raw images are the teacher's view already: its grid covers the whole image.
     sizes = np.full((len(split), 2), side) if raw else split.read(SIZES)
     return TeacherTargets(
         GridReader(split),

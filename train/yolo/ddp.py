@@ -1,6 +1,6 @@
 """Several GPUs through ultralytics' own DDP launcher: tested with two CPU processes, UNTESTED on GPUs.
 
-The launcher starts one process a GPU, each of which builds a `StoreTrainer` anew. What a rank needs is in the run
+The launcher starts one process a GPU, each of which builds its own `StoreTrainer`. What a rank needs is in the run
 folder: config.json, and last.pt when it is resumed. Rank 0 writes what a single process would write, and tells the
 launching process what happens through a file of events.
 """
@@ -98,7 +98,7 @@ class EventWriter(SilentObserver):
 
 
 class EventReader:
-    """Passes the events of rank 0 on to `observer` and `progress`; `ending` is what the last one said."""
+    """Passes the events of rank 0 on to `observer` and `progress`; `ending` is the content of the last one."""
 
     def __init__(self, file: Path, observer: Observer, progress: Progress, batches: int) -> None:
         """`batches`: of one epoch."""

@@ -6,8 +6,8 @@ methods (`Mosaic._update_labels`, `RandomPerspective.apply_keypoints`, `Instance
 its mathematics is repeated here. At the end of the chain the four corners give the homography from the training
 image back to the source.
 
-Coordinates are normalised as in `imaging.geometry` (x, y; edges at 0 and 1). OpenCV's warp counts from pixel
-centres and ultralytics' boxes from pixel edges; placements follow the boxes, so they lie within one pixel of
+Coordinates are normalized as in `imaging.geometry` (x, y; edges at 0 and 1). OpenCV's warp counts from pixel
+centers and ultralytics' boxes from pixel edges; placements follow the boxes, so they lie within one pixel of
 the picture.
 """
 
@@ -43,7 +43,7 @@ class Placement:
     """One source image inside the image being made.
 
     `row`: of the store. `corners` [4, 2]: pixels of the current canvas where the source's corners (clockwise from
-    the top left) lie. `visible`: the part of the source that was pasted, in normalised source coordinates.
+    the top left) lie. `visible`: the part of the source that was pasted, in normalized source coordinates.
     `region`, `region_sense`: a rectangle of the canvas in which alone (+1), or outside which (−1), it shows
     (CutMix). `weight`: its share of the pixels' values (MixUp).
     """
@@ -197,7 +197,7 @@ def track(transform: Any) -> None:
 
 
 def moves_points(transform: Any) -> bool:
-    """False for albumentations pipelines that only change colours (ultralytics' default one)."""
+    """False for albumentations pipelines that only change colors (ultralytics' default one)."""
     if isinstance(transform, augment.Albumentations):
         return transform.transform is not None and bool(transform.contains_spatial)
     return True
@@ -217,7 +217,7 @@ def packed_placements(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Rows [K] and values [K, PACKED_WIDTH] of the placements on a finished image of `width` × `height` pixels.
 
-    The homography maps normalised coordinates of the training image to those of the source.
+    The homography maps normalized coordinates of the training image to those of the source.
     """
     rows = np.array([p.row for p in placements], dtype=np.int64)
     values = np.empty((len(placements), PACKED_WIDTH), dtype=np.float32)
@@ -237,7 +237,7 @@ def to_source(corners: Floats) -> Floats:
 
 
 def bounds(region: Floats | None, width: int, height: int) -> Rectangle:
-    """A region's rectangle in normalised coordinates; without a region one that holds everything."""
+    """A region's rectangle in normalized coordinates; without a region one that holds everything."""
     if region is None:
         return (-np.inf, -np.inf, np.inf, np.inf)
     (x1, y1), (x2, y2) = region.min(0) / (width, height), region.max(0) / (width, height)

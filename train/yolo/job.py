@@ -34,7 +34,7 @@ log = get_logger("train")
 
 
 def ignore(trainer: Any) -> None:
-    """The callback of a job that nobody watches."""
+    """The default callback."""
 
 
 @dataclass
@@ -168,7 +168,11 @@ def build_trained_student(
     student = YoloStudent(network, student_spec(network, size, num_classes, config.image_size))
     if config.student_path is not None:
         loaded = student.load_local_weights(config.student_path)
-        log.info("weights of %s; drawn anew: %s", loaded.origin, ", ".join(loaded.reinitialised) or "none")
+        log.info(
+            "weights of %s; initialized randomly: %s",
+            loaded.origin,
+            ", ".join(loaded.reinitialised) or "none",
+        )
     report = apply_lora_options(student, config.model_dump(), trained=False)
     if report is not None:
         log.info(

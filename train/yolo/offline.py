@@ -22,14 +22,14 @@ def require_ultralytics() -> None:
     """Raises UltralyticsMissingError, with how to install it, when ultralytics cannot be imported."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise UltralyticsMissingError(
-            f"YOLO students need ultralytics, which is not installed: {INSTALL} (licence AGPL-3.0)"
+            f"YOLO students need ultralytics, which is not installed: {INSTALL} (license AGPL-3.0)"
         )
 
 
 def prepare_ultralytics() -> None:
     """Import ultralytics and switch off everything in it that would use the network. Safe to call twice.
 
-    `YOLO_OFFLINE` (set by this package's `__init__`) covers ultralytics when nobody imported it before; the
+    `YOLO_OFFLINE` (set by this package's `__init__`) covers ultralytics that is imported for the first time; the
     switches below also cover a process that had. Only this process is affected, no settings file.
     """
     require_ultralytics()

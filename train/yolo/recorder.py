@@ -41,7 +41,7 @@ METRICS = {
 
 
 def describe_run(job: Any) -> dict[str, Any]:
-    """What every checkpoint says about the student besides its weights (see `train.checkpoint`).
+    """What every checkpoint records of the student besides its weights (see `train.checkpoint`).
 
     LoRA is merged into the weights of checkpoints, so the configuration in them has none.
     """
@@ -65,7 +65,7 @@ def describe_run(job: Any) -> dict[str, Any]:
 class Recorder:
     """Writes an epoch's files in the order in which a crash between any two of them can be resumed from.
 
-    `described` is what every checkpoint of the run says about the student besides its weights. The record of
+    `described` is what every checkpoint of the run records of the student besides its weights. The record of
     metrics.jsonl comes first, `last.pt` last: a run continues after the epoch that `last.pt` holds, and drops later
     lines of metrics.jsonl. Checkpoints are written by time (`train.loop.saving`); the state after the last finished
     epoch is kept in memory for a stop signal, since ultralytics' trainer can be resumed between two epochs only.
@@ -134,7 +134,7 @@ class Recorder:
         return record
 
     def weighted(self, items: Mapping[str, float]) -> float:
-        """The loss that is minimised, per image."""
+        """The loss that is minimized, per image."""
         if self.config.distillation_type == "none":
             return hard_sum(items)
         soft = self.config.soft_label_weight * self.config.feature_weight * items.get(DISTILLATION_ITEM, 0.0)
@@ -166,7 +166,7 @@ class Recorder:
     def save(self, trainer: Any, *, last: bool) -> None:
         """Write the checkpoints of the epoch that has just ended; after the `last` one they are on disk on return.
 
-        ultralytics' own files are written then only, before `last.pt` says that nothing but the validation is left.
+        ultralytics' own files are written then only, before `last.pt` records that only the validation is left.
         """
         if last:
             self.reports += self.writer.finish()
@@ -223,7 +223,7 @@ def seed_everything(seed: int) -> None:
 
 
 def resume_state(folder: Path) -> dict[str, Any] | None:
-    """What `last.pt` holds for going on, or None for a new run. Raises TrainError when it holds none."""
+    """The state in `last.pt` to resume from, or None for a new run. Raises TrainError when it holds none."""
     if not (folder / LAST).exists():
         return None
     state = load_checkpoint(folder / LAST).get("training")

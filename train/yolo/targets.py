@@ -1,7 +1,10 @@
 """The teacher's features under every cell of an augmented batch.
 
-A cell of a student's map lies at a point of some source image (`geometry`), and that point at a place in the
-source's stored grid. The features there (bilinear) are the cell's target. Shapes: `B` images, `K` sources of one
+From a cell of the student's map to its target, in four steps: the cell's center is projected into each source image
+(homographies of `geometry`); where that source is visible, the point is mapped into the source's stored grid (the
+teacher's resize); the four stored cells around it are mixed bilinearly; and where several sources share a pixel (MixUp)
+or several points a cell, the results are averaged by their share. Everything is computed for the whole batch at once,
+over the distinct sources only, because mosaics show one source in several images. Shapes: `B` images, `K` sources of one
 training image, `h w` student cells, `g g` teacher cells, `D` teacher width.
 """
 
@@ -34,7 +37,7 @@ BUFFERS = 3
 class GatheredGrids:
     """Grids of the distinct sources of a batch: `grids` [U, g, g, D] as stored, `index` int64 [B, K] into them.
 
-    `views` float32 [U, 2, 3] take normalised source coordinates to normalised grid coordinates; `content` float32
+    `views` float32 [U, 2, 3] take normalized source coordinates to normalized grid coordinates; `content` float32
     [U, 4] bounds the cells that show the source and not padding, as first x, first y, last x, last y. `ready`: on a
     GPU, the event after which the copies are there.
     """
@@ -87,7 +90,7 @@ class TeacherTargets:
         self.device = torch.device("cpu")
         self.copies: torch.cuda.Stream | None = None
         self.copying: deque[torch.cuda.Event] = deque()
-        self.centres: dict[tuple[int, int], Tensor] = {}
+        self.centers: dict[tuple[int, int], Tensor] = {}
         self.counts: dict[tuple[int, int], Tensor] = {}
         self.views_by_size: dict[tuple[int, ...], tuple[NDArray[np.float64], tuple[float, ...]]] = {}
         # One thread, so that reading overlaps the student's forward pass and batches stay in order.
@@ -100,7 +103,7 @@ class TeacherTargets:
     def to(self, device: torch.device) -> TeacherTargets:
         """Targets are made on `device` from now on; on a GPU the grids are copied by a stream of their own."""
         self.standardizer.to(device)
-        self.device, self.centres, self.counts = device, {}, {}
+        self.device, self.centers, self.counts = device, {}, {}
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         return self
 
@@ -149,9 +152,9 @@ class TeacherTargets:
 
     @torch.no_grad()
     def at(self, batch: Mapping[str, Any], height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Targets float32 [B, height, width, D], standardised, and weights float32 [B, height, width].
+        """Targets float32 [B, height, width, D], standardized, and weights float32 [B, height, width].
 
-        A weight is 0 where no source lies under the cell's centre, else the share of the pixels that it makes up.
+        A weight is 0 where no source lies under the cell's center, else the share of the pixels that it makes up.
         """
         with full_precision(batch[SOURCE_PLACEMENTS]):  # half precision would misplace cells
             return self.look_up(batch, height, width)
@@ -165,7 +168,7 @@ class TeacherTargets:
         values = batch[SOURCE_PLACEMENTS].float()
         # As many points a side as teacher cells fall into a student's cell, so that none is skipped.
         finer = max(1, -(-max(read.grids.shape[1:3]) // max(height, width)))
-        points, share = source_points(values, self.centres_of(height * finer, width * finer))
+        points, share = source_points(values, self.centers_of(height * finer, width * finer))
         share = share * (rows >= 0)[..., None]
         views, content = read.views[read.index], read.content[read.index]
         points = points @ views[..., :2].transpose(-1, -2) + views[..., None, :, 2]
@@ -174,12 +177,12 @@ class TeacherTargets:
         layout = (height, finer, width, finer)
         return self.mixed(read.grids, by_cell(cells, layout), by_cell(weights, layout), finer)
 
-    def centres_of(self, height: int, width: int) -> Tensor:
+    def centers_of(self, height: int, width: int) -> Tensor:
         """Centres of `height` × `width` cells, float32 [height·width, 2] on the device; made once a size."""
-        if (height, width) not in self.centres:
-            centres = torch.from_numpy(cell_centers(height, width)).float().view(-1, 2)
-            self.centres[height, width] = centres.to(self.device)
-        return self.centres[height, width]
+        if (height, width) not in self.centers:
+            centers = torch.from_numpy(cell_centers(height, width)).float().view(-1, 2)
+            self.centers[height, width] = centers.to(self.device)
+        return self.centers[height, width]
 
     def count_of(self, grids: Tensor) -> Tensor:
         """Columns and rows of the grids [U, g, g, D], float32 [2] on the device; made once."""
@@ -201,10 +204,10 @@ class TeacherTargets:
     def mixed(self, grids: Tensor, cells: Tensor, weights: Tensor, finer: int) -> tuple[Tensor, Tensor]:
         """The weighted mean of stored cells: `cells`, `weights` [B, h, w, M] → targets [B, h, w, D], weights."""
         total = weights.sum(-1)
-        normalised = weights / total.clamp_min(1e-6)[..., None]
+        normalized = weights / total.clamp_min(1e-6)[..., None]
         table = grids.reshape(-1, grids.shape[-1]).float()
         stored = functional.embedding_bag(
-            cells.flatten(0, 2), table, per_sample_weights=normalised.flatten(0, 2), mode="sum"
+            cells.flatten(0, 2), table, per_sample_weights=normalized.flatten(0, 2), mode="sum"
         )
         return self.standardizer(stored).view(*total.shape, -1), total / finer**2
 
@@ -215,7 +218,7 @@ def by_cell(values: Tensor, layout: tuple[int, int, int, int]) -> Tensor:
 
 
 def content_cells(view: View, height: int, width: int) -> tuple[float, float, float, float]:
-    """First and last cell (x, y) of a grid whose centre shows the source through the teacher's `view`."""
+    """First and last cell (x, y) of a grid whose center shows the source through the teacher's `view`."""
     low, high = view.inverse().apply(np.array([[0.0, 0.0], [1.0, 1.0]])).clip(0.0, 1.0)
     count = np.array([width, height])
     first = np.ceil(low * count - 0.5)
@@ -227,20 +230,20 @@ def content_cells(view: View, height: int, width: int) -> tuple[float, float, fl
     return float(first[0]), float(first[1]), float(last[0]), float(last[1])
 
 
-def source_points(values: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the centres [P, 2] of cells are in each source.
+def source_points(values: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the centers [P, 2] of cells are in each source.
 
-    `values` [B, K, PACKED_WIDTH] → normalised source coordinates [B, K, P, 2] and the source's share of the cell
+    `values` [B, K, PACKED_WIDTH] → normalized source coordinates [B, K, P, 2] and the source's share of the cell
     [B, K, P], 0 where it is not visible.
     """
-    homogeneous = functional.pad(centres, (0, 1), value=1.0)
+    homogeneous = functional.pad(centers, (0, 1), value=1.0)
     projected = homogeneous @ values[..., :9].unflatten(-1, (3, 3)).transpose(-1, -2)
     divisor = projected[..., 2:]
     points = projected[..., :2] / torch.where(divisor.abs() < 1e-9, torch.full_like(divisor, 1e-9), divisor)
     visible = values[..., 9:13].unsqueeze(-2)
     shown = inside(points, visible[..., :2], visible[..., 2:])
     region = values[..., 13:17].unsqueeze(-2)
-    in_region = inside(centres, region[..., :2], region[..., 2:])
+    in_region = inside(centers, region[..., :2], region[..., 2:])
     shown = shown & (in_region == (values[..., 17:18] > 0))
     return points, shown * values[..., 18:19]
 

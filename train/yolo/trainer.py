@@ -182,7 +182,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         return optimizer
 
     def check_resume(self, overrides: Any) -> None:
-        """There is no ultralytics checkpoint to go on from; `resume` makes it keep its folder and results.csv."""
+        """There is no ultralytics checkpoint to resume from; `resume` makes it keep its folder and results.csv."""
         self.resume = self.args.resume = self.job.state is not None
 
     def resume_training(self, ckpt: Any) -> None:
