@@ -185,7 +185,9 @@ def test_evaluate_refuses_other_classes(make_store, make_config):
     other = make_store("other.zarr", masks=True)
     with pytest.raises(TrainError, match="other classes than the student was trained on"):
         evaluate_run(config.out, other, device="cpu")
-    with pytest.raises(TrainError, match="this student was trained for classification: name a store for that"):
+    with pytest.raises(
+        TrainError, match="this student was trained for classification: name a store for that"
+    ):
         evaluate_run(config.out, make_store("unlabelled.zarr", labels=False), device="cpu")
     with pytest.raises(TrainError, match=r"no split foo, it has train, val: name one with --split$"):
         evaluate_run(config.out, config.store, split="foo", device="cpu")
