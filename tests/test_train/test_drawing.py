@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from train.deliver import fonts
+from train import fonts
 from train.deliver.draw import (
     PALETTE,
     Box,

@@ -1,1 +1,1 @@
-"""From a finished run to something that is used: prediction, export, quantisation."""
+"""From a finished run to something that is used: prediction, export, quantization."""

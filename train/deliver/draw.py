@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from imaging.geometry import View
-from train.deliver.fonts import ELLIPSIS, Font, font_for, warn_missing
+from train.fonts import ELLIPSIS, Font, font_for, warn_missing
 
 # Okabe and Ito's palette, told apart by color-blind readers; more classes get further hues.
 PALETTE = (

@@ -13,8 +13,8 @@ _EXPORTS = {
     "build_student": "build",
     "rebuild_student": "construct",
     "list_students": "catalog",
-    "parse_student_name": "names",
-    "UnknownStudentError": "names",
+    "parse_student_name": "families",
+    "UnknownStudentError": "families",
     "frames_from_pairs": "lstm",
 }
 

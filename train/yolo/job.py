@@ -15,8 +15,8 @@ from console.devices import device_index, find_device
 from console.log import get_logger
 from store.reader import Store
 from train.config import TrainConfig
-from train.deliver.fonts import register_with_matplotlib
 from train.errors import ConfigError
+from train.fonts import register_with_matplotlib
 from train.lora import apply_lora_options
 from train.students.families import parse_student_name
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec

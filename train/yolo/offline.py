@@ -56,7 +56,7 @@ def local_font(font: str = "") -> str | None:
     """Instead of downloading Arial: None, for Pillow's own font, or for names outside ASCII one that has Chinese."""
     if font != UNICODE_FONT:
         return None
-    from train.deliver.fonts import file_with
+    from train.fonts import file_with
 
     path = file_with(frozenset("中文"))
     return None if path is None else str(path)
