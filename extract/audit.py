@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extract.decoding import DecodedSample, DecodeJob, decode_samples
-from extract.encode import Encoder, Encoding
+from extract.decoding import DecodedSample, DecodeJob
+from extract.encode import Encoding, encode_samples
 from extract.existing import recorded_source
-from extract.slabs import Slab
 from extract.sources.base import Sample
 from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
-from extract.workers import DecodedBatch
 from imaging.clips import ClipFrame
 from imaging.decode import MOST_PIXELS, decode_image
 from store import format as names
@@ -191,17 +189,14 @@ def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) ->
         bit_depth=manifest.preprocessing.bit_depth,
         max_pixels=MOST_PIXELS,  # the extraction's own limit has let them pass
     )
-    slab = Slab((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
-    results = decode_samples(job, samples, slab.pixels)
-    check_readable(samples, results)
     encoding = Encoding(
         grid=manifest.grid or 0,
         views=manifest.views,
         clips=frames > 0,
         area=manifest.options.get(names.GRID_RULE) == names.AREA,
     )
-    encoder = Encoder(teacher, job, encoding, len(samples))
-    arrays = encoder.launch(DecodedBatch(0, samples, slab, [], results)).arrays()
+    results, arrays = encode_samples(teacher, job, encoding, samples)
+    check_readable(samples, results)
     return {name: array for name, array in arrays.items() if name != names.FRAMES}
 
 

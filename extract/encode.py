@@ -6,7 +6,7 @@ Shapes: `B` samples, `P` planes a sample (base image and K views, or T frames), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from console.log import get_logger
-from extract.decoding import DecodeJob
+from extract.decoding import DecodedSample, DecodeJob, decode_samples
+from extract.slabs import Slab
+from extract.sources.base import Sample
 from extract.teachers import Teacher
 from extract.teachers.devices import device_error
 from extract.teachers.pixels import cells_inside
@@ -257,6 +259,33 @@ class Encoder:
         if len(parts) == 1:
             return parts[0]
         return torch.cat([pooled for pooled, _ in parts]), torch.cat([grid for _, grid in parts])
+
+
+def decode_here(job: DecodeJob, samples: Sequence[Sample]) -> DecodedBatch:
+    """A few samples as one batch, decoded in this thread into a buffer of its own."""
+    slab = Slab((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
+    return DecodedBatch(0, samples, slab, [], decode_samples(job, samples, slab.pixels))
+
+
+def encode_samples(
+    teacher: Teacher, job: DecodeJob, encoding: Encoding, samples: Sequence[Sample], batch_size: int = 1
+) -> tuple[list[DecodedSample], dict[str, npt.NDArray[Any]]]:
+    """Decode a few samples in this thread and encode those that are not bad, in one forward pass.
+
+    Returns what decoding found out about each sample, and the good ones' features by name in true units, in order;
+    no arrays when all are bad. batch_size: that of later batches, so that a GPU compiles for one shape only.
+    """
+    batch = decode_here(job, samples)
+    results = batch.results
+    good = [index for index, result in enumerate(results) if result.reason is None]
+    if not good:
+        return results, {}
+    batch.slab.pixels = batch.slab.pixels[good]
+    chosen = DecodedBatch(
+        0, [samples[index] for index in good], batch.slab, [], [results[index] for index in good]
+    )
+    encoder = Encoder(teacher, job, encoding, max(batch_size, len(good)))
+    return results, encoder.launch(chosen).arrays()
 
 
 @contextmanager

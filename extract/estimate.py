@@ -14,14 +14,13 @@ import numpy as np
 from console.log import get_logger
 from extract.changes import Changes
 from extract.config import ExtractConfig
-from extract.decoding import DecodedSample, decode_samples
-from extract.encode import Encoder
+from extract.decoding import DecodedSample
+from extract.encode import Encoder, decode_here
 from extract.existing import check_same, count_committed, job_of, list_units
 from extract.follow import bytes_needed, changes_of, work_path
 from extract.inputs import decode_workers, open_data, open_teacher
 from extract.outcome import ExtractResult
 from extract.planning import ExtractTask, batch_rows, calibration_samples, make_task
-from extract.slabs import Slab
 from extract.sources.base import Sample, Source
 from extract.sources.splitting import count_shared
 from extract.teachers import Teacher
@@ -45,8 +44,9 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     task = make_task(config, source, teacher)
     batch_size = batch_rows(config, task, teacher)
     samples = calibration_samples(task, min(TIMED_SAMPLES, batch_size))
-    slab, results, decode_s = timed_decoding(task, samples)
-    encode_s, frames = timed_encoding(task, teacher, samples, slab, results)
+    batch, decode_s = timed_decoding(task, samples)
+    results = batch.results
+    encode_s, frames = timed_encoding(task, teacher, batch)
     arrays = {spec.name: bytes_per_sample(spec, task, samples, results, frames) for spec in task.arrays}
     if config.logits != "none":
         logits = names.logits_array(config.logits, len(task.manifest.class_names))
@@ -123,14 +123,12 @@ def check_samples(task: ExtractTask) -> dict[str, Any]:
     """
     bad: list[dict[str, str]] = []
     checked = 0
-    size = task.job.image_size
     for name, split in task.splits.items():
         count = min(len(split), max(LEAST_CHECKED, CHECKED * len(split) // task.rows))
         rows = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64)).tolist()
         for row in rows:
             (sample,) = split.between(row, row + 1)
-            pixels = np.empty((1, task.job.planes, 3, size, size), np.uint8)
-            (result,) = decode_samples(task.job, [sample], pixels)
+            (result,) = decode_here(task.job, [sample]).results
             if result.reason is not None:
                 bad.append({"split": name, "key": sample.key, "reason": result.reason})
         checked += len(rows)
@@ -150,22 +148,17 @@ def warn_of_copies(source: Source) -> list[str]:
     return warnings
 
 
-def timed_decoding(task: ExtractTask, samples: list[Sample]) -> tuple[Slab, list[DecodedSample], float]:
+def timed_decoding(task: ExtractTask, samples: list[Sample]) -> tuple[DecodedBatch, float]:
     """The samples decoded in this thread, and seconds a sample."""
-    size = task.job.image_size
-    slab = Slab((len(samples), task.job.planes, 3, size, size), shared=False)
-    decode_samples(task.job, samples[:1], slab.pixels[:1])  # the first one imports the decoder
+    decode_here(task.job, samples[:1])  # the first one imports the decoder
     started = time.perf_counter()
-    results = decode_samples(task.job, samples, slab.pixels)
-    return slab, results, (time.perf_counter() - started) / len(samples)
+    batch = decode_here(task.job, samples)
+    return batch, (time.perf_counter() - started) / len(samples)
 
 
-def timed_encoding(
-    task: ExtractTask, teacher: Teacher, samples: list[Sample], slab: Slab, results: list[DecodedSample]
-) -> tuple[float, int]:
+def timed_encoding(task: ExtractTask, teacher: Teacher, batch: DecodedBatch) -> tuple[float, int]:
     """Median seconds a sample of a few passes, and rows of frames a sample."""
-    encoder = Encoder(teacher, task.job, task.encoding, len(samples))
-    batch = DecodedBatch(0, samples, slab, [], results)
+    encoder = Encoder(teacher, task.job, task.encoding, len(batch.samples))
     arrays = encoder.launch(batch).arrays()  # a warm-up
     times = []
     for _ in range(TIMED_PASSES):
@@ -173,7 +166,7 @@ def timed_encoding(
         encoder.launch(batch).arrays()
         times.append(time.perf_counter() - started)
     frames = arrays[names.FRAMES].shape[1] if names.FRAMES in arrays else 0
-    return statistics.median(times) / len(samples), frames
+    return statistics.median(times) / len(batch.samples), frames
 
 
 def bytes_per_sample(

@@ -14,8 +14,7 @@ import numpy as np
 from console.log import get_logger
 from extract.changes import Changes
 from extract.config import ConfigError, ExtractConfig
-from extract.decoding import decode_samples
-from extract.encode import Encoder
+from extract.encode import encode_samples
 from extract.existing import (
     FOLDER,
     Unit,
@@ -29,11 +28,9 @@ from extract.existing import (
 )
 from extract.follow import changes_of, finish_switch, follow, is_rows_store, rows_task, work_path
 from extract.planning import ExtractTask, batch_rows, calibration_samples, shard_rows
-from extract.slabs import Slab
 from extract.sources.base import RemovedFile
 from extract.stamps import annotation_stamp, digest_of, load_stamps, save_stamps, stamps_of
 from extract.teachers import Teacher
-from extract.workers import DecodedBatch
 from store import format as names
 from store.create import create_store
 from store.errors import StoreError
@@ -115,16 +112,7 @@ def calibrate(task: ExtractTask, teacher: Teacher, batch_size: int) -> dict[str,
     batch_size: that of the batches to come, so that a GPU compiles for one shape only.
     """
     samples = calibration_samples(task, CALIBRATION)
-    size = task.job.image_size
-    slab = Slab((len(samples), task.job.planes, 3, size, size), shared=False)
-    results = decode_samples(task.job, samples, slab.pixels)
-    good = [index for index, result in enumerate(results) if result.reason is None]
-    if not good:
-        return {}
-    slab.pixels = slab.pixels[good]
-    batch = DecodedBatch(0, [samples[index] for index in good], slab, [], [results[index] for index in good])
-    encoder = Encoder(teacher, task.job, task.encoding, max(batch_size, len(good)))
-    arrays = encoder.launch(batch).arrays()
+    _, arrays = encode_samples(teacher, task.job, task.encoding, samples, batch_size)
     scaled = {spec.name for spec in task.arrays if spec.scaled}
     return {name: channel_scale(values) for name, values in arrays.items() if name in scaled}
 
