@@ -25,7 +25,7 @@ from store.reader import Split, Store, open_store
 
 # float16 keeps 11 bits and a batch of another size changes the last ones; everything else is a fault.
 LEAST_COSINE = 0.9999
-# On standardised features, where a flipped or shifted image shows: the plain cosine of such a one can be 0.995.
+# On standardized features, where a flipped or shifted image shows: the plain cosine of such a one can be 0.995.
 LEAST_STANDARDISED = 0.99
 BATCH = 16
 
@@ -211,7 +211,7 @@ def compare(
 ) -> None:
     """Add the rows' least cosines to the audit, and a finding for each row below the limits.
 
-    `reference`: the split by whose statistics features are standardised; a small one of its own has none to speak of.
+    `reference`: the split by whose statistics features are standardized: those of a small split are not reliable.
     """
     audit.samples += len(rows)
     for name, fresh in again.items():
@@ -227,7 +227,7 @@ def compare(
             if least < LEAST_COSINE or least_standardised < LEAST_STANDARDISED:
                 audit.findings.append(
                     f"{split.name} {split.keys[row]}: {name} differs from the teacher's answer: cosine {least:.5f} "
-                    f"(standardised {least_standardised:.4f}), expected at least {LEAST_COSINE} ({LEAST_STANDARDISED})"
+                    f"(standardized {least_standardised:.4f}), expected at least {LEAST_COSINE} ({LEAST_STANDARDISED})"
                 )
 
 

@@ -17,7 +17,7 @@ QUEUED = 2  # batches that may wait for the disk
 
 
 class Block(NamedTuple):
-    """Rows for `StoreWriter.append`, and whom to tell which of them were stored as valid.
+    """Rows for `StoreWriter.append`, and the callback that receives which of them were stored as valid.
 
     in_stored_form, finite: names of arrays, see `StoreWriter.append`.
     """

@@ -81,7 +81,7 @@ class DecodedSample:
 
 
 def decode_samples(job: DecodeJob, samples: Sequence[Sample], pixels: Pixels) -> list[DecodedSample]:
-    """Decode `samples` into `pixels`, uint8 [n, P, 3, S, S]; a bad one leaves zeros and says why."""
+    """Decode `samples` into `pixels`, uint8 [n, P, 3, S, S]; a bad one leaves zeros and a reason."""
     return [decode_sample(job, sample, planes) for sample, planes in zip(samples, pixels, strict=True)]
 
 

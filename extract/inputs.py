@@ -31,7 +31,7 @@ class ListingLog:
 
 
 def open_data(config: ExtractConfig) -> Source:
-    """The data set, with what the log should say of it."""
+    """Open the data set; log its notes, warnings and counts."""
     source = open_source(
         config.data,
         config.source,

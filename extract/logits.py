@@ -80,11 +80,11 @@ def add_logits(
 def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     """Write `logits/probe` [N, C] to every split and measure the features.
 
-    No row's logits come from a probe that saw the row or a copy of its file: k folds over the labelled training rows,
-    grouped by content. Rows without a labelled copy, of any split, get those of a probe over all of them.
+    No row's logits come from a probe that saw the row or a copy of its file: k folds over the labeled training rows,
+    grouped by content. Rows without a labeled copy, of any split, get those of a probe over all of them.
 
     Raises:
-        NoLabels: when the training split has fewer than two labelled rows.
+        NoLabels: when the training split has fewer than two labeled rows.
     """
     store = open_store(path)
     check_writable(store.path, "store")
@@ -92,7 +92,7 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     labels = labels_of(train)
     usable = train.valid & (labels != names.NO_LABEL)
     if usable.sum() < 2 or not store.manifest.class_names:
-        raise NoLabels(f"{path}: {int(usable.sum())} labelled rows, a linear probe needs class labels")
+        raise NoLabels(f"{path}: {int(usable.sum())} labeled rows, a linear probe needs class labels")
     classes = len(store.manifest.class_names)
     groups = content_groups(store)
     fold = np.where(usable, assign_folds(labels, usable, groups[train.name], FOLDS, seed), -1)
@@ -221,10 +221,10 @@ def content_groups(store: Store) -> dict[str, npt.NDArray[np.int64]]:
 def folds_of_copies(
     groups: Mapping[str, npt.NDArray[np.int64]], train: str, fold: npt.NDArray[Any]
 ) -> dict[str, npt.NDArray[Any]]:
-    """Split → [N]: the fold that holds a labelled copy of each row (or the row itself), -1 where none does."""
+    """Split → [N]: the fold that holds a labeled copy of each row (or the row itself), -1 where none does."""
     folds = np.full(max(int(numbers.max(initial=-1)) for numbers in groups.values()) + 1, -1)
-    labelled = fold >= 0
-    folds[groups[train][labelled]] = fold[labelled]
+    labeled = fold >= 0
+    folds[groups[train][labeled]] = fold[labeled]
     return {split: folds[numbers] for split, numbers in groups.items()}
 
 

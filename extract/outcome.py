@@ -1,4 +1,4 @@
-"""What an extraction says of itself: progress, result, and how to go on after a stop."""
+"""What an extraction reports: progress, result, and the command that resumes it after a stop."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ExtractResult:
             self.changes, self.changes_text = changes.counts.as_dict(), changes.describe()
 
     def read_store(self) -> ExtractResult:
-        """Fill in what the store says; a complete one gets its final ledger."""
+        """Fill in what the store records; a complete one gets its final ledger."""
         store = open_store(self.store, allow_incomplete=True)
         self.complete = store.manifest.complete
         self.task = store.manifest.task
@@ -91,12 +91,12 @@ class ExtractResult:
 
 
 def stop_message(config: ExtractConfig) -> str:
-    """What to say when a signal ended the run, read from what is committed."""
+    """The message after a signal ended the run, read from what is committed."""
     return f"stopped: {committed_text(config.out)}. Go on with: {resume_command(config)}"
 
 
 def logits_stop_message(config: ExtractConfig) -> str:
-    """What to say when a signal came while logits were written."""
+    """The message after a signal came while logits were written."""
     return (
         f"stopped while writing logits/{config.logits}; the features are complete. "
         f"Go on with: {resume_command(config)}"

@@ -167,7 +167,7 @@ def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) 
     side = int(config.grid)
     if side > native:
         log.warning(
-            "grid %d: the teacher sees %d×%d cells at %d pixels, a larger grid is interpolated and says no more: "
+            "grid %d: the teacher sees %d×%d cells at %d pixels, a larger grid is interpolated and adds no information: "
             "--grid native, or a larger --image-size",
             side,
             native,

@@ -100,7 +100,7 @@ def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> No
     except (StoreError, OSError):
         if config.shard_range is None or not (task.path / ZARR_JSON).exists():
             raise
-        return  # an array job's neighbour has made it, from the same data
+        return  # another job of the array has made it, from the same data
     save_stamps(task.path / FOLDER, {name: stamps_of(samples)[0] for name, samples in task.splits.items()})
     record_threads(task.path, teacher)
     record_source(task.path, config)
@@ -225,7 +225,7 @@ def merge_units(units: list[Unit]) -> list[Unit]:
 
 @contextmanager
 def extract_lock(path: Path) -> Iterator[None]:
-    """One extracting process at a time plans or finalises; the lock goes with its owner."""
+    """One extracting process at a time plans or finalizes; the lock is released when its owner ends."""
     (path / FOLDER).mkdir(exist_ok=True)
     with open(path / FOLDER / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

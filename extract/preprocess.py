@@ -10,7 +10,7 @@ The device does the rest (normalisation, patches). Two paths, which differ in th
   to just above the target does not (1st percentile of the cosine 0.97 instead of 0.995).
 
 The resampling kernel is torch's bicubic with anti-aliasing, about five times as fast as Pillow's and
-within a few grey levels of it (0.4 % of pixels differ at all); torch is imported when the first image is resized.
+within a few gray levels of it (0.4 % of pixels differ at all); torch is imported when the first image is resized.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
 def resize_tensor(
     pixels: torch.Tensor, width: int, height: int, interpolation: str = "bicubic"
 ) -> torch.Tensor:
-    """uint8 [C, height, width], anti-aliased, rounded to whole grey levels."""
+    """uint8 [C, height, width], anti-aliased, rounded to whole gray levels."""
     from torch.nn.functional import interpolate
 
     if pixels.shape[1:] == (height, width):

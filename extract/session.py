@@ -100,7 +100,7 @@ class Session:
         reasons = [result.reason or "" for result in batch.results]
         chosen = {name: arrays[name] for name in writer.array_names}
         features = frozenset(pending.tensors)
-        # Where something is not finite, the writer looks for the rows, and says which channel it is.
+        # Where something is not finite, the writer looks for the rows, and names the channel.
         finite = features if bool(pending.finite) else frozenset()
         stored = partial(self.note_bad, writer.split, batch, reasons)
         background.put(Block(chosen, reasons, stored, features, finite))

@@ -1,7 +1,7 @@
 """When a sample's file and annotation last changed, as far as that is known without reading them.
 
 A stamp is a row of four int64: bytes and time of change (ns) of the file that holds the sample, then two numbers of its
-annotation. Equal stamps mean: not read again. The stamps of the last run lie beside the store's arrays, as
+annotation. Equal stamps mean: not read again. The stamps of the last run are kept beside the store's arrays, as
 `.extract/files-<split>.i64` [N, 2] and `.extract/annotations-<split>.i64` [N, 2], in the order of its rows.
 """
 
@@ -35,7 +35,7 @@ def stamps_of(samples: RowSamples) -> tuple[Stamps, npt.NDArray[np.int32]]:
     """Stamps [N, 4] and labels [N] (-1: none) of all samples; each is built once and no file is read."""
     stamps = np.full((len(samples), 4), UNKNOWN, np.int64)
     labels = np.full(len(samples), -1, np.int32)
-    containers: dict[str, tuple[int, int]] = {}  # many samples lie in one table or HDF5 file
+    containers: dict[str, tuple[int, int]] = {}  # many samples can share one table or HDF5 file
     for row in range(len(samples)):
         (sample,) = samples.between(row, row + 1)
         stamps[row, :2] = file_stamp(sample, containers)

@@ -37,7 +37,7 @@ class DecodingFailed(DistillError):
 
 @dataclass(eq=False)
 class Chunk:
-    """A few neighbouring samples of one batch, decoded by one task."""
+    """A few neighboring samples of one batch, decoded by one task."""
 
     samples: Sequence[Sample]
     start: int
@@ -135,7 +135,7 @@ class DecodePool:
         return results
 
     def isolate(self, chunk: Chunk, slab: Slab) -> list[DecodedSample]:
-        """Decode one by one: a file that kills its decoder becomes a bad image, its neighbours do not."""
+        """Decode one by one: a file that kills its decoder becomes a bad image, its neighbors do not."""
         results: list[DecodedSample] = []
         for offset, sample in enumerate(chunk.samples):
             single = Chunk([sample], chunk.start + offset)
@@ -199,7 +199,7 @@ class DecodePool:
 
 
 def allocate_slabs(shape: tuple[int, ...], shared: bool) -> tuple[list[Slab], bool]:
-    """The pixel buffers, shared where they fit; else private ones, filled by threads, and it says so."""
+    """The pixel buffers, shared where they fit; else private ones, filled by threads, with a warning."""
     slabs: list[Slab] = []
     try:
         for _ in range(AHEAD):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a teacher says about a batch; tensors on the teacher's device.
+    """The features of a batch; tensors on the teacher's device.
 
     pooled: float32 [B, D], the mean of the tokens inside the image.
     grid: float32 [B, h, w, D] in raster order (row by row from the top left).
@@ -61,7 +61,7 @@ class Teacher(Protocol):
 
 
 class TeacherEntry(NamedTuple):
-    """One row of the table: where the loader lives and what `cli teachers` says of it."""
+    """One row of the table: where the loader lives and what `cli teachers` prints about it."""
 
     target: str  # "module:function"
     description: str

@@ -30,7 +30,7 @@ MAX_HEADER_BYTES = 100 << 20
 
 
 class TensorEntry(NamedTuple):
-    """Where one tensor lies: file, its name there, dtype and shape as the header says, byte range in the file."""
+    """Where one tensor is stored: file, its name there, dtype and shape as the header says, byte range in the file."""
 
     file: Path
     stored_name: str
@@ -60,7 +60,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def find_tensors(folder: Path, prefixes: tuple[str, ...], wanted: Iterable[str]) -> dict[str, TensorEntry]:
-    """Where the tensors `wanted` (names without prefix) lie; opens only the files that hold one of them.
+    """Where the tensors `wanted` (names without prefix) are stored; opens only the files that hold one of them.
 
     Raises:
         CheckpointError: when a tensor is listed nowhere, a file is missing, truncated, or lacks what the index says.

@@ -24,7 +24,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def device_error(error: RuntimeError, device: torch.device) -> TeacherError | None:
-    """What to say of an error that CUDA itself raised (a GPU that fell off the bus, a driver that failed); else None.
+    """The message for an error that CUDA itself raised (a GPU that fell off the bus, a driver that failed); else None.
 
     Out of memory is none of them: it is handled by smaller batches.
     """

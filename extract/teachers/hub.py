@@ -86,7 +86,7 @@ def hub_client() -> Iterator[None]:
 
 
 def reachable(url: str) -> bool:
-    """Whether a connection to the server opens; behind a proxy nobody can tell, so: yes."""
+    """Whether a connection to the server opens; True behind a proxy, where it cannot be known."""
     parts = urlsplit(url)
     if getproxies():
         return True

@@ -1,4 +1,4 @@
-"""Pixels to Qwen's patches on the device: the host sends uint8, a sixth of the bytes of normalised patches.
+"""Pixels to Qwen's patches on the device: the host sends uint8, a sixth of the bytes of normalized patches.
 
 Shapes: `B` images, `T` frames of one temporal patch (2), `H W` pixels, `p` patch side, `h = H/p`, `w = W/p`.
 """

@@ -74,7 +74,7 @@ def cells_inside(view: View, h: int, w: int) -> NDArray[np.float32]:
 
 
 def axis_share(low: float, high: float, cells: int) -> NDArray[np.float64]:
-    """The share of each of `cells` equal parts of [0, 1] that lies in [low, high]."""
+    """The share of each of `cells` equal parts of [0, 1] that is inside [low, high]."""
     edges = np.linspace(0.0, 1.0, cells + 1)
     share: NDArray[np.float64] = (
         np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0.0, None) * cells

@@ -66,7 +66,7 @@ class ZeroShotScorer:
         prompts: Sequence[str] = PROMPTS,
         calibrate: bool = False,
     ) -> None:
-        """calibrate: subtract the score of the same names for an empty (mean grey) image, so that names that are
+        """calibrate: subtract the score of the same names for an empty (mean gray) image, so that names that are
         likely whatever the image shows do not win by that (contextual calibration, arXiv 2102.09690).
 
         Raises:
@@ -96,8 +96,8 @@ class ZeroShotScorer:
         if (h, w) not in self.priors:
             size = self.teacher.preprocessing.image_size
             patch = size // self.teacher.grid_size(size, size)[0]
-            colour = torch.tensor(PADDING_COLOR, dtype=torch.uint8).view(1, 3, 1, 1)
-            empty = colour.expand(1, 3, h * patch, w * patch)
+            color = torch.tensor(PADDING_COLOR, dtype=torch.uint8).view(1, 3, 1, 1)
+            empty = color.expand(1, 3, h * patch, w * patch)
             self.priors[h, w] = self.score_names(self.teacher.encode(empty).grid)
         return self.priors[h, w]
 
