@@ -42,16 +42,16 @@ from PIL import Image
 from commands.assets import asset
 from console.output import print_json, print_table
 from extract.config import load_config
-from extract.decoding import DecodeJob, decode_samples
+from extract.decode.pool import DecodedBatch
+from extract.decode.sample import DecodeJob, decode_samples
+from extract.decode.shared_buffers import PixelBuffer
 from extract.encode import Pending
-from extract.outcome import ExtractResult
+from extract.result import ExtractResult
 from extract.run import run_extraction
 from extract.session import sample_arrays
-from extract.slabs import Slab
 from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
 from extract.teachers.tiny import make_tiny_teacher
-from extract.workers import DecodedBatch
 from store import format as names
 from store.create import create_store
 from store.format import (
@@ -262,9 +262,9 @@ def measure_host(work: Path, rounds: int, rows: int) -> dict[str, float]:
 
     make_photos(work / "host", rows, (640, 480))
     samples = open_source(work / "host", val_fraction=0).splits()["train"][:]
-    slab = Slab((rows, 1, 3, SIZE, SIZE), shared=False)
+    buffer = PixelBuffer((rows, 1, 3, SIZE, SIZE), shared=False)
     job = DecodeJob(image_size=SIZE, resize="squash")
-    decode_samples(job, samples[:2], slab.pixels[:2])
+    decode_samples(job, samples[:2], buffer.pixels[:2])
     specs = [*feature_arrays(WIDTH, grid=HOST_GRID), *target_arrays(label=True)]
     shapes = {spec.name: (rows, *spec.row_shape) for spec in specs}
     features = {
@@ -273,8 +273,8 @@ def measure_host(work: Path, rounds: int, rows: int) -> dict[str, float]:
     scales = {name: channel_scale(values) for name, values in features.items()}
     ready = {name: to_stored(values, scales[name], np.dtype(np.float16)) for name, values in features.items()}
     for number in range(rounds + 1):  # the first round warms up
-        results = timed("decode", lambda: decode_samples(job, samples, slab.pixels))
-        batch = DecodedBatch(0, samples, slab, [], results)
+        results = timed("decode", lambda: decode_samples(job, samples, buffer.pixels))
+        batch = DecodedBatch(0, samples, buffer, [], results)
         pending = Pending({}, torch.tensor(True), torch.device("cpu"), None)
         rest = timed("collate", functools.partial(sample_arrays, batch, pending))
         rest = {name: rest[name] for name in (names.SIZES, names.CONTENT, names.LABEL)}

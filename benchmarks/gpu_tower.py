@@ -125,7 +125,7 @@ def write_rate(folder: Path, megabytes: int) -> float:
 
 def decode_rate(settings: Settings, seconds: float) -> dict[str, float]:
     """640×480 JPEG files to 224 px on one core, as the decoders do it."""
-    from extract.decoding import DecodeJob, decode_samples
+    from extract.decode.sample import DecodeJob, decode_samples
     from extract.sources.detect import open_source
 
     folder = settings.work / "decode-rate"

@@ -35,7 +35,7 @@ import torch
 from PIL import Image, ImageOps
 
 from commands.assets import asset, pretrained_teacher_weights
-from extract.preprocess import preprocess, resize_pixels
+from extract.decode.preprocess import preprocess, resize_pixels
 from imaging.decode import decode
 
 SIZE = 224

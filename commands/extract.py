@@ -38,7 +38,7 @@ def extract(
     cli extract photos --out photos.zarr --teacher-path tiny --dry-run
     """
     settings = load_config(options, config)
-    from extract.measured import ExtractionClock, note_probe
+    from extract.metadata import ExtractionClock, note_probe
     from extract.run import run_extraction
 
     with ProgressObserver() as progress, ExtractionClock(settings.out) as timer:
@@ -178,7 +178,7 @@ def probe(
     a row's logits come from a probe that was not fitted on it.
     """
     from extract.logits import add_probe
-    from extract.measured import note_probe
+    from extract.metadata import note_probe
     from store.format import RANDOM_WEIGHTS_NOTICE
     from store.reader import open_store
 

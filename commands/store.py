@@ -252,7 +252,7 @@ def verify(
         findings = [Finding(store, problem) for problem in audit.findings]
     compared = None
     if sound:
-        from extract.compare import compare_with_data
+        from extract.follow.compare import compare_with_data
 
         compared = compare_with_data(Path(store), data, check_content=check_content)
         findings += [Finding(store, compared.problem)] if compared.problem else []

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extract.decoding import DecodedSample, DecodeJob
+from extract.decode.sample import DecodedSample, DecodeJob
 from extract.encode import Encoding, encode_samples
-from extract.existing import recorded_source
+from extract.resume import recorded_source
 from extract.sources.base import Sample
 from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher

@@ -27,11 +27,11 @@ from extract.cluster_worker import (
     release,
 )
 from extract.config import ExtractConfig
-from extract.existing import FOLDER, Unit, count_committed, job_of, list_units
-from extract.follow import work_path
+from extract.follow.version import work_path
 from extract.ledger import append_ledger, check_limit
-from extract.outcome import ExtractObserver, ExtractResult, stop_message
 from extract.prepare import finalize, record_halving, resume_switch
+from extract.result import ExtractObserver, ExtractResult, stop_message
+from extract.resume import FOLDER, Unit, count_committed, job_of, list_units
 from extract.sources.base import REMOVED
 from processes.dask_cluster import ClusterStartError, connect, local_cluster
 from processes.deadline import StopDeadline

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from console.log import configure_logging
 from console.stop import StopRequest
 from extract.config import ExtractConfig
-from extract.existing import FOLDER, Unit, adopt_rows, job_of, planned_keys
-from extract.follow import rows_task, work_path
+from extract.follow.version import rows_task, work_path
 from extract.inputs import decode_workers, open_data, open_teacher
-from extract.planning import ExtractTask, make_task
+from extract.plan import ExtractTask, make_task
 from extract.prepare import count_still_bad, follow_data, prepare_store, use_threads
+from extract.resume import FOLDER, Unit, adopt_rows, job_of, planned_keys
 from extract.session import BadSample, Session
 from extract.teachers import Teacher
 from store.errors import LockedError

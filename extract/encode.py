@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from console.log import get_logger
-from extract.decoding import DecodedSample, DecodeJob, decode_samples
-from extract.slabs import Slab
+from extract.decode.pool import DecodedBatch
+from extract.decode.sample import DecodedSample, DecodeJob, decode_samples
+from extract.decode.shared_buffers import PixelBuffer
 from extract.sources.base import Sample
 from extract.teachers import Teacher
 from extract.teachers.devices import device_error
 from extract.teachers.pixels import cells_inside
-from extract.workers import DecodedBatch
 from imaging.geometry import resize_view
 from store import format as names
 from store.errors import DistillError
@@ -263,8 +263,8 @@ class Encoder:
 
 def decode_here(job: DecodeJob, samples: Sequence[Sample]) -> DecodedBatch:
     """A few samples as one batch, decoded in this thread into a buffer of its own."""
-    slab = Slab((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
-    return DecodedBatch(0, samples, slab, [], decode_samples(job, samples, slab.pixels))
+    buffer = PixelBuffer((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
+    return DecodedBatch(0, samples, buffer, [], decode_samples(job, samples, buffer.pixels))
 
 
 def encode_samples(
@@ -280,9 +280,9 @@ def encode_samples(
     good = [index for index, result in enumerate(results) if result.reason is None]
     if not good:
         return results, {}
-    batch.slab.pixels = batch.slab.pixels[good]
+    batch.buffer.pixels = batch.buffer.pixels[good]
     chosen = DecodedBatch(
-        0, [samples[index] for index in good], batch.slab, [], [results[index] for index in good]
+        0, [samples[index] for index in good], batch.buffer, [], [results[index] for index in good]
     )
     encoder = Encoder(teacher, job, encoding, max(batch_size, len(good)))
     return results, encoder.launch(chosen).arrays()

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from console.log import get_logger
-from extract.changes import Changes
 from extract.config import ExtractConfig
-from extract.decoding import DecodedSample
+from extract.decode.pool import DecodedBatch
+from extract.decode.sample import DecodedSample
 from extract.encode import Encoder, decode_here
-from extract.existing import check_same, count_committed, job_of, list_units
-from extract.follow import bytes_needed, changes_of, work_path
+from extract.follow.changes import Changes
+from extract.follow.version import bytes_needed, changes_of, work_path
 from extract.inputs import decode_workers, open_data, open_teacher
-from extract.outcome import ExtractResult
-from extract.planning import ExtractTask, batch_rows, calibration_samples, make_task
+from extract.plan import ExtractTask, batch_rows, calibration_samples, make_task
+from extract.result import ExtractResult
+from extract.resume import check_same, count_committed, job_of, list_units
 from extract.sources.base import Sample, Source
 from extract.sources.splitting import count_shared
 from extract.teachers import Teacher
-from extract.workers import DecodedBatch
 from store import format as names
 from store.format import ArraySpec
 from store.metadata import ZARR_JSON

@@ -7,7 +7,7 @@ import time
 from console.cores import core_share
 from console.log import get_logger
 from extract.config import ExtractConfig
-from extract.existing import recorded_splits
+from extract.resume import recorded_splits
 from extract.sources.base import Source
 from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from console.log import get_logger
 from console.stop import StopRequest
 from extract.config import ZERO_SHOT, ExtractConfig
-from extract.outcome import ExtractObserver, logits_stop_message
+from extract.result import ExtractObserver, logits_stop_message
 from files.writing import check_writable
 from processes.deadline import StopDeadline
 from store import format as names

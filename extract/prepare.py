@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from console.log import get_logger
-from extract.changes import Changes
 from extract.config import ConfigError, ExtractConfig
 from extract.encode import encode_samples
-from extract.existing import (
+from extract.follow.changes import Changes
+from extract.follow.stamps import annotation_stamp, digest_of, load_stamps, save_stamps, stamps_of
+from extract.follow.version import changes_of, finish_switch, follow, is_rows_store, rows_task, work_path
+from extract.plan import ExtractTask, batch_rows, calibration_samples, shard_rows
+from extract.resume import (
     FOLDER,
     Unit,
     adopt_rows,
@@ -26,10 +29,7 @@ from extract.existing import (
     list_units,
     record_source,
 )
-from extract.follow import changes_of, finish_switch, follow, is_rows_store, rows_task, work_path
-from extract.planning import ExtractTask, batch_rows, calibration_samples, shard_rows
 from extract.sources.base import RemovedFile
-from extract.stamps import annotation_stamp, digest_of, load_stamps, save_stamps, stamps_of
 from extract.teachers import Teacher
 from store import format as names
 from store.create import create_store

@@ -9,11 +9,9 @@ from functools import partial
 
 from console.stop import Stopped, StopRequest
 from extract.config import ExtractConfig
-from extract.existing import Unit, job_of, list_units
 from extract.inputs import decode_workers, open_data, open_teacher
 from extract.ledger import append_ledger, check_limit
-from extract.outcome import ExtractObserver, ExtractResult, stop_message
-from extract.planning import ExtractTask, make_task
+from extract.plan import ExtractTask, make_task
 from extract.prepare import (
     chosen_units,
     count_still_bad,
@@ -26,6 +24,8 @@ from extract.prepare import (
     unfinished_units,
     warn_of_changes,
 )
+from extract.result import ExtractObserver, ExtractResult, stop_message
+from extract.resume import Unit, job_of, list_units
 from extract.session import Session
 from extract.sources.base import REMOVED
 from extract.teachers import Teacher

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from console.stop import Stopped, StopRequest
 from extract.config import ZERO_SHOT, ConfigError, ExtractConfig
+from extract.decode.pool import DecodePool
 from extract.encode import AdaptiveBatch, DeviceCopies
-from extract.existing import adopt_rows
 from extract.inputs import decode_workers, open_data, open_teacher
-from extract.outcome import ExtractObserver, logits_stop_message
-from extract.planning import ExtractTask, make_task
+from extract.plan import ExtractTask, make_task
+from extract.result import ExtractObserver, logits_stop_message
+from extract.resume import adopt_rows
 from extract.teachers.zero_shot import ZeroShotScorer
-from extract.workers import DecodePool
 from processes.deadline import StopDeadline
 from store.create import add_arrays
 from store.finalize import finalize_store

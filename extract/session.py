@@ -14,11 +14,11 @@ import numpy.typing as npt
 from console.log import get_logger
 from console.stop import StopRequest
 from extract.background import BackgroundWriter, Block
+from extract.decode.pool import DecodedBatch, DecodePool
 from extract.encode import Encoder, Pending
-from extract.existing import job_of
-from extract.planning import ExtractTask
+from extract.plan import ExtractTask
+from extract.resume import job_of
 from extract.teachers import Teacher
-from extract.workers import DecodedBatch, DecodePool
 from store import format as names
 from store.writer import StoreWriter
 

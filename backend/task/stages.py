@@ -103,7 +103,7 @@ class Task:
         return {name: digest_folder(Path(path), memo, self.check_stop) for name, path in folders.items()}
 
     def extract(self, path: Path) -> None:
-        from extract.existing import DifferentStore
+        from extract.resume import DifferentStore
         from extract.run import run_extraction
 
         config = self.configs.extract_config(path)

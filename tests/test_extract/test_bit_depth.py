@@ -11,7 +11,7 @@ from PIL import Image
 
 from extract.audit import audit_store
 from extract.config import ConfigError, load_config
-from extract.existing import DifferentStore
+from extract.resume import DifferentStore
 from extract.run import ExtractResult, run_extraction
 from store.reader import open_store
 

@@ -8,7 +8,7 @@ from os import getpid
 
 from PIL import Image
 
-from extract.workers import begin_worker
+from extract.decode.pool import begin_worker
 
 
 def test_memory_of_decoded_images_is_kept_for_the_next_one() -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from extract.decoding import DecodedSample, DecodeJob
+from extract.decode.pool import DecodedBatch
+from extract.decode.sample import DecodedSample, DecodeJob
+from extract.decode.shared_buffers import PixelBuffer
 from extract.encode import Encoder, Encoding
-from extract.planning import batch_rows
-from extract.slabs import Slab
+from extract.plan import batch_rows
 from extract.sources.base import Sample
 from extract.teachers import TeacherError
 from extract.teachers.base import Encoded
@@ -22,7 +23,6 @@ from extract.teachers.compiled import CompiledBlocks
 from extract.teachers.devices import check_memory, pick_dtype
 from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
 from extract.teachers.timm_encoder import TimmTeacher
-from extract.workers import DecodedBatch
 from store import format as names
 from store.format import Preprocessing, TeacherSpec
 from store.rows import channel_scale, to_stored
@@ -46,10 +46,10 @@ def make_job(**changes: Any) -> DecodeJob:
 
 def decoded(job: DecodeJob, count: int) -> DecodedBatch:
     """A decoded batch of random pixels, of images of different sizes."""
-    slab = Slab((count, job.planes, 3, SIZE, SIZE), shared=False)
-    slab.pixels[:] = np.random.default_rng(0).integers(0, 256, slab.pixels.shape)
+    buffer = PixelBuffer((count, job.planes, 3, SIZE, SIZE), shared=False)
+    buffer.pixels[:] = np.random.default_rng(0).integers(0, 256, buffer.pixels.shape)
     results = [DecodedSample(size=(60 + 20 * index, 50)) for index in range(count)]
-    return DecodedBatch(0, [Sample(str(index)) for index in range(count)], slab, [], results)
+    return DecodedBatch(0, [Sample(str(index)) for index in range(count)], buffer, [], results)
 
 
 @pytest.mark.parametrize("kind", KINDS)

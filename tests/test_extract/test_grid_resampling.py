@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from extract.audit import audit_store
 from extract.encode import resample_grid
-from extract.existing import DifferentStore
+from extract.resume import DifferentStore
 from store.reader import open_store
 from tests.test_extract.extractions import extract, interrupt, true_features
 
@@ -70,7 +70,7 @@ class TestStores:
     @pytest.fixture
     def old_rule(self, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         """Extraction as it was: adaptive pooling, nothing recorded."""
-        monkeypatch.setattr("extract.planning.averages_unevenly", lambda *sizes: False)
+        monkeypatch.setattr("extract.plan.averages_unevenly", lambda *sizes: False)
         monkeypatch.setattr("extract.encode.averages_unevenly", lambda *sizes: False)
         return monkeypatch
 

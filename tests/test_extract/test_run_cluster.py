@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from extract.config import ConfigError, load_config
-from extract.existing import count_committed, job_of
+from extract.resume import count_committed, job_of
 from extract.run import ExtractResult, run_extraction
 from store.reader import open_store
 

@@ -9,7 +9,7 @@ import pytest
 
 from extract.config import ConfigError, load_config, parse_max_bad, parse_shard_range
 from extract.inputs import decode_workers
-from extract.outcome import resume_command
+from extract.result import resume_command
 
 
 def test_all_problems_come_in_one_report_with_the_nearest_names() -> None:

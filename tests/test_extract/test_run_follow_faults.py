@@ -15,7 +15,7 @@ import pytest
 
 from console.stop import StopRequest
 from extract.config import load_config
-from extract.follow import NoSpace
+from extract.follow.version import NoSpace
 from extract.run import run_extraction
 from store.reader import open_store
 from store.verify import verify_store
@@ -107,7 +107,7 @@ def test_the_store_is_readable_until_the_switch(
     follower.extract()
     fingerprint = follower.store.fingerprint
     change(tmp_path / "data")
-    from extract import follow
+    from extract.follow import version as follow
 
     seen = []
     publish = follow.publish_version
@@ -120,8 +120,8 @@ def test_the_store_is_readable_until_the_switch(
 
 
 def stop_when(monkeypatch: pytest.MonkeyPatch, name: str, stop: StopRequest) -> None:
-    """Request a stop just before `extract.follow` calls one of its functions."""
-    from extract import follow
+    """Request a stop just before `extract.follow.version` calls one of its functions."""
+    from extract.follow import version as follow
 
     function = getattr(follow, name)
 
@@ -242,7 +242,7 @@ class TestChangesWhileItIsIncomplete:
 
 
 def extract_rows_left(path: Path) -> int:
-    from extract.existing import count_committed, job_of, list_units
+    from extract.resume import count_committed, job_of, list_units
 
     job = job_of(path)
     assert job is not None
@@ -304,7 +304,7 @@ def test_targets_that_come_later_get_their_arrays(extract_options: dict[str, Any
 def test_boxes_that_come_later_need_a_grid_that_is_not_there(
     extract_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    from extract.existing import DifferentStore
+    from extract.resume import DifferentStore
 
     root = tmp_path / "data"
     table = root / "table.csv"

@@ -14,8 +14,8 @@ from PIL import Image
 from commands.extract import next_step, print_estimate
 from commands.store import print_description
 from extract.config import load_config
-from extract.existing import DifferentStore
-from extract.measured import note_probe
+from extract.metadata import note_probe
+from extract.resume import DifferentStore
 from extract.run import run_extraction
 from extract.teachers import CheckpointError
 from store.reader import open_store

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from extract.config import load_config
-from extract.decoding import DecodeJob
+from extract.decode.sample import DecodeJob
 from extract.encode import DeviceCopies
-from extract.planning import RowSamples
+from extract.plan import RowSamples
 from extract.score import score_split
 from extract.sources.detect import open_source
 from store.writer import batches

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from extract.existing import count_committed, job_of
+from extract.resume import count_committed, job_of
 from extract.run import run_extraction
 from store.reader import open_store
 

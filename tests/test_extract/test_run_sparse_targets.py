@@ -13,7 +13,7 @@ import pytest
 
 from extract.config import load_config
 from extract.inputs import open_data, open_teacher
-from extract.planning import found_targets, make_task
+from extract.plan import found_targets, make_task
 from extract.sources.base import Sample, Samples, Source
 from imaging.masks import encode_mask
 from store.reader import open_store

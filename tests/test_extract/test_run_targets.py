@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from extract import workers
 from extract.config import ConfigError, load_config
+from extract.decode import pool
 from extract.run import ExtractResult, run_extraction
 from extract.teachers import load_teacher
 from store.reader import open_store
@@ -146,7 +146,7 @@ class TestClips:
         (rows,) = train.ragged([0], "features/frames/values")
         assert rows.shape == (3, 1280)
         teacher = load_teacher("qwen2.5-vl", str(tiny_teacher_folder), device="cpu", image_size=56)
-        from extract.decoding import DecodeJob, decode_samples
+        from extract.decode.sample import DecodeJob, decode_samples
         from extract.sources.detect import open_source
 
         sample = open_source(clips, "clips", val_fraction=0).splits()["train"][0]
@@ -199,7 +199,7 @@ def test_decoders_that_do_not_start_are_no_fault_of_the_images(
     extract_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without telling the two apart every image would be called bad."""
-    monkeypatch.setattr(workers, "begin_worker", os._exit)  # what a worker runs first: here it ends it
-    with pytest.raises(workers.DecodingFailed, match="end before they decode anything"):
+    monkeypatch.setattr(pool, "begin_worker", os._exit)  # what a worker runs first: here it ends it
+    with pytest.raises(pool.DecodingFailed, match="end before they decode anything"):
         run_extraction(load_config({**extract_options, "workers": 2}))
     assert not (extract_options["out"] / "bad_images.jsonl").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.preprocess import HostImage, preprocess, resize_pixels
+from extract.decode.preprocess import HostImage, preprocess, resize_pixels
 from extract.sources.detect import open_source
 from imaging.decode import Decoded, ImageError, decode
 from tests.test_extract.bad_images import KINDS, Case, bad_images

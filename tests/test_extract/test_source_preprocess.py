@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.augment import LARGEST_ZOOM, sample_views
-from extract.decoding import DecodeJob, decode_sample
-from extract.preprocess import DRAFT_MARGIN, preprocess, resize_pixels
+from extract.decode.preprocess import DRAFT_MARGIN, preprocess, resize_pixels
+from extract.decode.sample import LARGEST_ZOOM, DecodeJob, decode_sample, sample_views
 from extract.sources.base import Sample
 from imaging.decode import Decoded, ImageError, decode
 from imaging.geometry import RESIZE_POLICIES, resize_view

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from console.log import Formatter, get_logger
-from extract.outcome import resume_command
+from extract.result import resume_command
 from extract.sources.base import SourceError
 from extract.sources.detect import open_source
 from store.reader import open_store

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from extract.config import load_config
-from extract.preprocess import preprocess
+from extract.decode.preprocess import preprocess
 from extract.run import run_extraction
 from imaging.masks import decode_mask
 from store.reader import open_store

@@ -19,8 +19,8 @@ from typing import Self
 from PIL import Image
 
 from console.log import get_logger
-from extract.decoding import DecodedSample, DecodeJob, decode_samples
-from extract.slabs import Pixels, SharedMemoryFull, Slab, SlabAddress, open_slab
+from extract.decode.sample import DecodedSample, DecodeJob, decode_samples
+from extract.decode.shared_buffers import BufferAddress, PixelBuffer, Pixels, SharedMemoryFull, open_buffer
 from extract.sources.base import Sample
 from processes.ending import block_stop_signals, end_with_parent
 from store.errors import DistillError
@@ -50,13 +50,13 @@ class DecodedBatch:
 
     first: int
     samples: Sequence[Sample]
-    slab: Slab
+    buffer: PixelBuffer
     chunks: list[Chunk]
     results: list[DecodedSample] = field(default_factory=list)
 
     @property
     def pixels(self) -> Pixels:
-        return self.slab.pixels[: len(self.samples)]
+        return self.buffer.pixels[: len(self.samples)]
 
 
 class DecodePool:
@@ -66,8 +66,8 @@ class DecodePool:
         self.job, self.workers = job, workers
         self.processes = workers > 0 and not in_daemon()
         shape = (batch_size, job.planes, 3, job.image_size, job.image_size)
-        self.free, self.processes = allocate_slabs(shape, self.processes)
-        self.slabs = list(self.free)
+        self.free, self.processes = allocate_buffers(shape, self.processes)
+        self.buffers = list(self.free)
         self.executor = self.start()
 
     def start(self) -> Executor:
@@ -93,18 +93,18 @@ class DecodePool:
 
     def release(self, batch: DecodedBatch) -> None:
         """The teacher has read the pixels: the buffer can take another batch."""
-        self.free.append(batch.slab)
+        self.free.append(batch.buffer)
 
     def submit_batch(self, first: int, samples: Sequence[Sample]) -> DecodedBatch:
         starts = range(0, len(samples), CHUNK)
         chunks = [Chunk(samples[start : start + CHUNK], start) for start in starts]
         batch = DecodedBatch(first, samples, self.free.pop(), chunks)
         for chunk in chunks:
-            self.submit_chunk(chunk, batch.slab)
+            self.submit_chunk(chunk, batch.buffer)
         return batch
 
-    def submit_chunk(self, chunk: Chunk, slab: Slab) -> None:
-        target = slab.address or slab.pixels
+    def submit_chunk(self, chunk: Chunk, buffer: PixelBuffer) -> None:
+        target = buffer.address or buffer.pixels
         try:
             with block_stop_signals():  # a new process inherits the mask: Ctrl-C is for the parent alone
                 chunk.future = self.executor.submit(
@@ -127,23 +127,23 @@ class DecodePool:
             pass
         log.warning("a decoding process ended unexpectedly: starting it again")
         self.restart()
-        results = self.isolate(chunk, batch.slab)
+        results = self.isolate(chunk, batch.buffer)
         for other in (batch, *waiting):
             for left in other.chunks:
                 if left is not chunk and not is_done(left):
-                    self.submit_chunk(left, other.slab)
+                    self.submit_chunk(left, other.buffer)
         return results
 
-    def isolate(self, chunk: Chunk, slab: Slab) -> list[DecodedSample]:
+    def isolate(self, chunk: Chunk, buffer: PixelBuffer) -> list[DecodedSample]:
         """Decode one by one: a file that kills its decoder becomes a bad image, its neighbors do not."""
         results: list[DecodedSample] = []
         for offset, sample in enumerate(chunk.samples):
             single = Chunk([sample], chunk.start + offset)
-            self.submit_chunk(single, slab)
+            self.submit_chunk(single, buffer)
             try:
                 results += self.result_of(single)
             except BrokenProcessPool:
-                slab.pixels[single.start] = 0
+                buffer.pixels[single.start] = 0
                 results.append(DecodedSample(reason="its decoding ended the process"))
                 self.restart()
         return results
@@ -179,15 +179,15 @@ class DecodePool:
         self.executor.shutdown(wait=not processes, cancel_futures=True)
         for process in processes:
             process.kill()
-        for slab in self.slabs:
-            slab.close()
+        for buffer in self.buffers:
+            buffer.close()
 
     def abandon(self) -> None:
         """Before the process is ended from outside: no decoder, buffer or semaphore stays behind."""
         for process in list((getattr(self.executor, "_processes", None) or {}).values()):
             process.kill()
-        for slab in self.slabs:
-            slab.unlink()
+        for buffer in self.buffers:
+            buffer.unlink()
         # What multiprocessing would do at a normal exit: give its semaphores back.
         util._run_finalizers(0)  # type: ignore[attr-defined]
 
@@ -198,25 +198,25 @@ class DecodePool:
         self.close()
 
 
-def allocate_slabs(shape: tuple[int, ...], shared: bool) -> tuple[list[Slab], bool]:
+def allocate_buffers(shape: tuple[int, ...], shared: bool) -> tuple[list[PixelBuffer], bool]:
     """The pixel buffers, shared where they fit; else private ones, filled by threads, with a warning."""
-    slabs: list[Slab] = []
+    buffers: list[PixelBuffer] = []
     try:
         for _ in range(AHEAD):
-            slabs.append(Slab(shape, shared))
-        return slabs, shared
+            buffers.append(PixelBuffer(shape, shared))
+        return buffers, shared
     except SharedMemoryFull as error:
-        for slab in slabs:
-            slab.close()
+        for buffer in buffers:
+            buffer.close()
         log.warning("%s; decoding in threads for now", error)
-        return [Slab(shape, shared=False) for _ in range(AHEAD)], False
+        return [PixelBuffer(shape, shared=False) for _ in range(AHEAD)], False
 
 
 def decode_chunk(
-    job: DecodeJob, samples: Sequence[Sample], target: SlabAddress | Pixels, start: int
+    job: DecodeJob, samples: Sequence[Sample], target: BufferAddress | Pixels, start: int
 ) -> list[DecodedSample]:
-    """The task of a worker: decode `samples` into rows `start…` of the slab."""
-    pixels = open_slab(target) if isinstance(target, SlabAddress) else target
+    """The task of a worker: decode `samples` into rows `start…` of the buffer."""
+    pixels = open_buffer(target) if isinstance(target, BufferAddress) else target
     return decode_samples(job, samples, pixels[start : start + len(samples)])
 
 

@@ -20,17 +20,17 @@ class SharedMemoryFull(DistillError):
     """There is not enough shared memory (`/dev/shm`) for one more pixel buffer."""
 
 
-class SlabAddress(NamedTuple):
-    """How another process finds a slab: the shared block's name and the array's shape."""
+class BufferAddress(NamedTuple):
+    """How another process finds a buffer: the shared block's name and the array's shape."""
 
     name: str
     shape: tuple[int, ...]
 
 
-class Slab:
+class PixelBuffer:
     """uint8 [B, P, 3, S, S]: the pixels of one batch, `P` planes (base image and views, or frames) a sample.
 
-    `shared` slabs can be opened by other processes through `address`.
+    `shared` buffers can be opened by other processes through `address`.
     """
 
     def __init__(self, shape: tuple[int, ...], shared: bool) -> None:
@@ -43,8 +43,8 @@ class Slab:
         )
 
     @property
-    def address(self) -> SlabAddress | None:
-        return None if self.block is None else SlabAddress(self.block.name, self.shape)
+    def address(self) -> BufferAddress | None:
+        return None if self.block is None else BufferAddress(self.block.name, self.shape)
 
     def close(self) -> None:
         """Give the memory back; `pixels` must not be used afterwards."""
@@ -84,8 +84,8 @@ def allocate_block(size: int) -> shared_memory.SharedMemory:
 OPEN_BLOCKS: dict[str, shared_memory.SharedMemory] = {}
 
 
-def open_slab(address: SlabAddress) -> Pixels:
-    """In a decoding process: the slab's array. The mapping is kept, a run has only a few slabs."""
+def open_buffer(address: BufferAddress) -> Pixels:
+    """In a decoding process: the buffer's array. The mapping is kept, a run has only a few buffers."""
     if address.name not in OPEN_BLOCKS:
         OPEN_BLOCKS[address.name] = shared_memory.SharedMemory(name=address.name)
     return np.ndarray(address.shape, np.uint8, buffer=OPEN_BLOCKS[address.name].buf)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extract.planning import RowSamples
+from extract.plan import RowSamples
 from extract.sources.base import Boxes, Sample, content_digest
 from files.writing import replace_file
 from imaging.decode import ImageError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from extract.changes import find_changes
-from extract.existing import FOLDER, planned_keys, read_source_record
+from extract.follow.changes import find_changes
+from extract.resume import FOLDER, planned_keys, read_source_record
 from extract.sources.base import Source, SourceError
 from extract.sources.detect import open_source
 from store import format as names

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from console.log import get_logger
 from console.options import options_of
 from console.redaction import redact
-from extract.changes import Changes
 from extract.config import ExtractConfig
-from extract.existing import count_committed, job_of, list_units
-from extract.follow import work_path
+from extract.follow.changes import Changes
+from extract.follow.version import work_path
 from extract.ledger import write_ledger
+from extract.resume import count_committed, job_of, list_units
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 from store.summary import store_warnings

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from extract.decoding import boxes_to_store
-from extract.planning import RowSamples, sample_key
+from extract.decode.sample import boxes_to_store
+from extract.follow.stamps import NEVER_SEEN, UNKNOWN, Stamps, digests_of, load_stamps, stamps_of
+from extract.plan import RowSamples, sample_key
 from extract.sources.base import REMOVED, AnnotationError, Boxes, Samples
-from extract.stamps import NEVER_SEEN, UNKNOWN, Stamps, digests_of, load_stamps, stamps_of
 from store import format as names
 from store.reader import Split, Store
 

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from console.log import get_logger
-from extract.bit_depth import choose_bit_depth
 from extract.config import ConfigError, ExtractConfig
-from extract.decoding import DecodeJob
+from extract.decode.bit_depth import choose_bit_depth
+from extract.decode.sample import DecodeJob
 from extract.encode import Encoding, averages_unevenly
 from extract.sources.base import RemovedFile, Sample, Samples, Source
 from extract.teachers import Teacher
@@ -100,7 +100,7 @@ class ExtractTask:
 
 
 def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> ExtractTask:
-    """The task of a new store; resuming puts its rows in the stored order, see `existing.py`.
+    """The task of a new store; resuming puts its rows in the stored order, see `resume.py`.
 
     Raises:
         ConfigError: for options that this data set or teacher cannot follow.

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from console.log import get_logger
-from extract.changes import ENCODE, Changes, SplitChange, find_changes, listed
 from extract.config import ExtractConfig
-from extract.decoding import boxes_to_store
-from extract.existing import FOLDER, adopt_rows, job_of, record_source
-from extract.measured import forget_probe
-from extract.planning import AGAIN, ExtractTask, sample_key
+from extract.decode.sample import boxes_to_store
+from extract.follow.changes import ENCODE, Changes, SplitChange, find_changes, listed
+from extract.follow.stamps import Stamps, load_stamps, save_stamps
+from extract.metadata import forget_probe
+from extract.plan import AGAIN, ExtractTask, sample_key
+from extract.resume import FOLDER, adopt_rows, job_of, record_source
 from extract.sources.base import Boxes
-from extract.stamps import Stamps, load_stamps, save_stamps
 from store import format as names
 from store.create import create_store, extend_store, scales_of
 from store.errors import DistillError

@@ -12,7 +12,7 @@ from typing import Any
 from console.output import plain_json
 from console.redaction import redact, redact_values
 from extract.config import ExtractConfig
-from extract.planning import NO_SAMPLES, ExtractTask, in_stored_order
+from extract.plan import NO_SAMPLES, ExtractTask, in_stored_order
 from store import format as names
 from store.errors import DistillError
 from store.format import Manifest
