@@ -55,8 +55,9 @@ def predict(
 
     from console.output import print_json
     from console.stop import Stopped, StopRequest
-    from train.deliver.predict import PredictionWriter, Sampling, predict_files
-    from train.deliver.records import BadFile
+    from train.deliver.files import BadFile
+    from train.deliver.predict import Sampling, predict_files
+    from train.deliver.prediction_files import PredictionWriter
 
     records: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
@@ -150,8 +151,7 @@ def export(
     PyTorch on real images. LoRA adapters are merged first; YOLO students go through ultralytics.
     """
     from console.output import print_json
-    from train.deliver.export import export_student
-    from train.deliver.program import OPSET
+    from train.deliver.export import OPSET, export_student
 
     done = export_student(run, format_.value, out, images, opset or OPSET)
     if format_ is ExportFormat.onnx:

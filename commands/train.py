@@ -169,7 +169,7 @@ def students(
     cli students timm:mobilenetv4_conv_small vit-tiny
     """
     from console.output import print_json, print_table
-    from train.students import list_students
+    from train.students.catalog import list_students
 
     rows = list_students(name or None)
     if json:

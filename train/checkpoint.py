@@ -115,7 +115,7 @@ def load_student_from_run(run: Path, name: str = BEST) -> tuple[Student, dict[st
     LoRA adapters are applied again as they were trained.
     Raises CheckpointError for a folder without a finished epoch, or a file that is no checkpoint.
     """
-    from train.students.construct import rebuild_student
+    from train.students.build import rebuild_student
 
     path = run / name if run.is_dir() else run
     if run.is_dir() and not path.exists():

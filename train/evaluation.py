@@ -25,8 +25,7 @@ from train.data.splits import (
 from train.data.views import AUGMENTATIONS
 from train.deliver.embedding import label_free_student
 from train.deliver.embedding_quality import measure_embeddings
-from train.deliver.model import ModelCard, OnnxModel, TorchModel
-from train.deliver.onnx_student import OnnxStudent
+from train.deliver.model import ModelCard, OnnxModel, OnnxStudent, TorchModel
 from train.distill.objective import Objective
 from train.distill.projector import DistilledStudent
 from train.errors import DeliveryError, TrainError

@@ -25,7 +25,7 @@ from train.distill.projector import DistilledStudent, Projector
 from train.loop.loop import Loop, Parts, TrainingState, build_normalizer
 from train.loop.optimizer import WeightAverage, build_optimizer
 from train.loop.saving import StepGuard
-from train.students import build_student
+from train.students.build import build_student
 from train.tasks import build_task
 
 META = torch.device("meta")

@@ -21,7 +21,7 @@ from train.loop.evaluate import LossSums, cosine
 from train.loop.machine import OutOfMemoryError, choose_device, choose_precision
 from train.loop.optimizer import match_layout
 from train.run import run_training
-from train.students import build_student
+from train.students.build import build_student
 from train.tasks import build_task
 from train.tasks.segmentation import pixel_entropy_sum
 

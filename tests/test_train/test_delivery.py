@@ -21,15 +21,12 @@ from store.reader import open_store
 from tests.test_train.runs import cli, trained
 from train.checkpoint import load_student_from_run
 from train.data.images import ImageReader
-from train.deliver.clips import find_clips
-from train.deliver.detect import to_image
 from train.deliver.draw import mask_image
 from train.deliver.export import export_student
-from train.deliver.files import find_images
+from train.deliver.files import BadFile, find_clips, find_images
 from train.deliver.inputs import sample_inputs
 from train.deliver.model import METADATA_KEY, ModelCard, OnnxModel, open_model, open_student
-from train.deliver.predict import PredictionWriter, predict_files
-from train.deliver.records import BadFile, Prediction
+from train.deliver.predict import Prediction, PredictionWriter, predict_files, to_image
 from train.errors import DeliveryError
 
 SURE_BOXES = 5

@@ -14,9 +14,9 @@ from PIL import Image
 
 from store.reader import open_store
 from tests.test_train.runs import trained
-from train.deliver.embedding_files import EmbeddingFiles
 from train.deliver.export import export_student
 from train.deliver.model import ModelCard, OnnxModel, TorchModel, open_student
+from train.deliver.prediction_files import EmbeddingFiles
 from train.errors import DeliveryError
 from train.evaluation import evaluate_run
 
@@ -118,7 +118,7 @@ def test_embeddings_are_written_with_their_keys(
 
 
 def test_long_embedding_files_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.deliver.embedding_files.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("train.deliver.prediction_files.ROWS_AT_ONCE", 4)
     rows = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
     with EmbeddingFiles(tmp_path) as files:
         assert [files.add(str(n), row) for n, row in enumerate(rows)] == list(range(11))

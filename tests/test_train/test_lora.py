@@ -21,8 +21,8 @@ from train.lora import (
     load_adapter_state,
     merge_lora,
 )
-from train.students import StudentError, build_student
-from train.students.base import InitialWeights
+from train.students.base import InitialWeights, StudentError
+from train.students.build import build_student
 
 STUDENTS: list[Any] = [
     ("resnet/resnet18", 32, {}),

@@ -17,8 +17,8 @@ from imaging.clips import iterate_frames
 from imaging.decode import ImageError
 from tests.test_train.conftest import COLOURS, draw_image
 from tests.test_train.runs import cli, trained
-from train.deliver.predict import PredictionWriter, Sampling, predict_files
-from train.deliver.records import BadFile, Prediction, VideoSummary
+from train.deliver.files import BadFile
+from train.deliver.predict import Prediction, PredictionWriter, Sampling, VideoSummary, predict_files
 from train.errors import DeliveryError
 
 RATE, FRAMES = 10, 12

@@ -12,9 +12,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from train.students import StudentError, build_student, list_students, rebuild_student, timm_student
-from train.students.base import Student
-from train.students.catalog import count_macs, input_shape, kept_measurements, measure_all, measure_student
+from train.students import timm_student
+from train.students.base import Student, StudentError
+from train.students.build import build_student, rebuild_student
+from train.students.catalog import (
+    count_macs,
+    input_shape,
+    kept_measurements,
+    list_students,
+    measure_all,
+    measure_student,
+)
 from train.students.families import all_student_names
 
 # Published: torchvision (ResNet), Steiner et al. 2021 (ViT-Ti, B, L at 16), Ronneberger et al. 2015 with batch norm.

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.students import build_student, frames_from_pairs
+from train.students.build import build_student
+from train.students.lstm import frames_from_pairs
 
 
 def clip_student(**options: bool) -> Any:

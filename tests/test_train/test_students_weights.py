@@ -13,7 +13,8 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from train.students import StudentError, build_student
+from train.students.base import StudentError
+from train.students.build import build_student
 
 SIZE = 32
 

@@ -20,7 +20,7 @@ PUBLISHED = {"n": 3_157_200, "s": 11_166_560, "m": 25_902_640, "l": 43_691_520, 
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_sizes_have_the_published_parameter_counts(size: str) -> None:
-    from train.students import build_student
+    from train.students.build import build_student
 
     with torch.device("meta"):
         student = build_student(f"yolov8/{size}", num_classes=80, image_size=640)
@@ -28,7 +28,7 @@ def test_sizes_have_the_published_parameter_counts(size: str) -> None:
 
 
 def test_students_give_boxes_and_the_distilled_map() -> None:
-    from train.students import build_student
+    from train.students.build import build_student
 
     student = build_student("yolov8n", num_classes=3, image_size=64).eval()
     out = student(torch.zeros(2, 3, 64, 64))
@@ -38,7 +38,7 @@ def test_students_give_boxes_and_the_distilled_map() -> None:
 
 
 def test_weights_of_ultralytics_files_are_read_without_running_code(tmp_path: Path) -> None:
-    from train.students import build_student
+    from train.students.build import build_student
 
     source = build_student("yolov8n", num_classes=2, image_size=64)
     network: Any = source.network
@@ -87,7 +87,7 @@ def test_classes_that_ultralytics_has_allowed_are_not_allowed_to_us(
     from ultralytics.nn.tasks import DetectionModel
 
     from train.checkpoint import load_checkpoint
-    from train.students import build_student
+    from train.students.build import build_student
     from train.students.yolo import read_yolo_weights
 
     readers: dict[str, Any] = {
@@ -117,7 +117,7 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes, reason: str) ->
 
 
 def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
-    from train.students import build_student
+    from train.students.build import build_student
 
     small: Any = build_student("yolov8n", num_classes=2, image_size=64)
     torch.save(small.network.state_dict(), tmp_path / "n.pt")
@@ -133,7 +133,7 @@ def test_without_ultralytics_the_error_says_how_to_install_it() -> None:
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'ultralytics' else find(name, *a)\n"
         "sys.modules['ultralytics'] = None\n"
-        "from train.students import build_student\n"
+        "from train.students.build import build_student\n"
         "build_student('resnet18', num_classes=2, image_size=32)\n"
         "try:\n"
         "    build_student('yolov8n', num_classes=2, image_size=64)\n"

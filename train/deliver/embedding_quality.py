@@ -19,8 +19,7 @@ from store.reader import Store
 from train.config import TrainConfig
 from train.data.splits import TrainingData, labels_of, valid_rows
 from train.data.views import AUGMENTATIONS
-from train.deliver.model import OnnxModel, TrainedModel
-from train.deliver.onnx_student import check_frames
+from train.deliver.model import OnnxModel, TrainedModel, check_frames
 from train.distill.objective import Objective, build_standardizer
 from train.loop.assemble import build_loader
 from train.tasks import build_task

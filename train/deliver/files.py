@@ -1,14 +1,30 @@
-"""Which files the inputs of a command name: files, folders, globs."""
+"""Which files the inputs of a command name (files, folders, globs), and how an image of them is read."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from imaging.clips import VIDEO_SUFFIXES
-from imaging.decode import IMAGE_SUFFIXES
+from PIL import Image
+
+from files.names import printable
+from imaging.clips import VIDEO_SUFFIXES, frame_files
+from imaging.decode import IMAGE_SUFFIXES, ImageError, decode
 from train.errors import DeliveryError
+
+CLIP_SUFFIXES = VIDEO_SUFFIXES | {".gif"}
+
+
+FRAMES = 16  # of a clip, where the checkpoint does not say
+
+
+class BadFile(NamedTuple):
+    """A file that could not be read; it is named and skipped."""
+
+    file: str
+    reason: str
 
 
 def expand_inputs(
@@ -67,3 +83,40 @@ def images_below(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+
+
+def find_clips(inputs: Sequence[str]) -> list[Path]:
+    """Video files and frame folders that `inputs` name; a folder of both is searched through.
+
+    Raises DeliveryError for an input that names nothing.
+    """
+    return expand_inputs(inputs, clips_below, "video files and no folders of frames", "clips")
+
+
+def clips_below(folder: Path) -> list[Path]:
+    """The folder itself when it holds frames, else the videos and frame folders below it; a file is a clip.
+
+    Raises DeliveryError for a still image, which would be shown as a clip without motion.
+    """
+    if not folder.is_dir():
+        if folder.suffix.lower() in IMAGE_SUFFIXES - CLIP_SUFFIXES:
+            raise DeliveryError(
+                f"{folder}: a still image, and this student takes clips: name video files or folders of frames"
+            )
+        return [folder]
+    if frame_files(folder):
+        return [folder]
+    videos = [path for path in folder.rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file()]
+    images = {path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
+    return sorted({*videos, *images})
+
+
+def read_image(path: Path, target_size: int | None, bit_depth: int) -> Image.Image | BadFile:
+    """The upright RGB image; with `target_size` a JPEG may be decoded at a fraction of its size.
+
+    `bit_depth`: of 16-bit gray images, as the student's training read them.
+    """
+    try:
+        return decode(path, target_size=target_size, bit_depth=bit_depth).image
+    except (ImageError, OSError) as error:
+        return BadFile(printable(str(path)), printable(str(error)))

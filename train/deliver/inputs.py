@@ -16,9 +16,9 @@ from store.reader import Store, open_store
 from train.config import TrainConfig
 from train.data.clips import ClipReader
 from train.data.images import ImageReader
-from train.deliver.clips import FRAMES, clip_pixels, find_clips
-from train.deliver.files import find_images
+from train.deliver.files import FRAMES, find_clips, find_images
 from train.deliver.model import ModelCard
+from train.deliver.predict import clip_pixels
 from train.errors import DeliveryError
 from train.run_folder import CONFIG
 

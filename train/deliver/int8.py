@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from train.deliver.export import OPSET, add_card, exporting, quiet
 from train.deliver.model import ModelCard, OnnxModel
 from train.deliver.packages import require_torchao
-from train.deliver.program import OPSET, add_card, exporting, quiet
 from train.errors import DeliveryError
 from train.students.base import Student
 

@@ -1,38 +1,69 @@
-"""Predictions on images, videos, folders, globs and clips: one record a file or frame, and pictures that show it."""
+"""Predictions on images, videos, folders, globs and clips: one record a file or frame, and pictures that show it.
+
+Detections come from a weights-only checkpoint (no pickled model is opened), or from ONNX.
+"""
 
 from __future__ import annotations
 
-import errno
 import itertools
-import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from console.output import plain_json
 from files.names import printable
-from files.writing import check_writable, whole_file, writing
-from imaging.clips import VideoFrame, iterate_frames
+from files.writing import check_writable
+from imaging.clips import VideoFrame, iterate_frames, read_clip_frames
 from imaging.decode import ImageError
-from train.deliver.clips import find_clips, predict_clip
-from train.deliver.detect import describe, detect
-from train.deliver.draw import IGNORE_INDEX, Label, draw_label, draw_legend, draw_mask, mask_image
-from train.deliver.embedding_files import EmbeddingFiles
-from train.deliver.files import find_pictures, is_video
+from train.deliver.draw import (
+    IGNORE_INDEX,
+    Box,
+    Label,
+    draw_boxes,
+    draw_label,
+    draw_legend,
+    draw_mask,
+    mask_image,
+)
+from train.deliver.files import (
+    FRAMES,
+    BadFile,
+    find_clips,
+    find_pictures,
+    is_video,
+    read_image,
+)
 from train.deliver.model import ModelCard, TrainedModel, batches, class_name, open_model
-from train.deliver.records import BadFile, Prediction, VideoSummary, read_image
-from train.deliver.scores import softmax, top_classes, top_label
-from train.deliver.video import VideoOutput
 from train.errors import DeliveryError
-from train.run_folder import make_folder
+from train.yolo.offline import prepare_ultralytics
 
-RECORDS_FILE = "predictions.jsonl"
+IOU_THRESHOLD = 0.7  # ultralytics' default for predicting
+TOP = 5
+
+
+class Prediction(NamedTuple):
+    """`record` is plain JSON; `image` is the file's picture with the prediction drawn on it.
+
+    `embedding` [D] is what a label-free student gives; there is no picture then.
+    `video_rate`: frames a second to show the pictures of a video's frames with. None: the picture of an image or clip.
+    """
+
+    record: dict[str, Any]
+    image: Image.Image | None
+    mask: Image.Image | None = None
+    video_rate: Fraction | None = None
+    embedding: NDArray[np.float32] | None = None
+
+
+class VideoSummary(NamedTuple):
+    """What is said of a whole video after its frames; `record` is plain JSON."""
+
+    record: dict[str, Any]
 
 
 class Sampling(NamedTuple):
@@ -223,92 +254,103 @@ def segmentation(
     return Prediction({"file": printable(str(path)), "shares": shares}, picture, classes)
 
 
-class PredictionWriter:
-    """predictions.jsonl, pictures and annotated videos in a folder; the records of an earlier call are replaced.
+def clip_pixels(card: ModelCard, images: Sequence[Image.Image]) -> NDArray[np.uint8]:
+    """A clip's frames as the student sees them, uint8 [T, S, S, 3]."""
+    return np.stack([card.render(image) for image in images])
 
-    Of label-free students: the embeddings as `.npy` and Parquet (see EmbeddingFiles) in the place of pictures.
+
+def predict_clip(model: TrainedModel, path: Path) -> Prediction | BadFile:
+    """One clip's most probable classes (or embedding), of as many frames as the student was trained on.
+
+    The picture is the middle frame.
     """
-
-    def __init__(self, folder: Path) -> None:
-        make_folder(folder)
-        self.folder, self.taken = folder, set[str]()
-        self.video: VideoOutput | None = None  # the one whose frames are coming in
-        self.embeddings = EmbeddingFiles(folder)
-        with writing(folder / RECORDS_FILE):
-            self.records = (folder / RECORDS_FILE).open("wb", buffering=0)
-
-    def write(self, prediction: Prediction | VideoSummary) -> None:
-        """One line, and the picture (for masks also the bare mask); equal names of different folders stay apart."""
-        source = Path(prediction.record["file"])
-        if isinstance(prediction, VideoSummary):
-            self.append(prediction.record)
-        elif prediction.embedding is not None:
-            self.append(prediction.record)
-            self.embeddings.add(key_of(prediction.record), prediction.embedding)
-        elif prediction.video_rate is not None:
-            self.write_frame(source, prediction, prediction.video_rate)
-        else:
-            self.write_picture(source, prediction)
-
-    def write_picture(self, source: Path, prediction: Prediction) -> None:
-        self.close_video()
-        assert prediction.image is not None
-        stem = self.name(source)
-        with whole_file(self.folder / f"{stem}.jpg") as partial:
-            prediction.image.save(partial, quality=90)
-        if prediction.mask is not None:
-            with whole_file(self.folder / f"{stem}-mask.png") as partial:
-                prediction.mask.save(partial)
-        self.append({**prediction.record, "picture": f"{stem}.jpg"})
-
-    def write_frame(self, source: Path, prediction: Prediction, rate: Fraction) -> None:
-        """A frame of the annotated video, which begins with the first frame of another file."""
-        assert prediction.image is not None
-        if self.video is None or self.video.source != source:
-            self.close_video()
-            path = self.folder / f"{self.name(source)}.mp4"
-            self.video = VideoOutput(source, path, rate, prediction.image.size)
-        self.video.add(prediction.image)
-        self.append({**prediction.record, "video": self.video.path.name})
-
-    def close_video(self) -> None:
-        video, self.video = self.video, None
-        if video is not None:
-            video.close()
-
-    def append(self, record: dict[str, Any]) -> None:
-        """A whole line or none."""
-        line = (json.dumps(plain_json(record), ensure_ascii=False) + "\n").encode()
-        end = self.records.tell()
-        with writing(self.folder / RECORDS_FILE):
-            if self.records.write(line) != len(line):  # the disk is full
-                self.records.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def name(self, source: Path) -> str:
-        """The source's name, with its folders' where that is taken."""
-        folders = [part for part in source.parent.parts if part not in (source.anchor, "..", ".")]
-        long = "-".join([*folders, source.stem])
-        names = itertools.chain([source.stem, long], (f"{long}-{n}" for n in itertools.count(2)))
-        free = next(name for name in names if name not in self.taken)
-        self.taken.add(free)
-        return free
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        try:
-            if kind is None:
-                self.close_video()
-            elif self.video is not None:
-                self.video.discard()
-            self.embeddings.__exit__(kind, *error)
-        finally:
-            self.records.close()
+    card = model.card
+    try:
+        images = read_clip_frames(
+            path, card.frames or FRAMES, pairs=card.frame_pairs, bit_depth=card.bit_depth
+        )
+    except (ImageError, OSError) as error:
+        return BadFile(printable(str(path)), printable(str(error)))
+    logits = model.run(card.normalize(clip_pixels(card, images))[None])[0]
+    if card.task == "features":
+        return Prediction({"file": printable(str(path)), "frames": len(images)}, None, embedding=logits)
+    top = top_classes(card, logits)
+    picture = draw_label(images[len(images) // 2], top_label(top))
+    return Prediction({"file": printable(str(path)), "frames": len(images), "top": top}, picture)
 
 
-def key_of(record: dict[str, Any]) -> str:
-    """The key of an embedding: the file, of a video with the frame's number."""
-    frame = record.get("frame")
-    return record["file"] if frame is None else f"{record['file']}#{frame}"
+def detect(
+    model: TrainedModel, images: Sequence[Image.Image], confidence: float
+) -> list[NDArray[np.float32]]:
+    """Detections of each image, float32 [n, 6]: x0, y0, x1, y1 in the image's pixels, confidence, class.
+
+    Images are letterboxed to the student's side, as ultralytics does; boxes end at the image's edge.
+    """
+    prepare_ultralytics()
+    from ultralytics.utils.nms import non_max_suppression
+
+    card = model.card
+    predictions = torch.from_numpy(
+        model.run(card.normalize(np.stack([card.render(image) for image in images])))
+    )
+    found = non_max_suppression(predictions, confidence, IOU_THRESHOLD, nc=predictions.shape[1] - 4)
+    return [to_image(boxes.numpy(), card, image.size) for boxes, image in zip(found, images, strict=True)]
+
+
+def to_image(boxes: NDArray[np.float32], card: ModelCard, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Boxes [n, 6] in pixels of the student's input → pixels of the image of `size` (width, height)."""
+    view, scale = card.view_of(size), np.asarray(size, dtype=np.float64)
+    corners = boxes[:, :4].reshape(-1, 2) / card.image_size
+    inside = np.clip(view.apply(corners) * scale, 0, scale)
+    return np.concatenate([inside.reshape(-1, 4), boxes[:, 4:6]], axis=1).astype(np.float32)
+
+
+def describe(card: ModelCard, path: Path, image: Image.Image, found: NDArray[np.float32]) -> Prediction:
+    """`boxes`: corners in pixels, class and confidence of each detection, most confident first."""
+    boxes = [
+        {
+            "xyxy": [round(float(value), 2) for value in row[:4]],
+            "class": class_name(card, int(row[5])),
+            "index": int(row[5]),
+            "confidence": float(row[4]),
+        }
+        for row in found
+    ]
+    return Prediction({"file": printable(str(path)), "boxes": boxes}, draw_boxes(image, drawn(card, found)))
+
+
+def drawn(card: ModelCard, found: NDArray[np.float32]) -> list[Box]:
+    """What `draw_boxes` takes, labeled with class and confidence."""
+    return [
+        Box(
+            (float(row[0]), float(row[1]), float(row[2]), float(row[3])),
+            int(row[5]),
+            Label(class_name(card, int(row[5])), int(row[5]), f"{row[4]:.0%}"),
+        )
+        for row in found
+    ]
+
+
+def softmax(logits: NDArray[np.float32], axis: int = -1) -> NDArray[np.float32]:
+    """Probabilities along `axis`."""
+    shifted = np.exp(logits - logits.max(axis=axis, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=axis, keepdims=True), dtype=np.float32)
+
+
+def top_classes(card: ModelCard, logits: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """The most probable classes of logits [C], best first."""
+    probabilities = softmax(logits)
+    order = np.argsort(-probabilities, kind="stable")[:TOP]
+    return [
+        {
+            "class": class_name(card, int(index)),
+            "index": int(index),
+            "probability": float(probabilities[index]),
+        }
+        for index in order
+    ]
+
+
+def top_label(top: list[dict[str, Any]]) -> Label:
+    """The most probable class, to be drawn."""
+    return Label(top[0]["class"], top[0]["index"], f"{top[0]['probability']:.0%}")

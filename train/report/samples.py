@@ -17,12 +17,10 @@ from store.errors import DistillError
 from store.reader import Split, Store
 from train.data.images import ImageReader, Shown
 from train.data.views import render_mask
-from train.deliver.clips import clip_pixels
-from train.deliver.detect import detect, drawn
 from train.deliver.draw import Box, draw_boxes, draw_mask, draw_true_boxes, mask_color, mask_image
 from train.deliver.inputs import clip_reader, image_reader, run_options, spread
 from train.deliver.model import ModelCard, TorchModel, batches, choose_device, class_name, open_student
-from train.deliver.scores import softmax
+from train.deliver.predict import clip_pixels, detect, drawn, softmax
 from train.report import figures
 from train.report.page import LegendEntry, Picture
 from train.report.runs import Run

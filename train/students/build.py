@@ -1,13 +1,52 @@
-"""A student with the weights that it starts from."""
+"""From a name to a student, with random weights or those that it starts from: the only place that turns names into modules."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from train.students.base import InitialWeights, Student
-from train.students.construct import construct_student
+from train.students.families import FAMILIES, parse_student_name, recipe_of
 from train.students.weights import load_initial_weights
+
+DEFAULT_IMAGE_SIZE = 224
+
+
+def construct_student(
+    name: str,
+    *,
+    num_classes: int | None,
+    image_size: int | None = None,
+    pretrained: bool = False,
+    **options: Any,
+) -> Student:
+    """A student by name (`resnet18`, `unet/small`, `timm:NAME` …), on the current default device.
+
+    `num_classes` None or 0 builds it without a head (label-free training). `image_size` in pixels, None takes
+    the recipe's. `options` are the type's own: timm's `create_model` arguments, the LSTM's `freeze_encoder` and
+    `attention_pooling`.
+
+    Raises UnknownStudentError for a name, StudentError for anything else that cannot be built.
+    """
+    parsed = parse_student_name(name)
+    module, function = FAMILIES[parsed.type].builder.split(":")
+    builder = getattr(importlib.import_module(module), function)
+    size = (
+        image_size if image_size is not None else recipe_of(str(parsed)).get("image_size", DEFAULT_IMAGE_SIZE)
+    )
+    student: Student = builder(
+        parsed, num_classes=num_classes or 0, image_size=size, pretrained=pretrained, **options
+    )
+    return student
+
+
+def rebuild_student(spec: Mapping[str, Any]) -> Student:
+    """The student that `StudentSpec.to_dict()` describes, with random weights (a checkpoint fills them)."""
+    return construct_student(
+        spec["name"], num_classes=spec["num_classes"], image_size=spec["image_size"], **spec["options"]
+    )
 
 
 @runtime_checkable

@@ -71,7 +71,7 @@ def usual_size(recipe: dict[str, Any]) -> int:
     """The side of the input that a student is counted with, pixels."""
     if "image_size" in recipe:
         return int(recipe["image_size"])
-    from train.students.construct import DEFAULT_IMAGE_SIZE
+    from train.students.build import DEFAULT_IMAGE_SIZE
 
     return DEFAULT_IMAGE_SIZE
 
@@ -96,7 +96,7 @@ def measure_student(name: str, num_classes: int, image_size: int) -> dict[str, A
     """Build a student without memory and count: the values of MEASURED."""
     import torch
 
-    from train.students.construct import construct_student
+    from train.students.build import construct_student
 
     with torch.device("meta"):
         student = construct_student(name, num_classes=num_classes, image_size=image_size)
