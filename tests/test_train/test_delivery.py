@@ -26,7 +26,8 @@ from train.deliver.export import export_student
 from train.deliver.files import BadFile, find_clips, find_images
 from train.deliver.inputs import sample_inputs
 from train.deliver.model import METADATA_KEY, ModelCard, OnnxModel, open_model, open_student
-from train.deliver.predict import Prediction, PredictionWriter, predict_files, to_image
+from train.deliver.predict import Prediction, predict_files, to_image
+from train.deliver.prediction_files import PredictionWriter
 from train.errors import DeliveryError
 
 SURE_BOXES = 5

@@ -18,7 +18,8 @@ from imaging.decode import ImageError
 from tests.test_train.conftest import COLOURS, draw_image
 from tests.test_train.runs import cli, trained
 from train.deliver.files import BadFile
-from train.deliver.predict import Prediction, PredictionWriter, Sampling, VideoSummary, predict_files
+from train.deliver.predict import Prediction, Sampling, VideoSummary, predict_files
+from train.deliver.prediction_files import PredictionWriter
 from train.errors import DeliveryError
 
 RATE, FRAMES = 10, 12
