@@ -246,13 +246,13 @@ def verify(
     findings = verify_store(store)
     audit, sound = None, not findings
     if teacher_path is not None and sound:
-        from extract.audit import audit_store
+        from extract.verify import audit_store
 
         audit = audit_store(Path(store), teacher_path, samples=samples, data=data, device=device)
         findings = [Finding(store, problem) for problem in audit.findings]
     compared = None
     if sound:
-        from extract.follow.compare import compare_with_data
+        from extract.verify import compare_with_data
 
         compared = compare_with_data(Path(store), data, check_content=check_content)
         findings += [Finding(store, compared.problem)] if compared.problem else []
@@ -294,7 +294,7 @@ def print_audit(audit: dict[str, Any]) -> None:
     least = min(
         value for value in (audit["pooled_standardised"], audit["grid_standardised"]) if value is not None
     )
-    print(f"{line}; {least:.5f} standardised")
+    print(f"{line}; {least:.5f} standardized")
 
 
 def convert(

@@ -18,8 +18,8 @@ from extract.decode.sample import DecodedSample
 from extract.encode import Encoder, decode_here
 from extract.follow.changes import Changes
 from extract.follow.version import bytes_needed, changes_of, work_path
-from extract.inputs import decode_workers, open_data, open_teacher
 from extract.plan import ExtractTask, batch_rows, calibration_samples, make_task
+from extract.prepare import decode_workers, open_data, open_teacher
 from extract.result import ExtractResult
 from extract.resume import check_same, count_committed, job_of, list_units
 from extract.sources.base import Sample, Source

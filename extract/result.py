@@ -1,11 +1,16 @@
-"""What an extraction reports: progress, result, and the command that resumes it after a stop."""
+"""What an extraction reports: bad images, progress, result, and the command that resumes it after a stop."""
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from console.log import get_logger
 from console.options import options_of
@@ -13,13 +18,80 @@ from console.redaction import redact
 from extract.config import ExtractConfig
 from extract.follow.changes import Changes
 from extract.follow.version import work_path
-from extract.ledger import write_ledger
 from extract.resume import count_committed, job_of, list_units
+from files.writing import replace_file
+from store import format as names
+from store.errors import DistillError
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 from store.summary import store_warnings
 
 log = get_logger("extract")
+
+LEDGER = "bad_images.jsonl"
+
+
+# -- the ledger of bad images: one JSON line each, in the store, with key, reason and hash ---------------
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A ledger entry. `content` is the hex digest of the file's bytes, empty when it could not be read."""
+
+    split: str
+    row: int
+    key: str
+    reason: str
+    content: str
+
+
+class TooManyBad(DistillError):
+    """More bad images than `--max-bad` allows."""
+
+
+def append_ledger(store: Path, bad: Iterable[BadSample]) -> None:
+    """Add lines while the store is being written; several processes may do so."""
+    lines = "".join(ledger_line(item) for item in bad).encode()
+    if lines:
+        fd = os.open(store / LEDGER, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(fd, lines)
+        finally:
+            os.close(fd)
+
+
+def ledger_line(item: BadSample) -> str:
+    return json.dumps(asdict(item), ensure_ascii=False) + "\n"
+
+
+def write_ledger(store: Path) -> list[BadSample]:
+    """The whole ledger from a complete store, each bad row once; no file when there is none."""
+    bad = []
+    opened = open_store(store)
+    for name in opened.splits:
+        split = opened[name]
+        for row in np.flatnonzero(~split.valid).tolist():
+            content = split.gather([row], [names.CONTENT])[names.CONTENT][0]
+            digest = content.tobytes().hex() if content.any() else ""
+            bad.append(BadSample(name, row, split.keys[row], split.reason(row), digest))
+    if bad:
+        replace_file(store / LEDGER, "".join(ledger_line(item) for item in bad).encode())
+    else:
+        (store / LEDGER).unlink(missing_ok=True)
+    return bad
+
+
+def check_limit(bad: int, allowed: int, limit: str, store: Path, first: BadSample | None) -> None:
+    """Raises TooManyBad when more images are bad than allowed."""
+    if bad > allowed:
+        example = f"; the last: {first.key}: {first.reason}" if first else ""
+        raise TooManyBad(
+            f"{bad} bad images, --max-bad {limit} allows {allowed}{example}. All are listed in {store / LEDGER}. "
+            "Raise --max-bad, or repair or remove them, and run the same command again"
+        )
+
+
+# -- progress and result ---------------------------------------------------------------------------------
 
 
 class ExtractObserver(Protocol):

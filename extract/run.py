@@ -9,22 +9,23 @@ from functools import partial
 
 from console.stop import Stopped, StopRequest
 from extract.config import ExtractConfig
-from extract.inputs import decode_workers, open_data, open_teacher
-from extract.ledger import append_ledger, check_limit
 from extract.plan import ExtractTask, make_task
 from extract.prepare import (
     chosen_units,
     count_still_bad,
+    decode_workers,
     finalize,
     follow_data,
     merge_units,
+    open_data,
+    open_teacher,
     prepare_store,
     record_halving,
     resume_switch,
     unfinished_units,
     warn_of_changes,
 )
-from extract.result import ExtractObserver, ExtractResult, stop_message
+from extract.result import ExtractObserver, ExtractResult, append_ledger, check_limit, stop_message
 from extract.resume import Unit, job_of, list_units
 from extract.session import Session
 from extract.sources.base import REMOVED

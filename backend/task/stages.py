@@ -95,7 +95,7 @@ class Task:
         request, memo = self.request, self.cache.digests
         if request.database:
             # Rows of the query with their contents: a database has no times of change to rely on.
-            from extract.inputs import open_data
+            from extract.prepare import open_data
 
             source = open_data(self.configs.extract_config(Path("unused")))
             return {"rows": digest_source(source, self.check_stop)}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract.audit import audit_store
 from extract.config import ConfigError, load_config
 from extract.resume import DifferentStore
 from extract.run import ExtractResult, run_extraction
+from extract.verify import audit_store
 from store.reader import open_store
 
 

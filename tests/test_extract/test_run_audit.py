@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from commands.pictures import principal_colors, write_pictures
-from extract.audit import NoImages, audit_store
 from extract.config import load_config
 from extract.run import run_extraction
+from extract.verify import NoImages, audit_store
 from store.errors import StoreError
 
 

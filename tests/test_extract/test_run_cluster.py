@@ -140,6 +140,6 @@ class TestCluster:
 
 
 def keeps_a_teacher() -> bool:
-    from extract.cluster_worker import STATE
+    from extract.cluster import STATE
 
     return STATE.teacher is not None or STATE.session is not None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.ledger import LEDGER, TooManyBad
+from extract.result import LEDGER, TooManyBad
 from store.reader import open_store
 from tests.test_extract.extractions import extract, true_features
 

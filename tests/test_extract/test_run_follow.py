@@ -490,7 +490,7 @@ class TestBadImages:
         follower.check()
 
     def test_repaired_ones_do_not_count_against_the_limit(self, follower: Follower, tmp_path: Path) -> None:
-        from extract.ledger import TooManyBad
+        from extract.result import TooManyBad
 
         files = [tmp_path / "data/train/bird" / name for name in ("0.png", "3.png", "6.png")]
         data = [file.read_bytes() for file in files]

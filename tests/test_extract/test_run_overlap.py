@@ -15,8 +15,8 @@ from torch import Tensor
 from extract.config import load_config
 from extract.decode.sample import DecodeJob
 from extract.encode import DeviceCopies
+from extract.logits import score_split
 from extract.plan import RowSamples
-from extract.score import score_split
 from extract.sources.detect import open_source
 from store.writer import batches
 from tests.test_extract.extractions import extract, files_of, interrupt
@@ -61,7 +61,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Launches and waits as they happen, with late copies in place of the CPU's."""
     LateCopies.order = []
     monkeypatch.setattr("extract.encode.DeviceCopies", LateCopies)
-    monkeypatch.setattr("extract.score.DeviceCopies", LateCopies)
+    monkeypatch.setattr("extract.logits.DeviceCopies", LateCopies)
     return LateCopies.order
 
 

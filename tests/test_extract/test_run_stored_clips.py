@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.audit import audit_store
+from extract.verify import audit_store
 from imaging.clips import read_clip_frames, sample_frame_indices
 from store.reader import open_store
 from tests.test_extract.extractions import extract

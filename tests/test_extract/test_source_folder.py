@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from extract.ledger import LEDGER
+from extract.result import LEDGER
 from extract.sources import listing as listing_module
 from extract.sources.base import SourceError
 from extract.sources.detect import open_source

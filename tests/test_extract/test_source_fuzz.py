@@ -96,7 +96,7 @@ def test_extraction_puts_every_bad_file_into_the_ledger(
     cases: tuple[Path, dict[str, Case]], extract_options: dict[str, object]
 ) -> None:
     from extract.config import load_config
-    from extract.ledger import LEDGER
+    from extract.result import LEDGER
     from extract.run import run_extraction
     from store.reader import open_store
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from backend.task.feature_cache import digest_folder
-from extract.ledger import LEDGER
+from extract.result import LEDGER
 from extract.sources.base import SourceError
 from extract.sources.detect import open_source
 from imaging.decode import ImageError

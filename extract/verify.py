@@ -1,32 +1,35 @@
-"""`cli verify --teacher-path`: encode some samples again and compare them with what is stored, token by token."""
+"""`cli verify`: is the store still what its data set and its teacher give?
+
+With `--teacher-path`, some samples are encoded again and compared with what is stored, token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from extract.decode.sample import DecodedSample, DecodeJob
 from extract.encode import Encoding, encode_samples
-from extract.resume import recorded_source
-from extract.sources.base import Sample
+from extract.follow.changes import find_changes
+from extract.resume import FOLDER, planned_keys, read_source_record, recorded_source
+from extract.sources.base import Sample, Source, SourceError
 from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
 from imaging.clips import ClipFrame
 from imaging.decode import MOST_PIXELS, decode_image
 from store import format as names
 from store.errors import DistillError
-from store.format import Manifest
+from store.format import Manifest, target_arrays
 from store.reader import Split, Store, open_store
 
 # float16 keeps 11 bits and a batch of another size changes the last ones; everything else is a fault.
 LEAST_COSINE = 0.9999
 # On standardized features, where a flipped or shifted image shows: the plain cosine of such a one can be 0.995.
-LEAST_STANDARDISED = 0.99
+LEAST_STANDARDIZED = 0.99
 BATCH = 16
 
 Floats = npt.NDArray[np.float32]
@@ -221,19 +224,19 @@ def compare(
         if statistics is not None:
             std = np.maximum(statistics.std, 1e-6 * np.abs(statistics.mean) + 1e-12)
             stored, fresh = (stored - statistics.mean) / std, (fresh - statistics.mean) / std
-        standardised = cosines(stored, fresh)
-        note(audit, name, plain, standardised)
-        for row, least, least_standardised in zip(rows, plain, standardised, strict=True):
-            if least < LEAST_COSINE or least_standardised < LEAST_STANDARDISED:
+        standardized = cosines(stored, fresh)
+        note(audit, name, plain, standardized)
+        for row, least, least_standardized in zip(rows, plain, standardized, strict=True):
+            if least < LEAST_COSINE or least_standardized < LEAST_STANDARDIZED:
                 audit.findings.append(
                     f"{split.name} {split.keys[row]}: {name} differs from the teacher's answer: cosine {least:.5f} "
-                    f"(standardized {least_standardised:.4f}), expected at least {LEAST_COSINE} ({LEAST_STANDARDISED})"
+                    f"(standardized {least_standardized:.4f}), expected at least {LEAST_COSINE} ({LEAST_STANDARDIZED})"
                 )
 
 
-def note(audit: Audit, name: str, plain: Floats, standardised: Floats) -> None:
+def note(audit: Audit, name: str, plain: Floats, standardized: Floats) -> None:
     field_name = "pooled" if name in (names.POOLED, names.VIEWS_POOLED) else "grid"
-    for suffix, values in (("", plain), ("_standardised", standardised)):
+    for suffix, values in (("", plain), ("_standardised", standardized)):
         before: Any = getattr(audit, field_name + suffix)
         least = float(values.min())
         setattr(audit, field_name + suffix, least if before is None else min(before, least))
@@ -245,3 +248,65 @@ def cosines(a: Floats, b: Floats) -> Floats:
     norms = np.sqrt((a.astype(np.float64) ** 2).sum(-1) * (b.astype(np.float64) ** 2).sum(-1))
     cosine = product / np.maximum(norms, 1e-30)
     return np.asarray(cosine.reshape(len(a), -1).min(axis=1), np.float32)
+
+
+# -- the data set: nothing is encoded, nothing is written ------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """problem: how the data set differs from the store, None when it does not. skipped: why nothing was compared."""
+
+    problem: str | None = None
+    skipped: str | None = None
+
+
+def compare_with_data(path: Path, data: str | None = None, *, check_content: bool = False) -> Comparison:
+    """Compare a complete store with its data set, where that can be opened: at `data`, or where it was.
+
+    check_content: read every file; otherwise files of recorded size and time are trusted.
+    """
+    store = open_store(path)
+    try:
+        source = open_recorded(path, data)
+    except SourceError as error:
+        return Comparison(skipped=f"the data set was not compared: {error}")
+    splits = source.splits()
+    kinds = frozenset().union(*(samples.target_kinds() for samples in splits.values()))
+    targets = target_arrays(**{kind: kind in kinds for kind in ("label", "boxes", "mask")})
+    changes = find_changes(
+        store,
+        None,
+        splits,
+        source.class_names,
+        [spec for spec in targets if spec.name.startswith(names.TARGETS)],
+        notes=FOLDER,
+        check_content=check_content,
+    )
+    if not changes.any:
+        return Comparison()
+    return Comparison(
+        problem=f"the data set at {source.root} has changed since: {changes.describe()}; "
+        "the command that made the store, run again, follows it"
+    )
+
+
+def open_recorded(path: Path, data: str | None) -> Source:
+    """The data set as the store's extraction opened it. Raises SourceError when that is impossible."""
+    manifest, record = open_store(path).manifest, read_source_record(path)
+    if data is None and not record:
+        raise SourceError(
+            "the store does not record how it was opened (a converted copy?): give it with --data"
+        )
+    place = data or record.get("data") or manifest.data_root
+    if not place:
+        raise SourceError("the store does not record where it is: give it with --data")
+    keys = planned_keys(path)
+    return open_source(
+        place,
+        record.get("source") or manifest.source or "auto",
+        split=record.get("split") or None,
+        val_fraction=record.get("val_fraction", 0.1),
+        group_duplicates=record.get("group_duplicates"),
+        recorded=lambda: keys if keys.keys() <= {"train", "val"} else None,
+        **record.get("options", {}),
+    )
