@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.teachers import load_teacher
-from extract.teachers.patchify import normalise
+from extract.teachers.pixels import normalize
 from extract.teachers.qwen2_5_vl import Qwen25VLTeacher, save_random_checkpoint
 from extract.teachers.tiny import TINY_TEXT, tiny_vision
 
@@ -57,7 +57,7 @@ def make(folder: Path, **vision: Any) -> tuple[Qwen25VLTeacher, Any]:
 def reference_inputs(teacher: Qwen25VLTeacher, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers' tower takes: patches in 2 × 2 merge order, and the grid of each image."""
     batch, h, w = len(images), images.shape[2] // 14, images.shape[3] // 14
-    values = normalise(images, teacher.mean, teacher.std)[:, None].expand(-1, 2, -1, -1, -1)
+    values = normalize(images, teacher.mean, teacher.std)[:, None].expand(-1, 2, -1, -1, -1)
     cells = values.reshape(batch, 2, 3, h // 2, 2, 14, w // 2, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return cells.reshape(-1, 1176), torch.tensor([[1, h, w]] * batch)
 

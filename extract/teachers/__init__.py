@@ -1,7 +1,6 @@
 """Teachers: frozen image encoders whose features are stored. `load_teacher` is the way in."""
 
-from extract.teachers.base import Encoded, Teacher, list_teachers, load_teacher
-from extract.teachers.errors import CheckpointError, TeacherError
+from extract.teachers.base import CheckpointError, Encoded, Teacher, TeacherError, list_teachers, load_teacher
 
 __all__ = [
     "CheckpointError",

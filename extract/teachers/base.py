@@ -10,12 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from extract.teachers.errors import TeacherError
+from store.errors import DistillError
 from store.format import Preprocessing, TeacherSpec
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+
+class TeacherError(DistillError):
+    """A teacher cannot be loaded, or cannot encode what it was given."""
+
+
+class CheckpointError(TeacherError):
+    """A checkpoint folder or file is missing, damaged, incomplete or of another architecture."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from extract.decode.preprocess import resize_pixels
-from extract.teachers.errors import TeacherError
+from extract.teachers.base import TeacherError
 from imaging.decode import Decoded
 from imaging.geometry import RESIZE_POLICIES, ResizePolicy, View, resize_view
 
@@ -107,3 +107,28 @@ def pooled_mean(grid: Tensor, inside: Tensor | None) -> Tensor:
     weights = inside.to(grid.device, torch.float32, non_blocking=True)
     weights = weights / weights.sum(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     return torch.einsum("bhwd,bhw->bd", grid, weights)
+
+
+# -- on the device: uint8 pixels to Qwen's patches -------------------------------------------------------
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(pixel / 255 − mean) / std in float32, rounded exactly as transformers' image processor rounds it.
+
+    pixels: uint8 [..., 3, H, W]; mean, std: float32 [3, 1, 1], already multiplied by 255.
+    """
+    return pixels.to(torch.float32).sub_(mean).div_(std)
+
+
+def patchify(pixels: Tensor, patch_size: int, frames: int) -> Tensor:
+    """Cut [B, 3, H, W] (a still, repeated `frames` times) or [B, frames, 3, H, W] into patches in raster order.
+
+    Returns [B, h·w, 3·frames·p·p]; inside a patch the order is channel, frame, row, column, as the weights of the
+    patch embedding expect it. Unlike transformers' processor, patches are not grouped by 2×2 merge blocks.
+    """
+    if pixels.dim() == 4:
+        pixels = pixels.unsqueeze(1).expand(-1, frames, -1, -1, -1)
+    batch, _, channels, height, width = pixels.shape
+    h, w = height // patch_size, width // patch_size
+    cells = pixels.reshape(batch, frames, channels, h, patch_size, w, patch_size)
+    return cells.permute(0, 3, 5, 2, 1, 4, 6).reshape(batch, h * w, channels * frames * patch_size**2)

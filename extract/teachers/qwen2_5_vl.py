@@ -15,21 +15,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from extract.teachers.base import Encoded, Teacher
+from extract.teachers.base import CheckpointError, Encoded, Teacher, TeacherError
 from extract.teachers.checkpoint import (
+    checkpoint_folder,
     find_tensors,
     fingerprint_of,
+    hub_client,
     load_tensors,
     missing_files,
     one_line,
     read_json,
 )
-from extract.teachers.compiled import CompiledBlocks, preferred_attention
-from extract.teachers.devices import check_memory, pick_device, pick_dtype
-from extract.teachers.errors import CheckpointError, TeacherError
-from extract.teachers.hub import checkpoint_folder, hub_client
-from extract.teachers.patchify import normalise, patchify
-from extract.teachers.pixels import as_pixels, as_resize_policy, pooled_mean
+from extract.teachers.devices import (
+    CompiledBlocks,
+    check_memory,
+    pick_device,
+    pick_dtype,
+    preferred_attention,
+)
+from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, patchify, pooled_mean
 from extract.teachers.vision_tower import (
     GridLayout,
     TowerConfig,
@@ -42,8 +46,7 @@ from store.format import RANDOM_WEIGHTS_NOTICE, Preprocessing, TeacherSpec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from extract.teachers.language_model import LanguageModel
-    from extract.teachers.zero_shot import ZeroShotScorer
+    from extract.teachers.zero_shot import LanguageModel, ZeroShotScorer
 
 NAME = "qwen2.5-vl"
 TENSOR_PREFIXES = ("visual.", "model.visual.")
@@ -124,7 +127,7 @@ class Qwen25VLTeacher:
         if (h, w) not in self.layouts:
             self.layouts[h, w] = grid_layout(self.tower.config, h, w, self.device)
         config = self.tower.config
-        values = normalise(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
+        values = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
         patches = patchify(values, config.patch_size, config.temporal_patch_size)
         tokens = self.run_tower(patches, self.layouts[h, w])
         return tokens.float().view(pixels.shape[0], h, w, config.hidden_size)
@@ -317,7 +320,7 @@ def load_language_model(path: str, device: torch.device, dtype: torch.dtype) -> 
     from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging
 
-    from extract.teachers.language_model import LanguageModel
+    from extract.teachers.zero_shot import LanguageModel
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = load_tokenizer(path)

@@ -15,14 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from extract.teachers.base import Encoded
-from extract.teachers.checkpoint import one_line
-from extract.teachers.compiled import CompiledModel, warn_of_compiler
-from extract.teachers.devices import device_error, pick_device, pick_dtype
-from extract.teachers.errors import CheckpointError, TeacherError
-from extract.teachers.hub import endpoint, hub_client
-from extract.teachers.patchify import normalise
-from extract.teachers.pixels import as_pixels, as_resize_policy, pooled_mean
+from extract.teachers.base import CheckpointError, Encoded, TeacherError
+from extract.teachers.checkpoint import endpoint, hub_client, one_line
+from extract.teachers.devices import CompiledModel, device_error, pick_device, pick_dtype, warn_of_compiler
+from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, pooled_mean
 from files.weights import WeightsError, read_weights
 from store.format import Preprocessing, TeacherSpec
 
@@ -76,7 +72,7 @@ class TimmTeacher:
 
     def encode_grid(self, pixels: Tensor) -> Tensor:
         """Features float32 [B, h, w, D] of uint8 pixels [B, 3, H, W]."""
-        values = normalise(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
+        values = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
         # Convolutions run a quarter faster so; and one layout whatever the caller's gives one result to the last bit.
         values = values.contiguous(memory_format=torch.channels_last)
         try:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from extract.teachers.errors import TeacherError
+from extract.teachers.base import TeacherError
 from files.writing import check_writable
 
 

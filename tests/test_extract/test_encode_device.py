@@ -19,8 +19,7 @@ from extract.plan import batch_rows
 from extract.sources.base import Sample
 from extract.teachers import TeacherError
 from extract.teachers.base import Encoded
-from extract.teachers.compiled import CompiledBlocks
-from extract.teachers.devices import check_memory, pick_dtype
+from extract.teachers.devices import CompiledBlocks, check_memory, pick_dtype
 from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
 from extract.teachers.timm_encoder import TimmTeacher
 from store import format as names

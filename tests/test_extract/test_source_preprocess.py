@@ -53,8 +53,8 @@ def hugging_face_pixels(image: Image.Image, width: int, height: int) -> torch.Te
     return patches.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height, width)
 
 
-def normalise(pixels: np.ndarray) -> torch.Tensor:
-    from extract.teachers.patchify import normalise as on_device
+def normalize(pixels: np.ndarray) -> torch.Tensor:
+    from extract.teachers.pixels import normalize as on_device
 
     # transformers folds 1/255 into mean and std, in this order of operations.
     scale = 1 / 255
@@ -72,11 +72,11 @@ def test_exact_equals_the_hugging_face_processor_bit_for_bit(source: tuple[int, 
     expected = hugging_face_pixels(decode(data).image, target, target)
     found = preprocess(data, target, exact=True)
     assert found.size == source
-    assert torch.equal(normalise(found.pixels), expected)
+    assert torch.equal(normalize(found.pixels), expected)
     flipped = preprocess(
         jpeg(decode(data).image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), target, exact=True
     )
-    assert not torch.equal(normalise(flipped.pixels), expected)
+    assert not torch.equal(normalize(flipped.pixels), expected)
 
 
 def test_exact_handles_grey_and_transparent_files() -> None:
@@ -84,7 +84,7 @@ def test_exact_handles_grey_and_transparent_files() -> None:
     buffer = io.BytesIO()
     grey.save(buffer, "PNG")
     expected = hugging_face_pixels(grey, SIZE, SIZE)
-    assert torch.equal(normalise(preprocess(buffer.getvalue(), SIZE, exact=True).pixels), expected)
+    assert torch.equal(normalize(preprocess(buffer.getvalue(), SIZE, exact=True).pixels), expected)
 
 
 def test_files_that_are_no_jpeg_are_exact_anyway() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from extract.teachers import load_teacher
-from extract.teachers.patchify import normalise, patchify
+from extract.teachers.pixels import normalize, patchify
 from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
 
 TOLERANCE = 1e-4
@@ -165,7 +165,7 @@ def test_frame_pairs_equal_transformers_on_a_video(
 ) -> None:
     teacher, model = pair
     frames = random_pixels(noise, 6, 3, 56, 140)  # three temporal patches
-    values = normalise(frames, teacher.mean, teacher.std)
+    values = normalize(frames, teacher.mean, teacher.std)
     cells = values.reshape(3, 2, 3, 2, 2, 14, 5, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     with torch.inference_mode():
         out = model.model.visual(cells.reshape(-1, 1176), grid_thw=torch.tensor([[3, 4, 10]]))
@@ -190,6 +190,6 @@ def test_patches_equal_the_image_processors_bit_for_bit(
     processor = Qwen2VLImageProcessor.from_pretrained(tiny_teacher_folder)
     theirs = processor(images=[image], do_resize=False, return_tensors="pt")["pixel_values"]
     merge_order = theirs.view(5, 3, 2, 2, 1176).permute(0, 2, 1, 3, 4).reshape(60, 1176)
-    ours = patchify(normalise(image[None], teacher.mean, teacher.std), 14, 2)[0]
+    ours = patchify(normalize(image[None], teacher.mean, teacher.std), 14, 2)[0]
     assert torch.equal(ours, merge_order)
     assert not torch.equal(ours, theirs)
