@@ -75,6 +75,7 @@ def test_a_gpu_that_is_not_there(words: Callable[..., list[str]], platform: Plat
     assert "GPU 99" in platform.of("error")[0].query["errorMessage"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parent", PARENTS)
 def test_a_training_from_start_to_end(
     parent: str, words: Callable[..., list[str]], platform: PlatformServer, tmp_path: Path

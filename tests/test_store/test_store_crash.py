@@ -98,6 +98,7 @@ def kill_at_every_call(tmp_path: Path, first: int, step: int, codec: str) -> int
         number += step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_killed_at_some_system_calls(tmp_path: Path, codec: str) -> None:
     assert kill_at_every_call(tmp_path, 11, 149, codec) >= 5

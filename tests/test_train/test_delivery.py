@@ -106,6 +106,7 @@ def test_pytorch_and_onnx_predict_the_same(run_folder: Path, pictures: Path) -> 
         assert sum(c["probability"] for c in one["top"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_sixteen_bit_images_are_read_by_the_stores_rule(make_store: Any, tmp_path: Path) -> None:
     """The manifest's bit depth reaches stage two, the checkpoint and the ONNX file: 235 of 65535 is not black."""
     store = make_store(images="none")
@@ -306,6 +307,7 @@ def test_an_unfinished_run_is_refused_and_its_best_epoch_can_be_named(run_folder
     assert open_student(run_folder / "best.pt")[1].class_names == ("red", "green", "blue")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [5, 99])
 def test_an_operator_set_that_cannot_be_made_is_an_error(run_folder: Path, opset: int) -> None:
     """torch's exporter would write another one and only log it."""
@@ -314,6 +316,7 @@ def test_an_operator_set_that_cannot_be_made_is_an_error(run_folder: Path, opset
     assert not list(run_folder.glob("*.onnx"))
 
 
+@pytest.mark.slow
 def test_the_operator_set_is_the_one_asked_for(run_folder: Path) -> None:
     model = onnx.load(str(export_student(run_folder, "onnx", opset=18).path))
     assert [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] == [18]

@@ -139,6 +139,7 @@ def stop_after_rows(files: EmbeddingFiles, rows: Any) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_exported_classifiers_are_evaluated_as_their_runs(run_folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "store.zarr"
     exported = export_student(run_folder, "onnx")
@@ -245,6 +246,7 @@ def test_int8_files_are_evaluated_and_agree_with_quantize(make_store: Any, tmp_p
         assert found["metrics"]["top1"] == pytest.approx(row["top1"])
 
 
+@pytest.mark.slow
 def test_label_free_clip_students_predict_embeddings(clip_store: Path, tmp_path: Path) -> None:
     from train.deliver.predict import predict_files
 

@@ -39,6 +39,7 @@ def test_names_are_shown_and_found_again(tmp_path: Path) -> None:
     assert printable("plain") == "plain"
 
 
+@pytest.mark.slow
 def test_predict_writes_records_and_pictures(run_folder: Path, tmp_path: Path) -> None:
     folder = write_pictures(os.fsencode(tmp_path) + b"/data\xff")
     words = [sys.executable, "-m", "cli", "predict", str(run_folder), str(folder), "--device", "cpu"]

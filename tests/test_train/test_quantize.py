@@ -42,6 +42,7 @@ def test_upsampling_is_rewritten_without_changing_what_it_computes() -> None:
     torch.testing.assert_close(network(images), expected)
 
 
+@pytest.mark.slow
 def test_training_quantised_starts_where_calibration_ended() -> None:
     """Before its first step, the graph that is trained has the ranges that post-training quantisation found."""
     pytest.importorskip("torchao")

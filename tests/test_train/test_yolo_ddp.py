@@ -15,6 +15,7 @@ from train.run import run_training
 pytest.importorskip("ultralytics")
 
 
+@pytest.mark.slow
 def test_a_rank_reads_its_job_from_the_run_folder(yolo_run: tuple[Path, Listener]) -> None:
     from train.yolo.ddp import job_of_rank
 

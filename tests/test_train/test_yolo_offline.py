@@ -106,6 +106,7 @@ print(run_training(TrainConfig(**eval(sys.argv[1])))["epochs_done"])
 """
 
 
+@pytest.mark.slow
 def test_training_needs_no_polars(yolo_store: Path, tmp_path: Path) -> None:
     """ultralytics imports polars for its checkpoints and its plots: a machine without it trains, without plots."""
     options = {**OPTIONS, "store": str(yolo_store), "out": str(tmp_path / "out"), "epochs": 2}

@@ -35,6 +35,7 @@ from train.run import run_training
 pytest.importorskip("ultralytics")
 
 
+@pytest.mark.slow
 def test_resume_equals_an_uninterrupted_run(
     yolo_run: tuple[Path, Listener],
     yolo_store: Path,
@@ -143,6 +144,7 @@ def test_an_error_keeps_the_last_finished_epoch_and_the_best_student(
     assert load_checkpoint(out / "best.pt")["epoch"] == last["training"]["best_epoch"]
 
 
+@pytest.mark.slow
 def test_ultralytics_best_is_the_student_of_ours_after_a_resume(yolo_store: Path, tmp_path: Path) -> None:
     """Killed between ultralytics' files and ours: its best.pt may come from an epoch that is trained again."""
     from ultralytics import YOLO

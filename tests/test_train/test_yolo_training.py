@@ -144,6 +144,7 @@ def test_out_of_memory_ends_with_advice(
         run_training(make_config(yolo_store, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_auto_batch_halves_until_it_fits_also_for_the_control(
     yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_auto_batch_halves_until_it_fits_also_for_the_control(
     assert (control["batch"], control["nbs"]) == (2, 4)  # the main run halved 4, accumulating to 4 as before
 
 
+@pytest.mark.slow
 def test_auto_batch_gives_up_when_nothing_fits(
     yolo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +236,7 @@ def test_evaluation_wants_the_same_classes(yolo_run: tuple[Path, Listener], tmp_
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_detects_nothing_gets_a_hint(
     yolo_store: Path, tmp_path: Path, train_log: pytest.LogCaptureFixture
 ) -> None:

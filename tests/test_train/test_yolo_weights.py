@@ -18,6 +18,7 @@ pytest.importorskip("ultralytics")
 PUBLISHED = {"n": 3_157_200, "s": 11_166_560, "m": 25_902_640, "l": 43_691_520, "x": 68_229_648}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_sizes_have_the_published_parameter_counts(size: str) -> None:
     from train.students.build import build_student
