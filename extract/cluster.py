@@ -24,19 +24,16 @@ from extract.plan import ExtractTask, make_task
 from extract.prepare import (
     count_still_bad,
     decode_workers,
-    finalize,
     follow_data,
     open_data,
     open_teacher,
     prepare_store,
     record_halving,
-    resume_switch,
     use_threads,
 )
-from extract.result import BadSample, ExtractObserver, ExtractResult, append_ledger, check_limit, stop_message
+from extract.result import BadSample, ExtractObserver, ExtractResult, append_ledger, count_bad, stop_message
 from extract.resume import FOLDER, Unit, adopt_rows, count_committed, job_of, list_units, planned_keys
 from extract.session import Session
-from extract.sources.base import REMOVED
 from extract.teachers import Teacher
 from processes.dask_cluster import ClusterStartError, connect, local_cluster
 from processes.deadline import StopDeadline
@@ -76,10 +73,6 @@ class FollowReport(NamedTuple):
     more: bool
     counts: dict[str, int] | None
     text: str
-
-    def after(self, counts: dict[str, int] | None, text: str) -> FollowReport:
-        """This report, with what an earlier one found where this one found nothing."""
-        return self if self.counts is not None else FollowReport(self.more, counts, text)
 
 
 class FileStop(StopRequest):
@@ -233,24 +226,27 @@ class ClusterError(DistillError):
     """The scheduler cannot be reached, or its workers keep dying."""
 
 
-def run_on_cluster(
+@contextmanager
+def open_cluster(
     config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
-) -> ExtractResult:
-    """Encode all shards with the workers of `config.scheduler`, or with one process for each device here.
+) -> Iterator[ClusterExecutor]:
+    """The workers of `config.scheduler`, or one process for each device here.
 
     Raises:
         ClusterError, Stopped, and what the tasks raise. TeacherError: a device that is not there.
     """
     config = absolute(config)
     if config.scheduler is None:
-        check_devices(
-            config
-        )  # before a process for each is started, not when the last one gets its first shard
+        check_devices(config)  # before a process for each is started, not when the last one gets its shard
     with (
         StopDeadline(stop, lambda: stop_message(config), orderly_s=ORDERLY_S),
         cluster_client(config) as client,
     ):
-        return Coordinator(config, client, observers, stop).run()
+        executor = ClusterExecutor(config, client, observers, stop)
+        try:
+            yield executor
+        finally:
+            executor.release()
 
 
 def check_devices(config: ExtractConfig) -> None:
@@ -291,8 +287,8 @@ def cluster_client(config: ExtractConfig) -> Iterator[Client]:
         raise ClusterError(f"{what}: {error}") from None
 
 
-class Coordinator:
-    """Hands shards to workers, counts bad images, stops them all, completes the store."""
+class ClusterExecutor:
+    """Hands shards to workers, counts bad images, and stops them all."""
 
     def __init__(
         self, config: ExtractConfig, client: Client, observers: Sequence[ExtractObserver], stop: StopRequest
@@ -303,6 +299,7 @@ class Coordinator:
         self.resources = {GPU: 1} if self.has_gpu_resource() else {}
         self.stop_file = config.out / FOLDER / STOP_FILE
         self.share = self.workers_per_host()
+        self.planned = False
         self.bad = self.reused = 0
 
     def has_gpu_resource(self) -> bool:
@@ -315,26 +312,22 @@ class Coordinator:
         hosts = Counter(str(worker.get("host", address)) for address, worker in workers.items())
         return max(hosts.values(), default=1)
 
-    def run(self) -> ExtractResult:
-        result = ExtractResult(store=str(self.config.out))
-        resume_switch(self.config)
+    def plan(self) -> None:
         self.result_of(self.submit("prepare", prepare_on_worker, self.options))
         # Options such as --overwrite have done their work; the shards' tasks must not repeat it.
-        self.options = {**self.options, "overwrite": False}
+        self.options, self.planned = {**self.options, "overwrite": False}, True
         self.stop_file.unlink(missing_ok=True)
-        try:
-            self.encode(result)
-            more = True
-            while more and finalize(work_path(self.config.out), own_all=True):
-                more, result.changes, result.changes_text = self.result_of(
-                    self.submit("follow", follow_on_worker, self.options)
-                ).after(result.changes, result.changes_text)
-                if more:
-                    self.encode(result)
-        finally:
-            # Workers of a scheduler live on: without this they would keep the teacher, buffers and decoders.
+
+    def follow(self, result: ExtractResult) -> bool:
+        report: FollowReport = self.result_of(self.submit("follow", follow_on_worker, self.options))
+        if report.counts is not None:
+            result.changes, result.changes_text = report.counts, report.text
+        return report.more
+
+    def release(self) -> None:
+        """Workers of a scheduler live on: without this they would keep the teacher, buffers and decoders."""
+        if self.planned:
             self.client.run(release, self.options, on_error="ignore")
-        return result.read_store()
 
     def submit(self, name: str, function: Any, *arguments: Any) -> Future:
         return self.client.submit(
@@ -346,7 +339,6 @@ class Coordinator:
         )
 
     def encode(self, result: ExtractResult) -> None:
-        """Encode all shards of the unfinished job, if there is one."""
         path = work_path(self.config.out)
         job = job_of(path)
         if job is None:
@@ -424,11 +416,7 @@ class Coordinator:
     def count_bad(self, report: UnitReport) -> None:
         append_ledger(self.config.out, report.bad)
         record_halving(self.config.out, report.halved)
-        found = [bad for bad in report.bad if bad.reason != REMOVED]
-        self.bad += len(found)
-        last = found[-1] if found else None
-        allowed = self.config.allowed_bad(self.total + self.reused)
-        check_limit(self.bad, allowed, self.config.max_bad, self.config.out, last)
+        self.bad = count_bad(self.config, self.bad, report.bad, self.total + self.reused)
 
     def tell_committed(self) -> None:
         path = work_path(self.config.out)

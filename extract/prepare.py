@@ -22,7 +22,6 @@ from extract.follow.version import changes_of, finish_switch, follow, is_rows_st
 from extract.plan import ExtractTask, batch_rows, calibration_samples, shard_rows
 from extract.resume import (
     FOLDER,
-    Unit,
     adopt_rows,
     check_same,
     committed_part,
@@ -40,7 +39,7 @@ from store.create import create_store
 from store.errors import StoreError
 from store.finalize import finalize_store
 from store.format import RANDOM_WEIGHTS_NOTICE
-from store.job import Job, log_path, read_commits
+from store.job import Job
 from store.keys import Plan
 from store.metadata import ZARR_JSON, write_json
 from store.reader import open_store
@@ -258,44 +257,6 @@ def finalize(path: Path, own_all: bool) -> bool:
             return False
         finalize_store(path, statistics=not is_rows_store(path))
         return True
-
-
-def chosen_units(config: ExtractConfig, job: Job) -> list[Unit]:
-    """The shards this run is to encode.
-
-    Raises:
-        ConfigError: when `--shard-range` begins beyond the last shard.
-    """
-    units = list_units(job)
-    if config.shards is None:
-        return units
-    first, end = config.shards
-    if first >= len(units):
-        raise ConfigError(
-            f"--shard-range {config.shard_range}: the plan has {len(units)} shards, 0:{len(units)}"
-        )
-    return units[first:end]
-
-
-def unfinished_units(path: Path, job: Job, units: list[Unit]) -> list[Unit]:
-    """Those of the shards that are not published yet: a writer over several shards writes all after the first of them."""
-    left = []
-    for split, first, end in units:
-        commits = read_commits(log_path(path, job, split, first // job.shard_rows))
-        if not commits or commits[-1].finished is None:
-            left.append((split, first, end))
-    return left
-
-
-def merge_units(units: list[Unit]) -> list[Unit]:
-    """Neighbouring shards of one split as one range, so that the pipeline is drained once a split."""
-    merged: list[Unit] = []
-    for split, first, end in units:
-        if merged and merged[-1][0] == split and merged[-1][2] == first:
-            merged[-1] = (split, merged[-1][1], end)
-        else:
-            merged.append((split, first, end))
-    return merged
 
 
 @contextmanager

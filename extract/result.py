@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from extract.config import ExtractConfig
 from extract.follow.changes import Changes
 from extract.follow.version import work_path
 from extract.resume import count_committed, job_of, list_units
+from extract.sources.base import REMOVED
 from files.writing import replace_file
 from store import format as names
 from store.errors import DistillError
@@ -81,14 +82,21 @@ def write_ledger(store: Path) -> list[BadSample]:
     return bad
 
 
-def check_limit(bad: int, allowed: int, limit: str, store: Path, first: BadSample | None) -> None:
-    """Raises TooManyBad when more images are bad than allowed."""
+def count_bad(config: ExtractConfig, before: int, new: Sequence[BadSample], rows: int) -> int:
+    """Bad images of `rows`: those before and the new ones, without samples that were removed since.
+
+    Raises:
+        TooManyBad: when they are more than `--max-bad` allows.
+    """
+    found = [item for item in new if item.reason != REMOVED]
+    bad, allowed = before + len(found), config.allowed_bad(rows)
     if bad > allowed:
-        example = f"; the last: {first.key}: {first.reason}" if first else ""
+        example = f"; the last: {found[-1].key}: {found[-1].reason}" if found else ""
         raise TooManyBad(
-            f"{bad} bad images, --max-bad {limit} allows {allowed}{example}. All are listed in {store / LEDGER}. "
-            "Raise --max-bad, or repair or remove them, and run the same command again"
+            f"{bad} bad images, --max-bad {config.max_bad} allows {allowed}{example}. All are listed in "
+            f"{config.out / LEDGER}. Raise --max-bad, or repair or remove them, and run the same command again"
         )
+    return bad
 
 
 # -- progress and result ---------------------------------------------------------------------------------

@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 from console.stop import Stopped, StopRequest
-from extract.config import ExtractConfig
-from extract.plan import ExtractTask, make_task
+from extract.config import ConfigError, ExtractConfig
+from extract.follow.version import work_path
+from extract.plan import make_task
 from extract.prepare import (
-    chosen_units,
     count_still_bad,
     decode_workers,
     finalize,
     follow_data,
-    merge_units,
     open_data,
     open_teacher,
     prepare_store,
     record_halving,
     resume_switch,
-    unfinished_units,
     warn_of_changes,
 )
-from extract.result import ExtractObserver, ExtractResult, append_ledger, check_limit, stop_message
+from extract.result import ExtractObserver, ExtractResult, append_ledger, count_bad, stop_message
 from extract.resume import Unit, job_of, list_units
 from extract.session import Session
-from extract.sources.base import REMOVED
-from extract.teachers import Teacher
 from files.writing import check_writable
 from processes.deadline import StopDeadline
 from store.create import check_free
-from store.job import Job
+from store.job import Job, log_path, read_commits
 from store.metadata import ZARR_JSON
 from store.writer import StoreWriter
 
@@ -57,12 +55,9 @@ def run_extraction(
         # With --shard-range a neighbor may be making the store at this moment.
         if not (config.overwrite or config.shards or (config.out / ZARR_JSON).exists()):
             check_free(config.out)
-        if config.scheduler is not None or len(config.devices) > 1:
-            from extract.cluster import run_on_cluster
-
-            result = run_on_cluster(config, observers, stop)
-        else:
-            result = run_here(config, observers, stop)
+        with open_executor(config, observers, stop) as executor:
+            result = fill_store(executor)
+        result.read_store()
         if config.logits != "none" and result.complete:
             from extract.logits import add_logits
 
@@ -91,63 +86,89 @@ def own_or(stop: StopRequest | None) -> Iterator[StopRequest]:
             yield own
 
 
-def run_here(config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest) -> ExtractResult:
-    """The whole extraction, or its `--shard-range`, in this process on one device."""
+class Executor(Protocol):
+    """What fills the store: this process (`LocalExecutor`), or the workers of a cluster (extract/cluster.py)."""
+
+    config: ExtractConfig
+
+    def plan(self) -> None:
+        """Make the store with its plan of rows, or check the one that exists."""
+
+    def encode(self, result: ExtractResult) -> None:
+        """Encode what is missing of the unfinished job, if there is one, and count it in `result`."""
+
+    def follow(self, result: ExtractResult) -> bool:
+        """Bring the complete store to what the data set is now. True when rows are to be encoded for that first."""
+
+
+def open_executor(
+    config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
+) -> AbstractContextManager[Executor]:
+    if config.scheduler is not None or len(config.devices) > 1:
+        from extract.cluster import open_cluster
+
+        return open_cluster(config, observers, stop)
+    return open_local(config, observers, stop)
+
+
+def fill_store(executor: Executor) -> ExtractResult:
+    """Plan, encode, finish; and once more for the rows that a data set that has changed since needs."""
+    config = executor.config
+    result = ExtractResult(store=str(config.out))
+    resume_switch(config)
+    executor.plan()
+    more = True
+    while more:
+        executor.encode(result)
+        more = finalize(work_path(config.out), own_all=config.shards is None) and executor.follow(result)
+    return result
+
+
+# -- one device, in this process ------------------------------------------------------------------------
+
+
+@contextmanager
+def open_local(
+    config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
+) -> Iterator[Executor]:
     with StopDeadline(stop, lambda: stop_message(config)) as deadline:
-        resume_switch(config)
-        source = open_data(config)
-        raise_if_stopped(config, stop)
-        teacher = open_teacher(config)
-        raise_if_stopped(config, stop)
-        data = make_task(config, source, teacher)
-        planned: ExtractTask | None = prepare_store(config, data, teacher)
-        result = ExtractResult(store=str(config.out))
-        while planned is not None:
-            Run(config, planned, teacher, observers, stop, deadline).encode(result)
-            complete = finalize(planned.path, own_all=config.shards is None)
-            if not complete or config.shards is not None:
-                if complete:
-                    warn_of_changes(config, data)
-                break
-            planned, changes = follow_data(config, data, lambda: raise_if_stopped(config, stop))
-            result.note_changes(changes)
-    return result.read_store()
+        yield LocalExecutor(config, observers, stop, deadline)
 
 
-def raise_if_stopped(config: ExtractConfig, stop: StopRequest) -> None:
-    """Raises Stopped when a signal came."""
-    if stop.requested:
-        raise Stopped(stop_message(config), stop.exit_code)
-
-
-def commit_in_time(session: Session, config: ExtractConfig) -> str:
-    """The last resort of a stop: commit what the teacher has encoded, end the decoders; the line for the user."""
-    session.give_up(COMMIT_S)
-    return stop_message(config)
-
-
-class Run:
-    """What is missing of one job, encoded on one device."""
+class LocalExecutor:
+    """One device in this process, for the whole extraction or the shards of `--shard-range`."""
 
     def __init__(
         self,
         config: ExtractConfig,
-        task: ExtractTask,
-        teacher: Teacher,
         observers: Sequence[ExtractObserver],
         stop: StopRequest,
         deadline: StopDeadline,
     ) -> None:
-        self.config, self.task, self.teacher = config, task, teacher
-        self.observers, self.stop, self.deadline = observers, stop, deadline
-        self.done = self.bad = self.total = 0
-        self.first_batch_at: float | None = None
+        self.config, self.observers, self.stop, self.deadline = config, observers, stop, deadline
+
+    def plan(self) -> None:
+        source = open_data(self.config)
+        self.raise_if_stopped()
+        self.teacher = open_teacher(self.config)
+        self.raise_if_stopped()
+        self.data = make_task(self.config, source, self.teacher)
+        self.task = prepare_store(self.config, self.data, self.teacher)
+
+    def follow(self, result: ExtractResult) -> bool:
+        if self.config.shards is not None:
+            warn_of_changes(self.config, self.data)
+            return False
+        planned, changes = follow_data(self.config, self.data, self.raise_if_stopped)
+        result.note_changes(changes)
+        self.task = planned or self.task
+        return planned is not None
 
     def encode(self, result: ExtractResult) -> None:
-        """Encode the chosen shards of the unfinished job, if there is one, and count it in `result`."""
         job = job_of(self.task.path)
         if job is None:
             return
+        self.first_batch_at: float | None = None
         self.done, self.bad = count_still_bad(self.task, job)
         self.bad += self.task.reused_bad
         self.total = sum(end - first for _, first, end in list_units(job))
@@ -170,7 +191,7 @@ class Run:
             writer = StoreWriter(self.task.path, split, (first, end), break_lock=self.config.break_lock)
             self.session.encode(writer, self.stop, self.after_batch)
             self.check_bad()
-            raise_if_stopped(self.config, self.stop)
+            self.raise_if_stopped()
 
     def after_batch(self, rows: int) -> None:
         self.first_batch_at = self.first_batch_at or time.monotonic()
@@ -179,14 +200,57 @@ class Run:
         self.check_bad()
 
     def check_bad(self) -> None:
-        found = [bad for bad in self.session.report.bad if bad.reason != REMOVED]
-        last = found[-1] if found else None
-        allowed = self.config.allowed_bad(self.total + self.task.reused)
-        check_limit(self.bad + len(found), allowed, self.config.max_bad, self.config.out, last)
+        count_bad(self.config, self.bad, self.session.report.bad, self.total + self.task.reused)
+
+    def raise_if_stopped(self) -> None:
+        """Raises Stopped when a signal came."""
+        if self.stop.requested:
+            raise Stopped(stop_message(self.config), self.stop.exit_code)
 
     def tell(self) -> None:
         for observer in self.observers:
             observer.progress(self.done, self.total, "encoding")
 
 
-__all__ = ["ExtractObserver", "ExtractResult", "Unit", "run_extraction"]
+def commit_in_time(session: Session, config: ExtractConfig) -> str:
+    """The last resort of a stop: commit what the teacher has encoded, end the decoders; the line for the user."""
+    session.give_up(COMMIT_S)
+    return stop_message(config)
+
+
+def chosen_units(config: ExtractConfig, job: Job) -> list[Unit]:
+    """The shards this run is to encode.
+
+    Raises:
+        ConfigError: when `--shard-range` begins beyond the last shard.
+    """
+    units = list_units(job)
+    if config.shards is None:
+        return units
+    first, end = config.shards
+    if first >= len(units):
+        raise ConfigError(
+            f"--shard-range {config.shard_range}: the plan has {len(units)} shards, 0:{len(units)}"
+        )
+    return units[first:end]
+
+
+def unfinished_units(path: Path, job: Job, units: list[Unit]) -> list[Unit]:
+    """Those of the shards that are not published yet: a writer over several shards writes all after the first of them."""
+    left = []
+    for split, first, end in units:
+        commits = read_commits(log_path(path, job, split, first // job.shard_rows))
+        if not commits or commits[-1].finished is None:
+            left.append((split, first, end))
+    return left
+
+
+def merge_units(units: list[Unit]) -> list[Unit]:
+    """Neighbouring shards of one split as one range, so that the pipeline is drained once a split."""
+    merged: list[Unit] = []
+    for split, first, end in units:
+        if merged and merged[-1][0] == split and merged[-1][2] == first:
+            merged[-1] = (split, merged[-1][1], end)
+        else:
+            merged.append((split, first, end))
+    return merged

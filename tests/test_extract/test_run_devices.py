@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from console.stop import StopRequest
-from extract.cluster import Coordinator
+from extract.cluster import ClusterExecutor
 from extract.config import load_config
 from extract.encode import explained_errors
 from extract.teachers import TeacherError
@@ -92,4 +92,4 @@ def test_workers_of_one_machine_share_its_cores(hosts: list[str], share: int) ->
     workers = {f"tcp://{host}:{number}": {"host": host} for number, host in enumerate(hosts)}
     client: Any = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": workers})
     config = load_config({"data": "d", "out": "o", "scheduler": "tcp://s:1"})
-    assert Coordinator(config, client, [], StopRequest()).share == share
+    assert ClusterExecutor(config, client, [], StopRequest()).share == share
