@@ -360,7 +360,7 @@ class ClusterExecutor:
 
     def reports(self, futures: dict[Future, Unit]) -> Iterator[UnitReport]:
         """Reports of the tasks as they end. On a stop or an error the workers commit and end, too."""
-        told = time.monotonic()
+        reported = time.monotonic()
         waiting = dict(futures)
         try:
             while waiting:
@@ -369,8 +369,8 @@ class ClusterExecutor:
                 for future in self.finished(waiting):
                     del waiting[future]
                     yield self.result_of(future)
-                if time.monotonic() - told >= PROGRESS_S:
-                    told = time.monotonic()
+                if time.monotonic() - reported >= PROGRESS_S:
+                    reported = time.monotonic()
                     self.tell_committed()
         except BaseException:
             self.stop_workers(list(waiting))

@@ -104,9 +104,8 @@ class DeviceCopies:
         with torch.cuda.stream(self.up):
             there = pinned.to(self.device, non_blocking=True)
         compute.wait_stream(self.up)
-        there.record_stream(
-            compute
-        )  # allocated on another stream: its memory stays until the computation is done
+        # Allocated on another stream: its memory stays until the computation is done.
+        there.record_stream(compute)
         return there
 
     def to_host(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:

@@ -123,15 +123,13 @@ class ExtractResult:
     batch_size: int = 0
     halved: list[int] = field(default_factory=list)
     seconds: float = 0.0
-    startup_seconds: float = (
-        0.0  # of `seconds`: until the first batch was encoded (decoders start, caches fill)
-    )
+    # Of `seconds`: until the first batch was encoded (decoders start, caches fill).
+    startup_seconds: float = 0.0
     images_per_second: float = 0.0
     random_weights: bool = False
     probe: dict[str, Any] | None = None
-    changes: dict[str, int] | None = (
-        None  # samples by what changed since the store was made; None: nothing did
-    )
+    # Samples by what changed since the store was made; None: nothing did.
+    changes: dict[str, int] | None = None
     changes_text: str = ""
     warnings: list[str] = field(default_factory=list)  # why results on these splits may be less certain
     estimate: dict[str, Any] | None = None
@@ -151,7 +149,7 @@ class ExtractResult:
         if changes.any:
             self.changes, self.changes_text = changes.counts.as_dict(), changes.describe()
 
-    def read_store(self) -> ExtractResult:
+    def read_store(self) -> None:
         """Fill in what the store records; a complete one gets its final ledger."""
         store = open_store(self.store, allow_incomplete=True)
         self.complete = store.manifest.complete
@@ -167,7 +165,6 @@ class ExtractResult:
             self.warnings = store_warnings(store)
             for text in self.warnings:
                 log.warning("%s: %s", self.store, text)
-        return self
 
 
 def stop_message(config: ExtractConfig) -> str:

@@ -117,7 +117,6 @@ class BackgroundWriter:
 # -- the session -----------------------------------------------------------------------------------------
 
 
-Rows = tuple[int, int]
 OVERFLOW = "its features are not finite or too large for float16 at the store's scale"
 
 

@@ -1,6 +1,6 @@
 """How many bits of 16-bit gray images are used: one rule for a whole data set, chosen before the first row.
 
-A 16-bit file does not say how much of its range the camera filled: of microscopy whose largest value is 235, divided
+A 16-bit file does not record how much of its range the camera filled: of microscopy whose largest value is 235, divided
 by 65,535, nothing but black is left. `auto` looks at a fixed sample of the data set and takes the smallest of
 `DEPTHS` that holds its largest value. The manifest records it, and everything that reads these images follows it.
 """

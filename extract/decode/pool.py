@@ -125,6 +125,8 @@ class DecodePool:
             return self.result_of(chunk)
         except BrokenProcessPool:
             pass
+        # The executor is broken as a whole and does not tell which chunk's process ended. This is the first chunk in order
+        # without a result, so it is decoded image by image; everything else that was not finished is submitted again.
         log.warning("a decoding process ended unexpectedly: starting it again")
         self.restart()
         results = self.isolate(chunk, batch.buffer)

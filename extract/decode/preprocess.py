@@ -1,6 +1,6 @@
 """The host's half of preprocessing: a file's bytes → uint8 [3, S, S] as the teacher sees it.
 
-The device does the rest (normalisation, patches). Two paths, which differ in the decoder alone:
+The device does the rest (normalization, patches). Two paths, which differ in the decoder alone:
 
 - exact: decoded at full size; the pixels are bit-equal to what the Hugging Face Qwen2-VL image processor resizes
   to for the same target size.
@@ -75,7 +75,7 @@ def resize_pixels(
 ) -> Pixels:
     """uint8 [3, S, S] of a decoded image, under a resize policy, always anti-aliased.
 
-    Shows what `resize_view(resize, decoded.size, image_size)` says, to the pixel. `interpolation`: bicubic or
+    Shows exactly the view `resize_view(resize, decoded.size, image_size)`. `interpolation`: bicubic or
     bilinear; any other of Pillow's goes through Pillow. Raises ValueError for an unknown policy.
     """
     if interpolation not in ("bicubic", "bilinear"):

@@ -423,7 +423,7 @@ class Finder:
     def compare_row(self, change: SplitChange, index: int, part: Part, boxes: bool, masks: bool) -> None:
         row = int(change.row[index])
         width, height = part.sizes[row].tolist()
-        if not width:  # a bad image: it has no targets in the store, whatever the data set says
+        if not width:  # a bad image: it has no targets in the store, whatever the data set has
             change.boxes[index], change.masks[index] = boxes, masks
             change.boxes[index] &= names.BOXES not in part.split.names
             change.masks[index] &= names.MASK not in part.split.names

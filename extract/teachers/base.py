@@ -53,7 +53,7 @@ class Teacher(Protocol):
     def encode(
         self, images: Sequence[Image] | torch.Tensor, *, inside: torch.Tensor | None = None
     ) -> Encoded:
-        """Encode PIL images (resized as `preprocessing` says) or uint8 [B, 3, H, W] (taken as they are).
+        """Encode PIL images (resized as in `preprocessing`) or uint8 [B, 3, H, W] (taken as they are).
 
         inside: float [B, h, w] ≥ 0, how much of each grid cell shows the image and not padding; weights of the
         mean in `pooled`. None: all of it, or for PIL images what the resize policy makes of them.

@@ -35,7 +35,7 @@ MAX_HEADER_BYTES = 100 << 20
 
 
 class TensorEntry(NamedTuple):
-    """Where one tensor is stored: file, its name there, dtype and shape as the header says, byte range in the file."""
+    """Where one tensor is stored: file, its name there, dtype and shape from the header, byte range in the file."""
 
     file: Path
     stored_name: str
@@ -68,7 +68,7 @@ def find_tensors(folder: Path, prefixes: tuple[str, ...], wanted: Iterable[str])
     """Where the tensors `wanted` (names without prefix) are stored; opens only the files that hold one of them.
 
     Raises:
-        CheckpointError: when a tensor is listed nowhere, a file is missing, truncated, or lacks what the index says.
+        CheckpointError: when a tensor is listed nowhere, a file is missing, truncated, or lacks what the index lists.
     """
     wanted = list(wanted)
     files = files_of_tensors(folder, prefixes)
@@ -84,7 +84,7 @@ def find_tensors(folder: Path, prefixes: tuple[str, ...], wanted: Iterable[str])
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor → name of its file, as an index file says. Raises CheckpointError when it says nothing."""
+    """Tensor → name of its file, from an index file. Raises CheckpointError when it has no map."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} has no weight_map: {DOWNLOAD_AGAIN}")
@@ -288,7 +288,7 @@ def download_tower(name: str, prefixes: tuple[str, ...]) -> Path:
 
 @contextmanager
 def hub_client() -> Iterator[None]:
-    """The hub's client, told at once when there is no network: it would retry for a minute, and find the same.
+    """The hub's client, set offline at once when there is no network: it would retry for a minute in vain.
 
     Files that are already in its cache are used either way.
     """

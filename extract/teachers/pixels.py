@@ -40,7 +40,7 @@ def as_pixels(
 
 
 def resize_images(images: Sequence[PILImage], teacher: Teacher) -> tuple[Tensor, Tensor | None]:
-    """PIL images, resized as the teacher's preprocessing says, and which of their cells show the image.
+    """PIL images, resized by the teacher's preprocessing, and which of their cells show the image.
 
     They are taken as they are: apply EXIF orientation and alpha before (`imaging.decode.decode_image` does).
     """

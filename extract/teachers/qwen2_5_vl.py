@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 NAME = "qwen2.5-vl"
 TENSOR_PREFIXES = ("visual.", "model.visual.")
 RANDOM_WEIGHTS_FILE = "random_weights.json"
-# What preprocessor_config.json of the published checkpoints says; used when the folder has none.
+# The values of preprocessor_config.json of the published checkpoints; used when the folder has none.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 28 * 28 * 16384

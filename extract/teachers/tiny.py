@@ -14,7 +14,7 @@ def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> P
     """Write a Qwen2.5-VL checkpoint with a 1280-wide tower of `depth` blocks and random weights.
 
     The folder has the published layout (config.json, model.safetensors, preprocessor_config.json) and a file
-    `random_weights.json`, by which everything that uses it says so. About 32 MB per block.
+    `random_weights.json`, from which everything that uses it warns of them. About 32 MB per block.
 
     Raises:
         TeacherError: when depth is below 1 or the folder holds something else.
