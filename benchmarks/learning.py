@@ -52,7 +52,7 @@ CONTROL: dict[str, Any] = {"distillation_type": "none", "hard_label_weight": 1.0
 class Study:
     """One comparison. `distilled`: options of that side beyond the product's defaults; `common`: of both sides.
 
-    `labels_per_class`, `unlabelled`: see `write_emoji_table`. `control_unlabelled`: the control trains on the labelled
+    `labels_per_class`, `unlabeled`: see `write_emoji_table`. `control_unlabeled`: the control trains on the labeled
     images alone (the others teach it nothing), for as many steps.
     """
 
@@ -64,7 +64,7 @@ class Study:
     common: dict[str, Any]
     distilled: dict[str, Any] = field(default_factory=dict)
     labels_per_class: int | None = None
-    unlabelled: bool = False
+    unlabeled: bool = False
     scenes: bool = False
 
 
@@ -86,7 +86,7 @@ STUDIES = {
             12,
             EMOJI,
             labels_per_class=FEW,
-            unlabelled=True,
+            unlabeled=True,
         ),
     )
 }
@@ -106,13 +106,13 @@ class Bench:
             lines = self.results.read_text(encoding="utf-8").splitlines()
             self.done = {record["id"]: record for record in map(json.loads, lines)}
 
-    def store(self, study: Study, draw: int, *, unlabelled: bool) -> Path:
+    def store(self, study: Study, draw: int, *, unlabeled: bool) -> Path:
         """The extracted store of a study (a draw of labels), made on first use."""
         draw = draw if study.labels_per_class else 0
         kind = (
             "scenes"
             if study.scenes
-            else f"emoji-{study.labels_per_class}-{'mixed' if unlabelled else 'repeated' if study.unlabelled else 'only'}-{draw}"
+            else f"emoji-{study.labels_per_class}-{'mixed' if unlabeled else 'repeated' if study.unlabeled else 'only'}-{draw}"
         )
         path = self.work / f"{kind}.zarr"
         if not (path / "complete").exists():
@@ -122,33 +122,33 @@ class Bench:
                 table = write_scenes(data, {k: v // 8 for k, v in counts.items()} if self.quick else counts)
             else:
                 every = 12 if self.quick else 1
-                repeat = REPEAT if study.unlabelled and not unlabelled else 1
-                table = write_emoji_table(data, study.labels_per_class, unlabelled, draw, every, repeat)
+                repeat = REPEAT if study.unlabeled and not unlabeled else 1
+                table = write_emoji_table(data, study.labels_per_class, unlabeled, draw, every, repeat)
             extract(table, path, scenes=study.scenes)
             (path / "complete").touch()
         return path
 
     def draw(self, seed: int) -> int:
-        """Which selection of labelled images a seed gets."""
+        """Which selection of labeled images a seed gets."""
         return seed % TUNING_SEED % (self.draws or TUNING_SEED)
 
     def test_store(self, study: Study) -> Path:
         """The store that holds the study's test split."""
-        return self.store(STUDIES["scenes" if study.scenes else "all"], 0, unlabelled=False)
+        return self.store(STUDIES["scenes" if study.scenes else "all"], 0, unlabeled=False)
 
     def train(
         self, study: Study, options: dict[str, Any], learning_rate: float, seed: int, *, raw: bool = False
     ) -> dict[str, Any]:
         """Train once; `val` and `test`: the study's metric, of the best epoch on the validation split.
 
-        `raw`: from targets that are not standardised.
+        `raw`: from targets that are not standardized.
         """
         control = options.get("distillation_type") == "none"
-        unlabelled = study.unlabelled and not control
+        unlabeled = study.unlabeled and not control
         draw = self.draw(seed)
         chosen = {**study.common, **options, "learning_rate": learning_rate, "seed": seed}
         chosen["epochs"] = 1 if self.quick else study.epochs
-        if study.unlabelled and control:
+        if study.unlabeled and control:
             # The same number of steps: fewer images make shorter epochs.
             chosen["epochs"] = round(
                 chosen["epochs"] * self.size(study, draw, True) / self.size(study, draw, False)
@@ -168,7 +168,7 @@ class Bench:
                 "raw": raw,
                 **chosen,
             }
-            store = self.store(study, draw, unlabelled=unlabelled)
+            store = self.store(study, draw, unlabeled=unlabeled)
             record |= run(
                 without_statistics(store) if raw else store,
                 self.test_store(study),
@@ -181,11 +181,11 @@ class Bench:
             self.done[identity] = record
         return self.done[identity]
 
-    def size(self, study: Study, draw: int, unlabelled: bool) -> int:
+    def size(self, study: Study, draw: int, unlabeled: bool) -> int:
         """Training images of a study's store."""
         from store.reader import open_store
 
-        return len(open_store(self.store(study, draw, unlabelled=unlabelled))["train"])
+        return len(open_store(self.store(study, draw, unlabeled=unlabeled))["train"])
 
     def tune(self, study: Study, options: dict[str, Any]) -> float:
         """The learning rate that is best on the validation split."""
@@ -269,8 +269,8 @@ def compare(bench: Bench, study: Study, options: dict[str, Any], seeds: int) -> 
     }
 
 
-# Variants of the distilled side. `NOT_STANDARDISED` trains from a store whose statistics say mean 0 and spread 1.
-NOT_STANDARDISED = "not standardised"
+# Variants of the distilled side. `NOT_STANDARDIZED` trains from a store whose statistics say mean 0 and spread 1.
+NOT_STANDARDIZED = "not standardized"
 ABLATION: dict[str, dict[str, Any]] = {
     "defaults (mse, feature weight 20, hybrid)": {},
     "feature weight 1": {"feature_weight": 1.0},
@@ -281,24 +281,24 @@ ABLATION: dict[str, dict[str, Any]] = {
     "logit term alone": {"distillation_type": "logit"},
     "mlp alignment": {"align_head": "mlp"},
     "constant schedule": {"lr_scheduler": "constant"},
-    NOT_STANDARDISED: {},
+    NOT_STANDARDIZED: {},
 }
 
 
 def without_statistics(store: Path) -> Path:
-    """A copy of the store whose targets are not standardised: mean 0 and spread 1 in every channel."""
+    """A copy of the store whose targets are not standardized: mean 0 and spread 1 in every channel."""
     copy = store.with_name(f"{store.stem}-raw.zarr")
     if not copy.exists():
         shutil.copytree(store, copy)
         for file in copy.rglob(
             "zarr.json"
         ):  # the arrays' own metadata, and the consolidated copy in the root
-            metadata = json.loads(file.read_text(encoding="utf-8"), object_hook=unstandardise)
+            metadata = json.loads(file.read_text(encoding="utf-8"), object_hook=unstandardize)
             file.write_text(json.dumps(metadata), encoding="utf-8")
     return copy
 
 
-def unstandardise(entry: dict[str, Any]) -> dict[str, Any]:
+def unstandardize(entry: dict[str, Any]) -> dict[str, Any]:
     """A JSON object; statistics in it become mean 0 and spread 1."""
     if "statistics" in entry:
         width = len(entry["statistics"]["mean"])
@@ -312,7 +312,7 @@ def ablate(bench: Bench, study: Study, seeds: int) -> list[dict[str, Any]]:
     rows = []
     for name, change in ABLATION.items():
         options = {**study.distilled, **change}
-        raw = name == NOT_STANDARDISED
+        raw = name == NOT_STANDARDIZED
         tests = [bench.train(study, options, rate, seed, raw=raw)["test"] for seed in range(seeds)]
         rows.append({"variant": name, "study": study.title, "tests": tests, "mean": float(np.mean(tests))})
     return rows
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--studies", default=USUAL, help="a list of: " + ", ".join(STUDIES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--learning-rates", help="another grid; a single one is not tuned")
-    parser.add_argument("--draws", type=int, help="selections of labelled images; default: one a seed")
+    parser.add_argument("--draws", type=int, help="selections of labeled images; default: one a seed")
     parser.add_argument("--ablation", action="store_true", help="also the variants of the first study")
     parser.add_argument("--ablation-seeds", type=int, default=2)
     parser.add_argument("--fidelity", action="store_true", help="also stored against live features")
@@ -377,7 +377,7 @@ def print_tables(result: dict[str, Any]) -> None:
         each = ", ".join(f"{100 * value:.1f}" for value in row["tests"])
         print(f"{row['variant']:42s} {100 * row['mean']:.1f}  ({row['study']}: {each})")
     if "fidelity" in result:
-        print("stored against live features, standardised cosine per token:", result["fidelity"])
+        print("stored against live features, standardized cosine per token:", result["fidelity"])
 
 
 if __name__ == "__main__":

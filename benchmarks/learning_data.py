@@ -29,13 +29,13 @@ def emoji() -> list[dict[str, Any]]:
 
 
 def write_emoji_table(
-    folder: Path, labels_per_class: int | None, unlabelled: bool, draw: int, every: int, repeat: int = 1
+    folder: Path, labels_per_class: int | None, unlabeled: bool, draw: int, every: int, repeat: int = 1
 ) -> Path:
     """Twitter's emoji to learn from, Google's drawings of the same to be judged on: a folder with `emoji.csv`.
 
-    Splits: `train`, Twitter's, with `labels_per_class` labelled ones of each of the 9 categories (None: all), another
-    selection for each `draw`, and the rest left out or, with `unlabelled`, kept without a label; `val` and `test`,
-    Google's, cut by emoji (`test` only where all are labelled: it is always the same). `every` takes each n-th one.
+    Splits: `train`, Twitter's, with `labels_per_class` labeled ones of each of the 9 categories (None: all), another
+    selection for each `draw`, and the rest left out or, with `unlabeled`, kept without a label; `val` and `test`,
+    Google's, cut by emoji (`test` only where all are labeled: it is always the same). `every` takes each n-th one.
     `repeat` lists every training image so often, each time under another key: longer epochs, fewer validations.
     """
     entries = emoji()[::every]
@@ -44,7 +44,7 @@ def write_emoji_table(
     lines = []
     names = ["twitter", *(f"twitter-{number}" for number in range(1, repeat))]
     for number, (entry, validating) in enumerate(zip(entries, validates, strict=True)):
-        if number in chosen or unlabelled:
+        if number in chosen or unlabeled:
             lines += [table_line("train", name, entry, number in chosen) for name in names]
         if validating or labels_per_class is None:
             lines.append(table_line("val" if validating else "test", "google", entry, True))
@@ -61,7 +61,7 @@ def write_emoji_table(
 
 
 def choose(entries: list[dict[str, Any]], labels_per_class: int | None, draw: int) -> set[int]:
-    """Numbers of the labelled entries: `labels_per_class` of each category at random, None: all."""
+    """Numbers of the labeled entries: `labels_per_class` of each category at random, None: all."""
     if labels_per_class is None:
         return set(range(len(entries)))
     generator = np.random.default_rng([1, draw])
@@ -70,8 +70,8 @@ def choose(entries: list[dict[str, Any]], labels_per_class: int | None, draw: in
     return {int(i) for group in members for i in generator.permutation(group)[:labels_per_class]}
 
 
-def table_line(split: str, vendor: str, entry: dict[str, Any], labelled: bool) -> dict[str, str]:
-    label = entry["category"] if labelled else ""
+def table_line(split: str, vendor: str, entry: dict[str, Any], labeled: bool) -> dict[str, str]:
+    label = entry["category"] if labeled else ""
     return {"image": f"{vendor}/{entry['image']}", "label": label, "split": split}
 
 

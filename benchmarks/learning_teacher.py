@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.learning import Bench, Study
 
 TEACHER_SIZE = 160
-PROBE_STRENGTH = 0.003  # of the per-cell probe's regularisation (scikit-learn's C), on standardised features
+PROBE_STRENGTH = 0.003  # of the per-cell probe's regularization (scikit-learn's C), on standardized features
 
 
 def probe_ceiling(bench: Bench, study: Study, draw: int) -> float:
@@ -24,7 +24,7 @@ def probe_ceiling(bench: Bench, study: Study, draw: int) -> float:
     from store.quality import probe_accuracy
     from store.reader import open_store
 
-    learnt = open_store(bench.store(study, draw, unlabelled=study.unlabelled))["train"]
+    learnt = open_store(bench.store(study, draw, unlabeled=study.unlabeled))["train"]
     parts = []
     for split in (learnt, open_store(bench.test_store(study))["test"]):
         features = split.read(POOLED).astype(np.float32) * split.scale[POOLED]
@@ -74,14 +74,14 @@ def majority(masks: np.ndarray, cells: int) -> np.ndarray:
 
 
 def fidelity(bench: Bench, study: Study) -> dict[str, float]:
-    """Stored grids against live encoding, standardised, cosine of every token."""
+    """Stored grids against live encoding, standardized, cosine of every token."""
     from PIL import Image
 
     from extract.teachers import load_teacher
     from store.format import GRID
     from store.reader import open_store
 
-    path = bench.store(study, 0, unlabelled=False)
+    path = bench.store(study, 0, unlabeled=False)
     split = open_store(path)["val"]
     teacher: Any = load_teacher(
         PRETRAINED_TEACHER,

@@ -10,7 +10,7 @@ variant.
 `floor` is what libjpeg alone takes to read the file at 1/8 size: no decoder of that family can be faster. `just above
 the target` decodes as small as the target allows: as fast as can be, but for detailed files below the fidelity aimed at.
 
-Fidelity: per token of the pretrained 1280-wide teacher's grid, features standardised per channel, 1st percentile of the
+Fidelity: per token of the pretrained 1280-wide teacher's grid, features standardized per channel, 1st percentile of the
 cosine with the exact pixels' features; a mirrored image is the negative that must fail.
 """
 

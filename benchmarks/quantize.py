@@ -2,14 +2,14 @@
 
 Real images (benchmarks/learning_data.py), 64 px. resnet18 learns Twitter's emoji and is measured on 85 % of Google's
 drawings of them; unet/small learns to tell photographed objects from the photographs that they were pasted into, and is
-measured on other objects in other photographs. Both are distilled from EfficientNet-Lite2 (ImageNet), then quantised by what
+measured on other objects in other photographs. Both are distilled from EfficientNet-Lite2 (ImageNet), then quantized by what
 `cli quantize --mode qat` does: after training (PTQ), and with further training (QAT), which is compared with equally
 long fine-tuning in float32 followed by PTQ. Metrics are of the split `test`, which no training and no choice of an epoch
 saw. Calibration: 256 training images.
 
     python benchmarks/quantize.py [--students resnet18,unet] [--seeds 1] [--epochs 2] --work DIR [--timings] [--json]
 
-What was trained and quantised is kept in --work and not repeated; times are always taken anew, the models in turn, one
+What was trained and quantized is kept in --work and not repeated; times are always measured again, the models in turn, one
 image at a time on one thread. `--timings` takes only the times, of what is finished.
 """
 
@@ -73,7 +73,7 @@ def make_store(study: Study, work: Path) -> Path:
     from extract.run import run_extraction
 
     if study.source == "table":
-        write_emoji_table(data, None, unlabelled=False, draw=0, every=1)
+        write_emoji_table(data, None, unlabeled=False, draw=0, every=1)
     else:
         merge_classes(write_scenes(data, SCENES))
     shutil.rmtree(path, ignore_errors=True)
@@ -105,8 +105,8 @@ def run_folder(study: Study, seed: int, work: Path) -> Path:
     return work / f"{study.student.replace('/', '-')}-seed{seed}"
 
 
-def quantised(study: Study, seed: int, epochs: int, work: Path) -> dict[str, Any]:
-    """summary.json of the quantised student of one seed; trained and quantised on first use."""
+def quantized(study: Study, seed: int, epochs: int, work: Path) -> dict[str, Any]:
+    """summary.json of the quantized student of one seed; trained and quantized on first use."""
     from train.config import TrainConfig
     from train.deliver.quantize import QuantizeOptions, quantize_student
     from train.run import run_training
@@ -126,7 +126,7 @@ def quantised(study: Study, seed: int, epochs: int, work: Path) -> dict[str, Any
     return summary
 
 
-def time_anew(summary: dict[str, Any]) -> None:
+def time_again(summary: dict[str, Any]) -> None:
     """Replace the times of a summary by new ones."""
     from train.deliver.quantize import measure_latencies
 
@@ -186,7 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--students", default=",".join(STUDIES), help="a list of: " + ", ".join(STUDIES))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning, with and without quantisation")
+    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning, with and without quantization")
     parser.add_argument("--work", type=Path, required=True, help="keeps stores, runs and ONNX files")
     parser.add_argument("--timings", action="store_true", help="only time what is finished")
     parser.add_argument("--json", action="store_true")
@@ -198,9 +198,9 @@ def main() -> None:
         seeds = range(arguments.seeds)
         if arguments.timings:
             seeds = [seed for seed in seeds if is_finished(study, seed, arguments.epochs, arguments.work)]
-        summaries = [quantised(study, seed, arguments.epochs, arguments.work) for seed in seeds]
+        summaries = [quantized(study, seed, arguments.epochs, arguments.work) for seed in seeds]
         for summary in summaries:
-            time_anew(summary)
+            time_again(summary)
         rows += rows_of(study, summaries) if summaries else []
     if arguments.json:
         print(json.dumps(rows, indent=2))

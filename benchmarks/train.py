@@ -218,7 +218,7 @@ def iterate(start: Callable[[], Iterator[Any]]) -> Iterator[None]:
 
 
 def files_loader(root: Path) -> Callable[[], Iterator[Any]]:
-    """Our data set over the same files: read, hash, decode, view, colours, to normalised tensors."""
+    """Our data set over the same files: read, hash, decode, view, colours, to normalized tensors."""
     from hashlib import blake2b
 
     from store.format import Preprocessing

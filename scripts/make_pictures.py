@@ -74,7 +74,7 @@ def sweep_emoji(work: Path) -> Path:
 
     store, sweep, table = str(work / "emoji.zarr"), str(work / "sweep"), work / "emoji"
     if not table.exists():
-        write_emoji_table(table, None, unlabelled=False, draw=0, every=1)
+        write_emoji_table(table, None, unlabeled=False, draw=0, every=1)
         lines = (table / "emoji.csv").read_text(encoding="utf-8").splitlines(keepends=True)
         (table / "emoji.csv").write_text("".join(line for line in lines if ",test" not in line))
     kept = ["--images", "jpeg", "--image-size", "128", "--grid", "4", "--logits", "probe"]

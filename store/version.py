@@ -287,7 +287,7 @@ class SplitVersion:
             lengths[:kept] = np.diff(self.offsets(self.own, offsets)[: kept + 1])
         for first, end in self.runs(offsets, kept):
             source, row = int(self.version.source[first]), int(self.version.row[first])
-            if self.read_anew(offsets)[first]:
+            if self.read_again(offsets)[first]:
                 found = self.new_entries(offsets, specs, first)
                 lengths[first] = len(next(iter(found.values())))
                 for name, values in found.items():
@@ -324,14 +324,14 @@ class SplitVersion:
     def entries_before(self, offsets: str, rows: int) -> int:
         return int(self.offsets(self.own, offsets)[rows]) if rows else 0
 
-    def read_anew(self, offsets: str) -> np.ndarray:
+    def read_again(self, offsets: str) -> np.ndarray:
         """[N] bool: rows whose entries are not copied."""
         change = self.version.ragged.get(offsets)
         return self.invalid if change is None else self.invalid | change.rows
 
     def runs(self, offsets: str, kept: int) -> Iterator[tuple[int, int]]:
         """Rows from `kept` on as ranges whose entries are neighbors in one source; rows that are read come alone."""
-        source, row, read = self.version.source, self.version.row, self.read_anew(offsets)
+        source, row, read = self.version.source, self.version.row, self.read_again(offsets)
         follows = (source[1:] == source[:-1]) & (row[1:] == row[:-1] + 1) & ~read[1:] & ~read[:-1]
         starts = np.concatenate([[kept], np.flatnonzero(~follows[kept:]) + kept + 1, [self.rows]])
         for first, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):

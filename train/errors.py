@@ -20,4 +20,4 @@ class ReportError(TrainError):
 
 
 class DeliveryError(TrainError):
-    """A trained student cannot be used, exported or quantised as asked."""
+    """A trained student cannot be used, exported or quantized as asked."""

@@ -73,7 +73,7 @@ def apply_lora_options(student: Student, options: Mapping[str, Any], *, trained:
 def apply_lora(student: Student, options: LoraOptions, *, require_weights: bool = True) -> LoraReport:
     """Put adapters into `student`, in place; afterwards only adapters and the head get gradients.
 
-    Parameters that were drawn anew when the weights were loaded train as well, like the head. Batch-norm
+    Parameters that were initialized randomly when the weights were loaded train as well, like the head. Batch-norm
     statistics keep moving while training, and are saved with the adapters.
 
     Raises LoraError for a student with random weights (unless `require_weights` is off, to read a trained
@@ -110,7 +110,7 @@ def apply_lora(student: Student, options: LoraOptions, *, require_weights: bool 
 
 def freeze_base(student: Student, bias: Bias, was_trained: set[str]) -> None:
     """Leave gradients to adapters, head, freshly drawn parameters and, by `bias`, to biases."""
-    fresh = {fresh_name(name) for name in student.initial_weights.reinitialised}
+    fresh = {fresh_name(name) for name in student.initial_weights.reinitialized}
     for name, parameter in student.named_parameters():
         plain = fresh_name(name)
         head = plain.startswith(student.head_prefixes) if student.head_prefixes else False

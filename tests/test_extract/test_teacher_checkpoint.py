@@ -292,7 +292,7 @@ def test_the_cap_is_the_checkpoints(checkpoint: Path) -> None:
         load(checkpoint, image_size=196).encode(torch.zeros(1, 3, 224, 252, dtype=torch.uint8))
 
 
-def test_normalisation_is_the_checkpoints(checkpoint: Path) -> None:
+def test_normalization_is_the_checkpoints(checkpoint: Path) -> None:
     rewrite_json(
         checkpoint / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]
     )

@@ -181,7 +181,7 @@ def test_frame_pairs_equal_transformers_on_a_video(
 def test_patches_equal_the_image_processors_bit_for_bit(
     noise: torch.Generator, tiny_teacher_folder: Path
 ) -> None:
-    """Trap 5: normalisation rounds as transformers' does; only the order of the patches is ours."""
+    """Trap 5: normalization rounds as transformers' does; only the order of the patches is ours."""
     from transformers import Qwen2VLImageProcessor
 
     teacher = load_teacher("qwen2.5-vl", str(tiny_teacher_folder), device="cpu", dtype="float32")

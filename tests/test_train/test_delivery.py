@@ -1,4 +1,4 @@
-"""Export, prediction and quantisation of a student that was really trained (briefly)."""
+"""Export, prediction and quantization of a student that was really trained (briefly)."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def test_random_weights_are_refused_with_the_reason() -> None:
 
 
 @pytest.mark.slow
-def test_what_was_drawn_anew_trains_like_a_head(tmp_path: Path) -> None:
+def test_what_was_fresh_trains_like_a_head(tmp_path: Path) -> None:
     import timm
 
     torch.save(timm.create_model("resnet50").state_dict(), tmp_path / "w.pt")

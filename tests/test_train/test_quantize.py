@@ -1,4 +1,4 @@
-"""int8 students: what quantising rewrites, how good they are, on which data they may be calibrated."""
+"""int8 students: what quantizing rewrites, how good they are, on which data they may be calibrated."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_upsampling_is_rewritten_without_changing_what_it_computes() -> None:
 
 
 @pytest.mark.slow
-def test_training_quantised_starts_where_calibration_ended() -> None:
-    """Before its first step, the graph that is trained has the ranges that post-training quantisation found."""
+def test_training_quantized_starts_where_calibration_ended() -> None:
+    """Before its first step, the graph that is trained has the ranges that post-training quantization found."""
     pytest.importorskip("torchao")
     torch.manual_seed(0)
     student = build_student(STUDENT, num_classes=3, image_size=32).eval()
@@ -65,7 +65,7 @@ def test_training_quantised_starts_where_calibration_ended() -> None:
 
 
 @pytest.mark.slow
-def test_quantised_students_are_smaller_and_as_good(make_store: Any, tmp_path: Path) -> None:
+def test_quantized_students_are_smaller_and_as_good(make_store: Any, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     store = make_store(train=96, val=48)
     run = trained(store, tmp_path / "run", epochs=8, student="timm:resnet10t")

@@ -50,12 +50,12 @@ def test_files(tmp_path: Path, name: str, wrap: Any) -> None:
     path = save(wrap(reference.state_dict()), tmp_path / name)
     student = build_student("resnet18", num_classes=4, image_size=SIZE, student_path=path)
     assert same_body(student, reference, head="nothing")
-    assert student.initial_weights.reinitialised == ()
+    assert student.initial_weights.reinitialized == ()
     assert not student.initial_weights.is_random
 
 
 @pytest.mark.parametrize("classes", [4, 0])
-def test_a_head_of_another_size_is_drawn_anew_and_named(
+def test_a_head_of_another_size_is_fresh_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, classes: int
 ) -> None:
     reference = resnet(classes)
@@ -63,7 +63,7 @@ def test_a_head_of_another_size_is_drawn_anew_and_named(
     with caplog.at_level(logging.WARNING):
         student = build_student("resnet18", num_classes=7, image_size=SIZE, student_path=path)
     assert same_body(student, reference)
-    assert student.initial_weights.reinitialised == ("fc.bias", "fc.weight")
+    assert student.initial_weights.reinitialized == ("fc.bias", "fc.weight")
     assert "fc.weight" in caplog.text
 
 
@@ -150,7 +150,7 @@ def test_resnet50_fills_the_frame_encoder_of_an_lstm(tmp_path: Path) -> None:
     path = save(encoder.state_dict(), tmp_path / "w.pt")
     student = build_student("lstm/small", num_classes=3, image_size=SIZE, student_path=path)
     assert torch.equal(student.state_dict()["encoder.conv1.weight"], encoder.state_dict()["conv1.weight"])
-    assert "lstm.weight_ih_l0" in student.initial_weights.reinitialised
+    assert "lstm.weight_ih_l0" in student.initial_weights.reinitialized
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_weights_of_ultralytics_files_are_read_without_running_code(tmp_path: Pa
     torch.save({"model": network.half(), "ema": None, "train_metrics": metrics}, tmp_path / "yolo.pt")
     student = build_student("yolov8n", num_classes=3, image_size=64, student_path=tmp_path / "yolo.pt")
     assert torch.equal(student.network.model[0].conv.weight, network.model[0].conv.weight.float())
-    assert {name.rsplit(".", 1)[-1] for name in student.initial_weights.reinitialised} == {"weight", "bias"}
-    assert all(".cv3." in name for name in student.initial_weights.reinitialised)
+    assert {name.rsplit(".", 1)[-1] for name in student.initial_weights.reinitialized} == {"weight", "bias"}
+    assert all(".cv3." in name for name in student.initial_weights.reinitialized)
     allowed = {getattr(entry, "__name__", str(entry)) for entry in torch.serialization.get_safe_globals()}
     assert "DetectionModel" not in allowed  # for this file only, not for what the process loads later
 

@@ -24,7 +24,7 @@ from train.run_folder import CONFIG
 
 
 def sample_inputs(run: Path, card: ModelCard, count: int, folder: Path | None = None) -> NDArray[np.float32]:
-    """`count` normalised inputs float32 [B, 3, S, S] (clips [B, T, 3, S, S]) of the run's validation split.
+    """`count` normalized inputs float32 [B, 3, S, S] (clips [B, T, 3, S, S]) of the run's validation split.
 
     With `folder`, of the images or clips in it. Raises DeliveryError when there are none, or the run's store is gone.
     """

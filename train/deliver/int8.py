@@ -1,8 +1,8 @@
-"""int8 students through torchao's pt2e flow: where values are quantised, with which ranges, and the ONNX file.
+"""int8 students through torchao's pt2e flow: where values are quantized, with which ranges, and the ONNX file.
 
 Activations are unsigned 8-bit per tensor, weights signed 7-bit ("reduced range") per output channel: without
 VNNI instructions, x86 adds pairs of 8-bit products in 16 bits, and full-range weights can overflow there.
-ONNX Runtime fuses a convolution to int8 only when its input and its output are quantised, so the placement is
+ONNX Runtime fuses a convolution to int8 only when its input and its output are quantized, so the placement is
 that of torchao's XNNPACK quantizer (both are), not of its x86 one (inputs only: measured slower than float).
 """
 
@@ -32,7 +32,7 @@ Ranges = dict[str, tuple[float, float]]
 
 
 def prepare_int8(module: nn.Module, example: torch.Tensor, *, training: bool) -> nn.Module:
-    """The module as a graph with observers (or, for `training`, fake quantisation) where int8 values will be.
+    """The module as a graph with observers (or, for `training`, fake quantization) where int8 values will be.
 
     The module itself is changed (`plain_upsampling`): pass a copy. `example` is a float32 batch [B, …] to trace with; the batch stays dynamic.
     Raises DeliveryError when torchao is missing or the module cannot be traced.
@@ -45,13 +45,13 @@ def prepare_int8(module: nn.Module, example: torch.Tensor, *, training: bool) ->
     dynamic = ({0: torch.export.Dim("batch", min=2)},)
     graph = exporting(
         lambda: torch.export.export(module, (example,), dynamic_shapes=dynamic).module(check_guards=False),
-        "the student for quantisation",
+        "the student for quantization",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prepare = prepare_qat_pt2e if training else prepare_pt2e
         prepared: nn.Module = exporting(
-            lambda: prepare(graph, make_quantizer(pt2e, training)), "quantised operators"
+            lambda: prepare(graph, make_quantizer(pt2e, training)), "quantized operators"
         )
     return prepared
 
@@ -105,7 +105,7 @@ def make_quantizer(pt2e: Any, training: bool) -> Any:
 
 
 def specs(pt2e: Any, training: bool) -> tuple[Any, Any]:
-    """Quantisation specifications of activations (uint8, asymmetric) and weights (int8, symmetric)."""
+    """Quantization specifications of activations (uint8, asymmetric) and weights (int8, symmetric)."""
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
     low, high = WEIGHT_LIMITS
@@ -135,7 +135,7 @@ def specs(pt2e: Any, training: bool) -> tuple[Any, Any]:
 
 
 def quantized_training_graph(student: Student, example: torch.Tensor) -> nn.Module:
-    """The student as a graph with fake quantisation that can be trained: logits and features out.
+    """The student as a graph with fake quantization that can be trained: logits and features out.
 
     `train()` and `eval()` work on it as on a module.
     """
@@ -171,7 +171,7 @@ def activation_ranges(calibrated: nn.Module) -> Ranges:
 
 @torch.no_grad()
 def start_from(ranges: Ranges, graph: nn.Module) -> None:
-    """Let fake quantisation go on from the ranges that post-training quantisation has found.
+    """Let fake quantization go on from the ranges that post-training quantization has found.
 
     torchao gives the same activation the same name in both graphs. Raises DeliveryError when it does not.
     """
@@ -183,7 +183,7 @@ def start_from(ranges: Ranges, graph: nn.Module) -> None:
     if places.keys() != ranges.keys():
         odd = sorted(places.keys() ^ ranges.keys())
         raise DeliveryError(
-            f"cannot train quantised: activations differ from calibration: {', '.join(odd[:4])}"
+            f"cannot train quantized: activations differ from calibration: {', '.join(odd[:4])}"
         )
     for name, observer in places.items():
         observer.min_val.fill_(ranges[name][0])
@@ -202,7 +202,7 @@ def write_int8(prepared: nn.Module, card: ModelCard, example: torch.Tensor, path
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
     with quiet():
-        converted = exporting(lambda: convert_pt2e(prepared), "the quantised student")
+        converted = exporting(lambda: convert_pt2e(prepared), "the quantized student")
         program = exporting(
             lambda: torch.onnx.export(
                 keep_first_output(converted),
@@ -213,7 +213,7 @@ def write_int8(prepared: nn.Module, card: ModelCard, example: torch.Tensor, path
                 output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
             ),
-            f"the quantised {card.student} to ONNX",
+            f"the quantized {card.student} to ONNX",
         )
     add_card(program.model_proto, card, path)
     return OnnxModel(path)

@@ -122,7 +122,7 @@ class ModelCard:
 
 
 class TrainedModel(Protocol):
-    """A student that can be run on normalised batches."""
+    """A student that can be run on normalized batches."""
 
     card: ModelCard
 

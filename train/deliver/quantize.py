@@ -72,10 +72,10 @@ def quantize_student(
     """Write int8 ONNX files of a run's best student and compare them with float32 in ONNX Runtime, on this CPU.
 
     `ptq` writes float32.onnx and int8-ptq.onnx. `qat` goes on from the PTQ weights and ranges: it fine-tunes with fake
-    quantisation and the run's own (distillation) loss, and, for a fair comparison, also the float student equally
+    quantization and the run's own (distillation) loss, and, for a fair comparison, also the float student equally
     long, followed by PTQ.
     `out` is the folder to write, None one in the run's. Returns (and writes to its summary.json) metrics, size and latency of each.
-    Raises DeliveryError: unknown run, a store of other classes, a student that cannot be quantised.
+    Raises DeliveryError: unknown run, a store of other classes, a student that cannot be quantized.
     """
     require_torchao()
     check_writable(out or run_folder(run), "--out")
@@ -99,7 +99,7 @@ def quantize_student(
             log.info("fine-tuning in float32 for %d epochs, for comparison", options.epochs)
             write_ptq(run_finetuning(tuning), card, inputs, models[FINETUNED_PTQ])
         with build_finetuning(run, config, store, student, card, *schedule) as tuning:
-            log.info("fine-tuning with fake quantisation for %d epochs", options.epochs)
+            log.info("fine-tuning with fake quantization for %d epochs", options.epochs)
             write_qat(tuning, card, inputs[:3], ranges, models[QAT])
     return summarize(models, student, config, store, inputs, out, options)
 
@@ -107,7 +107,7 @@ def quantize_student(
 def check_quantizable(student: Student, card: ModelCard) -> None:
     if card.task not in ("classification", "segmentation"):
         raise DeliveryError(
-            f"cannot quantise {card.student}: int8 is offered for classification and segmentation students, "
+            f"cannot quantize {card.student}: int8 is offered for classification and segmentation students, "
             f"this one learnt {card.task}"
         )
 
@@ -119,28 +119,28 @@ def check_store(run: Path, store: Store, card: ModelCard) -> None:
         odd = sorted(set(names) ^ set(card.class_names)) or ["their order"]
         raise DeliveryError(
             f"{store.path}: other classes than {run} was trained on (differing: {', '.join(odd[:5])}): "
-            "quantise with the run's store, or one with the same classes"
+            "quantize with the run's store, or one with the same classes"
         )
     trained, teacher = run_content(run)["store"], store.manifest.teacher
     ours = (trained["teacher"], trained.get("teacher_fingerprint", teacher.fingerprint))
     if ours != (teacher.name, teacher.fingerprint):
         raise DeliveryError(
             f"{store.path}: features of teacher {teacher.name} ({teacher.fingerprint}), {run} learnt from {ours[0]} "
-            f"({ours[1]}): quantise with features of the same teacher"
+            f"({ours[1]}): quantize with features of the same teacher"
         )
     if trained["fingerprint"] != store.fingerprint:
         log.info("other data than the run was trained on: %s instead of %s", store.path, trained["path"])
 
 
 def calibration_inputs(store: Store, config: TrainConfig, card: ModelCard, count: int) -> NDArray[np.float32]:
-    """Normalised images float32 [B, 3, S, S], evenly spread over the training split."""
+    """Normalized images float32 [B, 3, S, S], evenly spread over the training split."""
     reader = image_reader(config, store, config.train_split, card)
     rows = spread(np.flatnonzero(store[config.train_split].valid), count)
     return card.normalize(np.stack([card.show(reader.read(int(row), card.image_size)) for row in rows]))
 
 
 def write_ptq(student: Student, card: ModelCard, inputs: NDArray[np.float32], path: Path) -> Ranges:
-    """Post-training static quantisation: observe the ranges on `inputs`, convert, write. Returns the ranges."""
+    """Post-training static quantization: observe the ranges on `inputs`, convert, write. Returns the ranges."""
     example = torch.from_numpy(inputs[:3])
     # A copy: tracing and observing must not touch the student that is used again.
     prepared = prepare_int8(LogitsOnly(copy.deepcopy(student)), example, training=False)
@@ -154,7 +154,7 @@ def write_ptq(student: Student, card: ModelCard, inputs: NDArray[np.float32], pa
 def write_qat(
     tuning: FineTuning, card: ModelCard, example: NDArray[np.float32], ranges: Ranges, path: Path
 ) -> None:
-    """Quantisation-aware training from the weights and ranges of post-training quantisation, then convert and write."""
+    """Quantization-aware training from the weights and ranges of post-training quantization, then convert and write."""
     images = torch.from_numpy(example)
     graph = quantized_training_graph(tuning.student, images)
     graph.eval()
@@ -168,7 +168,7 @@ def write_qat(
 
 
 class QuantizedStudent(Student):
-    """A student whose forward pass is its graph with fake quantisation, so that the loop can train it."""
+    """A student whose forward pass is its graph with fake quantization, so that the loop can train it."""
 
     def __init__(self, student: Student, graph: nn.Module) -> None:
         super().__init__()

@@ -117,10 +117,10 @@ def announce(built: Built, control: bool) -> None:
     for note in () if control else built.notes:
         log.info("%s", note)
     weights = built.student.initial_weights
-    if weights.reinitialised:
+    if weights.reinitialized:
         log.info(
             "initialized randomly, since the weights given have a different shape: %s",
-            ", ".join(weights.reinitialised),
+            ", ".join(weights.reinitialized),
         )
     total = built.student.parameter_count()
     trained = sum(p.numel() for p in built.parts.module.student.parameters() if p.requires_grad)

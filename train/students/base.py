@@ -60,12 +60,12 @@ class StudentSpec:
 class InitialWeights:
     """Where a student's first weights came from.
 
-    `origin` is "random", "pretrained:NAME" or the path; `reinitialised` names the parameters that were
-    drawn anew although weights were given (a head of another size).
+    `origin` is "random", "pretrained:NAME" or the path; `reinitialized` names the parameters that were
+    initialized randomly although weights were given (a head of another size).
     """
 
     origin: str = "random"
-    reinitialised: tuple[str, ...] = ()
+    reinitialized: tuple[str, ...] = ()
 
     @property
     def is_random(self) -> bool:

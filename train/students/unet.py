@@ -1,4 +1,4 @@
-"""The classic U-Net with batch normalisation.
+"""The classic U-Net with batch normalization.
 
 Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015. Base width
 64 is the paper's (31.0 M parameters with transposed convolutions and batch norm); 48 and 32 give 17.5 M and 7.8 M.

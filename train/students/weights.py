@@ -37,7 +37,7 @@ def load_initial_weights(student: Student, path: Path) -> InitialWeights:
 
     `path` is a `.pt`, `.pth`, `.bin` or `.safetensors` file with a state dict of timm, torchvision or our own
     `best.pt`, or a Hugging Face folder (timm's or transformers' ResNet and ViT names). Pickles are read with
-    `weights_only=True`. A head of another size, or none, is drawn anew and named in the log. For an LSTM a plain
+    `weights_only=True`. A head of another size, or none, is initialized randomly and named in the log. For an LSTM a plain
     ResNet-50 fills the frame encoder.
 
     Raises StudentError when the file is missing or unreadable, or when anything but the head does not fit; the
@@ -51,11 +51,15 @@ def load_initial_weights(student: Student, path: Path) -> InitialWeights:
     fitting = {k: v for k, v in found.items() if k not in head or v.shape == expected[k].shape}
     refuse_misfits(path, student, fitting, expected, head)
     student.load_state_dict({**expected, **{k: v for k, v in fitting.items() if k in expected}})
-    drawn_anew = tuple(sorted(set(expected) - set(fitting) - ignorable(expected)))
-    student.initial_weights = InitialWeights(str(path), drawn_anew)
+    fresh = tuple(sorted(set(expected) - set(fitting) - ignorable(expected)))
+    student.initial_weights = InitialWeights(str(path), fresh)
     log.info("%s: %d tensors from %s", student.spec.name, len(set(fitting) & set(expected)), path)
-    if drawn_anew:
-        log.warning("%s: drawn anew, not in the weights or of another size: %s", path, ", ".join(drawn_anew))
+    if fresh:
+        log.warning(
+            "%s: initialized randomly: missing from the weights or of a different shape: %s",
+            path,
+            ", ".join(fresh),
+        )
     return student.initial_weights
 
 

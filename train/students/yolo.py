@@ -117,7 +117,7 @@ def level_widths(network: Any) -> list[int]:
 
 
 def load_yolo_weights(network: Any, path: Path) -> InitialWeights:
-    """Fill a DetectionModel from a file; a class head of another size is drawn anew and named.
+    """Fill a DetectionModel from a file; a class head of another size is initialized randomly and named.
 
     Raises StudentError when the file cannot be read or holds another architecture.
     """

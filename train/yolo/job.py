@@ -171,7 +171,7 @@ def build_trained_student(
         log.info(
             "weights of %s; initialized randomly: %s",
             loaded.origin,
-            ", ".join(loaded.reinitialised) or "none",
+            ", ".join(loaded.reinitialized) or "none",
         )
     report = apply_lora_options(student, config.model_dump(), trained=False)
     if report is not None:
