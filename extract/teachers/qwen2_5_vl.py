@@ -107,19 +107,6 @@ class Qwen25VLTeacher:
         grid = self.encode_grid(pixels)
         return Encoded(pooled_mean(grid, inside), grid)
 
-    @torch.inference_mode()
-    def encode_each(self, images: Sequence[Tensor]) -> list[Encoded]:
-        """Encode images of different sizes, each uint8 [3, H, W]; one forward pass per size, order kept."""
-        by_size: dict[torch.Size, list[int]] = {}
-        for index, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(index)
-        results: dict[int, Encoded] = {}
-        for indices in by_size.values():
-            encoded = self.encode(torch.stack([images[index] for index in indices]))
-            for place, index in enumerate(indices):
-                results[index] = Encoded(encoded.pooled[place : place + 1], encoded.grid[place : place + 1])
-        return [results[index] for index in range(len(images))]
-
     def encode_grid(self, pixels: Tensor) -> Tensor:
         """Tokens float32 [B, h, w, D] of uint8 pixels [B, 3, H, W] or [B, 2, 3, H, W]."""
         height, width = pixels.shape[-2:]

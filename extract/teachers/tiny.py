@@ -49,22 +49,6 @@ def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> P
     return target
 
 
-def make_tiny_model(folder: str | Path, tokenizer: str | Path, *, depth: int = 1, seed: int = 0) -> Path:
-    """A whole small Qwen2.5-VL with random weights, for zero-shot logits: two-layer language model, real vocabulary.
-
-    tokenizer: a folder with Qwen's `tokenizer.json` and `tokenizer_config.json`, which are copied.
-    """
-    from extract.teachers.qwen2_5_vl import save_random_checkpoint
-
-    target = Path(folder)
-    text = {**TINY_TEXT, "num_hidden_layers": 2, "vocab_size": QWEN_VOCABULARY, "initializer_range": 0.1}
-    save_random_checkpoint(target, vision=tiny_vision(depth), text=text, seed=seed, tie_word_embeddings=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(tokenizer) / name, target)
-    return target
-
-
-QWEN_VOCABULARY = 151_936
 # The language model is only there because the layout has one; the vision tower is what counts.
 TINY_TEXT = {
     "hidden_size": 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 from console.stop import Stopped, StopRequest
 from extract.config import load_config
 from extract.run import ExtractResult, run_extraction
+from extract.teachers.tiny import TINY_TEXT, tiny_vision
 from store.reader import Store
+
+QWEN_VOCABULARY = 151_936
 
 
 def extract(options: dict[str, Any], **changes: Any) -> ExtractResult:
@@ -49,3 +53,18 @@ def interrupt(options: dict[str, Any], rows: int) -> Stopped:
     with pytest.raises(Stopped) as stopped:
         run_extraction(load_config(options), [StopAfter(stop, rows)], stop)
     return stopped.value
+
+
+def make_tiny_model(folder: str | Path, tokenizer: str | Path, *, depth: int = 1, seed: int = 0) -> Path:
+    """A whole small Qwen2.5-VL with random weights, for zero-shot logits: two-layer language model, real vocabulary.
+
+    tokenizer: a folder with Qwen's `tokenizer.json` and `tokenizer_config.json`, which are copied.
+    """
+    from extract.teachers.qwen2_5_vl import save_random_checkpoint
+
+    target = Path(folder)
+    text = {**TINY_TEXT, "num_hidden_layers": 2, "vocab_size": QWEN_VOCABULARY, "initializer_range": 0.1}
+    save_random_checkpoint(target, vision=tiny_vision(depth), text=text, seed=seed, tie_word_embeddings=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer) / name, target)
+    return target

