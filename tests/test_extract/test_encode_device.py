@@ -288,9 +288,9 @@ def test_too_many_shapes_are_a_warning(
 ) -> None:
     import torch._dynamo.config
 
-    from extract.teachers import compiled
+    from extract.teachers import devices
 
-    monkeypatch.setattr(compiled, "MOST_VERSIONS", 1)
+    monkeypatch.setattr(devices, "MOST_VERSIONS", 1)
     teacher = few_dimensional_teacher(depth=2)
     with torch._dynamo.config.patch(recompile_limit=2):
         teacher.compiled = CompiledBlocks(teacher.tower.blocks)
