@@ -173,6 +173,10 @@ class ExtractConfig(BaseModel):
         problems = []
         if self.shard_range is not None and self.scheduler is not None:
             problems.append("shard_range and scheduler exclude each other: the scheduler hands out shards")
+        if self.shard_range is not None and len(self.devices) > 1:
+            problems.append(
+                f"shard_range takes one device, not {self.device}: start one command for each, with its own range"
+            )
         if self.scheduler is not None and len(self.devices) > 1:
             problems.append("device takes one name with scheduler: each of its workers uses that device")
         if problems:

@@ -98,6 +98,12 @@ def test_shard_range_and_scheduler_exclude_each_other() -> None:
         load_config({"data": "d", "out": "s", "shard_range": "0:2", "scheduler": "tcp://a:1"})
 
 
+def test_a_shard_range_takes_one_device() -> None:
+    """The processes of several devices share all shards; the range would be ignored."""
+    with pytest.raises(ConfigError, match="shard_range takes one device, not cuda:0,cuda:1"):
+        load_config({"data": "d", "out": "s", "shard_range": "0:2", "device": "cuda:0,cuda:1"})
+
+
 def test_the_resume_command_is_the_command_that_was_given() -> None:
     given: dict[str, Any] = {
         "data": "my photos",
