@@ -36,15 +36,15 @@ def connect(address: str, timeout_s: float = 20.0) -> Iterator[Client]:
     Raises:
         ClusterStartError: when it does not answer.
     """
-    prepare_environment()
-    from distributed import Client
+    with worker_environment():
+        from distributed import Client
 
-    try:
-        client = Client(address, timeout=timeout_s, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ClusterStartError(" ".join(str(error).split())) from None
-    with client:
-        yield client
+        try:
+            client = Client(address, timeout=timeout_s, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise ClusterStartError(" ".join(str(error).split())) from None
+        with client:
+            yield client
 
 
 @contextmanager
@@ -59,43 +59,50 @@ def local_cluster(
     Raises:
         ClusterStartError: when a worker cannot be started.
     """
-    prepare_environment()
-    import dask
-    from distributed import Client, Nanny, Scheduler, SpecCluster
+    with worker_environment():
+        import dask
+        from distributed import Client, Nanny, Scheduler, SpecCluster
 
-    # Without a host, scheduler and workers listen on every network of the machine.
-    here = {"host": "127.0.0.1", "dashboard": False}
-    options = {**here, "nthreads": 1, "memory_limit": 0}
-    nannies = {
-        index: {"cls": Nanny, "options": {**options, **worker}} for index, worker in enumerate(workers)
-    }
-    causes: list[str] = []
+        # Without a host, scheduler and workers listen on every network of the machine.
+        here = {"host": "127.0.0.1", "dashboard": False}
+        options = {**here, "nthreads": 1, "memory_limit": 0}
+        nannies = {
+            index: {"cls": Nanny, "options": {**options, **worker}} for index, worker in enumerate(workers)
+        }
+        causes: list[str] = []
+        try:
+            # Daemonic workers could not start processes of their own.
+            with dask.config.set({"distributed.worker.daemon": False}), signals, nanny_errors(causes):
+                cluster = SpecCluster(
+                    workers=nannies,
+                    # Its HTTP server starts in any case: on a free port, or it warns where 8787 is in use.
+                    scheduler={
+                        "cls": Scheduler,
+                        "options": {**here, "port": 0, "dashboard_address": "127.0.0.1:0"},
+                    },
+                    silence_logs=logging.CRITICAL,
+                )
+                client = Client(cluster, set_as_default=False)
+        except RuntimeError as error:
+            raise ClusterStartError((causes or [one_line(error)])[-1]) from error
+        try:
+            yield client
+        finally:
+            for part in (client, cluster):
+                with contextlib.suppress(TimeoutError):
+                    part.close(timeout=CLOSE_S)
+
+
+@contextmanager
+def worker_environment() -> Iterator[None]:
+    """WORKER_ENVIRONMENT in this process's environment, for the processes that start meanwhile and for dask's import."""
+    missing = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(missing)
     try:
-        # Daemonic workers could not start processes of their own.
-        with dask.config.set({"distributed.worker.daemon": False}), signals, nanny_errors(causes):
-            cluster = SpecCluster(
-                workers=nannies,
-                # Its HTTP server starts in any case: on a free port, or it warns where 8787 is in use.
-                scheduler={
-                    "cls": Scheduler,
-                    "options": {**here, "port": 0, "dashboard_address": "127.0.0.1:0"},
-                },
-                silence_logs=logging.CRITICAL,
-            )
-            client = Client(cluster, set_as_default=False)
-    except RuntimeError as error:
-        raise ClusterStartError((causes or [one_line(error)])[-1]) from error
-    try:
-        yield client
+        yield
     finally:
-        for part in (client, cluster):
-            with contextlib.suppress(TimeoutError):
-                part.close(timeout=CLOSE_S)
-
-
-def prepare_environment() -> None:
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -22,6 +22,14 @@ def test_local_workers_listen_on_this_machine_only_and_have_their_environment() 
         assert sorted(client.run(os.getenv, "MINE").values()) == ["0", "1"]
 
 
+def test_the_environment_of_workers_does_not_stay_in_this_process() -> None:
+    """A `dask scheduler` that is started later would not print its address."""
+    before = dict(os.environ)
+    with local_cluster([{}], contextlib.nullcontext()):
+        assert os.environ["DASK_LOGGING__DISTRIBUTED"] == "error"
+    assert dict(os.environ) == before
+
+
 def test_a_scheduler_that_does_not_answer_is_one_line() -> None:
     with (
         pytest.raises(ClusterStartError, match=r"tcp://127\.0\.0\.1:1 after 0\.5 s") as raised,
