@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from processes.dask_cluster import ClusterStartError, connect, local_cluster
+from processes.dask_cluster import WORKER_ENVIRONMENT, ClusterStartError, connect, local_cluster
 
 
 @pytest.mark.slow
@@ -24,10 +24,10 @@ def test_local_workers_listen_on_this_machine_only_and_have_their_environment() 
 
 def test_the_environment_of_workers_does_not_stay_in_this_process() -> None:
     """A `dask scheduler` that is started later would not print its address."""
-    before = dict(os.environ)
+    before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
     with local_cluster([{}], contextlib.nullcontext()):
         assert os.environ["DASK_LOGGING__DISTRIBUTED"] == "error"
-    assert dict(os.environ) == before
+    assert {name: os.environ.get(name) for name in WORKER_ENVIRONMENT} == before
 
 
 def test_a_scheduler_that_does_not_answer_is_one_line() -> None:
