@@ -19,6 +19,7 @@ OURS = {
     "commands",
     "console",
     "extract",
+    "files",
     "imaging",
     "processes",
     "store",
