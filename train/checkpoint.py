@@ -93,7 +93,7 @@ def describe_student(
 
 
 def clip_sampling(manifest: Manifest) -> dict[str, Any]:
-    """How many frames (or, with `frame_pairs`, pairs of neighbours) of each clip were shown; empty for images."""
+    """How many frames (or, with `frame_pairs`, pairs of neighbors) of each clip were shown; empty for images."""
     if "frames" not in manifest.options:
         return {}
     pairs = int(manifest.options.get("frames_per_row", 1)) == 2

@@ -39,7 +39,7 @@ class ModelCard:
     """All that using a student takes besides its weights; travels in ONNX metadata as JSON.
 
     `mean` and `std` are of RGB in [0, 1]; `resize` is the policy that the images are fitted with. Students of clips
-    saw `frames` of each clip, or with `frame_pairs` so many pairs of neighbours. `bit_depth`: of 16-bit gray images.
+    saw `frames` of each clip, or with `frame_pairs` so many pairs of neighbors. `bit_depth`: of 16-bit gray images.
     `teacher`: fingerprint of the teacher whose features were learned; None in older files.
     """
 
@@ -129,7 +129,7 @@ class TrainedModel(Protocol):
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 [B, 3, S, S] (clips [B, T, 3, S, S]) → logits [B, C]; masks [B, C, S, S].
 
-        Detectors: boxes as centre and size in pixels of the input, then class scores, [B, 4 + C, A] of A anchors.
+        Detectors: boxes as center and size in pixels of the input, then class scores, [B, 4 + C, A] of A anchors.
         Label-free students: embeddings [B, D].
         """
 

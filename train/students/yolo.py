@@ -41,7 +41,7 @@ class YoloStudent(Student):
         """`images` float [B, 3, H, W] in [0, 1], sides multiples of 32.
 
         `features` are the P5 map [B, D, H/32, W/32]. `logits` in eval mode are ultralytics' decoded predictions
-        [B, 4 + C, A] (boxes as centre and size in pixels, then class scores; A anchors); in training mode None.
+        [B, 4 + C, A] (boxes as center and size in pixels, then class scores; A anchors); in training mode None.
         """
         out: Any = self.network(images)
         if self.training:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from imaging.geometry import View, cell_centers, resize_view
-from train.data.prefetch import pinned
+from train.data.prefetch import to_device
 from train.distill.losses import full_precision
 from train.distill.projector import TargetStandardizer
 from train.yolo.geometry import SOURCE_PLACEMENTS, SOURCE_ROWS
@@ -129,9 +129,7 @@ class TeacherTargets:
             grids, index, views, content = (tensor.to(self.device) for tensor in read.tensors)
             return GatheredGrids(grids, index, views, content)
         with torch.cuda.stream(self.copies):
-            grids, index, views, content = (
-                pinned(tensor, ("", ""), {}).to(self.device, non_blocking=True) for tensor in read.tensors
-            )
+            grids, index, views, content = (to_device(tensor, self.device) for tensor in read.tensors)
             ready = torch.cuda.Event()
             ready.record(self.copies)
         self.copying.append(ready)
@@ -173,12 +171,12 @@ class TeacherTargets:
         views, content = read.views[read.index], read.content[read.index]
         points = points @ views[..., :2].transpose(-1, -2) + views[..., None, :, 2]
         share = share * inside(points, 0.0, 1.0)
-        cells, weights = self.neighbours(read.grids, read.index, points, content, share)
+        cells, weights = self.neighbors(read.grids, read.index, points, content, share)
         layout = (height, finer, width, finer)
         return self.mixed(read.grids, by_cell(cells, layout), by_cell(weights, layout), finer)
 
     def centers_of(self, height: int, width: int) -> Tensor:
-        """Centres of `height` × `width` cells, float32 [height·width, 2] on the device; made once a size."""
+        """Centers of `height` × `width` cells, float32 [height·width, 2] on the device; made once a size."""
         if (height, width) not in self.centers:
             centers = torch.from_numpy(cell_centers(height, width)).float().view(-1, 2)
             self.centers[height, width] = centers.to(self.device)
@@ -191,12 +189,12 @@ class TeacherTargets:
             self.counts[height, width] = torch.tensor([width, height], dtype=torch.float32).to(self.device)
         return self.counts[height, width]
 
-    def neighbours(
+    def neighbors(
         self, grids: Tensor, index: Tensor, points: Tensor, content: Tensor, share: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The stored cells around each point and their weights, both [B, L, P, 4], L sources a point at most."""
         kept, which = share.topk(min(self.sources_per_cell, share.shape[1]), dim=1)
-        cells, weights = bilinear_neighbours(points, content, self.count_of(grids))
+        cells, weights = bilinear_neighbors(points, content, self.count_of(grids))
         cells = cells + (index * grids[0, ..., 0].numel())[..., None, None]
         chosen = which[..., None].expand(-1, -1, -1, 4)
         return cells.gather(1, chosen), kept[..., None] * weights.gather(1, chosen)
@@ -253,7 +251,7 @@ def inside(points: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return ((points >= low) & (points < high)).all(-1)
 
 
-def bilinear_neighbours(points: Tensor, content: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def bilinear_neighbors(points: Tensor, content: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The four cells around each point [B, K, P, 2]: flat indices int64 and weights, both [B, K, P, 4].
 
     Points are clamped to the cells in `content` [B, K, 4], so that padding never mixes in. `count`: float32 [2], columns
