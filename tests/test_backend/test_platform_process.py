@@ -85,7 +85,12 @@ def test_a_training_from_start_to_end(
 
     environment = plain_environment(QWEN_DISTILL_API_TOKEN="s3cr3t")
     line = words(
-        platform, auto_save_checkpoint="True", checkpoint_interval=2, num_classes=10, new_option="新"
+        platform,
+        auto_save_checkpoint="True",
+        checkpoint_interval=2,
+        num_classes=10,
+        new_option="新",
+        cache_dir=tmp_path / "cache",  # of its own: the lines of the extraction are part of the output
     )
     ended = run_platform(line, parent=parent, environment=environment)
     assert ended.code == 0, ended.text
