@@ -35,6 +35,7 @@ from console.output import print_json, print_table  # noqa: E402
 from extract.teachers.tiny import make_tiny_teacher  # noqa: E402
 from tests.test_backend.platform_data import make_class_folders  # noqa: E402
 from tests.test_backend.platform_server import PlatformServer  # noqa: E402
+from train.events import EpochEnded  # noqa: E402
 
 HEALTHY = "ok"
 HOSTILE = ("stall", "500", "trickle", "down")
@@ -119,7 +120,7 @@ def measure_blocking(epochs: int = 2000) -> dict[str, object]:
         for epoch in range(1, epochs + 1):
             record = {"epoch": epoch, "train_loss": 0.5, "val_loss": 0.5, "top1": 0.5, "epoch_time_s": 1.0}
             started = time.perf_counter()
-            events.epoch_end(record)
+            events(EpochEnded(record))
             times.append(time.perf_counter() - started)
         os.close(writing)
         relay.join()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from processes.deadline import StopDeadline
 from store.reader import Store
 from train.config import TrainConfig
-from train.events import Observer
+from train.events import EventStream
 from train.run_folder import RunFolder
 from train.students.base import Student
 
@@ -23,7 +23,7 @@ class FitRequest:
     config: TrainConfig
     asked: TrainConfig
     folder: RunFolder
-    observer: Observer
+    events: EventStream
     deadline: StopDeadline
     control: bool
 

@@ -17,7 +17,7 @@ from processes.deadline import StopDeadline, nothing_to_save
 from store.reader import Store
 from train.config import TrainConfig
 from train.data.splits import warn_of_splits
-from train.events import Observer, Observers
+from train.events import EventStream, Listener, TrainingFinished
 from train.fit import FitRequest, FitResult, Trainer
 from train.loop.machine import MEMORY_ADVICE, OutOfMemoryError, explain_device_error, is_out_of_memory
 from train.measure import measure_latency
@@ -29,25 +29,25 @@ log = get_logger("train")
 
 
 def run_training(
-    config: TrainConfig, observers: Sequence[Observer] = (), stop: StopRequest | None = None
+    config: TrainConfig, listeners: Sequence[Listener] = (), stop: StopRequest | None = None
 ) -> dict[str, Any]:
     """Train by `config`; returns the content of summary.json.
 
-    Under torchrun or accelerate launch every rank calls this; rank 0 writes and is observed. A run that is
+    Under torchrun or accelerate launch every rank calls this; rank 0 writes, and passes events to the listeners (not those of the control). A run that is
     complete already is not repeated when resumed.
 
     Raises ConfigError, TrainError and StoreError for what cannot work, console.stop.Stopped after a signal (the
     last finished step of our loop, the last finished epoch of YOLO students is saved), OutOfMemoryError with advice.
     """
     is_main = os.environ.get("RANK", "0") == "0"  # every rank trains, one writes and reports
-    group = Observers(observers if is_main else ())
+    events = EventStream(listeners if is_main else ())
     try:
         with contextlib.ExitStack() as stack:
             stop = stop if stop is not None else stack.enter_context(StopRequest())
-            deadline = stack.enter_context(StopDeadline(stop, report=group.failed))
-            return train_with_control(build_trainer(config), deadline, group, is_main)
+            deadline = stack.enter_context(StopDeadline(stop, report=events.fail))
+            return train_with_control(build_trainer(config), deadline, events, is_main)
     except BaseException as error:
-        group.failed(error)
+        events.fail(error)
         raise
 
 
@@ -62,38 +62,42 @@ def build_trainer(config: TrainConfig) -> Trainer:
 
 
 def train_with_control(
-    trainer: Trainer, deadline: StopDeadline, observers: Observers, is_main: bool
+    trainer: Trainer, deadline: StopDeadline, events: EventStream, is_main: bool
 ) -> dict[str, Any]:
     """Prepare the folder, train the student and its control, write the summary."""
     config, store = trainer.config, trainer.store
     folder = RunFolder(config.out)
     if is_main:
         folder.prepare(config, store)
+        events.start(folder)
         warn_of_random_teacher(config.store, store)
         warn_of_splits(config, store, trainer.task)
     barrier()
     if config.resume and folder.is_complete(config):
         log.info("%s is complete: nothing left to do", config.out)
         return folder.read_summary() or {}
-    request = FitRequest(config, config, folder, observers, deadline, config.control_only)
+    request = FitRequest(config, config, folder, events, deadline, config.control_only)
     main = fit_in_memory(trainer, request)
     summary = summarize(main, trainer.task, store)
     if config.control:
         # The same student, seed, images and schedule on the task loss alone, at weight 1, in RUN/control; batches as
         # the main run ended up with, in case it ran out of memory.
         batches = {name: getattr(main.config, name) for name in ("batch_size", "grad_accum_steps")}
+        folder_of_control, events_of_control = RunFolder(config.out / "control"), EventStream()
+        if is_main:
+            events_of_control.start(folder_of_control)
         request = FitRequest(
             config=config.replace(**batches),
             asked=config.replace(**batches),
-            folder=RunFolder(config.out / "control"),
-            observer=Observers(),
+            folder=folder_of_control,
+            events=events_of_control,
             deadline=deadline,
             control=True,
         )
         summary["control"] = compare(main, fit_in_memory(trainer, request))
     if is_main:
         folder.write_summary(summary)
-        observers.finished(summary)
+        events.emit(TrainingFinished(summary))
     barrier()
     return summary
 

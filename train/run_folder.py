@@ -25,9 +25,9 @@ from train.errors import ConfigError, TrainError
 
 log = get_logger("train")
 
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, EVENTS, SUMMARY = "config.json", "metrics.jsonl", "events.jsonl", "summary.json"
 LATENCY = "latency.json"  # measured by `cli report`
-OURS = (CONFIG, METRICS, SUMMARY, LATENCY, "best.pt", "last.pt")
+OURS = (CONFIG, METRICS, EVENTS, SUMMARY, LATENCY, "best.pt", "last.pt")
 OUR_FOLDERS = ("tensorboard", "control", "ultralytics", "wandb", "mlflow")
 
 PACKAGES = ("torch", "timm", "accelerate", "numpy", "zarr", "peft", "ultralytics")
@@ -39,6 +39,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.metrics, self.summary = path / CONFIG, path / METRICS, path / SUMMARY
+        self.events = path / EVENTS  # written by `train.events`
         self.best, self.last = path / "best.pt", path / "last.pt"
 
     # What is in it -----------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ class RunFolder:
         if started or not folder.is_dir():
             return
         visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        if others := sorted(visible - {METRICS, *OUR_FOLDERS}):
+        if others := sorted(visible - {METRICS, EVENTS, *OUR_FOLDERS}):
             raise ConfigError(
                 f"--out {folder}: holds other files ({', '.join(others[:3])}{' …' if others[3:] else ''}), expected a "
                 "run or an empty folder: name a folder of its own"
@@ -169,6 +170,8 @@ class RunFolder:
         if not config.resume and (taken or self.has_config()):
             self.remove_run()
         self.create()
+        if not config.resume:
+            self.events.unlink(missing_ok=True)  # of a start that failed
         if config.resume and taken:
             self.check_same_options(config)
             self.check_same_store(store_reference(store))

@@ -7,17 +7,14 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backend.task.calls import Sender, TaskCalls, percent
 from console.log import get_logger
 from files.writing import replacing
-from train.events import SilentObserver
+from train.events import CheckpointSaved, EpochEnded, Event
 from train.metrics import headline_of
 from train.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from train.config import TrainConfig
 
 log = get_logger("platform")
 
@@ -59,41 +56,21 @@ class ExtractionEvents:
         self.sender.send(self.calls.progress(epoch=0, total_epochs=self.total_epochs, message=text))
 
 
-def training_observers(config: TrainConfig, calls: TaskCalls, sender: Sender | None) -> list[TrainingEvents]:
-    """The observer of a training, in the process that reports."""
-    return [] if sender is None else [TrainingEvents(calls, sender, config.epochs, config.out)]
-
-
-class TrainingEvents(SilentObserver):
-    """Observes the training (`train.events`) and reports each epoch and each better model, each once.
-
-    An epoch is in last.pt before it is reported. Where a run ended just between the two, the one that resumes it
-    finds an epoch in metrics.jsonl that was not there before, and reports it.
-    """
+class TrainingEvents:
+    """A listener of the training (`train.events`): each epoch and each better model becomes calls."""
 
     def __init__(self, calls: TaskCalls, sender: Sender, total_epochs: int, folder: Path) -> None:
         self.calls, self.sender, self.total_epochs = calls, sender, total_epochs
         self.run = RunFolder(folder)
-        self.reported = {int(record["epoch"]) for record in self.run.read_records()}
-        self.caught_up = False
 
-    def epoch_end(self, record: dict[str, Any]) -> None:
-        epoch = int(record["epoch"])
-        if not self.caught_up:
-            self.catch_up(epoch)
-        self.report(epoch, record)
-
-    def catch_up(self, before: int | None = None) -> None:
-        """Report what is in metrics.jsonl and has not been reported: all of it, or the epochs `before` one."""
-        self.caught_up = True
-        for record in self.run.read_records():
-            epoch = int(record["epoch"])
-            if epoch not in self.reported and (before is None or epoch < before):
-                self.report(epoch, record)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            self.report(int(event.record["epoch"]), event.record)
+        elif isinstance(event, CheckpointSaved) and event.path.name == self.run.best.name:
+            self.publish_best()
 
     def report(self, epoch: int, record: Mapping[str, Any]) -> None:
         accuracy = accuracy_of(record)
-        self.reported.add(epoch)
         progress = self.calls.progress(
             epoch=epoch,
             total_epochs=self.total_epochs,
@@ -103,10 +80,6 @@ class TrainingEvents(SilentObserver):
         )
         self.sender.send(progress)
         self.sender.send(self.calls.history(epoch=epoch, values=history_values(record, accuracy)))
-
-    def checkpoint_saved(self, path: Path, epoch: int, is_best: bool) -> None:
-        if is_best and path.name == self.run.best.name:
-            self.publish_best()
 
     def publish_best(self) -> None:
         """Make best.pt the platform's best_model.pt and report it, when it is not that already.
@@ -123,9 +96,6 @@ class TrainingEvents(SilentObserver):
             except OSError:
                 shutil.copyfile(best, partial)
         self.sender.send(self.calls.model_path(published.absolute()))
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        self.catch_up()
 
 
 def history_values(record: Mapping[str, Any], accuracy: float | None) -> dict[str, Any]:
@@ -169,20 +139,3 @@ def memory_usage() -> float:
     import psutil
 
     return float(psutil.Process().memory_info().rss / MEGABYTE)
-
-
-def publish(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, at once or not at all; a copy where links are impossible.
-
-    Our checkpoints are replaced, never rewritten, so a link keeps what it was made of.
-    """
-    with replacing(target) as partial:
-        try:
-            os.link(source, partial)
-        except OSError:
-            shutil.copyfile(source, partial)
-
-
-def same_file(first: Path, second: Path) -> bool:
-    """True when both names exist and lead to one file."""
-    return second.exists() and os.path.samefile(first, second)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from backend.task.calls import PipeSender, Sender, TaskCalls
 from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError, PlatformError
-from backend.task.events import ExtractionEvents, TrainingEvents, training_observers
+from backend.task.events import ExtractionEvents, TrainingEvents
 from backend.task.feature_cache import (
     FeatureCache,
     cache_key,
@@ -143,8 +143,8 @@ class Task:
             return train_on_ranks(config, self.request.task_id, pipe, self.stop)
         from train.run import run_training
 
-        observers = training_observers(config, self.calls, self.sender)
-        return dict(run_training(config, observers, self.stop))
+        listener = TrainingEvents(self.calls, self.sender, config.epochs, config.out)
+        return dict(run_training(config, [listener], self.stop))
 
     # -- the end ----------------------------------------------------------------------------------------
 

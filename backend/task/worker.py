@@ -142,12 +142,14 @@ def run_rank(task_id: str, stop: StopRequest) -> int:
     calls = TaskCalls(task_id)
     text = sys.stdin.read()
     try:
-        from backend.task.events import training_observers
+        from backend.task.events import TrainingEvents
         from train.config import TrainConfig
         from train.run import run_training
 
         config = TrainConfig.model_validate_json(text)
-        run_training(config, training_observers(config, calls, sender), stop)
+        # Of the ranks, only rank 0 has a sender.
+        listeners = [] if sender is None else [TrainingEvents(calls, sender, config.epochs, config.out)]
+        run_training(config, listeners, stop)
     except Stopped as stopped:
         return stopped.exit_code
     except Exception as error:

@@ -14,7 +14,7 @@ from store.errors import DistillError
 from store.reader import open_store
 from train.checkpoint import CheckpointError, load_checkpoint, load_student_from_run, save_checkpoint
 from train.errors import ConfigError, TrainError
-from train.events import SilentObserver
+from train.events import Event, TrainingFailed
 from train.loop import fit as loop_fit
 from train.loop import loop
 from train.loop.machine import is_out_of_memory
@@ -119,14 +119,6 @@ def test_without_a_grid_crops_are_mild_and_the_config_says_why(make_store, make_
     assert (resolved["augment"], resolved["distilled"]["cells"]) == ("full", True)
 
 
-class Failures(SilentObserver):
-    def __init__(self) -> None:
-        self.errors: list[BaseException] = []
-
-    def failed(self, error: BaseException) -> None:
-        self.errors.append(error)
-
-
 def test_nan_names_epoch_step_and_term_and_keeps_the_checkpoint(make_store, make_config, monkeypatch):
     plain = loop.Loop.forward
 
@@ -139,10 +131,13 @@ def test_nan_names_epoch_step_and_term_and_keeps_the_checkpoint(make_store, make
 
     monkeypatch.setattr(loop.Loop, "forward", forward)
     config = make_config(make_store())
-    observer = Failures()
+    events: list[Event] = []
     with pytest.raises(loop.NotFiniteError, match="feature_loss became nan in epoch 2, step 2"):
-        run_training(config, [observer])
-    assert isinstance(observer.errors[0], loop.NotFiniteError)
+        run_training(config, [events.append])
+    failed = events[-1]
+    assert isinstance(failed, TrainingFailed)
+    assert (failed.kind, failed.exit_code) == ("NotFiniteError", 1)
+    assert failed.message.startswith("feature_loss became nan in epoch 2")
     last = load_checkpoint(config.out / "last.pt")
     assert last["epoch"] == 1
     assert all(torch.isfinite(value).all() for value in last["model_state_dict"].values())

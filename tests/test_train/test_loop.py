@@ -19,7 +19,7 @@ from tests.test_train.runs import records
 from train.checkpoint import load_checkpoint
 from train.data.batches import FeatureGatherer
 from train.distill.mixing import draw_mixing, mix_images
-from train.events import SilentObserver
+from train.events import CheckpointSaved, EpochEnded, Event, TrainingFinished
 from train.loop import loop, saving, trainer
 from train.loop.optimizer import WeightAverage, parameter_groups
 from train.loop.saving import StepGuard
@@ -162,30 +162,20 @@ def test_early_stopping_counts_epochs_without_improvement(make_store, make_confi
     assert load_checkpoint(config.out / "best.pt")["epoch"] == 2
 
 
-class Heard(SilentObserver):
-    def __init__(self) -> None:
-        self.epochs: list[int] = []
-        self.saved: list[tuple[str, int, bool]] = []
-        self.summaries: list[dict[str, Any]] = []
+def test_listeners_get_the_events_of_the_main_run_only(make_store, make_config):
+    events: list[Event] = []
 
-    def epoch_end(self, record: dict[str, Any]) -> None:
-        self.epochs.append(record["epoch"])
+    def listener(event: Event) -> None:
+        if isinstance(event, CheckpointSaved):
+            assert event.path.exists()
+        events.append(event)
 
-    def checkpoint_saved(self, path: Path, epoch: int, is_best: bool) -> None:
-        assert path.exists()
-        self.saved.append((path.name, epoch, is_best))
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        self.summaries.append(summary)
-
-
-def test_observers_hear_of_the_main_run_only(make_store, make_config):
-    heard = Heard()
-    summary = run_training(make_config(make_store(), control=True, checkpoint_interval=2), [heard])
-    assert heard.epochs == [1, 2]
-    assert ("best.pt", 1, True) in heard.saved
-    assert ("checkpoint_epoch_2.pt", 2, False) in heard.saved
-    assert heard.summaries == [summary]
+    config = make_config(make_store(), control=True, checkpoint_interval=2)
+    summary = run_training(config, [listener])
+    assert [event.record["epoch"] for event in events if isinstance(event, EpochEnded)] == [1, 2]
+    assert CheckpointSaved(config.out / "best.pt", 1, True) in events
+    assert CheckpointSaved(config.out / "checkpoint_epoch_2.pt", 2, False) in events
+    assert [event for event in events if isinstance(event, TrainingFinished)] == [TrainingFinished(summary)]
 
 
 def test_control_has_the_same_weights_order_and_schedule_and_weight_one(make_store, make_config, monkeypatch):

@@ -25,11 +25,11 @@ from tests.test_train.yolo_runs import (
     learnt,
     make_config,
     metrics_of,
+    stop_after,
 )
 from train.checkpoint import load_checkpoint
 from train.config import load_config
 from train.errors import ConfigError
-from train.events import SilentObserver
 from train.run import run_training
 
 pytest.importorskip("ultralytics")
@@ -120,13 +120,8 @@ def test_a_stop_between_two_writings_keeps_the_last_finished_epoch(yolo_store: P
     out = tmp_path / "out"
     stop = StopRequest()
 
-    class StopAfterSecond(SilentObserver):
-        def epoch_end(self, record: dict[str, Any]) -> None:
-            if record["epoch"] == 2:
-                stop.set(signal.SIGTERM)
-
     with pytest.raises(Stopped, match="--resume continues after it"):
-        run_training(make_config(yolo_store, out), [StopAfterSecond()], stop)
+        run_training(make_config(yolo_store, out), [stop_after(2, stop)], stop)
     last, best = load_checkpoint(out / "last.pt"), load_checkpoint(out / "best.pt")
     assert last["epoch"] == 2
     assert best["epoch"] == last["training"]["best_epoch"]
@@ -152,12 +147,8 @@ def test_ultralytics_best_is_the_student_of_ours_after_a_resume(yolo_store: Path
     out = tmp_path / "out"
     stop = StopRequest()
 
-    class StopAfterFirst(SilentObserver):
-        def epoch_end(self, record: dict[str, Any]) -> None:
-            stop.set(signal.SIGTERM)
-
     with pytest.raises(Stopped):
-        run_training(make_config(yolo_store, out), [StopAfterFirst()], stop)
+        run_training(make_config(yolo_store, out), [stop_after(1, stop)], stop)
     (out / "ultralytics" / "best.pt").write_bytes(b"of another epoch")
     run_training(make_config(yolo_store, out, resume=True))
     exported = YOLO(out / "ultralytics" / "best.pt").model.state_dict()
@@ -170,12 +161,8 @@ def test_a_stop_request_ends_after_the_batch(yolo_store: Path, tmp_path: Path) -
     out = tmp_path / "out"
     stop = StopRequest()
 
-    class StopAfterFirst(SilentObserver):
-        def epoch_end(self, record: dict[str, Any]) -> None:
-            stop.set(signal.SIGTERM)
-
     with pytest.raises(Stopped, match="--resume continues after it") as stopped:
-        run_training(make_config(yolo_store, out), [StopAfterFirst()], stop)
+        run_training(make_config(yolo_store, out), [stop_after(1, stop)], stop)
     assert stopped.value.exit_code == 143
     assert len(metrics_of(out)) == 1
     assert not (out / "summary.json").exists()
@@ -221,15 +208,15 @@ SLOW_BATCH = """
 import sys, time
 from train.config import TrainConfig
 from train.yolo.dataset import StoreDataset
-from train.events import SilentObserver
+from train.events import EpochEnded, TrainingFailed
 from train.run import run_training
-class Platform(SilentObserver):
-    def failed(self, error):
-        print(type(error).__name__, error.exit_code, flush=True)
-    def epoch_end(self, record):
-        print("epoch", record["epoch"], flush=True)
+def listener(event):
+    if isinstance(event, TrainingFailed):
+        print(event.kind, event.exit_code, flush=True)
+    elif isinstance(event, EpochEnded):
+        print("epoch", event.record["epoch"], flush=True)
         StoreDataset.load_image = lambda *arguments, **named: time.sleep(60)
-run_training(TrainConfig(**eval(sys.argv[1])), [Platform()])
+run_training(TrainConfig(**eval(sys.argv[1])), [listener])
 """
 
 

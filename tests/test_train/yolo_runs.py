@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from console.stop import StopRequest
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
-from train.events import SilentObserver
+from train.events import CheckpointSaved, EpochEnded, Event, TrainingFinished
 
 ROOT = Path(__file__).parents[2]
 # Two batches a step, mosaic closed in the last epoch: what a resumed run must get right.
@@ -28,20 +31,29 @@ OPTIONS: dict[str, Any] = {
 RUN_OPTIONS: dict[str, Any] = {"checkpoint_interval": 2, "distill_layers": "P4,P5"}
 
 
-class Listener(SilentObserver):
+class Listener:
     def __init__(self) -> None:
         self.epochs: list[dict[str, Any]] = []
         self.saved: list[tuple[str, int, bool]] = []
         self.summary: dict[str, Any] = {}
 
-    def epoch_end(self, record: dict[str, Any]) -> None:
-        self.epochs.append(record)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            self.epochs.append(event.record)
+        elif isinstance(event, CheckpointSaved):
+            self.saved.append((event.path.name, event.epoch, event.is_best))
+        elif isinstance(event, TrainingFinished):
+            self.summary = event.summary
 
-    def checkpoint_saved(self, path: Path, epoch: int, is_best: bool) -> None:
-        self.saved.append((path.name, epoch, is_best))
 
-    def finished(self, summary: dict[str, Any]) -> None:
-        self.summary = summary
+def stop_after(epoch: int, stop: StopRequest) -> Callable[[Event], None]:
+    """A listener that requests a stop when the epoch has ended."""
+
+    def listener(event: Event) -> None:
+        if isinstance(event, EpochEnded) and event.record["epoch"] == epoch:
+            stop.set(signal.SIGTERM)
+
+    return listener
 
 
 def make_config(store: Path, out: Path, **options: Any) -> TrainConfig:

@@ -59,7 +59,7 @@ class LoopTrainer:
             folder.path,
             self.store.manifest,
             self.task,
-            request.observer,
+            request.events,
             request.deadline,
         ).fit()
         quality = feature_quality(built, config, self.store, self.data, folder.best)

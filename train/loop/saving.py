@@ -23,20 +23,13 @@ from torch import Tensor, nn
 
 from files.writing import publish
 from train.checkpoint import ADAPTERS, BEST, LAST, load_checkpoint, save_checkpoint
+from train.events import CheckpointSaved
 
 NEXT_BEST = f".{BEST}.next"
 #: Copies of a run's state that may wait for the disk at once.
 WAITING = 2
 
 Content = Mapping[str, Any]
-
-
-class Saved(NamedTuple):
-    """A checkpoint that is complete on disk; `epoch` counts from 1."""
-
-    path: Path
-    epoch: int
-    is_best: bool
 
 
 @torch.no_grad()
@@ -145,8 +138,8 @@ class CheckpointWriter:
         # would be a mixture of both.
         self.disk = threading.Lock()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self.pending: deque[Future[list[Saved]]] = deque()
-        self.reports: list[Saved] = []
+        self.pending: deque[Future[list[CheckpointSaved]]] = deque()
+        self.reports: list[CheckpointSaved] = []
 
     def due(self, *, after_epoch: bool) -> bool:
         """Whether it is time for `last.pt`: after the first epoch, and every `every_s` seconds; not while one is written."""
@@ -177,26 +170,26 @@ class CheckpointWriter:
         """Write another checkpoint, from a copy, in the background."""
         self.submit(partial(self.write_one, path, HostCopy(content), epoch))
 
-    def write_one(self, path: Path, content: HostCopy, epoch: int) -> list[Saved]:
+    def write_one(self, path: Path, content: HostCopy, epoch: int) -> list[CheckpointSaved]:
         with self.disk:
             save_checkpoint(path, content.content())
-        return [Saved(path, epoch, False)]
+        return [CheckpointSaved(path, epoch, False)]
 
-    def write_pair(self, last: HostCopy, epoch: int, best: Best | None) -> list[Saved]:
+    def write_pair(self, last: HostCopy, epoch: int, best: Best | None) -> list[CheckpointSaved]:
         """The order matters: see the top of the file."""
         with self.disk:
             if best is not None:
                 save_checkpoint(self.folder / NEXT_BEST, best.student.content())
             save_checkpoint(self.folder / LAST, last.content())
-            saved = [Saved(self.folder / LAST, epoch, False)]
+            saved = [CheckpointSaved(self.folder / LAST, epoch, False)]
             if best is not None:
                 publish(self.folder / NEXT_BEST, self.folder / BEST)
-                saved.insert(0, Saved(self.folder / BEST, best.epoch, True))
+                saved.insert(0, CheckpointSaved(self.folder / BEST, best.epoch, True))
                 if best.adapters is not None:
                     save_checkpoint(self.folder / ADAPTERS, best.adapters.content())
         return saved
 
-    def submit(self, work: Callable[[], list[Saved]]) -> None:
+    def submit(self, work: Callable[[], list[CheckpointSaved]]) -> None:
         """Hand work to the background thread; waits while `WAITING` writes are pending."""
         self.collect(most=WAITING - 1)
         self.pending.append(self.pool.submit(work))
@@ -209,13 +202,13 @@ class CheckpointWriter:
         while self.pending and (self.pending[0].done() or (most is not None and len(self.pending) > most)):
             self.reports += self.pending.popleft().result()
 
-    def finished(self) -> list[Saved]:
+    def finished(self) -> list[CheckpointSaved]:
         """The checkpoints completed since the last call."""
         self.collect()
         reports, self.reports = self.reports, []
         return reports
 
-    def finish(self) -> list[Saved]:
+    def finish(self) -> list[CheckpointSaved]:
         """Wait for all writes; the checkpoints completed since the last call of `finished`."""
         self.collect(most=0)
         return self.finished()

@@ -15,7 +15,7 @@ from processes.deadline import StopDeadline
 from store.format import Manifest
 from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint
 from train.config import TrainConfig, config_to_json
-from train.events import Observer
+from train.events import EpochEnded, EventStream
 from train.loop.assemble import Built
 from train.loop.loop import Loop, NotFiniteError, TrainingState
 from train.loop.optimizer import match_layout
@@ -53,11 +53,11 @@ class Trainer:
         folder: Path,
         manifest: Manifest,
         task: str,
-        observers: Observer,
+        events: EventStream,
         watch: StopDeadline,
     ) -> None:
         self.built, self.parts, self.config = built, built.parts, config
-        self.folder, self.observers, self.watch = folder, observers, watch
+        self.folder, self.events, self.watch = folder, events, watch
         self.is_main = built.parts.accelerator.is_main_process
         self.about = describe_student(built.student, manifest, config_to_json(config), task)
         self.best_metric = built.parts.objective.task.best_metric
@@ -112,6 +112,7 @@ class Trainer:
         if self.is_main:
             adopt_best(self.folder, progress.best_epoch)
             RunFolder(self.folder).write_records(progress.history)
+            self.events.catch_up(progress.history)
             self.trackers = open_trackers(
                 self.config.tracker, self.folder, self.about["config"], progress.epoch
             )
@@ -136,7 +137,7 @@ class Trainer:
         log.info("%s: resumed %s", self.folder, where)
 
     def finish_epoch(self, record: dict[str, Any]) -> None:
-        """Record the epoch, save its student when that is due, tell trackers and observers."""
+        """Record the epoch, save its student when that is due, pass it to trackers and emit it."""
         details = {name: record.pop(name) for name in list(record) if name.startswith("per_class")}
         metrics = {k: v for k, v in record.items() if k not in NOT_METRICS and not k.startswith("val_")}
         value = metrics.get(self.best_metric)
@@ -160,12 +161,12 @@ class Trainer:
             self.writer.save_beside(path, self.student_content(record), epoch)
         for tracker in self.trackers:
             tracker.log(record, record["epoch"])
-        self.observers.epoch_end(record)
+        self.events.emit(EpochEnded(record))
 
     def report(self, *, wait: bool = False) -> None:
-        """Tell the observers of the checkpoints completed since the last call; `wait`: of all that are being written."""
+        """Emit the checkpoints completed since the last call; `wait`: all that are being written."""
         for checkpoint in self.writer.finish() if wait else self.writer.finished():
-            self.observers.checkpoint_saved(*checkpoint)
+            self.events.emit(checkpoint)
 
     def adapters(self) -> dict[str, Any]:
         """The content of adapters.pt: what LoRA trained, without the base weights."""

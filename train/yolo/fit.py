@@ -19,7 +19,7 @@ from store.reader import open_store
 from train.checkpoint import LAST
 from train.config import TrainConfig
 from train.errors import ConfigError, TrainError
-from train.events import Observer
+from train.events import EventStream
 from train.fit import FitRequest, FitResult
 from train.loop.machine import is_out_of_memory
 from train.run_folder import RunFolder, store_reference
@@ -68,7 +68,7 @@ class YoloTrainer:
         folder.write_config(config, resolved, store_reference(self.store))
         train = train_on_ranks if trainer.ddp else train_here
         try:
-            records, ending = train(trainer, request.deadline, request.observer, first_epoch)
+            records, ending = train(trainer, request.deadline, request.events, first_epoch)
         finally:
             self.batch_size = trainer.batch_size
         return fit_result(config, self.store, folder.path, job, records, ending)
@@ -87,16 +87,14 @@ def check_own_process() -> None:
 
 
 def train_here(
-    trainer: Any, watch: StopDeadline, observer: Observer, first_epoch: int
+    trainer: Any, watch: StopDeadline, events: EventStream, first_epoch: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train in this process; returns the records of all epochs and `ending_of` the trainer."""
     from train.yolo.recorder import Recorder, best_epoch_of, describe_run, ending_of
     from train.yolo.trainer import close_loaders
 
     job = trainer.job
-    recorder = Recorder(
-        job.run, job.config, describe_run(job), observer, first_epoch, best_epoch_of(job.state)
-    )
+    recorder = Recorder(job.run, job.config, describe_run(job), events, first_epoch, best_epoch_of(job.state))
     total, done = job.config.epochs * job.batches_per_epoch, first_epoch * job.batches_per_epoch
 
     def stop() -> str:

@@ -18,10 +18,10 @@ from train.checkpoint import BEST, FORMAT, LAST, load_checkpoint, load_student_f
 from train.config import TrainConfig, config_to_json
 from train.data.splits import count_validation
 from train.errors import TrainError
-from train.events import Observer
+from train.events import CheckpointSaved, EpochEnded, EventStream
 from train.fit import FitResult
 from train.loop.machine import peak_memory
-from train.loop.saving import CheckpointWriter, HostCopy, Saved, adopt_best
+from train.loop.saving import CheckpointWriter, HostCopy, adopt_best
 from train.loop.trackers import Tracker, open_trackers
 from train.metrics import warn_of_zero_metric
 from train.run_folder import RunFolder
@@ -76,21 +76,22 @@ class Recorder:
         run: Path,
         config: TrainConfig,
         described: Mapping[str, Any],
-        observer: Observer,
+        events: EventStream,
         first_epoch: int,
         best_epoch: int = 0,
     ) -> None:
         """`first_epoch`: epochs that are finished, `best_epoch`: the best of them, both of a resumed run."""
-        self.run, self.config, self.described, self.observer = run, config, described, observer
+        self.run, self.config, self.described, self.events = run, config, described, events
         # Lines of later epochs are dropped: a resumed run repeats these.
         self.files = RunFolder(run)
         self.records = [line for line in self.files.read_records() if line["epoch"] <= first_epoch]
         self.files.write_records(self.records)
+        self.events.catch_up(self.records)
         self.trackers: list[Tracker] = open_trackers(config.tracker, run, config_to_json(config), first_epoch)
         self.writer = CheckpointWriter(run, 60 * config.checkpoint_minutes)
         self.latest: dict[str, Any] = {}
         self.saved_epoch, self.best_epoch = first_epoch, best_epoch
-        self.reports: list[Saved] = []
+        self.reports: list[CheckpointSaved] = []
         self.unsaved_best: dict[str, Any] | None = None
         self.started = time.perf_counter()
 
@@ -106,7 +107,7 @@ class Recorder:
         self.keep(trainer, record)
         if due or trainer.stop:
             self.save(trainer, last=bool(trainer.stop))
-        self.observer.epoch_end(record)
+        self.events.emit(EpochEnded(record))
         self.announce()
 
     def describe_epoch(self, trainer: Any) -> dict[str, Any]:
@@ -182,10 +183,10 @@ class Recorder:
         self.reports += self.writer.finish()
 
     def announce(self) -> None:
-        """Tell the observer of the checkpoints that are complete on disk by now."""
+        """Emit the checkpoints that are complete on disk by now."""
         reports, self.reports = self.reports + self.writer.finished(), []
         for saved in reports:
-            self.observer.checkpoint_saved(saved.path, saved.epoch, saved.is_best)
+            self.events.emit(saved)
 
     def close(self) -> None:
         try:
