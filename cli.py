@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
     "probe": Command("commands.extract:probe", STAGE_ONE, "k-NN and probe accuracy of a store's features."),
     "teachers": Command("commands.extract:teachers", STAGE_ONE, "List the teachers."),
     "make-tiny-teacher": Command(
-        "commands.extract:make_tiny_teacher", STAGE_ONE, "Make a small random Qwen2.5-VL checkpoint."
+        "commands.extract:make_tiny_teacher", STAGE_ONE, "Make a small random Qwen checkpoint."
     ),
     "train": Command("commands.train:train", STAGE_TWO, "Train one student from a store."),
     "sweep": Command("commands.sweep:sweep", STAGE_TWO, "Train many students from one store."),

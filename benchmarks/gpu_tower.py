@@ -24,7 +24,7 @@ from extract.teachers.vision_tower import TowerConfig, VisionTower
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Note, Settings
-    from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
+    from extract.teachers.qwen_vl import QwenVLTeacher
 
 PACKAGES = ("torch", "triton", "timm", "transformers", "zarr", "numpy", "pillow", "ultralytics")
 HEAD_DIM = 80  # of each of the tower's 16 attention heads
@@ -176,7 +176,7 @@ def make_checkpoint(settings: Settings) -> Path:
     """
     from safetensors.torch import save_file
 
-    from extract.teachers.qwen2_5_vl import RANDOM_WEIGHTS_FILE
+    from extract.teachers.qwen_vl import RANDOM_WEIGHTS_FILE
 
     depth = 2 if settings.quick else 32
     folder = settings.work / f"tower-{depth}"
@@ -219,7 +219,7 @@ def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> T
     return weight
 
 
-def open_tower(settings: Settings, size: int, dtype: str, **options: Any) -> Qwen25VLTeacher:
+def open_tower(settings: Settings, size: int, dtype: str, **options: Any) -> QwenVLTeacher:
     teacher: Any = load_teacher(
         "qwen2.5-vl",
         str(make_checkpoint(settings)),
@@ -254,9 +254,7 @@ def measure_tower(settings: Settings, note: Note) -> None:
         del teacher
 
 
-def tower_rate(
-    teacher: Qwen25VLTeacher, settings: Settings, size: int, batch: int, note: Note | None
-) -> float:
+def tower_rate(teacher: QwenVLTeacher, settings: Settings, size: int, batch: int, note: Note | None) -> float:
     """Images a second of `encode` on uint8 images that are on the device already."""
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=settings.device)
     if settings.cuda:
@@ -270,7 +268,7 @@ def tower_rate(
     return batch / seconds
 
 
-def tower_flops(teacher: Qwen25VLTeacher, size: int) -> float:
+def tower_flops(teacher: QwenVLTeacher, size: int) -> float:
     """Floating-point operations of one image: twice the multiply-adds of the matrix products and of attention."""
     config = teacher.tower.config
     tokens = (size // config.patch_size) ** 2
@@ -382,7 +380,7 @@ def token_cosine(grid: Tensor, reference: Tensor, quantile: float) -> float:
     return float(cosine.quantile(quantile))
 
 
-def transformers_grids(teacher: Qwen25VLTeacher, images: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def transformers_grids(teacher: QwenVLTeacher, images: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Our grid and that of transformers' own tower with the same weights, both [B, h, w, D] in raster order."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -402,7 +400,7 @@ def transformers_grids(teacher: Qwen25VLTeacher, images: Tensor, settings: Setti
         tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(published, attn_implementation="sdpa")
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in VisionTower(config).state_dict().items()}
-    entries = find_tensors(folder, ("visual.",), shapes)
+    entries = find_tensors(folder, ("visual.",), shapes, "Qwen2.5-VL")
     state = load_tensors(entries, torch.device(settings.device), torch.float32)
     absent, unknown = tower.load_state_dict(state, strict=False)
     if unknown or any(not name.startswith("merger.") for name in absent):

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.teachers import load_teacher
 from extract.teachers.pixels import normalize
-from extract.teachers.qwen2_5_vl import Qwen25VLTeacher, save_random_checkpoint
+from extract.teachers.qwen_vl import QwenVLTeacher, save_random_checkpoint
 from extract.teachers.tiny import TINY_TEXT, tiny_vision
 
 LIMIT = 2500
@@ -44,17 +44,17 @@ class OpCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make(folder: Path, **vision: Any) -> tuple[Qwen25VLTeacher, Any]:
+def make(folder: Path, **vision: Any) -> tuple[QwenVLTeacher, Any]:
     """Our teacher and transformers' tower of one random checkpoint."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     save_random_checkpoint(folder, vision=tiny_vision(2) | vision, text=TINY_TEXT, seed=0)
     teacher = load_teacher("qwen2.5-vl", str(folder), device="cpu", dtype="float32")
-    assert isinstance(teacher, Qwen25VLTeacher)
+    assert isinstance(teacher, QwenVLTeacher)
     return teacher, Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval().model.visual
 
 
-def reference_inputs(teacher: Qwen25VLTeacher, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def reference_inputs(teacher: QwenVLTeacher, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers' tower takes: patches in 2 × 2 merge order, and the grid of each image."""
     batch, h, w = len(images), images.shape[2] // 14, images.shape[3] // 14
     values = normalize(images, teacher.mean, teacher.std)[:, None].expand(-1, 2, -1, -1, -1)

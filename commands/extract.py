@@ -213,18 +213,20 @@ def make_tiny_teacher(
     folder: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.", metavar="DIR")],
     depth: Annotated[int, typer.Option(help="Blocks of the vision tower.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    family: Annotated[str, typer.Option(help="qwen2.5-vl, qwen3-vl or qwen3.5.")] = "qwen2.5-vl",
 ) -> None:
     """cli make-tiny-teacher tiny
 
-    Write a Qwen2.5-VL checkpoint with a small vision tower and random weights: it shows the steps and teaches
-    nothing.
+    Write a checkpoint of Qwen2.5-VL, Qwen3-VL or Qwen3.5 with a small vision tower and random weights: it shows the
+    steps and teaches nothing.
     """
     from extract.teachers.tiny import make_tiny_teacher as make
     from store.format import RANDOM_WEIGHTS_NOTICE
 
-    path = make(folder, depth=depth, seed=seed)
+    path = make(folder, depth=depth, seed=seed, family=family)
     print(f"{path}: {RANDOM_WEIGHTS_NOTICE}")
-    print(f"next: cli extract DATA --out features.zarr --teacher-path {path}")
+    teacher = "" if family == "qwen2.5-vl" else f" --teacher {family}"
+    print(f"next: cli extract DATA --out features.zarr{teacher} --teacher-path {path}")
 
 
 # -- what to do next ---------------------------------------------------------------------------------------

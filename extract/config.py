@@ -63,7 +63,7 @@ class ExtractConfig(BaseModel):
     )
     frames: int = _data(16, "Frames taken evenly from each clip.", ge=2)
 
-    teacher: str = _teacher("qwen2.5-vl", "qwen2.5-vl or timm:NAME.")
+    teacher: str = _teacher("qwen2.5-vl", "qwen2.5-vl, qwen3-vl, qwen3.5 or timm:NAME.")
     teacher_path: str | None = _teacher(None, "Checkpoint folder, weights file or hub name.")
     image_size: int = _teacher(224, "Side of the square the teacher sees, in pixels.", ge=14, le=4096)
     resize: Literal["squash", "letterbox", "center-crop"] = _teacher("squash", "How an image becomes square.")

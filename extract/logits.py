@@ -277,10 +277,10 @@ def add_zero_shot(
         Stopped: when a signal came, with the scores so far committed.
         ConfigError: for a teacher without a language model, or a data set without class names.
     """
-    from extract.teachers.qwen2_5_vl import Qwen25VLTeacher, load_zero_shot
+    from extract.teachers.qwen_vl import QwenVLTeacher, load_zero_shot
 
     source, teacher = open_data(config), open_teacher(config)
-    if not source.class_names or not isinstance(teacher, Qwen25VLTeacher):
+    if not source.class_names or not isinstance(teacher, QwenVLTeacher):
         raise ConfigError(f"--logits {config.logits} needs Qwen2.5-VL and a data set with class names")
     calibrate = config.logits != ZERO_SHOT
     scorer = load_zero_shot(str(config.teacher_path), teacher, source.class_names, calibrate=calibrate)

@@ -81,12 +81,28 @@ class TeacherEntry(NamedTuple):
 
 TEACHERS: dict[str, TeacherEntry] = {
     "qwen2.5-vl": TeacherEntry(
-        "extract.teachers.qwen2_5_vl:load_qwen2_5_vl",
+        "extract.teachers.qwen_vl:load_qwen_vl",
         "The vision tower of Qwen2.5-VL (any size), loaded alone; its output before the merger",
         "1280",
         "--teacher-path: a checkpoint folder or a Hugging Face name",
         "Apache-2.0 (7B, 32B); 3B and 72B: Qwen's own terms",
         "hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir DIR (only the files with visual.* are needed)",
+    ),
+    "qwen3-vl": TeacherEntry(
+        "extract.teachers.qwen_vl:load_qwen_vl",
+        "The vision tower of Qwen3-VL (any size), loaded alone; its output before the merger",
+        "1152 (8B and larger), 1024 (2B, 4B)",
+        "--teacher-path: a checkpoint folder or a Hugging Face name",
+        "Apache-2.0",
+        "hf download Qwen/Qwen3-VL-8B-Instruct --local-dir DIR (only the files with visual.* are needed)",
+    ),
+    "qwen3.5": TeacherEntry(
+        "extract.teachers.qwen_vl:load_qwen_vl",
+        "The vision tower of Qwen3.5 (any size), loaded alone; its output before the merger",
+        "1152, 1024 or 768",
+        "--teacher-path: a checkpoint folder or a Hugging Face name",
+        "Apache-2.0",
+        "hf download Qwen/Qwen3.5-9B --local-dir DIR (only the files with visual.* are needed)",
     ),
     "timm:NAME": TeacherEntry(
         "extract.teachers.timm_encoder:load_timm",
@@ -109,7 +125,7 @@ def load_teacher(
     resize: str = "squash",
     **options: Any,
 ) -> Teacher:
-    """Load the teacher `name`: `qwen2.5-vl`, or `timm:NAME` for any timm model.
+    """Load the teacher `name`: `qwen2.5-vl`, `qwen3-vl`, `qwen3.5`, or `timm:NAME` for any timm model.
 
     path: checkpoint folder, weights file or hub name. device: `auto` takes CUDA where there is one.
     dtype: `auto` is bfloat16 on CUDA, float32 elsewhere. image_size: pixels of the square that images become.
@@ -127,6 +143,8 @@ def load_teacher(
         if not model:
             raise TeacherError("teacher timm: needs a model name, e.g. timm:tf_efficientnet_lite2")
         options["model_name"] = model
+    else:
+        options["family"] = name
     module, function = TEACHERS[key].target.split(":")
     loader = getattr(importlib.import_module(module), function)
     teacher: Teacher = loader(

@@ -64,20 +64,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def find_tensors(folder: Path, prefixes: tuple[str, ...], wanted: Iterable[str]) -> dict[str, TensorEntry]:
+def find_tensors(
+    folder: Path, prefixes: tuple[str, ...], wanted: Iterable[str], title: str
+) -> dict[str, TensorEntry]:
     """Where the tensors `wanted` (names without prefix) are stored; opens only the files that hold one of them.
+
+    title: of the family whose checkpoint is expected, for messages.
 
     Raises:
         CheckpointError: when a tensor is listed nowhere, a file is missing, truncated, or lacks what the index lists.
     """
     wanted = list(wanted)
-    files = files_of_tensors(folder, prefixes)
+    files = files_of_tensors(folder, prefixes, title)
     absent = [name for name in wanted if name not in files]
     if absent:
         place = folder / (INDEX_FILE if (folder / INDEX_FILE).is_file() else SINGLE_FILE)
         raise CheckpointError(
             f"{place} lists no {prefixes[0]}{absent[0]} ({len(absent)} of {len(wanted)} vision tensors are absent): "
-            f"expected a Qwen2.5-VL checkpoint; {DOWNLOAD_AGAIN} or give another --teacher-path"
+            f"expected a {title} checkpoint; {DOWNLOAD_AGAIN} or give another --teacher-path"
         )
     headers = {file: read_header(file) for file in {files[name][0] for name in wanted}}
     return {name: entry_of(*files[name], headers[files[name][0]]) for name in wanted}
@@ -91,7 +95,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def files_of_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[Path, str]]:
+def files_of_tensors(folder: Path, prefixes: tuple[str, ...], title: str) -> dict[str, tuple[Path, str]]:
     """`{name without prefix: (file, stored name)}` of all tensors with one of the prefixes."""
     index = folder / INDEX_FILE
     if index.is_file():
@@ -99,7 +103,7 @@ def files_of_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, tuple
     elif (folder / SINGLE_FILE).is_file():
         stored = dict.fromkeys(read_header(folder / SINGLE_FILE), folder / SINGLE_FILE)
     else:
-        raise CheckpointError(no_weights(folder))
+        raise CheckpointError(no_weights(folder, title))
     found = {}
     for name, file in stored.items():
         for prefix in prefixes:
@@ -108,14 +112,14 @@ def files_of_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, tuple
     return found
 
 
-def no_weights(folder: Path) -> str:
+def no_weights(folder: Path, title: str) -> str:
     """Why a folder without index and without a single weights file cannot be used."""
     text = f"{folder} has neither {INDEX_FILE} nor {SINGLE_FILE}"
     if any(folder.glob("*.safetensors")):
         return f"{text}, only shards: the index file is needed to find the vision tensors in them; download it too"
     if any(folder.glob("*.bin")):
         return f"{text}, only .bin files: save the checkpoint as safetensors (save_pretrained does) and try again"
-    return f"{text}: give the folder of a Qwen2.5-VL checkpoint"
+    return f"{text}: give the folder of a {title} checkpoint"
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -275,7 +279,8 @@ def download_tower(name: str, prefixes: tuple[str, ...]) -> Path:
 
     config = fetch("config.json")
     assert config is not None  # a required file is there or an error was raised
-    fetch("preprocessor_config.json", required=False)
+    if fetch("preprocessor_config.json", required=False) is None:
+        fetch("processor_config.json", required=False)
     index = fetch(INDEX_FILE, required=False)
     shards = {SINGLE_FILE}
     if index is not None:

@@ -1,4 +1,4 @@
-"""Small random Qwen2.5-VL checkpoints, to try the machinery without the real weights."""
+"""Small random checkpoints of the Qwen families, to try the machinery without the real weights."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from extract.teachers.base import TeacherError
 from files.writing import check_writable
 
 
-def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> Path:
-    """Write a Qwen2.5-VL checkpoint with a 1280-wide tower of `depth` blocks and random weights.
+def make_tiny_teacher(
+    folder: str | Path, *, depth: int = 2, seed: int = 0, family: str = "qwen2.5-vl"
+) -> Path:
+    """Write a checkpoint of the family with a tower of the published width, `depth` blocks and random weights.
 
     The folder has the published layout (config.json, model.safetensors, preprocessor_config.json) and a file
     `random_weights.json`, from which everything that uses it warns of them. About 32 MB per block.
 
     Raises:
-        TeacherError: when depth is below 1 or the folder holds something else.
+        TeacherError: an unknown family, a depth below 1, or a folder that holds something else.
     """
     from safetensors import SafetensorError
 
-    from extract.teachers.qwen2_5_vl import RANDOM_WEIGHTS_FILE, save_random_checkpoint
+    from extract.teachers.qwen_vl import FAMILIES, RANDOM_WEIGHTS_FILE, save_random_checkpoint
 
     target = Path(folder)
+    if family not in FAMILIES:
+        raise TeacherError(f"unknown family {family!r}: valid are {', '.join(FAMILIES)}")
     if depth < 1:
         raise TeacherError(f"depth {depth}: expected at least 1 block")
     check_writable(target, "DIR")
@@ -36,7 +40,9 @@ def make_tiny_teacher(folder: str | Path, *, depth: int = 2, seed: int = 0) -> P
         target.mkdir(parents=True, exist_ok=True)
         # Written aside: a folder that holds only a part would be taken for a checkpoint.
         with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as aside:
-            save_random_checkpoint(Path(aside), vision=tiny_vision(depth), text=TINY_TEXT, seed=seed)
+            save_random_checkpoint(
+                Path(aside), vision=tiny_vision(depth, family), text=TINY_TEXT, seed=seed, family=family
+            )
             for file in sorted(Path(aside).iterdir(), key=lambda file: file.name == RANDOM_WEIGHTS_FILE):
                 file.replace(target / file.name)
     except (OSError, SafetensorError) as error:
@@ -56,20 +62,32 @@ TINY_TEXT = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
+    "head_dim": 32,
     "vocab_size": 1024,
     "bos_token_id": None,
     "eos_token_id": None,
-    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    "rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [4, 6, 6]},
 }
 
 
-def tiny_vision(depth: int) -> dict[str, object]:
-    """The published tower's shape with fewer blocks; the last of every four blocks attends to the whole image."""
-    return {
+def tiny_vision(depth: int, family: str = "qwen2.5-vl") -> dict[str, object]:
+    """The published tower's shape with fewer blocks.
+
+    Qwen2.5-VL: the last of every four blocks attends to the whole image. Qwen3-VL: DeepStack's taps are after a
+    quarter, a half and three quarters of the blocks.
+    """
+    from extract.teachers.qwen_vl import FAMILIES
+
+    tower = FAMILIES[family].tower
+    vision: dict[str, object] = {
         "depth": depth,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
+        "hidden_size": tower.hidden_size,
+        "intermediate_size": tower.intermediate_size,
+        "num_heads": tower.num_heads,
         "out_hidden_size": TINY_TEXT["hidden_size"],
-        "fullatt_block_indexes": list(range(3, depth, 4)) or [depth - 1],
     }
+    if family == "qwen2.5-vl":
+        vision["fullatt_block_indexes"] = list(range(3, depth, 4)) or [depth - 1]
+    if family == "qwen3-vl":
+        vision["deepstack_visual_indexes"] = sorted({depth * part // 4 - 1 for part in (1, 2, 3)} - {-1})
+    return vision

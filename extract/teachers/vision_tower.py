@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower in plain torch: raster order in, raster order out, windows batched.
+"""The vision towers of Qwen2.5-VL, Qwen3-VL and Qwen3.5 in plain torch: raster order in, raster order out.
 
 Shapes: `B` images, `h w` patches per side, `N = h·w` tokens, `D` width, `A` heads, `W` windows of one shape.
 
@@ -7,14 +7,19 @@ batch has one size, so its windows fall into at most four shapes (whole, cut at 
 corner). Tokens are sorted by window shape once at the beginning; after that a block makes one attention call per
 shape, over all windows of all images, without masks: flash attention stays possible. They are sorted back at the
 end. Nothing inside the forward pass reads a value back to the host, so it compiles as one graph.
+
+The towers of Qwen3-VL and Qwen3.5 (they are the same) differ from that of Qwen2.5-VL in their parts, not in the pass:
+LayerNorm instead of RMSNorm, a plain MLP instead of a gated one, a bias in the patch embedding, learned positions
+in addition to rotary ones, and no windows, so that an image is one window.
 """
 
 # Calling a torch module gives Any.
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +28,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """The shape of a tower, with the names of the checkpoint's `vision_config`."""
+    """The shape of a tower, with the names of the checkpoint's `vision_config`; the defaults are Qwen2.5-VL's.
+
+    window_size: pixels of a window's side; 0: no windows. num_position_embeddings: learned positions, a square of
+    them; 0: none. norm, gated_mlp, patch_bias: structure, which `vision_config` does not state.
+    """
 
     depth: int = 32
     hidden_size: int = 1280
@@ -37,6 +46,10 @@ class TowerConfig:
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     hidden_act: str = "silu"
     rope_theta: float = 10_000.0
+    num_position_embeddings: int = 0
+    norm: Literal["rms", "layer"] = "rms"
+    gated_mlp: bool = True
+    patch_bias: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -49,7 +62,7 @@ class TowerConfig:
 
     @property
     def window_patches(self) -> int:
-        """Patches along one side of a whole attention window (8 for 112 pixels)."""
+        """Patches along one side of a whole attention window (8 for 112 pixels); 0: no windows."""
         return self.window_size // self.spatial_merge_size // self.patch_size * self.spatial_merge_size
 
 
@@ -67,6 +80,7 @@ class GridLayout(NamedTuple):
     order: int64 [N], raster index of the token at each sorted place. inverse: int64 [N], its inverse.
     cos, sin: float32 [N, 1, 1, head_dim], see `rotary_angles`, in sorted order.
     groups: the windows by shape; together they cover 0..N.
+    positions: [N, D] in the tower's dtype, the learned positions in sorted order; None for a tower without.
     """
 
     order: Tensor
@@ -74,14 +88,26 @@ class GridLayout(NamedTuple):
     cos: Tensor
     sin: Tensor
     groups: tuple[WindowGroup, ...]
+    positions: Tensor | None = None
 
 
 def grid_layout(config: TowerConfig, h: int, w: int, device: torch.device | str = "cpu") -> GridLayout:
     """Window order and rotary angles of an h × w patch grid."""
-    order, groups = window_order(h, w, config.window_patches)
+    order, groups = window_order(h, w, config.window_patches or max(h, w))
     cos, sin = rotary_angles(config, order // w, order % w)
     inverse = torch.argsort(order)
     return GridLayout(order.to(device), inverse.to(device), cos.to(device), sin.to(device), groups)
+
+
+def interpolate_positions(table: Tensor, h: int, w: int) -> Tensor:
+    """Learned positions [h·w, D] in raster order, of a square table [side², D]; computed in float32.
+
+    The corners of the grid are those of the table, whatever the grid's size (`align_corners`).
+    """
+    side = math.isqrt(table.shape[0])
+    square = table.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(square, size=(h, w), mode="bilinear", align_corners=True)
+    return grid[0].flatten(1).t().to(table.dtype)
 
 
 def window_order(h: int, w: int, side: int) -> tuple[Tensor, tuple[WindowGroup, ...]]:
@@ -142,6 +168,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # one kernel on a GPU
 
 
+def norm_layer(config: TowerConfig) -> nn.Module:
+    """The norm before attention and MLP."""
+    return RMSNorm(config.hidden_size) if config.norm == "rms" else nn.LayerNorm(config.hidden_size, eps=1e-6)
+
+
 class Attention(nn.Module):
     """Self-attention inside windows, or over the whole image when `groups` is one window of N tokens."""
 
@@ -186,14 +217,29 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x))) with the tanh approximation of GELU."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
 def pad_mlp_width(tower: VisionTower, multiple: int = 64) -> None:
-    """Widen the hidden layer of every MLP to a multiple of `multiple` with units whose weights and biases are 0.
+    """Widen the hidden layer of every gated MLP to a multiple of `multiple` with units whose weights and biases are 0.
 
     The published width of 3420 gives rows of 6,840 bytes in bfloat16, which are not aligned to the 16 bytes that the
-    fast matrix kernels of a GPU load at once. The added units are silu(0) · 0 = 0: the output is the same sum.
+    fast matrix kernels of a GPU load at once. The added units are silu(0) · 0 = 0: the output is the same sum. The
+    widths of the plain MLPs (4304, 4096, 3072) are aligned, so these are left as they are.
     """
     for block in tower.blocks:
-        mlp = cast(GatedMLP, block.mlp)
+        mlp = block.mlp
+        if not isinstance(mlp, GatedMLP):
+            continue
         missing = -mlp.down_proj.in_features % multiple
         for layer in (mlp.gate_proj, mlp.up_proj):
             layer.weight = frozen(F.pad(layer.weight, (0, 0, 0, missing)))
@@ -212,10 +258,10 @@ class Block(nn.Module):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size)
-        self.norm2 = RMSNorm(config.hidden_size)
+        self.norm1 = norm_layer(config)
+        self.norm2 = norm_layer(config)
         self.attn = Attention(config)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
 
     def forward(self, x: Tensor, layout: GridLayout, groups: tuple[WindowGroup, ...]) -> Tensor:
         x = x + self.attn(self.norm1(x), layout, groups)
@@ -231,10 +277,12 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(
+            config.in_channels, config.hidden_size, kernel, stride=kernel, bias=config.patch_bias
+        )
 
     def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches, self.proj.weight.flatten(1))
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTower(nn.Module):
@@ -244,7 +292,20 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
+        self.pos_embed = (
+            nn.Embedding(config.num_position_embeddings, config.hidden_size)
+            if config.num_position_embeddings
+            else None
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def layout(self, h: int, w: int) -> GridLayout:
+        """What the forward pass needs to know of an h × w patch grid, on the weights' device."""
+        layout = grid_layout(self.config, h, w, self.patch_embed.proj.weight.device)
+        if self.pos_embed is None:
+            return layout
+        positions = interpolate_positions(self.pos_embed.weight, h, w)
+        return layout._replace(positions=positions.index_select(0, layout.order))
 
     def forward(self, patches: Tensor, layout: GridLayout) -> Tensor:
         """Encode patches [B, N, patch_values] in raster order to tokens [B, N, D] in raster order.
@@ -252,6 +313,8 @@ class VisionTower(nn.Module):
         The output keeps the model's dtype; it is the residual stream after the last block, before the merger.
         """
         x = self.patch_embed(patches.index_select(1, layout.order))
+        if layout.positions is not None:
+            x = x + layout.positions
         whole = (WindowGroup(0, 1, x.shape[1]),)
         for index, block in enumerate(self.blocks):
             x = block(x, layout, whole if index in self.config.fullatt_block_indexes else layout.groups)

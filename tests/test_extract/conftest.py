@@ -19,7 +19,7 @@ def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def micro_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The published layout with two narrow blocks: a few hundred kilobytes, for tests of files and not of features."""
-    from extract.teachers.qwen2_5_vl import save_random_checkpoint
+    from extract.teachers.qwen_vl import save_random_checkpoint
     from extract.teachers.tiny import TINY_TEXT, tiny_vision
 
     folder = tmp_path_factory.mktemp("micro") / "checkpoint"
@@ -30,11 +30,12 @@ def micro_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sharp_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two-block checkpoints whose weights are large enough for attention to look somewhere.
+    """Small checkpoints whose weights are large enough for attention to look somewhere.
 
-    `full`: the second block attends to the whole image; `windows`: none does.
+    Of Qwen2.5-VL, two blocks of the published width: `full`: the second attends to the whole image; `windows`: none
+    does. `qwen3-vl` and `qwen3.5`: three narrow blocks with heads of the published 72.
     """
-    from extract.teachers.qwen2_5_vl import save_random_checkpoint
+    from extract.teachers.qwen_vl import save_random_checkpoint
     from extract.teachers.tiny import TINY_TEXT, tiny_vision
 
     folders = {}
@@ -43,7 +44,33 @@ def sharp_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         vision |= {"initializer_range": 0.03, "intermediate_size": 684}  # a fifth of the MLP: quicker
         folders[name] = tmp_path_factory.mktemp("sharp") / name
         save_random_checkpoint(folders[name], vision=vision, text=TINY_TEXT, seed=1)
+    for name in ("qwen3-vl", "qwen3.5"):
+        vision = {**tiny_vision(3, name), "initializer_range": 0.06, "hidden_size": 288, "num_heads": 4}
+        vision |= {"intermediate_size": 1076}
+        folders[name] = tmp_path_factory.mktemp("sharp") / name
+        save_random_checkpoint(folders[name], vision=vision, text=TINY_TEXT, seed=1, family=name)
+    for folder in folders.values():
+        move_biases_and_norms(folder / "model.safetensors")
     return folders
+
+
+@pytest.fixture(scope="session")
+def sharp_qwen3(sharp_checkpoints: dict[str, Path]) -> Path:
+    """A small Qwen3-VL checkpoint, of the shared ones."""
+    return sharp_checkpoints["qwen3-vl"]
+
+
+def move_biases_and_norms(file: Path) -> None:
+    """Add noise to the tower's biases and norm weights: transformers begins with zeros and ones, which hide mistakes."""
+    from safetensors.torch import load_file, save_file
+
+    noise = torch.Generator().manual_seed(3)
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if "visual." in name and tensor.dim() == 1:
+            tensors[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=noise)
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from extract.sources.base import Sample
 from extract.teachers import TeacherError
 from extract.teachers.base import Encoded
 from extract.teachers.devices import CompiledBlocks, check_memory, pick_dtype
-from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
+from extract.teachers.qwen_vl import QwenVLTeacher
 from extract.teachers.timm_encoder import TimmTeacher
 from store import format as names
 from store.format import Preprocessing, TeacherSpec
@@ -150,7 +150,7 @@ def test_timm_teachers_read_nothing_back(name: str, resize: str) -> None:
 class RecordingTeacher:
     """The teacher, and how many images each forward pass had; out of memory beyond `room` of them."""
 
-    def __init__(self, teacher: Qwen25VLTeacher, room: int = 1000) -> None:
+    def __init__(self, teacher: QwenVLTeacher, room: int = 1000) -> None:
         self.teacher, self.room = teacher, room
         self.passes: list[int] = []
 

@@ -13,16 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from extract.teachers import CheckpointError, TeacherError, load_teacher
-from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
+from extract.teachers.qwen_vl import QwenVLTeacher
 from extract.teachers.tiny import make_tiny_teacher
 
 INDEX = "model.safetensors.index.json"
 ROOT = Path(__file__).parents[2]
 
 
-def load(folder: Path | str, **options: Any) -> Qwen25VLTeacher:
+def load(folder: Path | str, **options: Any) -> QwenVLTeacher:
     teacher = load_teacher("qwen2.5-vl", str(folder), **{"device": "cpu", "dtype": "float32", **options})
-    assert isinstance(teacher, Qwen25VLTeacher)
+    assert isinstance(teacher, QwenVLTeacher)
     return teacher
 
 
@@ -194,6 +194,10 @@ DAMAGE = {
         lambda f: rewrite_json(f / "config.json", model_type="qwen2_vl"),
         r"model_type is 'qwen2_vl', expected 'qwen2_5_vl'",
     ),
+    "another family": (
+        lambda f: rewrite_json(f / "config.json", model_type="qwen3_vl_moe"),
+        r"this is a Qwen3-VL checkpoint \(model_type 'qwen3_vl_moe'\), expected Qwen2.5-VL: use --teacher qwen3-vl",
+    ),
     "no vision part": (lambda f: rewrite_json(f / "config.json", vision_config=None), r"no vision_config"),
     "another activation": (
         change_vision(hidden_act="gelu"),
@@ -333,10 +337,38 @@ def test_a_tiny_teacher_on_a_full_disk_leaves_nothing(
         (folder / "config.json").write_text("{}")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("extract.teachers.qwen2_5_vl.save_random_checkpoint", fill_the_disk)
+    monkeypatch.setattr("extract.teachers.qwen_vl.save_random_checkpoint", fill_the_disk)
     with pytest.raises(TeacherError, match=r"tiny: cannot be written: I/O error: No space left on device"):
         make_tiny_teacher(tmp_path / "tiny")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        ("qwen3.5", {}, r"this is a Qwen3-VL checkpoint .*expected Qwen3.5: use --teacher qwen3-vl"),
+        ("qwen2.5-vl", {}, r"this is a Qwen3-VL checkpoint .*expected Qwen2.5-VL: use --teacher qwen3-vl"),
+        ("qwen3-vl", {"image_size": 224 + 16}, r"both sides must be multiples of 32, e.g. 224×224"),
+        ("qwen3-vl", {"image_size": 8192}, r"67,108,864 pixels: the checkpoint's cap is 16,777,216"),
+    ],
+)
+def test_what_a_qwen3_checkpoint_is_not(
+    family: str, changes: dict[str, Any], problem: str, sharp_qwen3: Path
+) -> None:
+    with pytest.raises(TeacherError, match=problem):
+        load_teacher(family, str(sharp_qwen3), device="cpu", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_position_embeddings": 2300}, {"num_position_embeddings": 0}, {"hidden_act": "silu"}]
+)
+def test_a_qwen3_tower_this_version_cannot_run(
+    changes: dict[str, Any], sharp_qwen3: Path, tmp_path: Path
+) -> None:
+    shutil.copy(sharp_qwen3 / "config.json", tmp_path)
+    change_vision(**changes)(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a Qwen3-VL tower that this version can run"):
+        load_teacher("qwen3-vl", str(tmp_path), device="cpu")
 
 
 def test_tiny_teachers_overwrite_only_their_own_kind(tmp_path: Path) -> None:
@@ -345,3 +377,16 @@ def test_tiny_teachers_overwrite_only_their_own_kind(tmp_path: Path) -> None:
         make_tiny_teacher(tmp_path)
     with pytest.raises(TeacherError, match="depth 0: expected at least 1"):
         make_tiny_teacher(tmp_path / "new", depth=0)
+    with pytest.raises(
+        TeacherError, match=r"unknown family 'qwen3': valid are qwen2.5-vl, qwen3-vl, qwen3.5"
+    ):
+        make_tiny_teacher(tmp_path / "new", family="qwen3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "width"), [("qwen3-vl", 1152), ("qwen3.5", 1152)])
+def test_tiny_teachers_of_every_family(family: str, width: int, tmp_path: Path) -> None:
+    folder = make_tiny_teacher(tmp_path / "tiny", depth=1, family=family)
+    teacher = load_teacher(family, str(folder), device="cpu")
+    assert (teacher.spec.name, teacher.spec.width, teacher.spec.random_weights) == (family, width, True)
+    assert teacher.encode(torch.zeros(1, 3, 64, 96, dtype=torch.uint8)).grid.shape == (1, 4, 6, width)

@@ -33,6 +33,7 @@ class Case(NamedTuple):
 RANDOM = {"random_weights": True}
 TEACHERS = {
     "qwen2.5-vl": Case("qwen2.5-vl", "tiny_teacher_folder", {}, 140),  # whole and cut windows
+    "qwen3-vl": Case("qwen3-vl", "sharp_qwen3", {}, 160),
     "timm map": Case("timm:test_efficientnet", "", RANDOM, 224),
     "timm tokens": Case("timm:test_vit", "", RANDOM, 160),
     "timm pretrained": Case("timm:tf_efficientnet_lite2", "pretrained_teacher_weights", {}, 224),
@@ -218,7 +219,7 @@ def test_the_table_lists_every_teacher_with_what_a_user_needs() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "problem"),
     [
-        ("qwen3", {}, "unknown teacher 'qwen3': valid are qwen2.5-vl, timm:NAME"),
+        ("qwen3", {}, "unknown teacher 'qwen3': valid are qwen2.5-vl, qwen3-vl, qwen3.5, timm:NAME"),
         ("timm", {}, "needs a model name"),
         ("timm:vit_tinny_patch16_224", {}, "did you mean .*vit_tiny_patch16_224"),
         ("timm:test_efficientnet", {"device": "cuda:99"}, "device cuda:99 is not there"),
@@ -226,6 +227,7 @@ def test_the_table_lists_every_teacher_with_what_a_user_needs() -> None:
         ("timm:test_efficientnet", {"dtype": "int8"}, "use float32 or bfloat16"),
         ("timm:test_efficientnet", {"resize": "stretch"}, "unknown resize policy 'stretch'"),
         ("qwen2.5-vl", {}, "needs --teacher-path.*make-tiny-teacher"),
+        ("qwen3.5", {}, "a name like Qwen/Qwen3.5-9B .*make-tiny-teacher DIR --family qwen3.5"),
     ],
 )
 def test_wrong_names_and_options_are_one_clear_line(name: str, options: dict[str, Any], problem: str) -> None:

@@ -22,29 +22,35 @@ import sys, time
 import torch
 from extract.teachers import load_teacher
 began = time.perf_counter()
-teacher = load_teacher("qwen2.5-vl", sys.argv[1], device="cpu", dtype="bfloat16", image_size=56)
+teacher = load_teacher(sys.argv[2], sys.argv[1], device="cpu", dtype="bfloat16", image_size=224)
 loaded = time.perf_counter() - began
-out = teacher.encode(torch.zeros(1, 3, 56, 56, dtype=torch.uint8))
-assert out.grid.shape == (1, 4, 4, 1280), out.grid.shape
+out = teacher.encode(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+side = 224 // teacher.tower.config.patch_size
+assert out.grid.shape == (1, side, side, teacher.spec.width), out.grid.shape
+assert teacher.tower.config.depth == int(sys.argv[3])
 # Not getrusage, whose peak begins with that of the process which started this one.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(peak.split()[1], loaded)
 """
 
 
-def lay_out_full_size(folder: Path, source: Path) -> int:
-    """The published 7B layout as sparse files: 5 shards with an index. Returns the apparent size in bytes.
+def lay_out_full_size(folder: Path, family: str) -> int:
+    """The published layout of the 7B (Qwen2.5-VL) or 8B (Qwen3-VL) model as sparse files: 5 shards with an index.
 
-    As published, the tower lies in the first shard, together with language-model tensors; the rest holds none.
+    As published, the tower lies in the first shard, together with language-model tensors; the rest holds none. The
+    language model has the sizes of Qwen2.5's 7B in both. Returns the apparent size in bytes.
     """
-    from extract.teachers.vision_tower import TowerConfig, VisionTower
+    from extract.teachers.qwen_vl import FAMILIES
+    from extract.teachers.vision_tower import VisionTower
 
+    kind = FAMILIES[family]
     with torch.device("meta"):
-        tower = VisionTower(TowerConfig()).state_dict()
+        tower = VisionTower(kind.tower).state_dict()
     hidden, merged, inner, vocabulary = 3584, 5120, 18944, 152064
-    shapes = {f"visual.{name}": tuple(value.shape) for name, value in tower.items()}
-    shapes |= {"visual.merger.ln_q.weight": (1280,), "visual.merger.mlp.0.weight": (merged, merged)}
-    shapes |= {"visual.merger.mlp.2.weight": (hidden, merged)}
+    prefix = "visual." if family == "qwen2.5-vl" else "model.visual."
+    shapes = {f"{prefix}{name}": tuple(value.shape) for name, value in tower.items()}
+    shapes |= {f"{prefix}merger.mlp.0.weight": (merged, merged)}
+    shapes |= {f"{prefix}merger.mlp.2.weight": (hidden, merged)}
     shards: list[dict[str, tuple[int, ...]]] = [shapes | {"model.embed_tokens.weight": (vocabulary, hidden)}]
     layer = {
         "q_proj": (hidden, hidden),
@@ -66,12 +72,8 @@ def lay_out_full_size(folder: Path, source: Path) -> int:
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_sparse(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
-    config = json.loads((source / "config.json").read_text())
-    config["vision_config"] |= {
-        "depth": 32,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "out_hidden_size": hidden,
-    }
+    vision = {key: getattr(kind.tower, key) for key in kind.keys if key != "rope_theta"}
+    config = {"model_type": kind.model_types[0], "vision_config": vision}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -93,15 +95,16 @@ def write_sparse(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_size_checkpoint_needs_little_memory(tiny_teacher_folder: Path, tmp_path: Path) -> None:
-    """Trap 2: 16.6 GB on disk, at most 2.5 GB in memory, one forward included."""
+@pytest.mark.parametrize(("family", "depth"), [("qwen2.5-vl", 32), ("qwen3-vl", 27)])
+def test_a_full_size_checkpoint_needs_little_memory(family: str, depth: int, tmp_path: Path) -> None:
+    """Trap 2: 16 GB on disk, at most 2.5 GB in memory, one forward included."""
     folder = tmp_path / "full"
-    apparent = lay_out_full_size(folder, tiny_teacher_folder)
-    assert 16.0e9 < apparent < 17.2e9
+    apparent = lay_out_full_size(folder, family)
+    assert 15.5e9 < apparent < 17.2e9
     for number in range(2, 6):  # no vision tensors in there: never opened, so absence goes unnoticed
         (folder / f"model-{number:05}-of-00005.safetensors").unlink()
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY_SCRIPT, str(folder)],
+        [sys.executable, "-c", MEMORY_SCRIPT, str(folder), family, str(depth)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from extract.teachers import load_teacher
 from extract.teachers.pixels import normalize, patchify
-from extract.teachers.qwen2_5_vl import Qwen25VLTeacher
+from extract.teachers.qwen_vl import QwenVLTeacher
 
 TOLERANCE = 1e-4
 SIZES = {
@@ -30,13 +30,13 @@ SIZES = {
 
 
 @pytest.fixture(scope="module", params=["full", "windows"])
-def pair(request: pytest.FixtureRequest, sharp_checkpoints: dict[str, Path]) -> tuple[Qwen25VLTeacher, Any]:
+def pair(request: pytest.FixtureRequest, sharp_checkpoints: dict[str, Path]) -> tuple[QwenVLTeacher, Any]:
     """Our teacher and transformers' model of one checkpoint, with and without full-attention blocks."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     folder = sharp_checkpoints[request.param]
     teacher = load_teacher("qwen2.5-vl", str(folder), device="cpu", dtype="float32")
-    assert isinstance(teacher, Qwen25VLTeacher)
+    assert isinstance(teacher, QwenVLTeacher)
     return teacher, Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
 
 
@@ -81,7 +81,7 @@ def worst(ours: Tensor, reference: Tensor) -> float:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_features_equal_transformers(
-    pair: tuple[Qwen25VLTeacher, Any], size: tuple[int, int], noise: torch.Generator
+    pair: tuple[QwenVLTeacher, Any], size: tuple[int, int], noise: torch.Generator
 ) -> None:
     teacher, model = pair
     images = random_pixels(noise, 2, 3, *size)
@@ -94,7 +94,7 @@ def test_features_equal_transformers(
 
 @pytest.mark.parametrize("batch", [1, 33])
 def test_features_equal_transformers_for_any_batch_size(
-    pair: tuple[Qwen25VLTeacher, Any], batch: int, noise: torch.Generator
+    pair: tuple[QwenVLTeacher, Any], batch: int, noise: torch.Generator
 ) -> None:
     teacher, model = pair
     images = random_pixels(noise, batch, 3, 56, 84)
@@ -102,7 +102,7 @@ def test_features_equal_transformers_for_any_batch_size(
     assert worst(teacher.encode(images).grid, torch.stack(grids)) <= TOLERANCE
 
 
-def test_images_of_different_sizes(pair: tuple[Qwen25VLTeacher, Any], noise: torch.Generator) -> None:
+def test_images_of_different_sizes(pair: tuple[QwenVLTeacher, Any], noise: torch.Generator) -> None:
     teacher, model = pair
     sizes = [(112, 112), (56, 140), (112, 112), (140, 56), (28, 28)]
     images = [random_pixels(noise, 3, *size) for size in sizes]
@@ -115,7 +115,7 @@ def test_images_of_different_sizes(pair: tuple[Qwen25VLTeacher, Any], noise: tor
 
 
 def test_our_grid_merges_to_what_transformers_puts_back_itself(
-    pair: tuple[Qwen25VLTeacher, Any], noise: torch.Generator
+    pair: tuple[QwenVLTeacher, Any], noise: torch.Generator
 ) -> None:
     """`pooler_output` is the one output that transformers restores: its merger on our 2 × 2 cells must give it."""
     teacher, model = pair
@@ -128,7 +128,7 @@ def test_our_grid_merges_to_what_transformers_puts_back_itself(
 
 
 def test_the_comparison_notices_a_window_ordered_grid(
-    pair: tuple[Qwen25VLTeacher, Any], noise: torch.Generator
+    pair: tuple[QwenVLTeacher, Any], noise: torch.Generator
 ) -> None:
     """Trap 1: `last_hidden_state` simply reshaped has the right shape and the wrong order."""
     teacher, model = pair
@@ -148,12 +148,12 @@ def test_the_comparison_notices_wrong_windows_and_wrong_positions(
 ) -> None:
     """The random weights are sharp enough: windows ignored, or rows and columns exchanged, exceed the tolerance."""
     teacher = load_teacher("qwen2.5-vl", str(sharp_checkpoints["windows"]), device="cpu", dtype="float32")
-    assert isinstance(teacher, Qwen25VLTeacher)
+    assert isinstance(teacher, QwenVLTeacher)
     images = random_pixels(noise, 1, 3, 140, 252)
     right = teacher.encode(images).grid
     layout = teacher.layouts[10, 18]
     whole = layout.groups[0]._replace(start=0, windows=1, tokens=180)
-    transposed = type(teacher)(teacher.tower, teacher.spec, teacher.preprocessing)
+    transposed = type(teacher)(teacher.tower, teacher.spec, teacher.preprocessing, max_pixels=1 << 24)
     transposed.layouts[10, 18] = layout._replace(groups=(whole,))
     assert worst(transposed.encode(images).grid, right) > 100 * TOLERANCE
     transposed.layouts[10, 18] = layout._replace(cos=layout.cos.flip(0), sin=layout.sin.flip(0))
@@ -161,7 +161,7 @@ def test_the_comparison_notices_wrong_windows_and_wrong_positions(
 
 
 def test_frame_pairs_equal_transformers_on_a_video(
-    pair: tuple[Qwen25VLTeacher, Any], noise: torch.Generator
+    pair: tuple[QwenVLTeacher, Any], noise: torch.Generator
 ) -> None:
     teacher, model = pair
     frames = random_pixels(noise, 6, 3, 56, 140)  # three temporal patches
@@ -185,7 +185,7 @@ def test_patches_equal_the_image_processors_bit_for_bit(
     from transformers import Qwen2VLImageProcessor
 
     teacher = load_teacher("qwen2.5-vl", str(tiny_teacher_folder), device="cpu", dtype="float32")
-    assert isinstance(teacher, Qwen25VLTeacher)
+    assert isinstance(teacher, QwenVLTeacher)
     image = random_pixels(noise, 3, 140, 84)
     processor = Qwen2VLImageProcessor.from_pretrained(tiny_teacher_folder)
     theirs = processor(images=[image], do_resize=False, return_tensors="pt")["pixel_values"]

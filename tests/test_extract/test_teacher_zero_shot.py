@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from extract.teachers import CheckpointError, TeacherError, load_teacher, zero_shot
-from extract.teachers.qwen2_5_vl import Qwen25VLTeacher, load_zero_shot
+from extract.teachers.qwen_vl import QwenVLTeacher, load_zero_shot
 from extract.teachers.zero_shot import PROMPTS, ZeroShotScorer, pack_answers
 from tests.test_extract.extractions import make_tiny_model
 
@@ -26,14 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, asset_path: Callable[[str],
 
 
 @pytest.fixture(scope="module")
-def teacher(folder: Path) -> Qwen25VLTeacher:
+def teacher(folder: Path) -> QwenVLTeacher:
     loaded = load_teacher("qwen2.5-vl", str(folder), device="cpu", dtype="float32", image_size=112)
-    assert isinstance(loaded, Qwen25VLTeacher)
+    assert isinstance(loaded, QwenVLTeacher)
     return loaded
 
 
 @pytest.fixture(scope="module")
-def scorer(folder: Path, teacher: Qwen25VLTeacher) -> ZeroShotScorer:
+def scorer(folder: Path, teacher: QwenVLTeacher) -> ZeroShotScorer:
     return load_zero_shot(folder, teacher, NAMES)
 
 
@@ -94,7 +94,7 @@ def test_scores_equal_the_slow_loop(scorer: ZeroShotScorer, images: Tensor, refe
 @pytest.mark.parametrize("limit", [1, 4])
 def test_packing_changes_nothing(
     folder: Path,
-    teacher: Qwen25VLTeacher,
+    teacher: QwenVLTeacher,
     scorer: ZeroShotScorer,
     images: Tensor,
     limit: int,
@@ -107,7 +107,7 @@ def test_packing_changes_nothing(
 
 
 def test_a_name_does_not_depend_on_the_others(
-    teacher: Qwen25VLTeacher, scorer: ZeroShotScorer, images: Tensor
+    teacher: QwenVLTeacher, scorer: ZeroShotScorer, images: Tensor
 ) -> None:
     alone = ZeroShotScorer(scorer.language, teacher, NAMES[2:4])
     assert (alone.score_images(images) - scorer.score_images(images)[:, 2:4]).abs().max() < 1e-4
@@ -118,14 +118,14 @@ def test_an_image_does_not_depend_on_the_others(scorer: ZeroShotScorer, images: 
 
 
 def test_one_prompt_is_its_own_mean(
-    teacher: Qwen25VLTeacher, scorer: ZeroShotScorer, images: Tensor, reference: Tensor
+    teacher: QwenVLTeacher, scorer: ZeroShotScorer, images: Tensor, reference: Tensor
 ) -> None:
     single = ZeroShotScorer(scorer.language, teacher, NAMES, prompts=PROMPTS[1:2])
     assert (single.score_images(images) - reference[1]).abs().max() < 1e-3
 
 
 def test_calibration_subtracts_the_empty_image(
-    teacher: Qwen25VLTeacher, scorer: ZeroShotScorer, images: Tensor
+    teacher: QwenVLTeacher, scorer: ZeroShotScorer, images: Tensor
 ) -> None:
     calibrated = ZeroShotScorer(scorer.language, teacher, NAMES, calibrate=True)
     empty = torch.tensor([122, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 112, 56)
@@ -136,7 +136,7 @@ def test_calibration_subtracts_the_empty_image(
 
 
 def test_stored_grids_give_the_same_as_images(
-    teacher: Qwen25VLTeacher, scorer: ZeroShotScorer, images: Tensor
+    teacher: QwenVLTeacher, scorer: ZeroShotScorer, images: Tensor
 ) -> None:
     assert torch.equal(scorer.score(teacher.encode(images).grid), scorer.score_images(images))
 
@@ -147,13 +147,13 @@ def test_packs_hold_every_token_but_the_last() -> None:
     assert pack_answers([[4], [5]], torch.device("cpu")) == []
 
 
-def test_no_names_is_an_error(teacher: Qwen25VLTeacher, scorer: ZeroShotScorer) -> None:
+def test_no_names_is_an_error(teacher: QwenVLTeacher, scorer: ZeroShotScorer) -> None:
     with pytest.raises(TeacherError, match="at least one class name"):
         ZeroShotScorer(scorer.language, teacher, [])
 
 
 def test_a_checkpoint_without_the_rest_is_an_error(
-    tiny_teacher_folder: Path, folder: Path, teacher: Qwen25VLTeacher, tmp_path: Path
+    tiny_teacher_folder: Path, folder: Path, teacher: QwenVLTeacher, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 

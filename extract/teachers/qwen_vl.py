@@ -1,4 +1,4 @@
-"""The Qwen2.5-VL teacher: its vision tower alone, and the only file that knows transformers.
+"""The teachers Qwen2.5-VL, Qwen3-VL and Qwen3.5: the vision tower alone, and the only file that knows transformers.
 
 transformers is imported inside functions, by those that need the whole model (zero-shot logits) or make one (tiny
 checkpoints). The tower itself runs on `vision_tower.py` and is held to transformers' own by tests.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,6 @@ from extract.teachers.vision_tower import (
     GridLayout,
     TowerConfig,
     VisionTower,
-    grid_layout,
     pad_mlp_width,
 )
 from store.format import RANDOM_WEIGHTS_NOTICE, Preprocessing, TeacherSpec
@@ -48,16 +47,94 @@ if TYPE_CHECKING:
 
     from extract.teachers.zero_shot import LanguageModel, ZeroShotScorer
 
-NAME = "qwen2.5-vl"
 TENSOR_PREFIXES = ("visual.", "model.visual.")
 RANDOM_WEIGHTS_FILE = "random_weights.json"
-# The values of preprocessor_config.json of the published checkpoints; used when the folder has none.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 28 * 28 * 16384
+# Keys of `vision_config` that describe the tower. They are part of its fingerprint: do not change them.
+SHAPE_KEYS = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "hidden_act",
+    "rope_theta",
+)
 
 
-class Qwen25VLTeacher:
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Checkpoints whose towers have the same parts.
+
+    model_types: of config.json. tower: the parts, and the values that config.json may leave out. keys: those of
+    `vision_config` that describe the tower. mean, std, max_pixels: preprocessor_config.json of the published
+    checkpoints; used when the folder has none. model: transformers' name of the whole model, without its ending.
+    """
+
+    title: str
+    example: str
+    model_types: tuple[str, ...]
+    tower: TowerConfig
+    keys: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    max_pixels: int
+    model: str
+
+
+QWEN3_TOWER = TowerConfig(
+    depth=27,
+    hidden_size=1152,
+    intermediate_size=4304,
+    patch_size=16,
+    window_size=0,
+    fullatt_block_indexes=(),
+    hidden_act="gelu_pytorch_tanh",
+    num_position_embeddings=48 * 48,
+    norm="layer",
+    gated_mlp=False,
+    patch_bias=True,
+)
+FAMILIES = {
+    "qwen2.5-vl": Family(
+        title="Qwen2.5-VL",
+        example="Qwen/Qwen2.5-VL-7B-Instruct",
+        model_types=("qwen2_5_vl",),
+        tower=TowerConfig(),
+        keys=(*SHAPE_KEYS, "window_size", "fullatt_block_indexes"),
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        max_pixels=28 * 28 * 16384,
+        model="Qwen2_5_VL",
+    ),
+    "qwen3-vl": Family(
+        title="Qwen3-VL",
+        example="Qwen/Qwen3-VL-8B-Instruct",
+        model_types=("qwen3_vl", "qwen3_vl_moe"),
+        tower=QWEN3_TOWER,
+        keys=(*SHAPE_KEYS, "num_position_embeddings"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        max_pixels=4096 * 4096,
+        model="Qwen3VL",
+    ),
+    "qwen3.5": Family(
+        title="Qwen3.5",
+        example="Qwen/Qwen3.5-9B",
+        model_types=("qwen3_5", "qwen3_5_moe"),
+        tower=QWEN3_TOWER,
+        keys=(*SHAPE_KEYS, "num_position_embeddings"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        max_pixels=4096 * 4096,
+        model="Qwen3_5",
+    ),
+}
+
+
+class QwenVLTeacher:
     """The vision tower with its preprocessing; see `extract.teachers.base.Teacher`."""
 
     def __init__(
@@ -66,7 +143,7 @@ class Qwen25VLTeacher:
         spec: TeacherSpec,
         preprocessing: Preprocessing,
         *,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: int,
         compiled: CompiledBlocks | None = None,
     ) -> None:
         weight = tower.patch_embed.proj.weight
@@ -82,7 +159,8 @@ class Qwen25VLTeacher:
         """Patches (h, w) of an image of this many pixels.
 
         Raises:
-            TeacherError: when a side is no multiple of 28 or the image has more pixels than the checkpoint allows.
+            TeacherError: when a side is no multiple of patch × merge (28 or 32 pixels), or the image has more pixels
+                than the checkpoint allows.
         """
         unit = self.tower.config.patch_size * self.tower.config.spatial_merge_size
         if height % unit or width % unit or not height or not width:
@@ -99,7 +177,7 @@ class Qwen25VLTeacher:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image] | Tensor, *, inside: Tensor | None = None) -> Encoded:
-        """pooled float32 [B, 1280] and grid float32 [B, h, w, 1280] in raster order; see `Teacher.encode`.
+        """pooled float32 [B, D] and grid float32 [B, h, w, D] in raster order; see `Teacher.encode`.
 
         A tensor may also be uint8 [B, 2, 3, H, W]: two consecutive frames of a clip, seen as one temporal patch.
         """
@@ -112,7 +190,7 @@ class Qwen25VLTeacher:
         height, width = pixels.shape[-2:]
         h, w = self.grid_size(height, width)
         if (h, w) not in self.layouts:
-            self.layouts[h, w] = grid_layout(self.tower.config, h, w, self.device)
+            self.layouts[h, w] = self.tower.layout(h, w)
         config = self.tower.config
         values = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
         patches = patchify(values, config.patch_size, config.temporal_patch_size)
@@ -131,19 +209,20 @@ class Qwen25VLTeacher:
             return self.tower(patches, layout)  # type: ignore[no-any-return]
 
 
-def load_qwen2_5_vl(
+def load_qwen_vl(
     path: str | Path | None,
     *,
+    family: str,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     image_size: int = 224,
     resize: str = "squash",
     compile_tower: bool | None = None,
     pad_mlp: bool | None = None,
-) -> Qwen25VLTeacher:
+) -> QwenVLTeacher:
     """Load the vision tower of the checkpoint at `path`: a folder, or a Hugging Face name.
 
-    image_size: pixels of the square's side. Only the files with needed tensors are opened; on a CPU in the
+    family: a key of FAMILIES. image_size: pixels of the square's side. Only the files with needed tensors are opened; on a CPU in the
     stored dtype the weights stay mapped from the files. compile_tower: run its blocks through `torch.compile`; when
     that fails, a warning, and they run as they are. pad_mlp: see `pad_mlp_width`. Both are None for: on CUDA devices.
 
@@ -152,17 +231,17 @@ def load_qwen2_5_vl(
     """
     if path is None:
         raise TeacherError(
-            f"teacher {NAME} needs --teacher-path: a checkpoint folder or a name like Qwen/Qwen2.5-VL-7B-Instruct "
-            "(`cli make-tiny-teacher DIR` makes a small random one to try things with)"
+            f"teacher {family} needs --teacher-path: a checkpoint folder or a name like {FAMILIES[family].example} "
+            f"(`cli make-tiny-teacher DIR --family {family}` makes a small random one to try things with)"
         )
     picked = pick_device(device)
     compute = pick_dtype(dtype, picked)
     folder = checkpoint_folder(str(path), TENSOR_PREFIXES)
-    config = read_tower_config(folder)
+    config = read_tower_config(folder, family)
     with torch.device("meta"):
         tower = VisionTower(config)
     shapes = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
-    entries = find_tensors(folder, TENSOR_PREFIXES, shapes)
+    entries = find_tensors(folder, TENSOR_PREFIXES, shapes, FAMILIES[family].title)
     for name, entry in entries.items():
         if entry.shape != shapes[name]:
             raise CheckpointError(
@@ -177,8 +256,8 @@ def load_qwen2_5_vl(
     if on_cuda if pad_mlp is None else pad_mlp:
         pad_mlp_width(tower)
     spec = TeacherSpec(
-        name=NAME,
-        fingerprint=fingerprint_of(entries, asdict(config)),
+        name=family,
+        fingerprint=fingerprint_of(entries, {key: getattr(config, key) for key in FAMILIES[family].keys}),
         layer=f"vision tower, after block {config.depth} of {config.depth}, before the merger",
         width=config.hidden_size,
         dtype=str(compute).removeprefix("torch."),
@@ -189,14 +268,14 @@ def load_qwen2_5_vl(
         image_size=image_size,
         resize=as_resize_policy(resize),
         interpolation="bicubic",
-        mean=tuple(processor.get("image_mean", CLIP_MEAN)),
-        std=tuple(processor.get("image_std", CLIP_STD)),
+        mean=tuple(processor.get("image_mean", FAMILIES[family].mean)),
+        std=tuple(processor.get("image_std", FAMILIES[family].std)),
     )
-    teacher = Qwen25VLTeacher(
+    teacher = QwenVLTeacher(
         tower,
         spec,
         preprocessing,
-        max_pixels=processor_cap(processor),
+        max_pixels=processor_cap(processor) or FAMILIES[family].max_pixels,
         compiled=CompiledBlocks(tower.blocks)
         if (on_cuda if compile_tower is None else compile_tower)
         else None,
@@ -205,73 +284,117 @@ def load_qwen2_5_vl(
     return teacher
 
 
-def read_tower_config(folder: Path) -> TowerConfig:
+def read_tower_config(folder: Path, family: str) -> TowerConfig:
     """The tower's shape from config.json, in the spelling of transformers 4 or 5.
 
     Raises:
-        CheckpointError: when it is not Qwen2.5-VL, lacks a value, or has one this code does not implement.
+        CheckpointError: when it is of another family, lacks a value, or has one this code does not implement.
     """
     file = folder / "config.json"
     config = read_json(file)
-    if config.get("model_type") != "qwen2_5_vl":
-        raise CheckpointError(
-            f"{file}: model_type is {config.get('model_type')!r}, expected 'qwen2_5_vl': "
-            "give the folder of a Qwen2.5-VL checkpoint"
-        )
+    expected = FAMILIES[family]
+    if config.get("model_type") not in expected.model_types:
+        raise CheckpointError(f"{file}: {another_family(config.get('model_type'), expected)}")
     vision = config.get("vision_config")
     if not isinstance(vision, dict) or "hidden_size" not in vision:
         raise CheckpointError(f"{file} has no vision_config with a hidden_size: download it again")
     vision = dict(vision)
     vision.setdefault("in_channels", vision.get("in_chans", 3))
     vision["rope_theta"] = (vision.get("rope_parameters") or {}).get("rope_theta", TowerConfig.rope_theta)
-    values = {name: vision[name] for name in TowerConfig.__dataclass_fields__ if name in vision}
+    values = {key: vision[key] for key in expected.keys if key in vision}
     if "fullatt_block_indexes" in values:
         values["fullatt_block_indexes"] = tuple(values["fullatt_block_indexes"])
     try:
-        tower = TowerConfig(**values)
-        sound = tower.hidden_act == "silu" and tower.hidden_size % (4 * tower.num_heads) == 0
-        sound = sound and tower.depth > 0 and tower.window_patches > 0 and tower.in_channels == 3
-    except (TypeError, ZeroDivisionError):
+        tower = replace(expected.tower, **values)
+        sound = tower.hidden_act == expected.tower.hidden_act
+        sound = sound and tower.hidden_size % (4 * tower.num_heads) == 0
+        sound = sound and tower.depth > 0 and tower.in_channels == 3
+        sound = sound and (tower.window_patches > 0 or not expected.tower.window_size)
+        sound = sound and math.isqrt(tower.num_position_embeddings) ** 2 == tower.num_position_embeddings
+        sound = sound and bool(tower.num_position_embeddings) == bool(expected.tower.num_position_embeddings)
+    except (TypeError, ValueError, ZeroDivisionError):
         sound = False
     if not sound:
         raise CheckpointError(
-            f"{file}: vision_config {values} is not a Qwen2.5-VL tower that this version can run"
+            f"{file}: vision_config {values} is not a {expected.title} tower that this version can run"
         )
     return tower
 
 
+def another_family(model_type: object, expected: Family) -> str:
+    """What is wrong with a checkpoint of this model_type, and which teacher takes it."""
+    for name, family in FAMILIES.items():
+        if model_type in family.model_types:
+            return (
+                f"this is a {family.title} checkpoint (model_type {model_type!r}), expected {expected.title}: "
+                f"use --teacher {name}, or give the folder of a {expected.title} checkpoint"
+            )
+    return (
+        f"model_type is {model_type!r}, expected {expected.model_types[0]!r}: "
+        f"give the folder of a {expected.title} checkpoint"
+    )
+
+
 def read_processor_config(folder: Path) -> dict[str, Any]:
-    """preprocessor_config.json, or an empty dict: then the published values hold."""
+    """The image processor's values, or an empty dict: then the published ones hold.
+
+    transformers 5 saves a whole processor as processor_config.json; published folders have preprocessor_config.json.
+    """
     file = folder / "preprocessor_config.json"
-    return read_json(file) if file.is_file() else {}
+    if file.is_file():
+        return read_json(file)
+    whole = folder / "processor_config.json"
+    processor = read_json(whole).get("image_processor") if whole.is_file() else None
+    return processor if isinstance(processor, dict) else {}
 
 
-def processor_cap(processor: dict[str, Any]) -> int:
+def processor_cap(processor: dict[str, Any]) -> int | None:
     """Most pixels an image may have, in the spelling of transformers 4 (max_pixels) or 5 (size.longest_edge)."""
     cap = processor.get("max_pixels") or (processor.get("size") or {}).get("longest_edge")
-    return int(cap or MAX_PIXELS)
+    return int(cap) if cap else None
 
 
 def save_random_checkpoint(
-    folder: Path, *, vision: dict[str, Any], text: dict[str, Any], seed: int, **config: Any
+    folder: Path,
+    *,
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    seed: int,
+    family: str = "qwen2.5-vl",
+    **config: Any,
 ) -> None:
-    """Write a whole Qwen2.5-VL model with random weights, made and saved by transformers itself.
+    """Write a whole model of the family with random weights, made and saved by transformers itself.
 
     vision, text, config: values of the vision, text and outer configuration. The same seed gives the same bytes.
+
+    Raises:
+        TeacherError: when the installed transformers is older than the family.
     """
     import json
 
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+    import transformers
     from transformers.utils import logging
 
+    kind = FAMILIES[family]
+    try:
+        config_class = getattr(transformers, f"{kind.model}Config")
+        model_class = getattr(transformers, f"{kind.model}ForConditionalGeneration")
+    except AttributeError:
+        raise TeacherError(
+            f"transformers {transformers.__version__} has no {kind.title}: install a newer one (pip install -U transformers)"
+        ) from None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(vision_config=vision, text_config=text, **config)
-        )
+        model = model_class(config_class(vision_config=vision, text_config=text, **config))
     model.save_pretrained(folder)
-    Qwen2VLImageProcessor(max_pixels=MAX_PIXELS).save_pretrained(folder)
+    processor = transformers.Qwen2VLImageProcessor(
+        patch_size=kind.tower.patch_size,
+        image_mean=list(kind.mean),
+        image_std=list(kind.std),
+        max_pixels=kind.max_pixels,
+    )
+    processor.save_pretrained(folder)
     record = {"random_weights": True, "seed": seed, "depth": vision["depth"], "notice": RANDOM_WEIGHTS_NOTICE}
     (folder / RANDOM_WEIGHTS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -294,9 +417,9 @@ def load_zero_shot(
     """
     from extract.teachers.zero_shot import PROMPTS, ZeroShotScorer
 
-    if not isinstance(teacher, Qwen25VLTeacher):
+    if not isinstance(teacher, QwenVLTeacher) or teacher.spec.name != "qwen2.5-vl":
         raise TeacherError(
-            f"zero-shot logits need the teacher {NAME}, got {teacher.spec.name}: use --logits probe"
+            f"zero-shot logits need the teacher qwen2.5-vl, got {teacher.spec.name}: use --logits probe"
         )
     language = load_language_model(str(path), teacher.device, teacher.dtype)
     return ZeroShotScorer(language, teacher, class_names, prompts=prompts or PROMPTS, calibrate=calibrate)
