@@ -42,9 +42,8 @@ from PIL import Image
 from commands.assets import asset
 from console.output import print_json, print_table
 from extract.config import load_config
-from extract.decode.pool import DecodedBatch
-from extract.decode.sample import DecodeJob, decode_samples
-from extract.decode.shared_buffers import PixelBuffer
+from extract.decode.pool import DecodedBatch, PixelBuffer
+from extract.decode.sample import Encoding, decode_samples
 from extract.encode import Pending
 from extract.result import ExtractResult
 from extract.run import run_extraction
@@ -144,10 +143,10 @@ def measure_overhead(work: Path, images: int, depth: int, rounds: int) -> dict[s
     teacher = load_teacher("qwen2.5-vl", str(weights), device="cpu", image_size=SIZE)
     samples = open_source(photos, val_fraction=0).splits()["train"][:]
     pixels = np.zeros((images, 1, 3, SIZE, SIZE), np.uint8)
-    job = DecodeJob(image_size=SIZE, resize="squash")
-    decode_samples(job, samples[:2], pixels[:2])
+    encoding = Encoding(image_size=SIZE, resize="squash")
+    decode_samples(encoding, samples[:2], pixels[:2])
     cpu = time.process_time()
-    decode_samples(job, samples, pixels)
+    decode_samples(encoding, samples, pixels)
     decode_s = time.process_time() - cpu
     batches = [torch.from_numpy(pixels[first : first + BATCH, 0].copy()) for first in range(0, images, BATCH)]
     config = load_config(
@@ -263,8 +262,8 @@ def measure_host(work: Path, rounds: int, rows: int) -> dict[str, float]:
     make_photos(work / "host", rows, (640, 480))
     samples = open_source(work / "host", val_fraction=0).splits()["train"][:]
     buffer = PixelBuffer((rows, 1, 3, SIZE, SIZE), shared=False)
-    job = DecodeJob(image_size=SIZE, resize="squash")
-    decode_samples(job, samples[:2], buffer.pixels[:2])
+    encoding = Encoding(image_size=SIZE, resize="squash")
+    decode_samples(encoding, samples[:2], buffer.pixels[:2])
     specs = [*feature_arrays(WIDTH, grid=HOST_GRID), *target_arrays(label=True)]
     shapes = {spec.name: (rows, *spec.row_shape) for spec in specs}
     features = {
@@ -273,10 +272,10 @@ def measure_host(work: Path, rounds: int, rows: int) -> dict[str, float]:
     scales = {name: channel_scale(values) for name, values in features.items()}
     ready = {name: to_stored(values, scales[name], np.dtype(np.float16)) for name, values in features.items()}
     for number in range(rounds + 1):  # the first round warms up
-        results = timed("decode", lambda: decode_samples(job, samples, buffer.pixels))
+        results = timed("decode", lambda: decode_samples(encoding, samples, buffer.pixels))
         batch = DecodedBatch(0, samples, buffer, [], results)
         pending = Pending({}, torch.tensor(True), torch.device("cpu"), None)
-        rest = timed("collate", functools.partial(sample_arrays, batch, pending))
+        rest = timed("collate", functools.partial(sample_arrays, batch, pending, encoding))
         rest = {name: rest[name] for name in (names.SIZES, names.CONTENT, names.LABEL)}
         timed("checksum", lambda: crc32c(ready[names.GRID]))
         for form, arrays, known in (("float32", features, ()), ("stored form", ready, FEATURES)):

@@ -125,15 +125,15 @@ def write_rate(folder: Path, megabytes: int) -> float:
 
 def decode_rate(settings: Settings, seconds: float) -> dict[str, float]:
     """640×480 JPEG files to 224 px on one core, as the decoders do it."""
-    from extract.decode.sample import DecodeJob, decode_samples
+    from extract.decode.sample import Encoding, decode_samples
     from extract.sources.detect import open_source
 
     folder = settings.work / "decode-rate"
     write_photos(folder, 16)
     samples = open_source(folder, val_fraction=0).splits()["train"][:]
     pixels = np.zeros((len(samples), 1, 3, 224, 224), np.uint8)
-    job = DecodeJob(image_size=224, resize="squash")
-    duration = time_calls(lambda: decode_samples(job, samples, pixels), "cpu", seconds=seconds)
+    encoding = Encoding(image_size=224, resize="squash")
+    duration = time_calls(lambda: decode_samples(encoding, samples, pixels), "cpu", seconds=seconds)
     return {"decoded_per_second_and_core": len(samples) / duration}
 
 

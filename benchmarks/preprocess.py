@@ -35,7 +35,8 @@ import torch
 from PIL import Image, ImageOps
 
 from commands.assets import asset, pretrained_teacher_weights
-from extract.decode.preprocess import preprocess, resize_pixels
+from extract.decode.sample import Encoding, decode_sample, resize_pixels
+from extract.sources.base import Sample
 from imaging.decode import decode
 
 SIZE = 224
@@ -83,6 +84,14 @@ def large_photos() -> list[Image.Image]:
     ]
 
 
+def preprocess(data: bytes, exact: bool = False) -> np.ndarray:
+    """uint8 [3, S, S] of one file, as a decoding process makes them."""
+    planes = np.empty((1, 3, SIZE, SIZE), np.uint8)
+    encoding = Encoding(image_size=SIZE, resize="squash", exact=exact)
+    assert decode_sample(encoding, Sample("", data), planes).reason is None
+    return planes[0]
+
+
 def contestants() -> dict[str, Callable[[bytes], object]]:
     from transformers.models.qwen2_vl import Qwen2VLImageProcessor
 
@@ -105,8 +114,8 @@ def contestants() -> dict[str, Callable[[bytes], object]]:
     size = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
     small, stock = Qwen2VLImageProcessor(size=size), Qwen2VLImageProcessor()
     table: dict[str, Callable[[bytes], object]] = {
-        "ours, fast": lambda data: preprocess(data, SIZE),
-        "ours, exact": lambda data: preprocess(data, SIZE, exact=True),
+        "ours, fast": preprocess,
+        "ours, exact": lambda data: preprocess(data, exact=True),
         "just above the target": lambda data: resize_pixels(decode(data, target_size=SIZE), SIZE),
         "HF to 224": lambda data: small(images=read(data), return_tensors="pt"),
         "HF as shipped": lambda data: stock(images=read(data), return_tensors="pt"),
@@ -157,9 +166,7 @@ def load_tokens() -> Callable[[list[np.ndarray]], np.ndarray]:
 
 def measure_fidelity(files: dict[str, list[bytes]]) -> dict[str, dict[str, float]]:
     tokens = load_tokens()
-    exact = {
-        kind: [preprocess(d, SIZE, exact=True).pixels for d in members] for kind, members in files.items()
-    }
+    exact = {kind: [preprocess(d, exact=True) for d in members] for kind, members in files.items()}
     references = {kind: tokens(pixels) for kind, pixels in exact.items()}
     everything = np.concatenate(list(references.values()))
     mean, std = everything.mean(axis=0), everything.std(axis=0) + 1e-6
@@ -171,7 +178,7 @@ def measure_fidelity(files: dict[str, list[bytes]]) -> dict[str, dict[str, float
 
     return {
         kind: {
-            "fast": percentile(kind, [preprocess(data, SIZE).pixels for data in members]),
+            "fast": percentile(kind, [preprocess(data) for data in members]),
             "just above the target": percentile(
                 kind, [resize_pixels(decode(data, target_size=SIZE), SIZE) for data in members]
             ),

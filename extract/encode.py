@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from console.log import get_logger
-from extract.decode.pool import DecodedBatch
-from extract.decode.sample import DecodedSample, DecodeJob, decode_samples
-from extract.decode.shared_buffers import PixelBuffer
+from extract.decode.pool import DecodedBatch, PixelBuffer
+from extract.decode.sample import DecodedSample, Encoding, decode_samples
 from extract.sources.base import Sample
 from extract.teachers import Teacher
 from extract.teachers.devices import device_error
@@ -33,26 +32,11 @@ from store.errors import DistillError
 log = get_logger("extract")
 
 FINITE = "finite"
-FloatArray = npt.NDArray[np.float32]
 Part = TypeVar("Part")
 
 
 class OutOfMemory(DistillError):
     """One image alone does not fit on the device."""
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What is stored of each sample's features, besides pooled: grid side (0: none), views, frames.
-
-    area: a smaller grid whose side does not divide the teacher's is averaged exactly by area. False is adaptive
-    pooling, whose cells overlap: the rule of stores that record no `grid_resampling`. `cli verify` needs it for them.
-    """
-
-    grid: int
-    views: int = 0
-    clips: bool = False
-    area: bool = True
 
 
 @dataclass
@@ -68,7 +52,6 @@ class Pending:
     device: torch.device
     ready: torch.cuda.Event | None
     raw: npt.NDArray[np.uint8] | None = None
-    views: int = 0
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Wait for the device; arrays by name, rows in the batch's order."""
@@ -170,13 +153,12 @@ class Encoder:
     def __init__(
         self,
         teacher: Teacher,
-        job: DecodeJob,
         encoding: Encoding,
         batch_size: int,
         scales: Mapping[str, npt.NDArray[np.float32]] | None = None,
     ) -> None:
-        self.teacher, self.job, self.encoding = teacher, job, encoding
-        self.parts = AdaptiveBatch(batch_size, teacher.device, job.image_size)
+        self.teacher, self.encoding = teacher, encoding
+        self.parts = AdaptiveBatch(batch_size, teacher.device, encoding.image_size)
         self.cuda = teacher.device.type == "cuda"
         # Each new shape is compiled, or planned by cuDNN: short batches are filled up instead.
         self.fill = self.cuda
@@ -195,23 +177,33 @@ class Encoder:
             tensors, finite = self.encode(pixels, inside)
             host, ready = self.copies.to_host({**tensors, FINITE: finite})
         finite = host.pop(FINITE)
-        raw = batch.pixels[:, 0].transpose(0, 2, 3, 1).copy() if self.job.images == "raw" else None
-        return Pending(host, finite, self.teacher.device, ready, raw, self.job.views)
+        raw = batch.pixels[:, 0].transpose(0, 2, 3, 1).copy() if self.encoding.images == "raw" else None
+        return Pending(host, finite, self.teacher.device, ready, raw)
 
     def encode(self, pixels: Tensor, inside: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """Features by name of uint8 [B, P, 3, S, S], and whether all are finite (bool scalar); all on the device."""
-        encode = self.encode_clips if self.encoding.clips else self.encode_images
+        encode = self.encode_clips if self.encoding.frames else self.encode_images
         tensors = encode(pixels, inside)
         if self.factors is not None:
-            tensors = {name: as_stored(tensor, self.factors.get(name)) for name, tensor in tensors.items()}
+            # As `to_stored` of the store does it on the host; what does not fit becomes infinite.
+            scaled = {
+                name: tensor * self.factors[name] for name, tensor in tensors.items() if name in self.factors
+            }
+            tensors = {name: tensor.to(torch.float16) for name, tensor in {**tensors, **scaled}.items()}
         return tensors, torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).all()
 
     def coverage(self, batch: DecodedBatch) -> Tensor | None:
         """float32 [B, h, w] on the device: how much of each cell shows the image; None where no policy pads."""
-        if self.job.resize != "letterbox":
+        if self.encoding.resize != "letterbox":
             return None
-        h, w = self.teacher.grid_size(self.job.image_size, self.job.image_size)
-        cells = [letterbox_coverage(result.size, self.job.image_size, h, w) for result in batch.results]
+        side = self.encoding.image_size
+        h, w = self.teacher.grid_size(side, side)
+        cells = [
+            cells_inside(resize_view("letterbox", result.size, side), h, w)
+            if min(result.size) > 0
+            else np.ones((h, w), np.float32)  # a bad image
+            for result in batch.results
+        ]
         return self.copies.to_device(torch.from_numpy(np.stack(cells)))
 
     def encode_images(self, pixels: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
@@ -229,7 +221,7 @@ class Encoder:
 
     def encode_clips(self, pixels: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
         """pixels: uint8 [B, T, 3, S, S]; one row of frames for each temporal patch of the teacher."""
-        step = self.job.pair
+        step = self.encoding.pair
         frames = pixels.shape[1]
         parts = []
         for first in range(0, frames, step):
@@ -260,21 +252,22 @@ class Encoder:
         return torch.cat([pooled for pooled, _ in parts]), torch.cat([grid for _, grid in parts])
 
 
-def decode_here(job: DecodeJob, samples: Sequence[Sample]) -> DecodedBatch:
+def decode_here(encoding: Encoding, samples: Sequence[Sample]) -> DecodedBatch:
     """A few samples as one batch, decoded in this thread into a buffer of its own."""
-    buffer = PixelBuffer((len(samples), job.planes, 3, job.image_size, job.image_size), shared=False)
-    return DecodedBatch(0, samples, buffer, [], decode_samples(job, samples, buffer.pixels))
+    size = encoding.image_size
+    buffer = PixelBuffer((len(samples), encoding.planes, 3, size, size), shared=False)
+    return DecodedBatch(0, samples, buffer, [], decode_samples(encoding, samples, buffer.pixels))
 
 
 def encode_samples(
-    teacher: Teacher, job: DecodeJob, encoding: Encoding, samples: Sequence[Sample], batch_size: int = 1
+    teacher: Teacher, encoding: Encoding, samples: Sequence[Sample], batch_size: int = 1
 ) -> tuple[list[DecodedSample], dict[str, npt.NDArray[Any]]]:
     """Decode a few samples in this thread and encode those that are not bad, in one forward pass.
 
     Returns what decoding found out about each sample, and the good ones' features by name in true units, in order;
     no arrays when all are bad. batch_size: that of later batches, so that a GPU compiles for one shape only.
     """
-    batch = decode_here(job, samples)
+    batch = decode_here(encoding, samples)
     results = batch.results
     good = [index for index, result in enumerate(results) if result.reason is None]
     if not good:
@@ -283,7 +276,7 @@ def encode_samples(
     chosen = DecodedBatch(
         0, [samples[index] for index in good], batch.buffer, [], [results[index] for index in good]
     )
-    encoder = Encoder(teacher, job, encoding, max(batch_size, len(good)))
+    encoder = Encoder(teacher, encoding, max(batch_size, len(good)))
     return results, encoder.launch(chosen).arrays()
 
 
@@ -302,14 +295,6 @@ def explained_errors(device: torch.device) -> Iterator[None]:
 def fill_up(tensor: Tensor, count: int, value: float) -> Tensor:
     """The tensor [b, ...] with rows of `value` added, [count, ...]."""
     return torch.cat([tensor, tensor.new_full((count - len(tensor), *tensor.shape[1:]), value)])
-
-
-def as_stored(values: Tensor, factor: Tensor | None) -> Tensor:
-    """float32 features [..., D] times `factor` [D] in float16, as `store.rows.to_stored` does it on the host.
-
-    What does not fit becomes infinite.
-    """
-    return (values if factor is None else values * factor).to(torch.float16)
 
 
 def resample_grid(grid: Tensor, side: int, *, area: bool = True) -> Tensor:
@@ -353,10 +338,3 @@ def area_weights(side: int, cells: int, device: torch.device) -> Tensor:
     ends = torch.minimum(parts + 1 / side, starts + 1 / cells)
     overlap = (ends - torch.maximum(parts, starts)).clamp_min(0) * side
     return overlap.to(torch.float32).to(device)
-
-
-def letterbox_coverage(size: tuple[int, int], image_size: int, h: int, w: int) -> FloatArray:
-    """float32 [h, w]: the share of each cell that shows an image of `size` (width, height), not padding."""
-    if min(size) < 1:
-        return np.ones((h, w), np.float32)
-    return cells_inside(resize_view("letterbox", size, image_size), h, w)

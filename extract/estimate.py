@@ -128,7 +128,7 @@ def check_samples(task: ExtractTask) -> dict[str, Any]:
         rows = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64)).tolist()
         for row in rows:
             (sample,) = split.between(row, row + 1)
-            (result,) = decode_here(task.job, [sample]).results
+            (result,) = decode_here(task.encoding, [sample]).results
             if result.reason is not None:
                 bad.append({"split": name, "key": sample.key, "reason": result.reason})
         checked += len(rows)
@@ -150,15 +150,15 @@ def warn_of_copies(source: Source) -> list[str]:
 
 def timed_decoding(task: ExtractTask, samples: list[Sample]) -> tuple[DecodedBatch, float]:
     """The samples decoded in this thread, and seconds a sample."""
-    decode_here(task.job, samples[:1])  # the first one imports the decoder
+    decode_here(task.encoding, samples[:1])  # the first one imports the decoder
     started = time.perf_counter()
-    batch = decode_here(task.job, samples)
+    batch = decode_here(task.encoding, samples)
     return batch, (time.perf_counter() - started) / len(samples)
 
 
 def timed_encoding(task: ExtractTask, teacher: Teacher, batch: DecodedBatch) -> tuple[float, int]:
     """Median seconds a sample of a few passes, and rows of frames a sample."""
-    encoder = Encoder(teacher, task.job, task.encoding, len(batch.samples))
+    encoder = Encoder(teacher, task.encoding, len(batch.samples))
     arrays = encoder.launch(batch).arrays()  # a warm-up
     times = []
     for _ in range(TIMED_PASSES):

@@ -324,7 +324,7 @@ def score_split(
     device = scorer.teacher.device
     copies = DeviceCopies(device)
     launched: deque[Scores] = deque()
-    with DecodePool(task.job, writer.job.batch_rows, decode_workers(config)) as pool:
+    with DecodePool(task.encoding, writer.job.batch_rows, decode_workers(config)) as pool:
         deadline.save = partial(abandon_in_time, pool, config)
         parts = AdaptiveBatch(writer.job.batch_rows, device, config.image_size)
         for batch in pool.batches(cuts):

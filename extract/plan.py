@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import numpy.typing as npt
 from console.log import get_logger
 from extract.config import ConfigError, ExtractConfig
 from extract.decode.bit_depth import choose_bit_depth
-from extract.decode.sample import DecodeJob
-from extract.encode import Encoding, averages_unevenly
+from extract.decode.sample import Encoding
+from extract.encode import averages_unevenly
 from extract.sources.base import RemovedFile, Sample, Samples, Source
 from extract.teachers import Teacher
 from files.names import printable
@@ -87,7 +87,6 @@ class ExtractTask:
 
     path: Path
     splits: Mapping[str, RowSamples]
-    job: DecodeJob
     encoding: Encoding
     manifest: Manifest
     arrays: Sequence[ArraySpec]
@@ -108,27 +107,20 @@ def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> Extrac
     clips = source.task == "sequence" or source.kind == "clips"
     check_options(config, source, clips)
     targets = found_targets(source)
-    encoding = Encoding(grid=grid_side(config, teacher, targets), views=config.views, clips=clips)
-    job = DecodeJob(
-        image_size=config.image_size,
-        resize=config.resize,
-        interpolation=teacher.preprocessing.interpolation,
-        exact=config.exact_preprocessing,
-        max_pixels=config.max_pixels,
-        bit_depth=choose_bit_depth(config, source),
-        views=config.views,
-        frames=config.frames if clips else 0,
-        pair=temporal_patch(teacher) if clips else 1,
-        seed=config.seed,
-        images=config.images,
-    )
+    manifest = make_manifest(config, source, teacher, clips, grid_side(config, teacher, targets))
+    encoding = replace(encoding_of(manifest), max_pixels=config.max_pixels)
     return ExtractTask(
         path=config.out,
         splits={name: RowSamples(samples) for name, samples in source.splits().items()},
-        job=job,
         encoding=encoding,
-        manifest=make_manifest(config, source, teacher, encoding, job),
-        arrays=make_arrays(config, teacher, encoding, targets, job),
+        manifest=manifest,
+        arrays=[
+            *names.feature_arrays(
+                teacher.spec.width, grid=manifest.grid, views=manifest.views, frames=encoding.frames > 0
+            ),
+            *names.target_arrays(label="label" in targets, boxes="boxes" in targets, mask="mask" in targets),
+            *names.image_arrays(config.images, config.image_size, frames=encoding.clip_frames),
+        ],
     )
 
 
@@ -177,48 +169,51 @@ def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) 
     return side
 
 
-def temporal_patch(teacher: Teacher) -> int:
-    """Frames that the teacher encodes together: 2 for Qwen2.5-VL, 1 for image encoders."""
-    return int(getattr(teacher, "temporal_patch_size", 1))
-
-
-def make_arrays(
-    config: ExtractConfig, teacher: Teacher, encoding: Encoding, targets: frozenset[str], job: DecodeJob
-) -> list[ArraySpec]:
-    width = teacher.spec.width
-    return [
-        *names.feature_arrays(width, grid=encoding.grid or None, views=encoding.views, frames=encoding.clips),
-        *names.target_arrays(label="label" in targets, boxes="boxes" in targets, mask="mask" in targets),
-        *names.image_arrays(config.images, config.image_size, frames=job.clip_frames),
-    ]
-
-
 def make_manifest(
-    config: ExtractConfig, source: Source, teacher: Teacher, encoding: Encoding, job: DecodeJob
+    config: ExtractConfig, source: Source, teacher: Teacher, clips: bool, grid: int
 ) -> Manifest:
-    preprocessing = teacher.preprocessing
     changes: dict[str, Any] = {"exact": True} if config.exact_preprocessing else {}
-    if job.bit_depth != FULL_DEPTH:
-        changes["bit_depth"] = job.bit_depth
-    preprocessing = preprocessing.model_copy(update={"options": {**preprocessing.options, **changes}})
+    bit_depth = choose_bit_depth(config, source)
+    if bit_depth != FULL_DEPTH:
+        changes["bit_depth"] = bit_depth
+    preprocessing = teacher.preprocessing
     options: dict[str, int | str] = {"seed": config.seed} if config.views else {}
-    if job.frames:
-        options |= {"frames": job.frames, "frames_per_row": job.pair}
+    if clips:
+        options |= {"frames": config.frames, "frames_per_row": teacher.temporal_patch_size}
     # Only where the rule makes a difference: stores that were begun before it can be resumed otherwise.
-    if averages_unevenly(encoding.grid, *teacher.grid_size(config.image_size, config.image_size)):
+    if averages_unevenly(grid, *teacher.grid_size(config.image_size, config.image_size)):
         options[names.GRID_RULE] = names.AREA
     return Manifest(
         teacher=teacher.spec,
-        preprocessing=preprocessing,
+        preprocessing=preprocessing.model_copy(update={"options": {**preprocessing.options, **changes}}),
         class_names=source.class_names,
         task=source.task,
         source=source.kind,
         data_root=printable(source.root),
-        grid=encoding.grid or None,
-        views=encoding.views,
+        grid=grid or None,
+        views=config.views,
         images=config.images,
         software=software_versions(),
         options=options,
+    )
+
+
+def encoding_of(manifest: Manifest) -> Encoding:
+    """How the samples of a store are encoded: `cli verify` encodes some of them again."""
+    preprocessing, options = manifest.preprocessing, manifest.options
+    return Encoding(
+        image_size=preprocessing.image_size,
+        resize=preprocessing.resize,
+        interpolation=preprocessing.interpolation,
+        exact=bool(preprocessing.options.get("exact", False)),
+        bit_depth=preprocessing.bit_depth,
+        views=manifest.views,
+        seed=int(options.get("seed", 0)),
+        frames=int(options.get("frames", 0)),
+        pair=int(options.get("frames_per_row", 1)),
+        images=manifest.images,
+        grid=manifest.grid or 0,
+        area=options.get(names.GRID_RULE) == names.AREA,
     )
 
 
@@ -239,9 +234,9 @@ def batch_rows(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> in
         return config.batch_size
     if teacher.device.type != "cuda":
         return CPU_BATCH
-    size = task.job.image_size
+    size = task.encoding.image_size
     by_patches = CUDA_PATCHES * PATCH_PX**2 // size**2
-    by_pixels = DECODED_BYTES // (task.job.planes * 3 * size**2)
+    by_pixels = DECODED_BYTES // (task.encoding.planes * 3 * size**2)
     return max(1, min(by_patches, by_pixels))
 
 

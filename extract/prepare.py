@@ -186,7 +186,7 @@ def calibrate(task: ExtractTask, teacher: Teacher, batch_size: int) -> dict[str,
     batch_size: that of the batches to come, so that a GPU compiles for one shape only.
     """
     samples = calibration_samples(task, CALIBRATION)
-    _, arrays = encode_samples(teacher, task.job, task.encoding, samples, batch_size)
+    _, arrays = encode_samples(teacher, task.encoding, samples, batch_size)
     scaled = {spec.name for spec in task.arrays if spec.scaled}
     return {name: channel_scale(values) for name, values in arrays.items() if name in scaled}
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from console.log import get_logger
 from console.stop import StopRequest
 from extract.decode.pool import DecodedBatch, DecodePool
+from extract.decode.sample import Encoding
 from extract.encode import Encoder, Pending
 from extract.plan import ExtractTask
 from extract.result import BadSample
@@ -135,8 +136,8 @@ class Session:
 
     def __init__(self, task: ExtractTask, teacher: Teacher, batch_size: int, workers: int) -> None:
         self.task = task
-        self.encoder = Encoder(teacher, task.job, task.encoding, batch_size, stored_scales(task))
-        self.pool = DecodePool(task.job, batch_size, workers)
+        self.encoder = Encoder(teacher, task.encoding, batch_size, stored_scales(task))
+        self.pool = DecodePool(task.encoding, batch_size, workers)
         self.report = Report(halved=self.encoder.parts.halved)
         self.background: BackgroundWriter | None = None
 
@@ -177,7 +178,7 @@ class Session:
         self, background: BackgroundWriter, writer: StoreWriter, batch: DecodedBatch, pending: Pending
     ) -> None:
         """Hand a batch to the writer thread, which notes what was bad."""
-        arrays = {**feature_arrays(pending), **sample_arrays(batch, pending, self.task.job.clip_frames)}
+        arrays = {**feature_arrays(pending), **sample_arrays(batch, pending, self.task.encoding)}
         reasons = [result.reason or "" for result in batch.results]
         chosen = {name: arrays[name] for name in writer.array_names}
         features = frozenset(pending.tensors)
@@ -241,11 +242,8 @@ def feature_arrays(pending: Pending) -> dict[str, Any]:
     return arrays
 
 
-def sample_arrays(batch: DecodedBatch, pending: Pending, frames: int) -> dict[str, Any]:
-    """Everything about a batch that is not the teacher's; the writer picks what its store has.
-
-    `frames`: of each clip, 0 for images.
-    """
+def sample_arrays(batch: DecodedBatch, pending: Pending, encoding: Encoding) -> dict[str, Any]:
+    """Everything about a batch that is not the teacher's; the writer picks what its store has."""
     results = batch.results
     labels = [names.NO_LABEL if sample.label is None else sample.label for sample in batch.samples]
     boxes = [result.boxes for result in results]
@@ -259,12 +257,11 @@ def sample_arrays(batch: DecodedBatch, pending: Pending, frames: int) -> dict[st
         names.IMAGES_ENCODED: [result.encoded for result in results],
         names.IMAGES_RAW: pending.raw,
     }
-    no_frames = np.zeros((frames, 2), np.int64)
+    no_frames = np.zeros((encoding.clip_frames, 2), np.int64)
     arrays[names.IMAGES_FRAMES] = np.stack(
         [no_frames if result.spans is None else result.spans for result in results]
     )
-    views = next((len(result.geometry) for result in results if result.geometry is not None), 0)
-    missing = np.full((views or pending.views, 2, 3), np.nan)
+    missing = np.full((encoding.views, 2, 3), np.nan)
     arrays[names.VIEWS_GEOMETRY] = np.stack(
         [missing if result.geometry is None else result.geometry for result in results]
     )

@@ -5,16 +5,16 @@ With `--teacher-path`, some samples are encoded again and compared with what is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from extract.decode.sample import DecodedSample, DecodeJob
-from extract.encode import Encoding, encode_samples
+from extract.encode import encode_samples
 from extract.follow.changes import find_changes
+from extract.plan import encoding_of
 from extract.resume import FOLDER, planned_keys, read_source_record, recorded_source
 from extract.sources.base import Sample, Source, SourceError
 from extract.sources.detect import open_source
@@ -179,34 +179,13 @@ class StoredClip:
 
 def encode_again(manifest: Manifest, teacher: Teacher, samples: list[Sample]) -> dict[str, Floats]:
     """The samples' features by name, as the extraction encodes them: pooled, grid, and those of recorded views."""
-    frames = int(manifest.options.get("frames", 0))
-    job = DecodeJob(
-        image_size=manifest.preprocessing.image_size,
-        resize=manifest.preprocessing.resize,
-        interpolation=manifest.preprocessing.interpolation,
-        exact=bool(manifest.preprocessing.options.get("exact", False)),
-        views=manifest.views,
-        seed=int(manifest.options.get("seed", 0)),
-        frames=frames,
-        pair=teacher.temporal_patch_size if frames else 1,
-        bit_depth=manifest.preprocessing.bit_depth,
-        max_pixels=MOST_PIXELS,  # the extraction's own limit has let them pass
-    )
-    encoding = Encoding(
-        grid=manifest.grid or 0,
-        views=manifest.views,
-        clips=frames > 0,
-        area=manifest.options.get(names.GRID_RULE) == names.AREA,
-    )
-    results, arrays = encode_samples(teacher, job, encoding, samples)
-    check_readable(samples, results)
-    return {name: array for name, array in arrays.items() if name != names.FRAMES}
-
-
-def check_readable(samples: list[Sample], results: list[DecodedSample]) -> None:
+    # The images passed the extraction's own limit; they are not stored again.
+    encoding = replace(encoding_of(manifest), max_pixels=MOST_PIXELS, images="none")
+    results, arrays = encode_samples(teacher, encoding, samples)
     for sample, result in zip(samples, results, strict=True):
         if result.reason is not None:
             raise NoImages(f"{sample.key} was encoded once, but now: {result.reason}")
+    return {name: array for name, array in arrays.items() if name != names.FRAMES}
 
 
 def compare(

@@ -1,11 +1,13 @@
 """Decoding beside the teacher: worker processes fill shared pixel buffers, batch after batch, in order.
 
-The processes are spawned, never forked: a fork would copy CUDA's and zarr's threads half-way. Each
-uses one core.
+No pixel travels through a pipe. The processes are spawned, never forked: a fork would copy CUDA's and zarr's threads
+half-way. Each uses one core.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 from collections import deque
@@ -13,14 +15,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import current_process, get_context, util
-from typing import Self
+from functools import cache
+from multiprocessing import current_process, get_context, shared_memory, util
+from typing import Any, Self
 
+import numpy as np
 from PIL import Image
 
 from console.log import get_logger
-from extract.decode.sample import DecodedSample, DecodeJob, decode_samples
-from extract.decode.shared_buffers import BufferAddress, PixelBuffer, Pixels, SharedMemoryFull, open_buffer
+from extract.decode.sample import DecodedSample, Encoding, Pixels, decode_samples
 from extract.sources.base import Sample
 from processes.ending import block_stop_signals, end_with_parent
 from store.errors import DistillError
@@ -29,6 +32,72 @@ log = get_logger("extract")
 
 CHUNK = 8  # samples a task: small enough that the first batch is spread over all workers
 AHEAD = 3  # batches in memory: one with the teacher, two being decoded
+
+
+class SharedMemoryFull(DistillError):
+    """There is not enough shared memory (`/dev/shm`) for one more pixel buffer."""
+
+
+class PixelBuffer:
+    """uint8 [B, P, 3, S, S]: the pixels of one batch, `P` planes (base image and views, or frames) a sample.
+
+    A `shared` one is pickled by its name: another process gets the same memory.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], shared: bool, block: shared_memory.SharedMemory | None = None
+    ) -> None:
+        self.shape = shape
+        self.block = allocate_block(math.prod(shape)) if shared and block is None else block
+        self.pixels: Pixels = (
+            np.zeros(shape, np.uint8)
+            if self.block is None
+            else np.ndarray(shape, np.uint8, buffer=self.block.buf)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self.block is not None, "only a shared buffer is sent to another process"
+        return open_buffer, (self.block.name, self.shape)
+
+    def close(self) -> None:
+        """Give the memory back; `pixels` must not be used afterwards."""
+        self.pixels = np.empty((0,), np.uint8)
+        if self.block is not None:
+            with contextlib.suppress(BufferError):  # a caller still holds a view: the mapping goes with it
+                self.block.close()
+        self.unlink()
+
+    def unlink(self) -> None:
+        """Free the block's name; may be called twice."""
+        block, self.block = self.block, None
+        if block is not None:
+            block.unlink()
+
+
+@cache
+def open_buffer(name: str, shape: tuple[int, ...]) -> PixelBuffer:
+    """In a decoding process: the buffer of another process. The mapping is kept, a run has only a few buffers."""
+    return PixelBuffer(shape, True, shared_memory.SharedMemory(name=name))
+
+
+def allocate_block(size: int) -> shared_memory.SharedMemory:
+    """A shared block whose pages exist: a full `/dev/shm` is an error here, not a bus error later.
+
+    Raises:
+        SharedMemoryFull: containers often have 64 MB of shared memory only.
+    """
+    block = shared_memory.SharedMemory(create=True, size=size)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(block._fd, 0, size)  # type: ignore[attr-defined]
+    except OSError as error:
+        block.close()
+        block.unlink()
+        raise SharedMemoryFull(
+            f"shared memory: no room for {size / 1e6:.0f} MB of pixels ({error.strerror}): "
+            "start the container with a larger --shm-size, or use a smaller --batch-size, or --workers 0"
+        ) from None
+    return block
 
 
 class DecodingFailed(DistillError):
@@ -62,12 +131,22 @@ class DecodedBatch:
 class DecodePool:
     """Decodes batches ahead of the teacher, in `workers` processes (0: in one thread of this process)."""
 
-    def __init__(self, job: DecodeJob, batch_size: int, workers: int) -> None:
-        self.job, self.workers = job, workers
-        self.processes = workers > 0 and not in_daemon()
-        shape = (batch_size, job.planes, 3, job.image_size, job.image_size)
-        self.free, self.processes = allocate_buffers(shape, self.processes)
-        self.buffers = list(self.free)
+    def __init__(self, encoding: Encoding, batch_size: int, workers: int) -> None:
+        self.encoding, self.workers = encoding, workers
+        # A daemonic process (a dask worker under its nanny) may not have children: threads decode there.
+        self.processes = workers > 0 and not current_process().daemon
+        shape = (batch_size, encoding.planes, 3, encoding.image_size, encoding.image_size)
+        self.buffers: list[PixelBuffer] = []
+        try:
+            for _ in range(AHEAD):
+                self.buffers.append(PixelBuffer(shape, self.processes))
+        except SharedMemoryFull as error:
+            for buffer in self.buffers:
+                buffer.close()
+            log.warning("%s; decoding in threads for now", error)
+            self.processes = False
+            self.buffers = [PixelBuffer(shape, shared=False) for _ in range(AHEAD)]
+        self.free = list(self.buffers)
         self.executor = self.start()
 
     def start(self) -> Executor:
@@ -86,37 +165,32 @@ class DecodePool:
                 cut = next(source, None)
                 if cut is None:
                     break
-                waiting.append(self.submit_batch(*cut))
+                first, samples = cut
+                starts = range(0, len(samples), CHUNK)
+                chunks = [Chunk(samples[start : start + CHUNK], start) for start in starts]
+                batch = DecodedBatch(first, samples, self.free.pop(), chunks)
+                for chunk in chunks:
+                    self.submit_chunk(chunk, batch.buffer)
+                waiting.append(batch)
             if not waiting:
                 return
-            yield self.collect(waiting.popleft(), waiting)
+            batch = waiting.popleft()
+            for chunk in batch.chunks:
+                batch.results += self.finish_chunk(chunk, batch, waiting)
+            yield batch
 
     def release(self, batch: DecodedBatch) -> None:
         """The teacher has read the pixels: the buffer can take another batch."""
         self.free.append(batch.buffer)
 
-    def submit_batch(self, first: int, samples: Sequence[Sample]) -> DecodedBatch:
-        starts = range(0, len(samples), CHUNK)
-        chunks = [Chunk(samples[start : start + CHUNK], start) for start in starts]
-        batch = DecodedBatch(first, samples, self.free.pop(), chunks)
-        for chunk in chunks:
-            self.submit_chunk(chunk, batch.buffer)
-        return batch
-
     def submit_chunk(self, chunk: Chunk, buffer: PixelBuffer) -> None:
-        target = buffer.address or buffer.pixels
         try:
             with block_stop_signals():  # a new process inherits the mask: Ctrl-C is for the parent alone
                 chunk.future = self.executor.submit(
-                    decode_chunk, self.job, chunk.samples, target, chunk.start
+                    decode_chunk, self.encoding, chunk.samples, buffer, chunk.start
                 )
         except BrokenProcessPool:
             chunk.future = None  # noticed, and done again, when the batch is collected
-
-    def collect(self, batch: DecodedBatch, waiting: Iterable[DecodedBatch]) -> DecodedBatch:
-        for chunk in batch.chunks:
-            batch.results += self.finish_chunk(chunk, batch, waiting)
-        return batch
 
     def finish_chunk(
         self, chunk: Chunk, batch: DecodedBatch, waiting: Iterable[DecodedBatch]
@@ -200,36 +274,16 @@ class DecodePool:
         self.close()
 
 
-def allocate_buffers(shape: tuple[int, ...], shared: bool) -> tuple[list[PixelBuffer], bool]:
-    """The pixel buffers, shared where they fit; else private ones, filled by threads, with a warning."""
-    buffers: list[PixelBuffer] = []
-    try:
-        for _ in range(AHEAD):
-            buffers.append(PixelBuffer(shape, shared))
-        return buffers, shared
-    except SharedMemoryFull as error:
-        for buffer in buffers:
-            buffer.close()
-        log.warning("%s; decoding in threads for now", error)
-        return [PixelBuffer(shape, shared=False) for _ in range(AHEAD)], False
-
-
 def decode_chunk(
-    job: DecodeJob, samples: Sequence[Sample], target: BufferAddress | Pixels, start: int
+    encoding: Encoding, samples: Sequence[Sample], buffer: PixelBuffer, start: int
 ) -> list[DecodedSample]:
     """The task of a worker: decode `samples` into rows `start…` of the buffer."""
-    pixels = open_buffer(target) if isinstance(target, BufferAddress) else target
-    return decode_samples(job, samples, pixels[start : start + len(samples)])
+    return decode_samples(encoding, samples, buffer.pixels[start : start + len(samples)])
 
 
 def is_done(chunk: Chunk) -> bool:
     future = chunk.future
     return future is not None and future.done() and not future.cancelled() and future.exception() is None
-
-
-def in_daemon() -> bool:
-    """A daemonic process (a dask worker under its nanny) may not have children: threads decode there."""
-    return bool(current_process().daemon)
 
 
 def begin_worker(parent: int) -> None:

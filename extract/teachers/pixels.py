@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
-from extract.decode.preprocess import resize_pixels
+from extract.decode.sample import resize_pixels
 from extract.teachers.base import TeacherError
 from imaging.decode import Decoded
 from imaging.geometry import RESIZE_POLICIES, ResizePolicy, View, resize_view

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from console.stop import Stopped, StopRequest
 from extract.config import load_config
+from extract.decode.sample import Encoding, decode_sample
 from extract.run import ExtractResult, run_extraction
+from extract.sources.base import Sample
 from extract.teachers.tiny import TINY_TEXT, tiny_vision
+from imaging.decode import ImageError
 from store.reader import Store
 
 QWEN_VOCABULARY = 151_936
@@ -20,6 +23,23 @@ QWEN_VOCABULARY = 151_936
 
 def extract(options: dict[str, Any], **changes: Any) -> ExtractResult:
     return run_extraction(load_config({**options, **changes}))
+
+
+class Preprocessed(NamedTuple):
+    """What a decoding process makes of an image: pixels uint8 [3, S, S], size (width, height) of the original."""
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+
+
+def preprocess(data: bytes | Path, image_size: int, resize: str = "squash", **options: Any) -> Preprocessed:
+    """Decode one image as an extraction does. options: of `Encoding`. Raises ImageError for a bad one."""
+    encoding = Encoding(image_size=image_size, resize=resize, **options)  # type: ignore[arg-type]
+    planes = np.empty((1, 3, image_size, image_size), np.uint8)
+    result = decode_sample(encoding, Sample("image", data), planes)
+    if result.reason is not None:
+        raise ImageError(result.reason)
+    return Preprocessed(planes[0], result.size)
 
 
 def true_features(store: Store, split: str, name: str = "features/pooled") -> np.ndarray:

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from extract.decode.pool import DecodedBatch
-from extract.decode.sample import DecodedSample, DecodeJob
-from extract.decode.shared_buffers import PixelBuffer
-from extract.encode import Encoder, Encoding
+from extract.decode.pool import DecodedBatch, PixelBuffer
+from extract.decode.sample import DecodedSample, Encoding
+from extract.encode import Encoder
 from extract.plan import batch_rows
 from extract.sources.base import Sample
 from extract.teachers import TeacherError
@@ -28,24 +27,24 @@ from store.rows import channel_scale, to_stored
 from tests.test_extract.test_teacher_forward_pass import HOST_READS, OpCounter, few_dimensional_teacher
 
 SIZE = 56
-KINDS: dict[str, tuple[dict[str, Any], Encoding]] = {
-    "pooled": ({}, Encoding(grid=0)),
-    "grid": ({}, Encoding(grid=4)),
-    "smaller grid": ({}, Encoding(grid=2)),
-    "uneven grid": ({}, Encoding(grid=3)),
-    "letterbox": ({"resize": "letterbox"}, Encoding(grid=2)),
-    "views": ({"views": 2}, Encoding(grid=4, views=2)),
-    "clips": ({"frames": 3, "pair": 2}, Encoding(grid=4, clips=True)),
+KINDS: dict[str, dict[str, Any]] = {
+    "pooled": {},
+    "grid": {"grid": 4},
+    "smaller grid": {"grid": 2},
+    "uneven grid": {"grid": 3},
+    "letterbox": {"grid": 2, "resize": "letterbox"},
+    "views": {"grid": 4, "views": 2},
+    "clips": {"grid": 4, "frames": 3, "pair": 2},
 }
 
 
-def make_job(**changes: Any) -> DecodeJob:
-    return DecodeJob(**{"image_size": SIZE, "resize": "squash", **changes})
+def make_encoding(**changes: Any) -> Encoding:
+    return Encoding(**{"image_size": SIZE, "resize": "squash", **changes})
 
 
-def decoded(job: DecodeJob, count: int) -> DecodedBatch:
+def decoded(encoding: Encoding, count: int) -> DecodedBatch:
     """A decoded batch of random pixels, of images of different sizes."""
-    buffer = PixelBuffer((count, job.planes, 3, SIZE, SIZE), shared=False)
+    buffer = PixelBuffer((count, encoding.planes, 3, SIZE, SIZE), shared=False)
     buffer.pixels[:] = np.random.default_rng(0).integers(0, 256, buffer.pixels.shape)
     results = [DecodedSample(size=(60 + 20 * index, 50)) for index in range(count)]
     return DecodedBatch(0, [Sample(str(index)) for index in range(count)], buffer, [], results)
@@ -54,12 +53,11 @@ def decoded(job: DecodeJob, count: int) -> DecodedBatch:
 @pytest.mark.parametrize("kind", KINDS)
 def test_stored_form_is_that_of_the_store(kind: str) -> None:
     """Scaling and rounding on the device gives the bits that the writer computes from float32."""
-    options, encoding = KINDS[kind]
-    job, teacher = make_job(**options), few_dimensional_teacher(depth=2)
-    batch = decoded(job, 3)
-    plain = Encoder(teacher, job, encoding, 3).launch(batch)
+    encoding, teacher = make_encoding(**KINDS[kind]), few_dimensional_teacher(depth=2)
+    batch = decoded(encoding, 3)
+    plain = Encoder(teacher, encoding, 3).launch(batch)
     scales = {name: channel_scale(values) / 8 for name, values in plain.arrays().items()}
-    pending = Encoder(teacher, job, encoding, 3, scales).launch(batch)
+    pending = Encoder(teacher, encoding, 3, scales).launch(batch)
     assert pending.finite
     for name, values in plain.arrays().items():
         expected = to_stored(values, scales[name], np.dtype(np.float16))
@@ -69,12 +67,12 @@ def test_stored_form_is_that_of_the_store(kind: str) -> None:
 
 
 def test_what_float16_cannot_hold_is_noticed_on_the_device() -> None:
-    job, teacher, encoding = make_job(), few_dimensional_teacher(depth=2), Encoding(grid=4)
-    batch = decoded(job, 3)
-    arrays = Encoder(teacher, job, encoding, 3).launch(batch).arrays()
+    encoding, teacher = make_encoding(grid=4), few_dimensional_teacher(depth=2)
+    batch = decoded(encoding, 3)
+    arrays = Encoder(teacher, encoding, 3).launch(batch).arrays()
     scales = {name: channel_scale(values) for name, values in arrays.items()}
     scales[names.GRID][7] /= 2.0**30
-    pending = Encoder(teacher, job, encoding, 3, scales).launch(batch)
+    pending = Encoder(teacher, encoding, 3, scales).launch(batch)
     assert not pending.finite
     assert np.isinf(pending.arrays()[names.GRID][..., 7]).any()
 
@@ -82,21 +80,20 @@ def test_what_float16_cannot_hold_is_noticed_on_the_device() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_encoding_reads_nothing_back_from_the_device(kind: str) -> None:
     """On the meta device every read of a value and every mix of devices raises."""
-    options, encoding = KINDS[kind]
-    job, teacher = make_job(**options), few_dimensional_teacher(depth=9, device="meta")
-    encoder = Encoder(teacher, job, encoding, 4)
+    encoding, teacher = make_encoding(**KINDS[kind]), few_dimensional_teacher(depth=9, device="meta")
+    encoder = Encoder(teacher, encoding, 4)
     width = teacher.spec.width
     scaled = {
         spec.name
         for spec in names.feature_arrays(
-            width, grid=encoding.grid or None, views=encoding.views, frames=encoding.clips
+            width, grid=encoding.grid or None, views=encoding.views, frames=encoding.frames > 0
         )
         if spec.scaled
     }
     encoder.factors = {name: torch.ones(width, device="meta") for name in scaled}
     encoder.fill = True
-    pixels = torch.zeros(3, job.planes, 3, SIZE, SIZE, dtype=torch.uint8, device="meta")
-    inside = torch.ones(3, 4, 4, device="meta") if job.resize == "letterbox" else None
+    pixels = torch.zeros(3, encoding.planes, 3, SIZE, SIZE, dtype=torch.uint8, device="meta")
+    inside = torch.ones(3, 4, 4, device="meta") if encoding.resize == "letterbox" else None
     with torch.inference_mode():
         tensors, finite = encoder.encode(pixels, inside)
     assert scaled <= tensors.keys()
@@ -108,12 +105,11 @@ def test_encoding_reads_nothing_back_from_the_device(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_and_reads_of_a_batch(kind: str) -> None:
     """Of a batch cross to the host: each array once, and one flag; nothing is read as a number."""
-    options, encoding = KINDS[kind]
-    job, teacher = make_job(**options), few_dimensional_teacher(depth=2, device="meta")
-    encoder = Encoder(teacher, job, encoding, 3)
+    encoding, teacher = make_encoding(**KINDS[kind]), few_dimensional_teacher(depth=2, device="meta")
+    encoder = Encoder(teacher, encoding, 3)
     encoder.factors = {}
-    pixels = torch.zeros(3, job.planes, 3, SIZE, SIZE, dtype=torch.uint8, device="meta")
-    inside = torch.ones(3, 4, 4, device="meta") if job.resize == "letterbox" else None
+    pixels = torch.zeros(3, encoding.planes, 3, SIZE, SIZE, dtype=torch.uint8, device="meta")
+    inside = torch.ones(3, 4, 4, device="meta") if encoding.resize == "letterbox" else None
     encoder.encode(pixels, inside)  # the layout of a size is copied once
     with torch.inference_mode(), OpCounter() as counter:
         encoder.encode(pixels, inside)
@@ -132,7 +128,7 @@ def test_timm_teachers_read_nothing_back(name: str, resize: str) -> None:
     spec = TeacherSpec(name=f"timm:{name}", fingerprint="", layer="", width=width, random_weights=True)
     teacher = TimmTeacher(model, spec, Preprocessing(image_size=96))
     h, w = teacher.grid_size(96, 96)
-    encoder = Encoder(teacher, make_job(image_size=96, resize=resize), Encoding(grid=2), 4)
+    encoder = Encoder(teacher, make_encoding(image_size=96, resize=resize, grid=2), 4)
     encoder.factors = {name: torch.ones(width, device="meta") for name in (names.POOLED, names.GRID)}
     encoder.fill = True
     pixels = torch.zeros(3, 1, 3, 96, 96, dtype=torch.uint8, device="meta")
@@ -166,10 +162,9 @@ class RecordingTeacher:
 
 @pytest.mark.parametrize("kind", ["grid", "letterbox", "views", "clips"])
 def test_a_short_batch_is_filled_up_and_gives_the_same(kind: str) -> None:
-    options, encoding = KINDS[kind]
-    job, teacher = make_job(**options), RecordingTeacher(few_dimensional_teacher(depth=2))
-    batch = decoded(job, 3)
-    encoder = Encoder(teacher, job, encoding, 8)  # type: ignore[arg-type]
+    encoding, teacher = make_encoding(**KINDS[kind]), RecordingTeacher(few_dimensional_teacher(depth=2))
+    batch = decoded(encoding, 3)
+    encoder = Encoder(teacher, encoding, 8)  # type: ignore[arg-type]
     plain = encoder.launch(batch).arrays()
     encoder.fill = True
     teacher.passes.clear()
@@ -179,10 +174,10 @@ def test_a_short_batch_is_filled_up_and_gives_the_same(kind: str) -> None:
 
 
 def test_out_of_memory_leaves_one_shape() -> None:
-    job, teacher = make_job(), RecordingTeacher(few_dimensional_teacher(depth=1), room=4)
-    encoder = Encoder(teacher, job, Encoding(grid=4), 16)  # type: ignore[arg-type]
+    encoding, teacher = make_encoding(grid=4), RecordingTeacher(few_dimensional_teacher(depth=1), room=4)
+    encoder = Encoder(teacher, encoding, 16)  # type: ignore[arg-type]
     encoder.fill = True
-    arrays = encoder.launch(decoded(job, 11)).arrays()
+    arrays = encoder.launch(decoded(encoding, 11)).arrays()
     assert encoder.parts.halved == [5, 2]
     assert set(teacher.passes) == {2}
     assert len(arrays[names.POOLED]) == 11
@@ -244,7 +239,7 @@ def test_too_little_memory_says_how_much_is_needed_and_free(monkeypatch: pytest.
 )
 def test_batches_on_a_gpu_have_a_budget_of_tokens(size: int, planes: int, rows: int) -> None:
     config: Any = SimpleNamespace(batch_size="auto")
-    task: Any = SimpleNamespace(job=SimpleNamespace(image_size=size, planes=planes))
+    task: Any = SimpleNamespace(encoding=SimpleNamespace(image_size=size, planes=planes))
     teacher: Any = SimpleNamespace(device=torch.device("cuda"))
     assert batch_rows(config, task, teacher) == rows
     config.batch_size = 7
@@ -268,15 +263,15 @@ def test_halving_with_compiled_blocks_keeps_one_shape_at_a_time() -> None:
     """256 images down to 1 are nine sizes: one more than torch compiles of a function by default."""
     from torch._dynamo.utils import counters
 
-    job, teacher = make_job(), RecordingTeacher(few_dimensional_teacher(depth=8))
+    encoding, teacher = make_encoding(grid=4), RecordingTeacher(few_dimensional_teacher(depth=8))
     teacher.teacher.compiled = CompiledBlocks(teacher.teacher.tower.blocks)
-    encoder = Encoder(teacher, job, Encoding(grid=4), 256)  # type: ignore[arg-type]
+    encoder = Encoder(teacher, encoding, 256)  # type: ignore[arg-type]
     encoder.fill = True
     counters.clear()
     while encoder.parts.limit > 1:
-        encoder.launch(decoded(job, 2))
+        encoder.launch(decoded(encoding, 2))
         encoder.parts.halve(encoder.parts.limit)
-    encoder.launch(decoded(job, 2))
+    encoder.launch(decoded(encoding, 2))
     assert teacher.teacher.compiled is not None, "the compiler was given up"
     assert set(teacher.passes) == {256 >> step for step in range(9)}
     assert counters["stats"]["unique_graphs"] == 9  # at 56 pixels both kinds of block have the same window

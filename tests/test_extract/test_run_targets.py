@@ -146,12 +146,12 @@ class TestClips:
         (rows,) = train.ragged([0], "features/frames/values")
         assert rows.shape == (3, 1280)
         teacher = load_teacher("qwen2.5-vl", str(tiny_teacher_folder), device="cpu", image_size=56)
-        from extract.decode.sample import DecodeJob, decode_samples
+        from extract.decode.sample import Encoding, decode_samples
         from extract.sources.detect import open_source
 
         sample = open_source(clips, "clips", val_fraction=0).splits()["train"][0]
         pixels = np.zeros((1, 6, 3, 56, 56), np.uint8)
-        decode_samples(DecodeJob(image_size=56, resize="squash", frames=3, pair=2), [sample], pixels)
+        decode_samples(Encoding(image_size=56, resize="squash", frames=3, pair=2), [sample], pixels)
         expected = teacher.encode(torch.from_numpy(pixels[:, 2:4])).pooled[0].numpy()
         true = rows[1].astype(np.float32) * train.scale["features/frames/values"]
         np.testing.assert_allclose(true, expected, rtol=5e-3, atol=1e-4 * np.abs(expected).max())

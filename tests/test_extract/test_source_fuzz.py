@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.decode.preprocess import HostImage, preprocess, resize_pixels
+from extract.decode.sample import resize_pixels
 from extract.sources.detect import open_source
 from imaging.decode import Decoded, ImageError, decode
 from tests.test_extract.bad_images import KINDS, Case, bad_images
+from tests.test_extract.extractions import Preprocessed, preprocess
 
 COUNT = 1_000
 MAX_PIXELS = 8_000  # the largest healthy pictures here have more
@@ -138,7 +139,7 @@ def test_extraction_puts_every_bad_file_into_the_ledger(
     assert any("too many pixels" in reason for reason in ledger.values())
 
 
-def outcome_of(path: Path) -> HostImage | str:
+def outcome_of(path: Path) -> Preprocessed | str:
     """The preprocessed image, or the reason why there is none."""
     try:
         return preprocess(path, 28, max_pixels=MAX_PIXELS)

@@ -10,11 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.decode.preprocess import DRAFT_MARGIN, preprocess, resize_pixels
-from extract.decode.sample import LARGEST_ZOOM, DecodeJob, decode_sample, sample_views
+from extract.decode.sample import (
+    DRAFT_MARGIN,
+    LARGEST_ZOOM,
+    Encoding,
+    decode_sample,
+    resize_pixels,
+    sample_views,
+)
 from extract.sources.base import Sample
 from imaging.decode import Decoded, ImageError, decode
 from imaging.geometry import RESIZE_POLICIES, resize_view
+from tests.test_extract.extractions import preprocess
 
 SIZE = 224
 
@@ -110,9 +117,9 @@ def test_views_are_cut_from_an_image_that_is_decoded_large_enough() -> None:
     sample, planes = Sample("a.jpg", jpeg(textured(2000, 1500))), {}
     for views in (0, 3):
         for exact in (False, True):
-            job = DecodeJob(image_size=SIZE, resize="squash", views=views, exact=exact)
+            encoding = Encoding(image_size=SIZE, resize="squash", views=views, exact=exact)
             planes[views, exact] = np.zeros((1 + views, 3, SIZE, SIZE), np.uint8)
-            assert decode_sample(job, sample, planes[views, exact]).reason is None
+            assert decode_sample(encoding, sample, planes[views, exact]).reason is None
     np.testing.assert_array_equal(
         planes[3, False], planes[3, True]
     )  # 1500 pixels are less than 2 · 2 · 2 · 224

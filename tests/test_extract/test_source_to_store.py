@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from extract.config import load_config
-from extract.decode.preprocess import preprocess
 from extract.run import run_extraction
 from imaging.masks import decode_mask
 from store.reader import open_store
+from tests.test_extract.extractions import preprocess
 from tests.test_extract.source_datasets import WRITERS, png
 
 BOXES = ["targets/boxes/values", "targets/boxes/classes"]
