@@ -1,14 +1,17 @@
 # make demo    the whole pipeline on real images, in a few minutes
+# make serve   the server on http://127.0.0.1:8080, with an example task
 # make test    the quick test suite
 # make check   lint, types and the quick tests
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo
+SERVE ?= serve
+PORT ?= 8080
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install install-dev demo test test-slow lint types check clean
+.PHONY: help install install-dev demo serve test test-slow lint types check clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -33,6 +36,11 @@ install-dev: $(BIN)/.installed-dev
 demo: $(BIN)/.installed
 	@$(BIN)/cli demo --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(TEACHER),--teacher-path "$(TEACHER)")
 
+serve: $(BIN)/.installed
+	@$(BIN)/python scripts/make_example_task.py $(SERVE)
+	@$(BIN)/cli serve --port $(PORT) --datasets-root $(SERVE)/datasets --models-root $(SERVE)/models \
+		--output-root $(SERVE)/output
+
 test: $(BIN)/.installed-dev
 	@$(BIN)/python -m pytest
 
@@ -49,4 +57,4 @@ types: $(BIN)/.installed-dev
 check: lint types test
 
 clean:
-	rm -rf $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(OUT) $(SERVE) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,73 @@
+"""The server process: one per output root, listening until SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from backend.server.errors import ServerError
+from backend.server.settings import Settings
+from console.log import get_logger
+
+log = get_logger("server")
+
+LOCK_FILE = ".server.lock"
+# Event streams never end by themselves: how long the end of the server waits for them.
+CLOSE_S = 2
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until a signal ends it. Running tasks continue.
+
+    Raises:
+        ServerError: when it cannot start: the address is in use, the database does not answer.
+    """
+    import uvicorn
+
+    from backend.server.app import create_app
+
+    with only_server(settings.output_root), listening_socket(settings) as listener:
+        app = create_app(settings)
+        log.info("serving on %s (API: %s/docs)", settings.page_url, settings.page_url)
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=CLOSE_S,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+        log.info("the server has ended; tasks that run continue, and are found again at the next start")
+
+
+@contextlib.contextmanager
+def only_server(root: Path) -> Iterator[None]:
+    """Keep a second server out of the output root: both would start the same tasks."""
+    with (root / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ServerError(f"--output-root {root}: another server uses it: choose another one") from None
+        yield
+
+
+@contextlib.contextmanager
+def listening_socket(settings: Settings) -> Iterator[socket.socket]:
+    """The socket, bound before anything else starts. Raises ServerError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = ": choose another --port" if error.errno == errno.EADDRINUSE else ""
+        raise ServerError(f"{settings.host}:{settings.port}: {reason}{hint}") from None
+    with listener:
+        yield listener

@@ -1,0 +1,193 @@
+"""The queue: one thread that brings processes and the table of tasks together.
+
+Everything it does follows from the table: a waiting task gets a process when a slot is free, a task that is to stop
+gets its signals, a task whose process has ended gets its final state. So a restarted server continues where the
+last one ended, however that was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from backend.server.database import Task, TaskState
+from backend.server.processes import Order
+from backend.server.tasks import Tasks, requested_devices
+from backend.server.undelivered import apply_undelivered
+from backend.task.errors import OptionError
+from console.log import get_logger
+
+log = get_logger("server")
+
+POLL_S = 0.2
+# After an error, such as a database that does not answer.
+PAUSE_S = 2.0
+CLOSE_S = 10.0
+
+
+class Handle(Protocol):
+    """The process of one task."""
+
+    @property
+    def identity(self) -> tuple[int, float] | None:
+        """Process id and start time, by which a later server finds it again; None where the runner has other ways."""
+
+    def ended(self) -> bool:
+        """Whether the process has ended."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code after the end; None where it cannot be known."""
+
+    def stop(self) -> None:
+        """Called again and again until it has ended: SIGTERM first, after 5 seconds SIGKILL."""
+
+
+class Runner(Protocol):
+    """Where processes run."""
+
+    name: str
+    slots: int  # tasks at a time
+    gpus: list[str]  # devices that are handed out one by one; none where there are none
+
+    def start(self, order: Order) -> Handle:
+        """Start a task's process. Raises OSError."""
+
+    def find(self, task: Task, words: Sequence[str]) -> Handle | None:
+        """The process of a task that an earlier server started; None when there is none any more."""
+
+    def close(self) -> None:
+        """Let go of what runs, without ending it."""
+
+
+class Waiting(NamedTuple):
+    """A task in the queue; `devices` is None where any will do."""
+
+    task_id: str
+    devices: str | None
+
+
+class TaskQueue:
+    """Starts with `open`, ends with `close`; processes that run then go on without it."""
+
+    def __init__(self, tasks: Tasks, runner: Runner) -> None:
+        self.tasks, self.runner = tasks, runner
+        self.handles: dict[str, Handle] = {}
+        self.devices: dict[str, str] = {}
+        self.wake = threading.Event()
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="task-queue", daemon=True)
+
+    def open(self) -> None:
+        self.tasks.wake = self.wake.set
+        self.recover()
+        self.wake.set()  # tasks may be waiting
+        self.thread.start()
+
+    def close(self) -> None:
+        self.closing.set()
+        self.wake.set()
+        if self.thread.is_alive():
+            self.thread.join(CLOSE_S)
+        self.runner.close()
+
+    def run(self) -> None:
+        failing = False
+        while not self.closing.is_set():
+            self.wake.wait(POLL_S if self.handles or failing else None)
+            self.wake.clear()
+            try:
+                self.step()
+                failing = False
+            except (
+                Exception
+            ) as error:  # a database that does not answer: processes go on, the next step repeats
+                if not failing:
+                    log.exception("the queue cannot go on, trying again: %s", error)
+                failing = True
+                self.closing.wait(PAUSE_S)
+
+    def recover(self) -> None:
+        """Find the processes of an earlier server; a task whose process has ended gets its final state."""
+        for task in self.tasks.in_states(TaskState.RUNNING, TaskState.STOPPING):
+            handle = None
+            if task.runner == self.runner.name:
+                handle = self.runner.find(task, self.tasks.words_of(task))
+            if handle is None:
+                self.finish(task.task_id, None)
+                continue
+            log.info("task %s: found again", task.task_id)
+            self.handles[task.task_id] = handle
+            self.devices[task.task_id] = task.devices or "cpu"
+
+    def step(self) -> None:
+        for task_id, handle in list(self.handles.items()):
+            if handle.ended():
+                self.finish(task_id, handle.exit_code)
+                del self.handles[task_id], self.devices[task_id]
+        for task in self.tasks.in_states(TaskState.STOPPING):
+            stopping = self.handles.get(task.task_id)
+            if stopping is not None:
+                stopping.stop()
+        if len(self.handles) < self.runner.slots:
+            waiting = [Waiting(task.task_id, requested_devices(task)) for task in self.tasks.waiting()]
+            running = list(self.devices.values())
+            for start in choose(waiting, running, self.runner.slots, self.runner.gpus):
+                self.start(start.task_id, start.devices or "cpu")
+
+    def start(self, task_id: str, devices: str) -> None:
+        """Mark the task as running, then start its process: after a crash in between there is no second one."""
+        try:
+            begun = self.tasks.begin(task_id, self.runner.name, devices)
+        except OptionError as error:
+            self.tasks.refuse(task_id, str(error))
+            return
+        if begun is None:
+            return
+        order = Order(task_id=task_id, words=begun[0], output_dir=begun[1], attempt=begun[2])
+        try:
+            handle = self.runner.start(order)
+        except OSError as error:
+            self.tasks.refuse(task_id, f"the process cannot be started: {error}")
+            return
+        self.handles[task_id], self.devices[task_id] = handle, devices
+        if handle.identity is not None:
+            self.tasks.set_process(task_id, *handle.identity)
+        log.info("task %s: started on %s", task_id, devices)
+
+    def finish(self, task_id: str, exit_code: int | None) -> None:
+        apply_undelivered(self.tasks, task_id)
+        self.tasks.finish(task_id, exit_code)
+        log.info("task %s: %s", task_id, self.tasks.read(task_id).state)
+
+
+def choose(
+    waiting: Sequence[Waiting], running: Sequence[str], slots: int, gpus: Sequence[str]
+) -> list[Waiting]:
+    """Which waiting tasks start now, and on what: first come first, within the slots and the GPUs.
+
+    A GPU takes as many tasks as the slots come to per GPU. A task that waits for its GPUs keeps them from later ones,
+    which may start on others.
+    """
+    per_gpu = max(1, -(-slots // len(gpus))) if gpus else 1
+    used = Counter(device for devices in running for device in devices.split(",") if device != "cpu")
+    kept: set[str] = set()
+    starts: list[Waiting] = []
+    for task_id, asked in waiting:
+        if len(running) + len(starts) >= slots:
+            break
+        if asked is not None:
+            wanted = [device for device in asked.split(",") if device != "cpu"]
+        else:
+            free = [gpu for gpu in gpus if used[gpu] < per_gpu and gpu not in kept]
+            wanted = [min(free, key=lambda gpu: used[gpu])] if free else []
+            if gpus and not free:
+                continue
+        if any(used[device] >= per_gpu or device in kept for device in wanted):
+            kept.update(wanted)
+            continue
+        used.update(wanted)
+        starts.append(Waiting(task_id, asked or ",".join(wanted) or "cpu"))
+    return starts
