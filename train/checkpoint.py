@@ -102,6 +102,8 @@ def clip_sampling(manifest: Manifest) -> dict[str, Any]:
 
 def normalization(student: Student) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the student's input, RGB in [0, 1]: those of its published weights."""
+    if student.spec.type == "yolov8":
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     for holder in ("model", "encoder"):
         published = getattr(getattr(student, holder, None), "pretrained_cfg", None) or {}
         if published.get("mean") and published.get("std"):

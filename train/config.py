@@ -101,6 +101,22 @@ class TrainConfig(BaseModel):
     )
 
     epochs: int = _optimization(100, "Passes over the training split.", ge=1, free_on_resume=True)
+    pretrain_epochs: int = _optimization(
+        0,
+        "Phase one: first learn the features of all samples, labeled or not, for so many epochs; 0: off.",
+        ge=0,
+        distills=True,
+    )
+    pretrain_learning_rate: float = _optimization(
+        1e-3, "Peak learning rate of phase one.", gt=0, distills=True
+    )
+    pretrain_image_size: int | None = _optimization(
+        None,
+        "Side of the input in phase one, pixels; default: that of phase two.",
+        ge=8,
+        le=4096,
+        distills=True,
+    )
     batch_size: int = _optimization(32, "Samples a forward pass, over all processes together.", ge=1)
     learning_rate: float = _optimization(1e-4, "Peak learning rate.", gt=0)
     optimizer: Literal["adamw", "adam", "sgd", "auto"] = _optimization(
@@ -217,6 +233,12 @@ class TrainConfig(BaseModel):
         "Train the control alone: the images and schedule of these options, no teacher.",
         set_by_sweep=True,
     )
+    pretrain_cache: Path | None = _run(
+        None,
+        "Share phase one with other runs: a folder of phase ones, each named after all that determines it.",
+        free_on_resume=True,
+        set_by_sweep=True,
+    )
     resume: bool = _run(False, "Continue the run in the run folder.", free_on_resume=True, set_by_sweep=True)
     overwrite: bool = _run(
         False, "Delete what is in the run folder first.", free_on_resume=True, set_by_sweep=True
@@ -278,10 +300,16 @@ class TrainConfig(BaseModel):
             problems.append("pretrained and student_path exclude each other: both choose the initial weights")
         if self.mixup_alpha and self.cutmix_alpha:
             problems.append("mixup_alpha and cutmix_alpha exclude each other")
-        if self.control and self.distillation_type == "none":
+        if self.control and self.distillation_type == "none" and not self.pretrain_epochs:
             problems.append(
                 "control and distillation_type none: nothing to compare, both train without the teacher"
             )
+        if not self.pretrain_epochs and not self.is_explicit("pretrain_epochs"):
+            problems += [
+                f"{name} has no effect without --pretrain-epochs"
+                for name in ("pretrain_learning_rate", "pretrain_image_size")
+                if self.is_explicit(name) and self.task != "features"
+            ]
         if self.optimizer == "auto" and self.student_type != "yolov8":
             problems.append(f"optimizer auto: only yolov8 students have it, not {self.student}")
         if self.control and self.control_only:

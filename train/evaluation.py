@@ -58,7 +58,7 @@ def evaluate_run(
     onnx = open_exported(run, device) if run.suffix == ".onnx" else None
     student, content = load_student_from_run(run) if onnx is None else (OnnxStudent(onnx), about(onnx.card))
     opened = open_store(store)
-    if student.spec.type == "yolov8":
+    if content["task"] == "detection":
         from train.yolo.evaluate import evaluate_yolo
 
         return evaluate_yolo(

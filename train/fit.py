@@ -15,7 +15,7 @@ from train.students.base import Student
 
 @dataclass(frozen=True)
 class FitRequest:
-    """One training: of the student, or of its control (the same on the task loss alone, at weight 1).
+    """One training: of the student, of its control (the same on the task loss alone, at weight 1), or phase one.
 
     `asked` are the options as they were given, which a resumed run is compared with; `config` may have smaller batches.
     """
@@ -26,6 +26,7 @@ class FitRequest:
     events: EventStream
     deadline: StopDeadline
     control: bool
+    pretraining: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from train.events import EventStream, Listener, TrainingFinished
 from train.fit import FitRequest, FitResult, Trainer
 from train.loop.machine import MEMORY_ADVICE, OutOfMemoryError, explain_device_error, is_out_of_memory
 from train.measure import measure_latency
+from train.phase_one import learn_features, phase_one_config
 from train.ranks import barrier
 from train.run_folder import RunFolder, store_reference, warn_of_random_teacher
 from train.students.catalog import count_macs
@@ -52,12 +53,15 @@ def run_training(
 
 
 def build_trainer(config: TrainConfig) -> Trainer:
-    if config.student_type == "yolov8":
+    if config.student_type == "yolov8" and config.task != "features":
         from train.yolo.fit import YoloTrainer
 
         return YoloTrainer(config)
     from train.loop.fit import LoopTrainer
 
+    if config.student_type == "yolov8":
+        # Backbone and neck, which run in our loop: what phase one trains, and as it does.
+        return LoopTrainer(phase_one_config(config, config.epochs))
     return LoopTrainer(config)
 
 
@@ -76,9 +80,12 @@ def train_with_control(
     if config.resume and folder.is_complete(config):
         log.info("%s is complete: nothing left to do", config.out)
         return folder.read_summary() or {}
+    pretrain = learn_features(config, store, trainer.task, deadline, is_main)
     request = FitRequest(config, config, folder, events, deadline, config.control_only)
     main = fit_in_memory(trainer, request)
     summary = summarize(main, trainer.task, store)
+    if pretrain is not None:
+        summary["pretrain"] = pretrain
     if config.control:
         # The same student, seed, images and schedule on the task loss alone, at weight 1, in RUN/control; batches as
         # the main run ended up with, in case it ran out of memory.

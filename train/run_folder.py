@@ -28,7 +28,9 @@ log = get_logger("train")
 CONFIG, METRICS, EVENTS, SUMMARY = "config.json", "metrics.jsonl", "events.jsonl", "summary.json"
 LATENCY = "latency.json"  # measured by `cli report`
 OURS = (CONFIG, METRICS, EVENTS, SUMMARY, LATENCY, "best.pt", "last.pt")
-OUR_FOLDERS = ("tensorboard", "control", "ultralytics", "wandb", "mlflow")
+#: The folder of phase one, and the `phase` of its lines in metrics.jsonl.
+PRETRAIN = "pretrain"
+OUR_FOLDERS = ("tensorboard", "control", PRETRAIN, "ultralytics", "wandb", "mlflow")
 
 PACKAGES = ("torch", "timm", "accelerate", "numpy", "zarr", "peft", "ultralytics")
 
@@ -47,15 +49,34 @@ class RunFolder:
     def has_results(self) -> bool:
         """Whether a run has saved anything: a checkpoint, an epoch's line, a summary."""
         written = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return written or any(file.exists() for file in (self.summary, self.best, self.last))
+        files = (
+            self.summary,
+            self.best,
+            self.last,
+            self.path / PRETRAIN / "best.pt",
+            self.path / PRETRAIN / "last.pt",
+        )
+        return written or any(file.exists() for file in files)
 
     def has_config(self) -> bool:
         """Whether config.json is that of a run: other programs have files of that name too."""
         return {"options", "resolved"} <= self.read_config().keys()
 
     def is_interrupted(self) -> bool:
-        """Whether there is a checkpoint to continue from, and no summary."""
-        return self.last.exists() and not self.summary.exists()
+        """Whether there is a checkpoint of one of the phases to continue from, and no summary."""
+        started = (
+            self.last.exists() or (self.path / PRETRAIN / "last.pt").exists() or self.phase_one() is not None
+        )
+        return started and not self.summary.exists()
+
+    def is_pretrained(self) -> bool:
+        """Whether this is the folder of a phase one that is complete."""
+        return bool((self.read_summary() or {}).get("complete")) and self.best.exists()
+
+    def phase_one(self) -> Path | None:
+        """The checkpoint that phase two of this run starts from; None for a run without phase one."""
+        folder = RunFolder(self.path / PRETRAIN)
+        return folder.best if folder.is_pretrained() else None
 
     def is_complete(self, config: TrainConfig) -> bool:
         """Whether the summary answers this command: as many epochs, and a control when one is wanted."""
@@ -89,8 +110,14 @@ class RunFolder:
         """The content of summary.json; None when the run has not ended."""
         return read_json(self.summary)
 
-    def read_records(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, one per epoch; a last line that is not complete yet is left out."""
+    def read_records(self, phase: str | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one per epoch of the task's training, or with `phase` of phase one ("pretrain").
+
+        A last line that is not complete yet is left out.
+        """
+        return [record for record in self.read_lines() if record.get("phase") == phase]
+
+    def read_lines(self) -> list[dict[str, Any]]:
         try:
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         except OSError:
@@ -121,8 +148,13 @@ class RunFolder:
         write_json(self.config, content)
 
     def write_records(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """metrics.jsonl of these epochs (after a resume: without the lines of steps that are repeated)."""
-        write_text(self.metrics, "".join(json.dumps(plain_json(record)) + "\n" for record in records))
+        """metrics.jsonl of these epochs (after a resume: without the lines of steps that are repeated).
+
+        The lines of phase one, as they are in its folder, come before them.
+        """
+        before = [{"phase": PRETRAIN, **record} for record in RunFolder(self.path / PRETRAIN).read_records()]
+        lines = [json.dumps(plain_json(record)) + "\n" for record in [*before, *records]]
+        write_text(self.metrics, "".join(lines))
 
     def append_record(self, record: Mapping[str, Any]) -> None:
         """Add one epoch's line to metrics.jsonl."""

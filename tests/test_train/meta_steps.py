@@ -140,10 +140,10 @@ def make_objective(
     task = build_task(student.spec.task, num_classes=student.spec.num_classes, label_smoothing=0.1)
     if plan is None:
         return Objective(task)
-    cell_shape = None
+    shapes = []
     if plan.cells and not plan.frames:
         shape = student.eval()(torch.zeros(1, 3, SIDE, SIDE, device=META)).features.shape
-        cell_shape = (int(shape[2]), int(shape[3]))
+        shapes = [(int(shape[2]), int(shape[3]))]
     return Objective(
         task,
         plan,
@@ -151,7 +151,7 @@ def make_objective(
         loss_type=loss_type,
         standardizers=build_standardizers(plan, statistics_of_a_split(), META),
         teacher_views=np.tile(np.eye(2, 3), (rows, 1, 1)),
-        cell_shape=cell_shape,
+        cell_shapes=shapes,
     )
 
 

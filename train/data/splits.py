@@ -99,11 +99,9 @@ def resolve_task(config: TrainConfig) -> str:
     own = FAMILIES[config.student_type].task
     if config.task in ("auto", own):
         return own
-    if config.task == "features" and own != "detection":
+    if config.task == "features":
         return "features"
-    raise ConfigError(
-        f"task {config.task}: {config.student} learns {own}" + ("" if own == "detection" else " or features")
-    )
+    raise ConfigError(f"task {config.task}: {config.student} learns {own} or features")
 
 
 def resolve_data(config: TrainConfig, store: Store, task: str) -> TrainingData:

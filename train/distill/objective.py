@@ -10,7 +10,7 @@ add up to the mean over all samples: padding has weight 0, and a short last batc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -38,6 +38,8 @@ from train.tasks.base import Task
 
 #: The student's cells where it has no feature map: only their mean is used then, as the pooled target.
 CELLS_OF_A_MEAN = (4, 4)
+#: What the names of the student's further maps begin with, in counts and transport weights.
+LEVEL = "level"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,8 @@ class DistillationPlan:
 class Targets:
     """Standardized float32 targets of one batch and their weights (0: no influence).
 
-    `pooled` [B, D] with [B]; `cells` [B, h, w, D] or [B, T, D] with [B, h, w] or [B, T]; `logits` [B, C] with [B].
+    `pooled` [B, D] with [B]; `cells` [B, h, w, D] or [B, T, D] with [B, h, w] or [B, T]; `logits` [B, C] with [B];
+    `levels`: cells of the student's further maps, each with its weight.
     `counts`: Σ weight of each term in this batch, the task's too; scalars by name.
     """
 
@@ -107,13 +110,15 @@ class Targets:
     cell_weight: Tensor | None = None
     logits: Tensor | None = None
     logit_weight: Tensor | None = None
+    levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Objective:
     """total = Σ weight of a term · term, over `hard_loss`, `feature_loss` and `logit_loss`.
 
     Without a plan, the task alone. `standardizers`: of `pooled` and `cells`, on the device. `teacher_views` float64
-    [N, 2, 3]: what part of each image the teacher saw; `cell_shape`: the student's (h, w), None when it has no map.
+    [N, 2, 3]: what part of each image the teacher saw; `cell_shapes`: (h, w) of the student's map and of its further
+    ones, none when it has no map.
     """
 
     def __init__(
@@ -126,13 +131,14 @@ class Objective:
         temperature: float = 4.0,
         standardizers: Mapping[str, TargetStandardizer] | None = None,
         teacher_views: NDArray[np.float64] | None = None,
-        cell_shape: tuple[int, int] | None = None,
+        cell_shapes: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.task, self.plan = task, plan or DistillationPlan()
         self.weights = weights or {"hard_loss": 1.0}
         self.loss_type, self.temperature = loss_type, temperature
         self.standardizers = standardizers or {}
-        self.teacher_views, self.cell_shape = teacher_views, cell_shape or CELLS_OF_A_MEAN
+        self.teacher_views = teacher_views
+        self.cell_shape, *self.level_shapes = cell_shapes or [CELLS_OF_A_MEAN]
 
     def transport(self, batch: Batch) -> TransportWeights:
         """How the grids of a batch that is still on the host are carried to the student's cells; empty without grids.
@@ -146,14 +152,19 @@ class Objective:
         if not self.plan.recorded:
             assert self.teacher_views is not None
             geometry = relate_views(batch.views, self.teacher_views[batch.rows])
-        return transport_weights(geometry, *self.cell_shape, (height, width))
+        weights = dict(transport_weights(geometry, *self.cell_shape, (height, width)))
+        for index, shape in enumerate(self.level_shapes if self.plan.cells else ()):
+            level = transport_weights(geometry, *shape, (height, width))
+            weights |= {f"{LEVEL}{index}/{name}": value for name, value in level.items()}
+        return weights
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Targets:
         """The targets of a batch that is on the device already, in the geometry of its views."""
         plan, targets = self.plan, Targets(self.task.counts(batch))
         if plan.carries_grids:
-            carried = apply_transport(batch.features[plan.grid_array], batch.transport)
+            grid = batch.features[plan.grid_array]
+            carried = apply_transport(grid, batch.transport)
             if plan.pooled:
                 mean, share = region_mean(carried)
                 targets.pooled = self.standardizers["pooled"](mean)
@@ -161,6 +172,18 @@ class Objective:
             if plan.cells:
                 targets.cells = self.standardizers["cells"](carried.cells)
                 targets.cell_weight = carried.weight * batch.weight.view(-1, 1, 1)
+                for index in range(len(self.level_shapes)):
+                    prefix = f"{LEVEL}{index}/"
+                    level = apply_transport(
+                        grid,
+                        {
+                            name.removeprefix(prefix): value
+                            for name, value in batch.transport.items()
+                            if name.startswith(prefix)
+                        },
+                    )
+                    seen = level.weight * batch.weight.view(-1, 1, 1)
+                    targets.levels.append((self.standardizers["cells"](level.cells), seen))
         elif plan.pooled:
             # The stored row of the whole image or clip, or of the recorded view.
             targets.pooled = self.standardizers["pooled"](batch.features[plan.pooled_array])
@@ -176,6 +199,7 @@ class Objective:
             ("pooled", targets.pooled_weight),
             ("cells", targets.cell_weight),
             ("logit", targets.logit_weight),
+            *((f"{LEVEL}{index}", weight) for index, (_, weight) in enumerate(targets.levels)),
         ):
             if weight is not None:
                 targets.counts[name] = weight.sum()
@@ -201,6 +225,10 @@ class Objective:
         for name, student, target, weight in (
             ("pooled", output.pooled, targets.pooled, targets.pooled_weight),
             ("cells", output.cells, targets.cells, targets.cell_weight),
+            *(
+                (f"{LEVEL}{index}", student, *target)
+                for index, (student, target) in enumerate(zip(output.levels, targets.levels, strict=False))
+            ),
         ):
             if student is None or target is None or weight is None:
                 continue

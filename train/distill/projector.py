@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +91,13 @@ def build_projector(
     return nn.Identity()
 
 
+def take_over_head(head: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """The alignment head goes on with what it learned in phase one, where it has the same form."""
+    state, own = checkpoint["alignment_head"], head.state_dict()
+    if {name: value.shape for name, value in state.items()} == {k: v.shape for k, v in own.items()}:
+        head.load_state_dict(state)
+
+
 class TargetStandardizer(nn.Module):
     """Stored teacher features → zero mean, unit variance per channel, float32, without gradient.
 
@@ -128,20 +135,34 @@ class TargetStandardizer(nn.Module):
 class DistilledOutput(NamedTuple):
     """One forward pass: task `logits`, and aligned features where they are asked for.
 
-    `cells` [B, h, w, D] or [B, T, D], `pooled` [B, D], both in the teacher's space.
+    `cells` [B, h, w, D] or [B, T, D], `pooled` [B, D], both in the teacher's space; `levels`: the student's further
+    maps (`StudentOutput.levels`), as `cells`.
     """
 
     logits: Tensor | None
     cells: Tensor | None
     pooled: Tensor | None
+    levels: tuple[Tensor, ...] = ()
 
 
 class DistilledStudent(nn.Module):
-    """Student → alignment head. `projector` None: the task alone (a control, or evaluation)."""
+    """Student → alignment head. `projector` None: the task alone (a control, or evaluation).
 
-    def __init__(self, student: Student, projector: nn.Module | None, *, cells: bool, pooled: bool) -> None:
+    `level_heads`: one head for each of the student's further maps; none: they are not distilled.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        projector: nn.Module | None,
+        *,
+        cells: bool,
+        pooled: bool,
+        level_heads: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.student, self.projector = student, projector
+        self.level_heads = nn.ModuleList(level_heads)
         self.wants_cells, self.wants_pooled = cells, pooled
         # In a list, and so out of the module tree: compiling must not change the names in state dicts.
         self.compiled: list[Callable[..., StudentOutput]] = []
@@ -159,7 +180,7 @@ class DistilledStudent(nn.Module):
         """`images` float [B, 3, S, S], clips [B, T, 3, S, S] with `lengths` int64 [B]."""
         compiled = self.compiled and len(images) == self.compiled_batch
         run = self.compiled[0] if compiled else self.student
-        logits, features = run(images) if lengths is None else run(images, lengths)
+        logits, features, maps = run(images) if lengths is None else run(images, lengths)
         if self.projector is None:
             return DistilledOutput(logits, None, None)
         mask = None if lengths is None or features.ndim != 3 else frame_mask(lengths, features)
@@ -168,7 +189,11 @@ class DistilledStudent(nn.Module):
             return DistilledOutput(logits, None, self.projector(pooled_rows(features, mask)))
         cells = self.projector(channels_last_rows(features))
         pooled = pool_cells(cells, mask) if self.wants_pooled else None
-        return DistilledOutput(logits, cells, pooled)
+        # Without heads (no grid to compare with) the further maps are left out.
+        levels = zip(self.level_heads, maps, strict=False)
+        return DistilledOutput(
+            logits, cells, pooled, tuple(head(channels_last_rows(level)) for head, level in levels)
+        )
 
 
 def pool_cells(cells: Tensor, mask: Tensor | None) -> Tensor:

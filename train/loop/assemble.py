@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.splits import TrainingData
 from train.data.views import AUGMENTATIONS, Augmentation
 from train.distill.objective import DistillationPlan, Objective, build_standardizers
-from train.distill.projector import DistilledStudent, build_projector
+from train.distill.projector import DistilledStudent, build_projector, take_over_head
 from train.distill.resolve import check_mixing, resolve_augmentation, resolve_features
 from train.distill.transport import resize_matrices
 from train.errors import ConfigError
@@ -32,6 +33,7 @@ from train.loop.saving import StepGuard
 from train.lora import apply_lora_options
 from train.students.base import Student
 from train.students.build import build_student
+from train.students.weights import load_phase_one
 from train.tasks import build_task
 from train.tasks.base import Task
 
@@ -60,14 +62,18 @@ def build_training(
     stop: StopRequest,
     *,
     control: bool = False,
+    initial: Mapping[str, Any] | None = None,
 ) -> Built:
     """Build student, head, data and optimizer. Raises ConfigError or TrainError for what does not fit.
 
-    `control`: the same student, images and order, but the task loss alone, at weight 1.
+    `control`: the same student, images and order, but the task loss alone, at weight 1. `initial`: the checkpoint of
+    phase one, which the student and its head start from.
     """
     notes, device = list(data.notes), accelerator.device
     config = fit_batch(config, len(data.train_rows), accelerator, notes)
     student = build_initial_student(config, data)
+    if initial is not None:
+        load_phase_one(student, initial)
     lora = apply_lora_options(student, config.model_dump(), trained=False)
     plan = resolve_features(config, store[config.train_split], data.task, student.spec, notes)
     # The control is shown what its distilled counterpart is shown: `plan` decides on the images of both.
@@ -75,24 +81,30 @@ def build_training(
     learned = DistillationPlan() if control else plan
     check_mixing(config, data.task, learned)
 
-    head = None
+    # The student's further maps (label-free training) are compared with the grid, where there is one.
+    widths = student.level_widths if learned.cells and learned.carries_grids else ()
+    if student.level_widths and not widths:
+        student.rest_levels()
+    heads: list[nn.Module] = []
     if learned.features:
-        torch.manual_seed(derive_seed(config.seed, HEAD_SEED))
-        head = build_projector(
-            student.spec.feature_width,
-            store.manifest.teacher.width,
-            align_feature=config.align_feature,
-            kind=config.align_head,
-        )
-    module = DistilledStudent(student, head, cells=learned.cells, pooled=learned.pooled)
+        heads = build_heads(config, store, [student.spec.feature_width, *widths])
+    if initial is not None and heads:
+        take_over_head(heads[0], initial)
+    module = DistilledStudent(
+        student,
+        heads[0] if heads else None,
+        cells=learned.cells,
+        pooled=learned.pooled,
+        level_heads=heads[1:],
+    )
     task = build_task(data.task, num_classes=data.num_classes, label_smoothing=config.label_smoothing)
     objective = val_objective = Objective(task)
     if learned.anything:
-        cell_shape = measure_cells(student) if learned.grid else None
-        objective = build_objective(config, store, task, learned, config.train_split, cell_shape, device)
+        cells = measure_cells(student)[: 1 + len(widths)] if learned.grid else []
+        objective = build_objective(config, store, task, learned, config.train_split, cells, device)
         # The validation shows whole images, so recorded views are not replayed.
         shown = learned.reduced_to(store[config.val_split])
-        val_objective = build_objective(config, store, task, shown, config.val_split, cell_shape, device)
+        val_objective = build_objective(config, store, task, shown, config.val_split, cells, device)
     module.to(device)
     if device.type == "cuda":
         use_channels_last(module)
@@ -105,6 +117,10 @@ def build_training(
     val_loader = build_loader(
         config, store, data, val_objective, accelerator, AUGMENTATIONS["none"], training=False
     )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ConfigError(
+            f"{config.student}: nothing of it learns: it has no place for the teacher's features, or all of it is frozen"
+        )
     optimizer = build_optimizer(module, config.optimizer, config.learning_rate, config.weight_decay)
     if config.compile:
         module.compile_student(-(-config.batch_size // accelerator.num_processes))
@@ -165,10 +181,22 @@ def build_initial_student(config: TrainConfig, data: TrainingData) -> Student:
     return student
 
 
+def build_heads(config: TrainConfig, store: Store, widths: Sequence[int]) -> list[nn.Module]:
+    """An alignment head for each of the student's maps of these widths; their weights depend on the seed alone."""
+    torch.manual_seed(derive_seed(config.seed, HEAD_SEED))
+    teacher = store.manifest.teacher.width
+    return [
+        build_projector(width, teacher, align_feature=config.align_feature, kind=config.align_head)
+        for width in widths
+    ]
+
+
 def student_options(config: TrainConfig) -> dict[str, Any]:
     """Options that only some types of student have; elsewhere an explicit one is an error."""
     if problems := config.unsupported_options():
         raise ConfigError("; ".join(problems))
+    if config.student_type == "yolov8":
+        return {}  # its options are those of its distillation and of ultralytics' trainer
     items = options_of(TrainConfig).items()
     chosen = {name: getattr(config, name) for name, item in items if config.student_type in item.students}
     dropout = chosen.pop("dropout", 0.0)
@@ -181,7 +209,7 @@ def build_objective(
     task: Task,
     plan: DistillationPlan,
     split: str,
-    cell_shape: tuple[int, int] | None,
+    cells: Sequence[tuple[int, int]],
     device: torch.device,
 ) -> Objective:
     """The loss on a split. The statistics are those of the training split, for the validation too."""
@@ -202,17 +230,19 @@ def build_objective(
         temperature=config.temperature,
         standardizers=build_standardizers(plan, store[config.train_split], device),
         teacher_views=views,
-        cell_shape=cell_shape,
+        cell_shapes=cells,
     )
 
 
 @torch.no_grad()
-def measure_cells(student: Student) -> tuple[int, int] | None:
-    """Height and width of the student's feature map; None when it has none."""
+def measure_cells(student: Student) -> list[tuple[int, int]]:
+    """Height and width of the student's feature map and of its further maps; empty when it has none."""
     was_training, size = student.training, student.spec.image_size
-    features = student.eval()(torch.zeros(1, 3, size, size)).features
+    output = student.eval()(torch.zeros(1, 3, size, size))
     student.train(was_training)
-    return (features.shape[2], features.shape[3]) if features.ndim == 4 else None
+    if output.features.ndim != 4:
+        return []
+    return [(maps.shape[2], maps.shape[3]) for maps in (output.features, *output.levels)]
 
 
 def use_channels_last(module: nn.Module) -> None:

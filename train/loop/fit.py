@@ -7,6 +7,7 @@ from typing import Any
 
 from console.log import get_logger
 from store.reader import open_store
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data.splits import resolve_data, resolve_task
 from train.errors import ConfigError
@@ -44,7 +45,13 @@ class LoopTrainer:
         if accelerator.is_main_process:
             folder.path.mkdir(parents=True, exist_ok=True)
         built = build_training(
-            config, self.store, self.data, accelerator, request.deadline.stop, control=request.control
+            config,
+            self.store,
+            self.data,
+            accelerator,
+            request.deadline.stop,
+            control=request.control,
+            initial=phase_one_of(folder),
         )
         if accelerator.is_main_process:
             announce(built, request.control)
@@ -61,8 +68,11 @@ class LoopTrainer:
             self.task,
             request.events,
             request.deadline,
+            f"phase one of {config.out.name}" if request.pretraining else f"training {folder.path.name}",
         ).fit()
-        quality = feature_quality(built, config, self.store, self.data, folder.best)
+        quality = {}
+        if not request.pretraining:
+            quality = feature_quality(built, config, self.store, self.data, folder.best)
         return FitResult(
             config=config,
             student=built.student,
@@ -110,6 +120,12 @@ class LoopTrainer:
             "initial_weights": built.student.initial_weights.origin,
             "notes": built.notes,
         }
+
+
+def phase_one_of(folder: RunFolder) -> dict[str, Any] | None:
+    """The checkpoint of phase one; None for a run without it, as a control is."""
+    path = folder.phase_one()
+    return None if path is None else load_checkpoint(path)
 
 
 def announce(built: Built, control: bool) -> None:

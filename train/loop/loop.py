@@ -294,7 +294,11 @@ class Loop:
         parts, module = self.parts, self.parts.module
         if parts.average is not None:
             module = DistilledStudent(
-                parts.evaluated, module.projector, cells=module.wants_cells, pooled=module.wants_pooled
+                parts.evaluated,
+                module.projector,
+                cells=module.wants_cells,
+                pooled=module.wants_pooled,
+                level_heads=list(module.level_heads),
             )
         return evaluate(
             module,

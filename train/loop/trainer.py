@@ -55,9 +55,10 @@ class Trainer:
         task: str,
         events: EventStream,
         watch: StopDeadline,
+        label: str,
     ) -> None:
         self.built, self.parts, self.config = built, built.parts, config
-        self.folder, self.events, self.watch = folder, events, watch
+        self.folder, self.events, self.watch, self.label = folder, events, watch, label
         self.is_main = built.parts.accelerator.is_main_process
         self.about = describe_student(built.student, manifest, config_to_json(config), task)
         self.best_metric = built.parts.objective.task.best_metric
@@ -78,8 +79,7 @@ class Trainer:
         done = progress.epoch * total + int(progress.samples)
         self.watch.save = self.snapshot
         stream = None if self.is_main else io.StringIO()
-        label = f"training {self.folder.name}"
-        with track_progress(total * self.config.epochs, label, "samples", done, stream) as display:
+        with track_progress(total * self.config.epochs, self.label, "samples", done, stream) as display:
             self.loop.display, self.loop.save_within_epoch = display, self.save_when_due
             try:
                 for record in self.loop.run():
@@ -123,6 +123,8 @@ class Trainer:
         parts.module.student.load_state_dict(content["model_state_dict"])
         if parts.module.projector is not None:
             parts.module.projector.load_state_dict(content["alignment_head"])
+        if parts.module.level_heads:
+            parts.module.level_heads.load_state_dict(training["level_heads"])
         parts.optimizer.load_state_dict(training["optimizer"])
         match_layout(parts.optimizer)
         if parts.average is not None and training["average"] is not None:
@@ -225,6 +227,7 @@ class Trainer:
             "model_state_dict": parts.module.student.state_dict(),
             "alignment_head": self.head_state(),
             "training": {
+                "level_heads": parts.module.level_heads.state_dict(),
                 "optimizer": parts.optimizer.state_dict(),
                 "average": average,
                 "scaler": None if scaler is None else scaler.state_dict(),

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from train.errors import TrainError
 
@@ -24,10 +25,12 @@ class StudentOutput(NamedTuple):
 
     `logits`: [B, C] for classification and clips, [B, C, H, W] for segmentation, None without a head.
     `features`: what is distilled: map [B, D, h, w], sequence [B, T, D] or vector [B, D].
+    `levels`: further maps [B, D, h, w] that label-free training teaches as well (decoder, neck), none for most.
     """
 
     logits: Tensor | None
     features: Tensor
+    levels: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Student(nn.Module):
     initial_weights: InitialWeights = InitialWeights()
     #: Prefixes of the parameters of the task head, which may differ in size between tasks.
     head_prefixes: tuple[str, ...] = ()
+    #: Channels of `StudentOutput.levels`.
+    level_widths: tuple[int, ...] = ()
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
         """`images` float [B, 3, H, W] (clips [B, T, 3, H, W] with `lengths` int64 [B])."""
@@ -89,6 +94,9 @@ class Student(nn.Module):
         """Recompute activations in the backward pass to save memory."""
         raise NotImplementedError
 
+    def rest_levels(self) -> None:
+        """Stop training what `levels` alone depend on: nothing is compared with them."""
+
     def lora_root(self) -> nn.Module:
         """The module whose layers LoRA may adapt."""
         return self
@@ -96,3 +104,17 @@ class Student(nn.Module):
     def parameter_count(self) -> int:
         """All parameters, trained or frozen; buffers are not counted, as in published tables."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+#: Cells a side of a level, at most: the teacher's grid is coarser, and each cell's target has the teacher's width.
+LEVEL_CELLS = 32
+
+
+def level_of(maps: Tensor) -> Tensor:
+    """A map [B, D, h, w] as one of `StudentOutput.levels`: means over squares of cells, at most LEVEL_CELLS a side."""
+    factor = 1
+    while max(maps.shape[-2:]) > LEVEL_CELLS * factor:
+        factor *= 2
+    if factor == 1:
+        return maps
+    return functional.avg_pool2d(maps, factor, ceil_mode=True, count_include_pad=False)

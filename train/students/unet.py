@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from train.students.base import Student, StudentError, StudentOutput, StudentSpec
+from train.students.base import Student, StudentError, StudentOutput, StudentSpec, level_of
 from train.students.families import StudentName
 
 BASE_WIDTHS = {"small": 32, "medium": 48, "large": 64}
@@ -47,21 +47,23 @@ class UNet(Student):
         self.decoder = nn.ModuleList(double_convolution(low, high) for low, high in pairs)
         self.head = nn.Conv2d(base_width, spec.num_classes, 1) if spec.num_classes else nn.Identity()
         if not spec.num_classes:
-            # A label-free run trains the encoder; the decoder rests but stays in the checkpoint.
-            self.up.requires_grad_(False)
-            self.decoder.requires_grad_(False)
+            self.level_widths = (base_width,)
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
-        """`images` float [B, 3, H, W] → logits [B, C, H, W] or None, features [B, 16·base, H/16, W/16]."""
+        """`images` float [B, 3, H, W] → logits [B, C, H, W] or None, features [B, 16·base, H/16, W/16].
+
+        Label-free, `levels` has the decoder's last map, so that the decoder learns the teacher's features too.
+        """
         skips: list[Tensor] = []
         maps = images
         for level, block in enumerate(self.encoder):
             maps = self._run(block, functional.max_pool2d(maps, 2) if level else maps)
             skips.append(maps)
         features = skips.pop()
+        decoded = self._decode(features, skips)
         if not self.spec.num_classes:
-            return StudentOutput(None, features)
-        return StudentOutput(self.head(self._decode(features, skips)), features)
+            return StudentOutput(None, features, (level_of(decoded),))
+        return StudentOutput(self.head(decoded), features)
 
     def _decode(self, maps: Tensor, skips: list[Tensor]) -> Tensor:
         for up, block in zip(self.up, self.decoder, strict=True):
@@ -76,6 +78,10 @@ class UNet(Student):
         else:
             out = block(maps)
         return out
+
+    def rest_levels(self) -> None:
+        self.up.requires_grad_(False)
+        self.decoder.requires_grad_(False)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute each double convolution in the backward pass."""

@@ -63,6 +63,24 @@ def load_initial_weights(student: Student, path: Path) -> InitialWeights:
     return student.initial_weights
 
 
+def load_phase_one(student: Student, checkpoint: Mapping[str, Any]) -> None:
+    """Fill all of `student` but its head from the checkpoint of phase one, which has no head.
+
+    Raises StudentError for tensors of another shape.
+    """
+    expected = student.state_dict()
+    head = head_names(expected, student.head_prefixes)
+    found = resample_positions(dict(checkpoint["model_state_dict"]), student)
+    fitting = {name: value for name, value in found.items() if name in expected and name not in head}
+    shapes = [name for name, value in fitting.items() if value.shape != expected[name].shape]
+    if shapes:
+        raise StudentError(
+            f"phase one was trained with other sizes of {', '.join(shapes[:LISTED])}: start again with --overwrite"
+        )
+    student.load_state_dict({**expected, **fitting})
+    student.initial_weights = InitialWeights("phase one")
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file or folder, by name; StudentError when there are none."""
     if path.is_dir():

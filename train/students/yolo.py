@@ -16,7 +16,14 @@ from files.weights import (
     read_weights,
     why_unreadable,
 )
-from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
+from train.students.base import (
+    InitialWeights,
+    Student,
+    StudentError,
+    StudentOutput,
+    StudentSpec,
+    level_of,
+)
 from train.students.families import StudentName
 from train.yolo.offline import prepare_ultralytics
 
@@ -26,13 +33,20 @@ P5 = 2  # index among the Detect head's inputs P3, P4, P5
 
 
 class YoloStudent(Student):
-    """A YOLOv8 detector. It trains in ultralytics' own trainer (`train.yolo`), not in the common loop."""
+    """A YOLOv8 detector. It trains in ultralytics' own trainer (`train.yolo`), not in the common loop.
+
+    Without classes (phase one of a training, which does run in the common loop) it is backbone and neck alone, and
+    `levels` are the neck's other maps.
+    """
 
     def __init__(self, network: nn.Module, spec: StudentSpec) -> None:
         super().__init__()
         self.network = network
         self.spec = spec
         layers: Any = network.model
+        if not spec.num_classes:
+            self.level_widths = tuple(level_widths(network)[:P5])
+            layers[-1] = NeckOutput(layers[-1])
         head = f"model.{len(layers) - 1}."
         # Names of this student's parameters, and of layers below `lora_root`.
         self.head_prefixes = (f"network.{head}", head)
@@ -44,6 +58,8 @@ class YoloStudent(Student):
         [B, 4 + C, A] (boxes as center and size in pixels, then class scores; A anchors); in training mode None.
         """
         out: Any = self.network(images)
+        if not self.spec.num_classes:
+            return StudentOutput(None, out[P5], tuple(level_of(maps) for maps in out[:P5]))
         if self.training:
             return StudentOutput(None, out["feats"][P5])
         return StudentOutput(out[0], out[1]["feats"][P5])
@@ -62,17 +78,27 @@ class YoloStudent(Student):
         return self.initial_weights
 
 
+class NeckOutput(nn.Module):
+    """Takes the place of the Detect head and returns its inputs, the list of P3, P4 and P5."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        # Which layers' outputs it gets, and its own number: ultralytics' models are run by these.
+        self.f, self.i = head.f, head.i
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return maps
+
+
 def build_yolo(
     name: StudentName, *, num_classes: int, image_size: int, pretrained: bool = False, **options: Any
 ) -> YoloStudent:
-    """A YOLOv8 student with random weights. Raises StudentError for what it cannot do."""
+    """A YOLOv8 student with random weights; without classes its backbone and neck. Raises StudentError."""
     if pretrained:
         raise StudentError("pretrained: ultralytics would download; give a local .pt with --student-path")
-    if not num_classes:
-        raise StudentError("YOLO students need classes: label-free training is for the other students")
     if options:
         raise StudentError(f"YOLO students take no options {', '.join(options)}")
-    network = build_network(name.size, num_classes)
+    network = build_network(name.size, num_classes or 1)
     return YoloStudent(network, student_spec(network, name.size, num_classes, image_size))
 
 
@@ -82,7 +108,7 @@ def student_spec(network: Any, size: str, num_classes: int, image_size: int) -> 
         name=str(StudentName("yolov8", size)),
         type="yolov8",
         size=size,
-        task="detection",
+        task="detection" if num_classes else "features",
         num_classes=num_classes,
         image_size=image_size,
         feature_width=level_widths(network)[P5],
@@ -123,7 +149,9 @@ def load_yolo_weights(network: Any, path: Path) -> InitialWeights:
     """
     found = read_yolo_weights(path)
     expected = network.state_dict()
-    head = f"model.{len(network.model) - 1}.cv3."
+    whole = f"model.{len(network.model) - 1}."
+    # A label-free run (task features) has trained backbone and neck alone.
+    head = f"{whole}cv3." if any(key.startswith(whole) for key in found) else whole
     misfits = [
         key
         for key, value in expected.items()

@@ -21,7 +21,7 @@ from processes.dask_cluster import ClusterStartError, connect, local_cluster
 from processes.ending import ignore_sigint
 from store.reader import open_store
 from train.errors import ConfigError, TrainError
-from train.run_folder import SUMMARY, make_folder, read_json, warn_of_random_teacher, write_json
+from train.run_folder import PRETRAIN, SUMMARY, make_folder, read_json, warn_of_random_teacher, write_json
 from train.sweep.board import Board, TrialState, read_state
 from train.sweep.config import SweepConfig, Trial, plan_trials
 from train.sweep.trial import (
@@ -140,11 +140,20 @@ def order(config: SweepConfig, trial: Trial, cores: Cores) -> Order:
         name=trial.name,
         store=store_address(config.store),
         folder=str(trial_folder(config.out, trial).resolve()),
-        options=trial.options,
+        options=trial.options | shared_phase_one(config, trial),
         cores=cores.of_trial,
         gpu_trials=cores.gpu_trials,
         thread_variables=set_thread_variables(),
         timeout_s=config.trial_timeout_s,
+    )
+
+
+def shared_phase_one(config: SweepConfig, trial: Trial) -> dict[str, Any]:
+    """Trials that differ in phase two alone train phase one once; not part of a trial's name, since it changes nothing."""
+    return (
+        {"pretrain_cache": str((config.out / PRETRAIN).resolve())}
+        if trial.options.get("pretrain_epochs")
+        else {}
     )
 
 

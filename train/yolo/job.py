@@ -14,11 +14,15 @@ from console.cores import core_share
 from console.devices import device_index, find_device
 from console.log import get_logger
 from store.reader import Store
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
+from train.distill.projector import take_over_head
 from train.errors import ConfigError
 from train.fonts import register_with_matplotlib
 from train.lora import apply_lora_options
+from train.run_folder import RunFolder
 from train.students.families import parse_student_name
+from train.students.weights import load_phase_one
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
 from train.yolo.dataset import DetectionSplit, open_split
 from train.yolo.model import LEVELS, Distillation, plain_detector
@@ -108,7 +112,7 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
         | devices
         | plots(config, names)
     )
-    student = build_trained_student(config, store, splits, len(names))
+    student = build_trained_student(config, store, splits, len(names), RunFolder(run).phase_one())
     check_frozen(arguments.get("freeze"), student.network)
     trainable = {name for name, value in student.network.named_parameters() if value.requires_grad}
     return TrainingJob(
@@ -156,9 +160,13 @@ def fit_batch(config: TrainConfig, rows: int) -> TrainConfig:
 
 
 def build_trained_student(
-    config: TrainConfig, store: Store, splits: dict[str, DetectionSplit], num_classes: int
+    config: TrainConfig,
+    store: Store,
+    splits: dict[str, DetectionSplit],
+    num_classes: int,
+    phase_one: Path | None,
 ) -> YoloStudent:
-    """The student as it trains: local weights, LoRA, and unless it is a control the alignment heads.
+    """The student as it trains: local weights or those of phase one, LoRA, and unless it is a control the alignment heads.
 
     Initial weights are a function of the seed alone; heads are drawn after them and do not change them.
     """
@@ -173,6 +181,9 @@ def build_trained_student(
             loaded.origin,
             ", ".join(loaded.reinitialized) or "none",
         )
+    initial = None if phase_one is None else load_checkpoint(phase_one)
+    if initial is not None:
+        load_phase_one(student, initial)
     report = apply_lora_options(student, config.model_dump(), trained=False)
     if report is not None:
         log.info(
@@ -183,6 +194,8 @@ def build_trained_student(
         )
     if config.distillation_type != "none":
         attach_teacher(config, network, store, splits)
+        if initial is not None and "P5" in network.distillation.heads:
+            take_over_head(network.distillation.heads["P5"], initial)
     return student
 
 

@@ -1,0 +1,235 @@
+"""Phase one of `cli train --pretrain-epochs`: the student learns the stored features of all rows, labeled or not.
+
+It is a label-free training (task `features`) in RUN/pretrain, a run folder of its own; phase two starts from its best.pt.
+Its epochs are in the run's metrics.jsonl too, before those of phase two. The trials of a sweep that differ in phase two
+alone share one phase one: it is trained in a folder that is named after everything that determines it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from console.log import get_logger
+from console.stop import Stopped, StopRequest
+from files.writing import publish
+from processes.deadline import StopDeadline
+from store.format import POOLED
+from store.reader import Store
+from train.config import TrainConfig, config_to_json
+from train.errors import ConfigError
+from train.events import Event, EventStream
+from train.fit import FitRequest, FitResult
+from train.loop.machine import choose_device
+from train.ranks import barrier, world_size
+from train.run_folder import PRETRAIN, RunFolder, store_reference
+
+log = get_logger("train")
+
+#: Options that phase one has in common with phase two. Those of the task and of the losses' weights are not among them.
+SHARED = (
+    *("store", "student", "out", "data_root", "student_path", "pretrained", "train_split", "val_split"),
+    *("dropout", "freeze_encoder", "attention_pooling", "gradient_checkpointing", "compile"),
+    *("batch_size", "lr_scheduler", "warmup_epochs", "weight_decay", "grad_accum_steps", "max_grad_norm"),
+    *("precision", "ema_decay", "augment", "views", "auto_batch"),
+    *("feature_loss_type", "feature_target", "align_feature", "align_head"),
+    *("device", "workers", "seed", "deterministic", "resume", "tracker", "checkpoint_minutes"),
+)
+#: What of them has no influence on the weights.
+WITHOUT_EFFECT = frozenset(
+    [
+        "store",
+        "out",
+        "data_root",
+        "student_path",
+        "workers",
+        "resume",
+        "tracker",
+        "checkpoint_minutes",
+        "sources",
+    ]
+)
+POLL_S = 0.5
+STOPPED_BETWEEN = "stopped between the phases, phase one is complete: resume with cli train --resume"
+
+
+def phase_one_config(config: TrainConfig, epochs: int) -> TrainConfig:
+    """The label-free training of the student that `config` trains: the same data and student, its own schedule."""
+    values = {name: getattr(config, name) for name in SHARED}
+    sources = {name: source for name, source in config.sources.items() if name in SHARED}
+    # YOLO's `auto` is ultralytics' choice, and that of its trainer's loss.
+    optimizer = "adamw" if config.optimizer == "auto" else config.optimizer
+    return TrainConfig(
+        **values,
+        task="features",
+        epochs=epochs,
+        learning_rate=config.pretrain_learning_rate,
+        optimizer=optimizer,
+        image_size=config.pretrain_image_size or config.image_size,
+        distillation_type="feature",
+        sources=sources,
+    )
+
+
+def learn_features(
+    config: TrainConfig, store: Store, task: str, deadline: StopDeadline, is_main: bool
+) -> dict[str, Any] | None:
+    """Phase one of a run, or what is left of it; returns the summary's `pretrain`, None for a run without phase one.
+
+    Raises ConfigError where there is nothing to learn, and what training raises.
+    """
+    if not config.pretrain_epochs or config.control_only:
+        return None
+    check(config, store, task)
+    run = RunFolder(config.out)
+    folder = RunFolder(config.out / PRETRAIN)
+    if not folder.is_pretrained():
+        if config.pretrain_cache is None or world_size() > 1:
+            train_features(config, store, folder, run, deadline, is_main)
+        else:
+            share_features(config, store, folder, run, deadline)
+        deadline.save = lambda: STOPPED_BETWEEN
+    barrier()
+    if is_main and not run.last.exists():
+        run.write_records([])  # with the lines of phase one
+    summary = folder.read_summary() or {}
+    names = ("epochs", "best_epoch", "metrics", "samples", "wall_time_s", "images_per_second")
+    return {name: summary.get(name) for name in names}
+
+
+def check(config: TrainConfig, store: Store, task: str) -> None:
+    where = f"pretrain_epochs {config.pretrain_epochs}"
+    if task == "features":
+        raise ConfigError(f"{where}: task features learns the features already: use --epochs alone")
+    if POOLED not in store[config.train_split].names:
+        raise ConfigError(
+            f"{where}: {config.store} has no features to learn: extract it again, or leave --pretrain-epochs out"
+        )
+
+
+def train_features(
+    config: TrainConfig,
+    store: Store,
+    folder: RunFolder,
+    run: RunFolder,
+    deadline: StopDeadline,
+    is_main: bool,
+) -> None:
+    """Train phase one in `folder`; its epochs go to `run`'s metrics.jsonl as well."""
+    from train.loop.fit import LoopTrainer
+    from train.run import fit_in_memory
+
+    ours = phase_one_config(config, config.pretrain_epochs)
+    log.info(
+        "phase one: %s learns the teacher's features of all %d samples for %d epochs",
+        *(ours.student, len(store[ours.train_split]), ours.epochs),
+    )
+    trainer = LoopTrainer(ours)
+
+    def copy_lines(event: Event) -> None:
+        run.write_records([])  # the lines of phase one alone, as far as there are any
+
+    if is_main:
+        folder.create()
+        run.write_config(config, {"phase": PRETRAIN}, store_reference(store))
+    events = EventStream([copy_lines])
+    if is_main:
+        events.start(folder)
+    request = FitRequest(ours, ours, folder, events, deadline, control=False, pretraining=True)
+    result = fit_in_memory(trainer, request)
+    if is_main:
+        folder.write_summary(summarize(result, len(trainer.data.train_rows)))
+        folder.last.unlink(missing_ok=True)  # optimizer and averages: of no use any more
+
+
+def summarize(result: FitResult, samples: int) -> dict[str, Any]:
+    """The content of phase one's summary.json."""
+    return {
+        "student": result.student.spec.name,
+        "task": "features",
+        "epochs": result.config.epochs,
+        "epochs_done": result.epochs_done,
+        "best_epoch": result.best_epoch,
+        "samples": samples,
+        "metrics": result.metrics,
+        "wall_time_s": result.wall_time_s,
+        "images_per_second": result.images_per_second,
+        **result.details,
+        "complete": True,
+    }
+
+
+# Sharing ---------------------------------------------------------------------------------------------------------
+
+
+def share_features(
+    config: TrainConfig, store: Store, folder: RunFolder, run: RunFolder, deadline: StopDeadline
+) -> None:
+    """Phase one from the shared folder, trained there by whoever comes first; its files are copied to the run."""
+    assert config.pretrain_cache is not None
+    key = phase_one_key(config, store)
+    shared = RunFolder(config.pretrain_cache / key)
+    shared.create()
+    with only_one(config.pretrain_cache / f"{key}.lock", deadline.stop):
+        if shared.is_pretrained():
+            log.info("phase one: taken from %s, which differs in nothing", shared.path)
+        else:
+            train_features(config, store, shared, run, deadline, True)
+    folder.create()
+    for source in (
+        shared.config,
+        shared.metrics,
+        shared.best,
+        shared.summary,
+    ):  # the summary says that it is complete
+        partial = folder.path / f".{source.name}.partial"
+        shutil.copyfile(source, partial)
+        publish(partial, folder.path / source.name)
+
+
+def phase_one_key(config: TrainConfig, store: Store) -> str:
+    """Names everything that determines the weights of phase one: options, data, teacher, device, initial weights."""
+    ours = phase_one_config(config, config.pretrain_epochs)
+    options = {name: value for name, value in config_to_json(ours).items() if name not in WITHOUT_EFFECT}
+    options["device"] = choose_device(ours.devices[0]).type
+    path = ours.student_path
+    initial = (
+        None
+        if path is None
+        else [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(path)]
+    )
+    text = json.dumps([options, store_reference(store)["fingerprint"], initial], sort_keys=True, default=str)
+    return f"{ours.student.replace('/', '-').replace(':', '-')}-{blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+@contextlib.contextmanager
+def only_one(path: Path, stop: StopRequest) -> Iterator[None]:
+    """Hold a lock file; waits for another trial that trains the same phase one. Raises Stopped on a stop request."""
+    with path.open("w") as file:
+        waited = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    log.info(
+                        "phase one: another trial trains the same one in %s: waiting for it",
+                        path.with_suffix(""),
+                    )
+                waited = True
+            if stop.requested:
+                raise Stopped("stopped while waiting for phase one", stop.exit_code)
+            time.sleep(POLL_S)
+        yield
