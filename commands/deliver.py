@@ -16,6 +16,7 @@ from commands.options import AsJson
 class ExportFormat(StrEnum):
     onnx = "onnx"
     torch_export = "torch-export"
+    timm = "timm"
 
 
 class QuantizeMode(StrEnum):
@@ -136,7 +137,8 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder or its best.pt.")],
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
     out: Annotated[
-        Path | None, typer.Option(help="The file. [default: named after the student, in the run]")
+        Path | None,
+        typer.Option(help="The file (timm: folder). [default: named after the student, in the run]"),
     ] = None,
     images: Annotated[
         Path | None,
@@ -149,6 +151,10 @@ def export(
 
     Export a trained student with dynamic batch, preprocessing and class names inside, and compare it with
     PyTorch on real images. LoRA adapters are merged first; YOLO students go through ultralytics.
+
+    cli export runs/resnet18 --format timm
+
+    A folder with config.json and model.safetensors, which timm opens as "local-dir:FOLDER" and a hub takes as it is.
     """
     from console.output import print_json
     from train.deliver.export import OPSET, export_student
@@ -156,6 +162,8 @@ def export(
     done = export_student(run, format_.value, out, images, opset or OPSET)
     if format_ is ExportFormat.onnx:
         after = f"cli evaluate {done.path} STORE, or cli predict {done.path} INPUTS"
+    elif format_ is ExportFormat.timm:
+        after = f'load it with timm.create_model("local-dir:{done.path}", pretrained=True)'
     else:
         after = f"load it with torch.export.load({str(done.path)!r})"
     print(f"next: {after}", file=sys.stderr, flush=True)

@@ -6,15 +6,14 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import typer
 
 from commands.options import AsJson, offer_options
 from console.log import get_logger
 from console.output import print_json, print_table
-from console.progress import Progress, clock, track_progress
+from console.progress import clock
 from extract.config import ExtractConfig, load_config
 
 SHOWN_BAD = 5  # bad samples that a dry run shows
@@ -38,13 +37,9 @@ def extract(
     cli extract photos --out photos.zarr --teacher-path tiny --dry-run
     """
     settings = load_config(options, config)
-    from extract.metadata import ExtractionClock, note_probe
-    from extract.run import run_extraction
+    from extract.run import extract_and_measure
 
-    with ProgressObserver() as progress, ExtractionClock(settings.out) as timer:
-        result = run_extraction(settings, [progress, timer])
-    if result.probe is not None:
-        note_probe(settings.out, result.probe)
+    result = extract_and_measure(settings)
     if json:
         print_json(result.as_dict())
     elif result.estimate is not None:
@@ -54,39 +49,6 @@ def extract(
 
 
 offer_options(extract, ExtractConfig)
-
-
-class ProgressObserver:
-    """Shows the progress of each phase (encoding, scoring); a display starts when its total is known."""
-
-    def __init__(self) -> None:
-        self.display: Progress | None = None
-        self.phase: tuple[str, int] | None = None
-        self.done = 0
-
-    def progress(self, done: int, total: int, message: str) -> None:
-        if (message, total) != self.phase or done < self.done:
-            self.close()
-            self.display = track_progress(total, message, "images", done)
-            self.phase = message, total
-        elif self.display is not None:
-            self.display.advance(done - self.done)
-        self.done = done
-        if done >= total:
-            self.close()  # what follows (a probe) is not part of this phase's rate
-
-    def close(self) -> None:
-        if self.display is not None:
-            self.display.close()
-            self.display = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def print_estimate(result: Mapping[str, Any]) -> None:

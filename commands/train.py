@@ -52,8 +52,7 @@ def train(
     settings = load_config(options, config)
     if os.environ.get("RANK", "0") == "0":
         RunFolder(settings.out).check_place(settings)
-    # ultralytics starts the processes of YOLO students.
-    if len(settings.devices) > 1 and "RANK" not in os.environ and settings.student_type != "yolov8":
+    if settings.needs_ranks:
         from console.stop import StopRequest
         from processes.ranks import run_ranks
 

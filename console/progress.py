@@ -6,9 +6,10 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 PLAIN_INTERVAL_S = 10.0
+NOTEBOOK_INTERVAL_S = 0.5
 
 
 class Progress(ABC):
@@ -23,6 +24,18 @@ class Progress(ABC):
     def rate(self) -> float:
         """Items a second of this run."""
         return (self.done - self.initial) / max(time.monotonic() - self.started, 1e-9)
+
+    def line(self) -> str:
+        """`encoding: 128/500 images (26%), 41.3 images/s, 0:09 left`"""
+        rate = self.rate
+        if self.total is None:
+            return f"{self.description}: {self.done} {self.unit}, {rate:.1f} {self.unit}/s"
+        share = 100 * self.done / self.total if self.total else 100.0
+        line = f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f}%)"
+        line += f", {rate:.1f} {self.unit}/s"
+        if rate > 0 and self.done < self.total:
+            line += f", {clock((self.total - self.done) / rate)} left"
+        return line
 
     @abstractmethod
     def advance(self, count: int = 1) -> None: ...
@@ -45,7 +58,8 @@ class Progress(ABC):
 def track_progress(
     total: int | None, description: str, unit: str = "items", done: int = 0, stream: TextIO | None = None
 ) -> Progress:
-    """A progress display on `stream` (stderr), fitting to it: a bar in a terminal, plain lines elsewhere.
+    """A progress display on `stream` (stderr), fitting to it: a bar in a terminal, one line that changes in a notebook,
+    plain lines elsewhere.
 
     `total` is None where the length is not known beforehand; `done` is what an earlier run has finished,
     which counts in the bar but not in the rate.
@@ -53,7 +67,42 @@ def track_progress(
     stream = stream or sys.stderr
     if stream.isatty():
         return BarProgress(total, description, unit, done, stream)
+    if in_notebook():
+        return NotebookProgress(total, description, unit, done, stream)
     return PlainProgress(total, description, unit, done, stream)
+
+
+class PhaseProgress:
+    """Shows the progress of each phase (encoding, scoring); a display starts when its total is known."""
+
+    def __init__(self) -> None:
+        self.display: Progress | None = None
+        self.phase: tuple[str, int] | None = None
+        self.done = 0
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        if (message, total) != self.phase or done < self.done:
+            self.close()
+            self.display = track_progress(total, message, "images", done)
+            self.phase = message, total
+        elif self.display is not None:
+            self.display.advance(done - self.done)
+        self.done = done
+        if done >= total:
+            self.close()  # what follows (a probe) is not part of this phase's rate
+
+    def close(self) -> None:
+        if self.display is not None:
+            self.display.close()
+            self.display = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class PlainProgress(Progress):
@@ -79,17 +128,39 @@ class PlainProgress(Progress):
         self.printed_at, self.printed_done = time.monotonic(), self.done
         self.note(self.line())
 
-    def line(self) -> str:
-        """`encoding: 128/500 images (26%), 41.3 images/s, 0:09 left`"""
-        rate = self.rate
-        if self.total is None:
-            return f"{self.description}: {self.done} {self.unit}, {rate:.1f} {self.unit}/s"
-        share = 100 * self.done / self.total if self.total else 100.0
-        line = f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f}%)"
-        line += f", {rate:.1f} {self.unit}/s"
-        if rate > 0 and self.done < self.total:
-            line += f", {clock((self.total - self.done) / rate)} left"
-        return line
+
+def in_notebook() -> bool:
+    """Whether this program is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+class NotebookProgress(Progress):
+    """One line of a notebook's output that changes in its place; needs no widgets."""
+
+    def __init__(self, total: int | None, description: str, unit: str, done: int, stream: TextIO) -> None:
+        from IPython.display import display
+
+        super().__init__(total, description, unit, done, stream)
+        self.shown_at = self.started
+        self.handle = display(self.output(), display_id=True)
+
+    def output(self) -> Any:
+        from IPython.display import Pretty
+
+        return Pretty(self.line())
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        if time.monotonic() - self.shown_at >= NOTEBOOK_INTERVAL_S:
+            self.shown_at = time.monotonic()
+            self.handle.update(self.output())
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        self.handle.update(self.output())
 
 
 class BarProgress(Progress):

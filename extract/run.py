@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from console.progress import PhaseProgress
 from console.stop import Stopped, StopRequest
 from extract.config import ConfigError, ExtractConfig
 from extract.follow.version import work_path
+from extract.metadata import ExtractionClock, note_probe
 from extract.plan import make_task
 from extract.prepare import (
     count_still_bad,
@@ -63,6 +65,18 @@ def run_extraction(
 
             result.probe = add_logits(config, observers, stop)
         return result
+
+
+def extract_and_measure(config: ExtractConfig) -> ExtractResult:
+    """`run_extraction` with a progress display; the time that it took and what a probe found stay with the store.
+
+    Raises: as `run_extraction`.
+    """
+    with PhaseProgress() as progress, ExtractionClock(config.out) as timer:
+        result = run_extraction(config, [progress, timer])
+    if result.probe is not None:
+        note_probe(config.out, result.probe)
+    return result
 
 
 def dry_run(config: ExtractConfig, stop: StopRequest) -> ExtractResult:

@@ -184,7 +184,7 @@ def decode(
             if target_size is not None and image.format in ("JPEG", "MPO"):
                 image.draft(None, (target_size, target_size))
             image.load()
-            return Decoded(_to_rgb(upright(wide_gray(image)), bit_depth), size)
+            return Decoded(upright_rgb(image, bit_depth), size)
     except ImageError:
         raise
     except Exception as error:
@@ -303,6 +303,14 @@ def upright(image: Image.Image) -> Image.Image:
     """The image rotated and mirrored by its EXIF orientation."""
     operation = _UPRIGHT.get(_orientation(image))
     return image if operation is None else image.transpose(operation)
+
+
+def upright_rgb(image: Image.Image, bit_depth: int = FULL_DEPTH) -> Image.Image:
+    """The image rotated by its EXIF orientation, RGB on white; of 16-bit gray images `bit_depth` bits are used.
+
+    Raises ImageError for pixels without a defined white (32-bit integers, floating-point numbers).
+    """
+    return _to_rgb(upright(wide_gray(image)), bit_depth)
 
 
 def _to_rgb(image: Image.Image, bit_depth: int) -> Image.Image:

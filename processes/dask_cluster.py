@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from processes.spawning import hide_main_module
+
 if TYPE_CHECKING:
     from distributed import Client
 
@@ -72,7 +74,12 @@ def local_cluster(
         causes: list[str] = []
         try:
             # Daemonic workers could not start processes of their own.
-            with dask.config.set({"distributed.worker.daemon": False}), signals, nanny_errors(causes):
+            with (
+                dask.config.set({"distributed.worker.daemon": False}),
+                signals,
+                hide_main_module(),
+                nanny_errors(causes),
+            ):
                 cluster = SpecCluster(
                     workers=nannies,
                     # Its HTTP server starts in any case: on a free port, or it warns where 8787 is in use.

@@ -102,6 +102,10 @@ class Store(Mapping[str, "Split"]):
         """The folder of a local store."""
         return Path(self.location)
 
+    def __fspath__(self) -> str:
+        """The folder or URL, so that a store can be given wherever its path can."""
+        return self.location
+
     @property
     def splits(self) -> list[str]:
         return list(self._splits)

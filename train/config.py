@@ -6,6 +6,7 @@ them each value came from.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -280,7 +281,7 @@ class TrainConfig(BaseModel):
     @field_validator("store", mode="before")
     @classmethod
     def plain_store(cls, value: object) -> object:
-        return str(value) if isinstance(value, Path) else value
+        return os.fspath(value) if isinstance(value, os.PathLike) else value  # a path, or an opened store
 
     @field_validator("device")
     @classmethod
@@ -335,6 +336,12 @@ class TrainConfig(BaseModel):
     def devices(self) -> list[str]:
         """The devices to use, one process each when there are several."""
         return self.device.split(",")
+
+    @property
+    def needs_ranks(self) -> bool:
+        """Whether the training takes several processes of torch.distributed that are not running yet."""
+        # ultralytics starts the processes of YOLO students.
+        return len(self.devices) > 1 and "RANK" not in os.environ and self.student_type != "yolov8"
 
     def unsupported_options(self) -> list[str]:
         """One text for each option that was chosen and that this type of student does not have."""

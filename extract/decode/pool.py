@@ -26,6 +26,7 @@ from console.log import get_logger
 from extract.decode.sample import DecodedSample, Encoding, Pixels, decode_samples
 from extract.sources.base import Sample
 from processes.ending import block_stop_signals, end_with_parent
+from processes.spawning import hide_main_module
 from store.errors import DistillError
 
 log = get_logger("extract")
@@ -185,7 +186,8 @@ class DecodePool:
 
     def submit_chunk(self, chunk: Chunk, buffer: PixelBuffer) -> None:
         try:
-            with block_stop_signals():  # a new process inherits the mask: Ctrl-C is for the parent alone
+            # A new process inherits the mask: Ctrl-C is for the parent alone.
+            with block_stop_signals(), hide_main_module():
                 chunk.future = self.executor.submit(
                     decode_chunk, self.encoding, chunk.samples, buffer, chunk.start
                 )
@@ -239,13 +241,12 @@ class DecodePool:
         self.executor.shutdown(wait=False, cancel_futures=True)
         self.executor = self.start()
         try:
-            with block_stop_signals():
+            with block_stop_signals(), hide_main_module():
                 started = self.executor.submit(os.getpid)
             started.result()
         except BrokenProcessPool:
             raise DecodingFailed(
-                "decoding processes end before they decode anything: use --workers 0 to decode in a thread; "
-                "a script that calls run_extraction needs `if __name__ == '__main__':`"
+                "decoding processes end before they decode anything: use --workers 0 to decode in a thread"
             ) from None
 
     def close(self) -> None:

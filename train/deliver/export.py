@@ -1,4 +1,4 @@
-"""Export a student: ONNX with dynamic batch, or torch.export; each checked against PyTorch on real inputs.
+"""Export a student: ONNX with dynamic batch, torch.export, or a folder of timm; each checked against PyTorch on real inputs.
 
 The model card is in the file. Detectors as ONNX go through ultralytics' own exporter, whose tools then read the file.
 """
@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from files.writing import check_writable, whole_file
 from train.deliver.inputs import run_folder, sample_inputs
 from train.deliver.model import METADATA_KEY, ModelCard, OnnxModel, TorchModel, exported_face, open_student
+from train.deliver.timm_folder import check_timm_student, publish_folder, scratch_beside, write_timm_folder
 from train.errors import DeliveryError
 from train.run_folder import make_folder
 from train.students.base import Student
 from train.yolo.offline import prepare_ultralytics
 
-Format = Literal["onnx", "torch-export"]
-SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
+Format = Literal["onnx", "torch-export", "timm"]
+SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2", "timm": "-timm"}  # timm: a folder
 
 # The newest operator set that ONNX Runtime 1.20, the oldest that we allow, supports completely.
 OPSET = 20
@@ -61,7 +62,7 @@ def export_student(
     """Export `best.pt` of a run and compare it with PyTorch on real images.
 
     Args:
-        out: the file to write; None names it after the student, in the run folder.
+        out: the file (timm: folder) to write; None names it after the student, in the run folder.
         images: a folder to take the check's images (or clips) from; None takes the run's store.
         opset: ONNX operator set.
     Raises:
@@ -72,20 +73,34 @@ def export_student(
     student, card = open_student(run)
     default = f"{file_name(card.student)}{SUFFIXES[format]}"
     path = out or run_folder(run) / default
-    if path.is_dir():
+    if path.is_dir() and format != "timm":
         raise DeliveryError(f"--out {path}: is a folder, expected a file: name one in it, {path / default}")
+    if format == "timm":
+        check_timm_student(student)
     make_folder(path.parent)
     inputs = sample_inputs(run, card, CHECK_IMAGES, images)
     expected = TorchModel(student, card, torch.device("cpu")).outputs(inputs)
-    with whole_file(path) as partial:
-        got = writer_of(format, card)(student, card, partial, inputs, opset)
+
+    def checked(got: Mapping[str, NDArray[np.float32]]) -> tuple[float, float]:
         difference, tolerance = worst_difference(card, got, expected)
         if not difference <= tolerance:
             raise DeliveryError(
                 f"{path.name}: outputs differ by {difference:.3g} from PyTorch on {len(inputs)} real images, allowed "
                 f"{tolerance:.3g}: not written; please report the student {card.student}"
             )
-    return Exported(path, format, path.stat().st_size, len(inputs), difference, tolerance)
+        return difference, tolerance
+
+    if format == "timm":
+        with scratch_beside(path) as scratch:
+            logits = write_timm_folder(student, card, Path(scratch), inputs)
+            difference, tolerance = checked({"logits": logits})
+            size = sum(file.stat().st_size for file in Path(scratch).iterdir())
+            publish_folder(Path(scratch), path)
+    else:
+        with whole_file(path) as partial:
+            difference, tolerance = checked(writer_of(format, card)(student, card, partial, inputs, opset))
+        size = path.stat().st_size
+    return Exported(path, format, size, len(inputs), difference, tolerance)
 
 
 def worst_difference(

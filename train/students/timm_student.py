@@ -120,7 +120,7 @@ def build_timm_student(
     """
     architecture = ARCHITECTURES.get(name.size, name.size)
     check_known(architecture)
-    settings = {**_image_size_settings(architecture, image_size), **options}
+    settings = {**image_size_settings(architecture, image_size), **options}
     model = create_timm_model(architecture, pretrained, num_classes=num_classes, **settings)
     width, kind, stride, unreached = _probe_features(architecture, settings, image_size)
     if not num_classes:
@@ -204,7 +204,7 @@ def hub_failure(endpoint: str) -> str | None:
     return None
 
 
-def _image_size_settings(architecture: str, image_size: int) -> dict[str, Any]:
+def image_size_settings(architecture: str, image_size: int) -> dict[str, Any]:
     """What timm must be told so that a model of fixed input size takes `image_size`; refuses cropped patches."""
     with torch.device("meta"):
         probe: Any = timm.create_model(architecture, pretrained=False)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from commands.extract import ProgressObserver
+from console.progress import PhaseProgress
 
 
 def test_each_phase_counts_for_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressObserver() as progress:
+    with PhaseProgress() as progress:
         for done, message in [(0, "encoding"), (4, "encoding"), (10, "encoding"), (10, "encoding")]:
             progress.progress(done, 10, message)
         for done in (6, 10):  # a resumed scoring of the same number of images
@@ -22,7 +22,7 @@ def test_each_phase_counts_for_itself(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_phase_that_ended_shows_its_own_rate(capsys: pytest.CaptureFixture[str]) -> None:
     """The probe after an extraction must not slow down the rate that is shown."""
-    with ProgressObserver() as progress:
+    with PhaseProgress() as progress:
         progress.progress(0, 5, "encoding")
         progress.progress(5, 5, "encoding")
         assert "5/5" in capsys.readouterr().err  # said before whatever comes next
@@ -30,7 +30,7 @@ def test_a_phase_that_ended_shows_its_own_rate(capsys: pytest.CaptureFixture[str
 
 
 def test_an_interrupted_phase_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressObserver() as progress:
+    with PhaseProgress() as progress:
         progress.progress(0, 5, "encoding")
         progress.progress(3, 5, "encoding")
     assert capsys.readouterr().err.startswith("encoding: 3/5 images (60%)")
