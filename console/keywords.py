@@ -22,7 +22,8 @@ def takes_options(
 
     Type checkers see them with their types, and `help()` lists them with their defaults and texts.
     """
-    assert isinstance(model, type) and issubclass(model, BaseModel)
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
     options = options_of(model).values()
     fields = model.model_fields
 
