@@ -93,12 +93,29 @@ def print_changes(counts: Mapping[str, int], text: str) -> None:
 
 
 def print_probe(result: Mapping[str, Any]) -> None:
-    """Accuracies of the stored features."""
+    """What the stored features are worth."""
+    if result["task"] == "segmentation":
+        print_map_probe(result)
+        return
     line = f"linear probe: {result['out_of_fold_top1']:.1%} out of fold ({result['folds']} folds, "
     line += f"{result['rows']:,} rows, {result['classes']} classes)"
     if result["measured_on"] is not None:
         line += f"; on {result['measured_on']} {result['probe_top1']:.1%}, k-NN {result['knn_top1']:.1%}"
     print(line)
+
+
+def print_map_probe(result: Mapping[str, Any]) -> None:
+    """Mean IoU of the probe of cells."""
+    print(
+        f"probe of cells ({result['network']}): mean IoU {result['out_of_fold_miou']:.1%} out of fold "
+        f"({result['folds']} folds, {result['rows']:,} labeled rows, {result['classes']} classes), "
+        f"{result['out_of_fold_cell_miou']:.1%} at the grid's resolution"
+    )
+    if result["measured_on"] is not None:
+        print(
+            f"on {result['measured_on']}: {result['probe_miou']:.1%}, {result['probe_cell_miou']:.1%} at the grid's "
+            "resolution"
+        )
 
 
 def print_result(result: Mapping[str, Any]) -> None:
@@ -130,21 +147,22 @@ def next_step(result: Mapping[str, Any]) -> str:
 
 
 def probe(
-    store: Annotated[Path, typer.Argument(help="A complete store with class labels.", metavar="STORE")],
+    store: Annotated[Path, typer.Argument(help="A complete store with labels or masks.", metavar="STORE")],
     seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
     json: AsJson = False,
 ) -> None:
     """cli probe photos.zarr
 
-    Measure the stored features (k-NN, linear probe) and write the probe's out-of-fold logits to `logits/probe`:
-    a row's logits come from a probe that was not fitted on it.
+    Measure the stored features and write the probe's predictions for every row, labeled or not: class logits to
+    `logits/probe`, or where the store has masks soft class maps to `maps/probe`. The predictions for a row come from a
+    probe that was not fitted on it.
     """
-    from extract.logits import add_probe
+    from extract.logits import probe_store
     from extract.metadata import note_probe
     from store.format import RANDOM_WEIGHTS_NOTICE
     from store.reader import open_store
 
-    result = vars(add_probe(store, seed=seed))
+    result = probe_store(store, seed=seed)
     note_probe(store, result)
     if open_store(store).manifest.teacher.random_weights:
         get_logger("extract").warning("%s: teacher of %s", store, RANDOM_WEIGHTS_NOTICE)
@@ -152,7 +170,7 @@ def probe(
         print_json({"store": str(store), **result})
     else:
         print_probe(result)
-        print(f"{store}: logits/probe written")
+        print(f"{store}: {result['array']} written")
 
 
 def teachers(json: AsJson = False) -> None:

@@ -113,6 +113,8 @@ def print_measured(measured: dict[str, Any]) -> None:
     """Accuracies that `cli probe` measured."""
     if measured.get("probe_top1") is not None:
         print(f"accuracy       linear probe {measured['probe_top1']:.1%}, k-NN {measured['knn_top1']:.1%}")
+    if measured.get("probe_miou") is not None:
+        print(f"mean IoU       probe of cells {measured['probe_miou']:.1%}")
 
 
 def array_row(name: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from console.stop import Stopped, StopRequest
 from extract.config import ZERO_SHOT, ConfigError, ExtractConfig
 from extract.decode.pool import DecodePool
 from extract.encode import AdaptiveBatch, DeviceCopies
+from extract.folds import FOLDS, content_groups, folds_of_copies, training_split
 from extract.plan import ExtractTask, make_task
 from extract.prepare import decode_workers, open_data, open_teacher
 from extract.result import ExtractObserver, logits_stop_message
@@ -33,12 +34,12 @@ from store.finalize import finalize_store
 from store.format import LOGITS, logits_array
 from store.quality import Probe, assign_folds, fit_probe, knn_accuracy
 from store.reader import Split, Store, open_store
+from store.summary import target_kind
 from store.writer import StoreWriter
 
 log = get_logger("extract")
 
 PROBE = "probe"
-FOLDS = 5
 # Rows that one probe is fitted on at most: beyond that it gets slow, and hardly better.
 FIT_ROWS = 50_000
 BLOCK_ROWS = 8192
@@ -71,7 +72,7 @@ def add_logits(
     config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
 ) -> dict[str, Any] | None:
     """What `--logits` asks for, unless the store has it already. The probe's accuracies, if there is one."""
-    array = f"{names.LOGITS}/{config.logits}"
+    array = array_of(config.logits, open_store(config.out))
     if all(array in open_store(config.out)[split].names for split in open_store(config.out).splits):
         return None
     with StopDeadline(stop, lambda: logits_stop_message(config)) as deadline:
@@ -80,8 +81,28 @@ def add_logits(
 
             add_zero_shot(config, observers, stop, deadline)
             return None
-        log.info("fitting the linear probe, %d folds", FOLDS)
-        return vars(add_probe(config.out, seed=config.seed))
+        return probe_store(config.out, seed=config.seed)
+
+
+def array_of(logits: str, store: Store) -> str:
+    """The array that `--logits` writes: soft class maps of a probe where the store has masks, else logits [N, C]."""
+    maps = logits == PROBE and target_kind(training_split(store)) == "mask"
+    return f"{names.MAPS if maps else names.LOGITS}/{logits}"
+
+
+def probe_store(path: Path | str, *, seed: int = 0, device: str = "auto") -> dict[str, Any]:
+    """Fit the probe that suits the store's targets, write its predictions and measure it.
+
+    Returns the fields of `ProbeResult`, or for masks of `extract.maps.MapResult`, and `task` and `array`, what was written.
+    """
+    store = open_store(path)
+    array = array_of(PROBE, store)
+    log.info("fitting the probe, %d folds", FOLDS)
+    if array.startswith(names.MAPS):
+        from extract.maps import add_maps
+
+        return {"task": "segmentation", "array": array, **vars(add_maps(path, seed=seed, device=device))}
+    return {"task": store.manifest.task, "array": array, **vars(add_probe(path, seed=seed))}
 
 
 # -- the probe ------------------------------------------------------------------------------------------
@@ -98,7 +119,7 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     """
     store = open_store(path)
     check_writable(store.path, "store")
-    train = store["train" if "train" in store else max(store.splits, key=lambda name: len(store[name]))]
+    train = training_split(store)
     labels = labels_of(train)
     usable = train.valid & (labels != names.NO_LABEL)
     if usable.sum() < 2 or not store.manifest.class_names:
@@ -215,27 +236,6 @@ def labels_of(split: Split) -> npt.NDArray[np.int32]:
     if names.LABEL in split.names:
         return split.read(names.LABEL)
     return np.full(len(split), names.NO_LABEL, np.int32)
-
-
-def content_groups(store: Store) -> dict[str, npt.NDArray[np.int64]]:
-    """Split → int64 [N]: rows of equal content have equal numbers, across splits."""
-    content = {name: np.ascontiguousarray(split.read(names.CONTENT)) for name, split in store.items()}
-    digests = np.concatenate(
-        [rows.view(np.dtype((np.void, rows.shape[1]))).ravel() for rows in content.values()]
-    )
-    numbers = np.asarray(np.unique(digests, return_inverse=True)[1]).ravel()
-    ends = np.cumsum([len(rows) for rows in content.values()])[:-1]
-    return dict(zip(content, np.split(numbers, ends), strict=True))
-
-
-def folds_of_copies(
-    groups: Mapping[str, npt.NDArray[np.int64]], train: str, fold: npt.NDArray[Any]
-) -> dict[str, npt.NDArray[Any]]:
-    """Split → [N]: the fold that holds a labeled copy of each row (or the row itself), -1 where none does."""
-    folds = np.full(max(int(numbers.max(initial=-1)) for numbers in groups.values()) + 1, -1)
-    labeled = fold >= 0
-    folds[groups[train][labeled]] = fold[labeled]
-    return {split: folds[numbers] for split, numbers in groups.items()}
 
 
 def true_features(split: Split, rows: npt.NDArray[np.int64]) -> Floats:

@@ -17,9 +17,12 @@ from files.writing import replace_file
 from store.errors import DistillError
 from store.format import MEASURED_FILE
 
+# Fractions of 1, by `cli probe`: of class labels, of masks.
+PROBED = ("probe_top1", "knn_top1", "probe_miou")
+
 
 def read_measured(store: Path) -> dict[str, Any]:
-    """`extraction_s` and `encoded` (added up over resumed runs), `probe_top1`, `knn_top1`; empty when unknown."""
+    """`extraction_s` and `encoded` (added up over resumed runs), and `PROBED`; empty when unknown."""
     try:
         values: dict[str, Any] = json.loads((store / MEASURED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -72,15 +75,15 @@ class ExtractionClock:
 
 
 def note_probe(store: Path, result: Mapping[str, Any]) -> None:
-    """Keep what the features are worth (`extract.logits.ProbeResult`)."""
-    note(store, probe_top1=result["probe_top1"], knn_top1=result["knn_top1"])
+    """Keep what the features are worth (`extract.logits.probe_store`)."""
+    note(store, **{name: result[name] for name in PROBED if name in result})
 
 
 def forget_probe(store: Path) -> None:
     """Drop what was found out about features or labels that have changed since."""
     measured = read_measured(store)
-    if {"probe_top1", "knn_top1"} & measured.keys():
-        note(store, probe_top1=None, knn_top1=None)
+    if known := set(PROBED) & measured.keys():
+        note(store, **dict.fromkeys(known))
 
 
 def note(store: Path, **values: Any) -> None:

@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 POOLED = "features/pooled"  # [N, D] float16: mean over the tokens inside the image
 GRID = "features/grid"  # [N, g, g, D] float16: raster order, y before x
 LOGITS = "logits"  # logits/<name> [N, C] float16
+MAPS = "maps"  # maps/<name> [N, s, s, C] uint8: -log p of each class in steps of 1 / MAP_STEPS, raster order
 VALID = "valid"  # [N] bool: false for a bad image, whose features are NaN
 SIZES = "sizes"  # [N, 2] int32: width, height of the original in pixels, after EXIF; 0 when unreadable
 CONTENT = "content"  # [N, 16] uint8: blake2b-128 of the file's bytes
@@ -58,6 +59,9 @@ KEY_ARRAYS = (KEY_VALUES, KEY_OFFSETS, KEY_HASHES, KEY_ROWS)
 GRID_RULE = "grid_resampling"
 AREA = "area"
 
+# Soft class maps: 255 stands for a probability of at most exp(-255 / 16) = 1.2e-7. The step is a relative error of 3 %.
+MAP_STEPS = 16
+
 OFFSETS = "offsets"
 # What the manifest's digest covers besides the keys: a changed label is other data, as a changed image is.
 DIGESTED = (
@@ -78,7 +82,7 @@ RANDOM_WEIGHTS_NOTICE = "random weights: shows the machinery, teaches nothing"
 # Written by the store itself; `StoreWriter.append` takes them as arguments, not as arrays.
 OWN_ARRAYS = (VALID, REASONS)
 # Large rows go straight into their shard files; the rest waits in the commit log until the end.
-DIRECT_PREFIXES = ("features/", "views/", "images/")
+DIRECT_PREFIXES = ("features/", "views/", "images/", "maps/")
 FEATURES_JOB = "features"
 # Beside the Zarr arrays: what is being written, and the checksums of what was.
 WORK_FOLDER = ".work"
@@ -227,6 +231,11 @@ def image_arrays(images: Literal["none", "jpeg", "raw"], side: int, frames: int 
 def logits_array(name: str, classes: int) -> ArraySpec:
     """Teacher logits `logits/<name>` [N, C]."""
     return ArraySpec(name=f"{LOGITS}/{name}", row_shape=(classes,), dtype="float16")
+
+
+def map_array(name: str, side: int, classes: int) -> ArraySpec:
+    """Soft class maps `maps/<name>` [N, s, s, C] in the geometry of the teacher's view."""
+    return ArraySpec(name=f"{MAPS}/{name}", row_shape=(side, side, classes), dtype="uint8")
 
 
 def own_specs() -> list[ArraySpec]:

@@ -233,7 +233,8 @@ def arrays_of(task: ExtractTask, store: Store, changes: Changes) -> tuple[list[A
 
     Zero-shot logits are a function of image and class names: they stay where every row was in the store before.
     """
-    logits = [spec for spec in store.manifest.arrays if spec.name.startswith(f"{names.LOGITS}/")]
+    later = (f"{names.LOGITS}/", f"{names.MAPS}/")
+    logits = [spec for spec in store.manifest.arrays if spec.name.startswith(later)]
     fresh = [number for number, part in enumerate(changes.parts) if part.fresh]
     before, now = changes.classes
     all_old = not any(np.isin(split.part, [ENCODE, *fresh]).any() for split in changes.splits.values())
