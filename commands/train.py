@@ -15,15 +15,6 @@ from train.errors import ConfigError
 from train.run_folder import RunFolder
 from train.students.families import FAMILIES
 
-# What `per_class` holds, by task.
-PER_CLASS_METRICS = {
-    "classification": "recall",
-    "sequence": "recall",
-    "segmentation": "IoU",
-    "detection": "mAP50-95",
-}
-
-
 def train(
     config: Annotated[
         Path | None, typer.Option(help="YAML, TOML or JSON file of options; options win.")
@@ -124,7 +115,7 @@ def evaluate(
     """
     from console.output import print_json, print_table
     from train.evaluation import evaluate_run
-    from train.metrics import label_of, shown_text
+    from train.metrics import TASK_METRICS, label_of, shown_text
 
     result = evaluate_run(
         run, store, split=split, batch_size=batch_size, device=device, workers=workers, data_root=data_root
@@ -139,7 +130,7 @@ def evaluate(
     ]
     print_table(rows, ["metric", "value"], f"{result['student']} on {split} ({result['samples']} samples)")
     if result["per_class"]:
-        metric = PER_CLASS_METRICS[result["task"]]
+        metric = str(TASK_METRICS[result["task"]].per_class)
         classes = [
             {"class": name, metric: "n/a" if value is None else f"{value:.4g}"}
             for name, value in result["per_class"].items()

@@ -63,8 +63,37 @@ METRICS: dict[str, Metric] = {
     GAIN: Metric("gain over control", "share"),
 }
 
-# The number that stands for a task's quality: the first that a run has. Higher is better for all of them.
-HEADLINE_METRICS = ("top1", "map50_95", "map50", "miou", "probe_top1", "knn_top1", "cosine")
+
+class TaskMetrics(NamedTuple):
+    """Which metrics count for a task. Higher is better for all that are named here.
+
+    Attributes:
+        best: decides which epoch is the best (of detection, ultralytics' fitness decides, which is mostly this).
+        headline: what stands for the quality of a finished run: the first that it has.
+        accuracy: what a platform is sent as the accuracy; None: nothing.
+        compared: of a quantized student with the float one.
+        per_class: what the values per class are; None: there are none.
+        target: the kind of target that all of them are measured with; None: the teacher's features.
+    """
+
+    best: str
+    headline: tuple[str, ...]
+    accuracy: str | None = None
+    compared: tuple[str, ...] = ()
+    per_class: str | None = None
+    target: Literal["label", "mask", "boxes"] | None = None
+
+
+_CLASSES = TaskMetrics("top1", ("top1",), "top1", ("top1", "top5", "macro_f1"), "recall", "label")
+TASK_METRICS: dict[str, TaskMetrics] = {
+    "classification": _CLASSES,
+    "sequence": _CLASSES,
+    "detection": TaskMetrics("map50_95", ("map50_95", "map50"), "map50", (), "mAP50-95", "boxes"),
+    "segmentation": TaskMetrics("miou", ("miou",), "miou", ("miou", "pixel_accuracy"), "IoU", "mask"),
+    "features": TaskMetrics("cosine", ("probe_top1", "knn_top1", "cosine")),
+}
+#: Of all tasks: a record names no task, but has no other task's metrics, except for the cosine (the last one).
+HEADLINE_METRICS = tuple(dict.fromkeys(name for task in TASK_METRICS.values() for name in task.headline))
 #: A share below it is printed as 0.000.
 SHOWN_AS_ZERO = 0.0005
 UNITS = {"milliseconds": " ms", "seconds": " s", "megabytes": " MB"}
@@ -87,6 +116,12 @@ def headline_of(names: Iterable[str]) -> str | None:
     """The first headline metric among `names`."""
     known = set(names)
     return next((name for name in HEADLINE_METRICS if name in known), None)
+
+
+def accuracy_of(record: Mapping[str, Any]) -> float | None:
+    """The accuracy of a line of metrics.jsonl, as a fraction of 1; None for a task that has none."""
+    names = (task.accuracy for task in TASK_METRICS.values())
+    return next((float(record[name]) for name in names if name and record.get(name) is not None), None)
 
 
 def text_of(name: str, value: float) -> str:

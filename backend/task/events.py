@@ -13,7 +13,7 @@ from backend.task.calls import Sender, TaskCalls, percent
 from console.log import get_logger
 from files.writing import replacing
 from train.events import CheckpointSaved, EpochEnded, Event
-from train.metrics import headline_of
+from train.metrics import accuracy_of
 from train.run_folder import RunFolder
 
 log = get_logger("platform")
@@ -22,16 +22,6 @@ BEST_MODEL = "best_model.pt"
 EXTRACTION_EVERY_S = 2.0
 LOG_EVERY_S = 30.0
 MEGABYTE = 1_000_000
-# Headline metrics that the platform does not call accuracy.
-NO_ACCURACY = frozenset({"map50_95", "cosine"})
-
-
-def accuracy_of(metrics: Mapping[str, Any]) -> float | None:
-    """The validation accuracy of a record or of final metrics, as a fraction of 1."""
-    name = headline_of(
-        name for name, value in metrics.items() if value is not None and name not in NO_ACCURACY
-    )
-    return None if name is None else float(metrics[name])
 
 
 class ExtractionEvents:

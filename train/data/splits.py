@@ -28,6 +28,7 @@ from store.summary import (
 )
 from train.config import TrainConfig
 from train.errors import ConfigError, TrainError
+from train.metrics import TASK_METRICS
 from train.students.families import FAMILIES
 
 log = get_logger("train")
@@ -36,9 +37,6 @@ CLASS_TASKS = ("classification", "sequence")
 
 #: Masks that are decoded for each split: which classes a mask has is known from its pixels alone.
 MASKS_READ = 1_000
-
-#: Task → the kind of target that it is measured with; `features` has none.
-TARGET_KINDS = {"classification": "label", "sequence": "label", "segmentation": "mask", "detection": "boxes"}
 
 LABEL_FREE = "use --task features to learn without them, or extract a data set that has them"
 
@@ -149,7 +147,7 @@ def open_split(store: Store, name: str, option: str) -> Split:
 
 def check_targets(task: str, split: Split, name: str, store: str, advice: str = LABEL_FREE) -> None:
     """The split must hold what the task learns from, or is measured on; `advice` is the next step when it does not."""
-    needed = {"label": LABEL, "mask": MASK}.get(TARGET_KINDS.get(task, ""))
+    needed = {"label": LABEL, "mask": MASK}.get(TASK_METRICS[task].target or "")
     unlabeled = needed == LABEL and labels_of(split) is None
     if needed is None or (needed in split.names and not unlabeled):
         return
@@ -221,7 +219,7 @@ def labels_of(split: Split) -> NDArray[np.int32] | None:
 
 def count_validation(store: Store, split: str, task: str) -> int:
     """Samples of the split that the task's metrics are measured on."""
-    return count_measured(store[split], TARGET_KINDS.get(task))
+    return count_measured(store[split], TASK_METRICS[task].target)
 
 
 def warn_of_splits(config: TrainConfig, store: Store, task: str) -> None:
@@ -229,7 +227,7 @@ def warn_of_splits(config: TrainConfig, store: Store, task: str) -> None:
     train, val = config.train_split, config.val_split
     if train not in store or val not in store:
         return  # opening them is an error that names the next step
-    warnings = split_warnings(store, train, val, TARGET_KINDS.get(task))
+    warnings = split_warnings(store, train, val, TASK_METRICS[task].target)
     if task == "segmentation":
         warnings += mask_warnings(store, val) + mask_warnings(store, train, UNLEARNED)
     for text in warnings:
@@ -238,7 +236,7 @@ def warn_of_splits(config: TrainConfig, store: Store, task: str) -> None:
 
 def warn_of_measured_split(path: str, store: Store, split: str, task: str) -> None:
     """Log a warning where the split to measure on is small or lacks classes."""
-    kind = TARGET_KINDS.get(task)
+    kind = TASK_METRICS[task].target
     masks = mask_warnings(store, split) if kind == "mask" else []
     for text in [*size_warnings(store[split], kind), *class_warnings(store, [split], kind), *masks]:
         log.warning("%s: %s", path, text)

@@ -25,12 +25,12 @@ from train.data.images import Shown
 from train.data.views import render_image
 from train.deliver.embedding import EmbeddingsOnly, LabelFreeStudent, label_free_student
 from train.errors import DeliveryError
+from train.metrics import TASK_METRICS
 from train.run_folder import SUMMARY
 from train.students.base import Student, StudentOutput, StudentSpec
 from train.students.families import parse_student_name
 
 METADATA_KEY = "qwen_distill"
-TASKS = frozenset({"classification", "sequence", "segmentation", "detection", "features"})
 LARGEST_SIDE = 16_384  # of an input: a file from elsewhere could ask for any memory
 
 
@@ -89,7 +89,7 @@ class ModelCard:
             known = {field.name for field in fields(cls)}
             values = {name: value for name, value in json.loads(text).items() if name in known}
             card = TypeAdapter(cls).validate_python(values)
-            if card.task not in TASKS or not 0 < card.image_size <= LARGEST_SIDE:
+            if card.task not in TASK_METRICS or not 0 < card.image_size <= LARGEST_SIDE:
                 raise ValueError
             return card
         except (ValueError, AttributeError):  # pydantic's error is a ValueError

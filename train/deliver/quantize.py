@@ -42,6 +42,7 @@ from train.loop.assemble import build_training
 from train.loop.loop import Loop, Parts
 from train.loop.machine import build_accelerator
 from train.loop.optimizer import build_optimizer
+from train.metrics import TASK_METRICS
 from train.run_folder import make_folder, write_json
 from train.students.base import Student, StudentOutput
 
@@ -203,7 +204,7 @@ def summarize(
                 **metrics,
             }
         )
-    first = rows[0]
+    first, compared = rows[0], TASK_METRICS[student.spec.task].compared
     for row in rows:
         row["size_ratio"] = round(row["size_mb"] / first["size_mb"], 4)
         row["speedup"] = round(first["latency_ms"] / row["latency_ms"], 3)
@@ -214,14 +215,11 @@ def summarize(
         "student": student.spec.name,
         "calibration_images": len(inputs),
         "epochs": options.epochs if options.mode == "qat" else 0,
-        "metric_names": [name for name in first if name in METRICS],
+        "metric_names": [name for name in compared if name in first],
         "models": rows,
     }
     write_json(out / "summary.json", summary)
     return summary
-
-
-METRICS = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy")
 
 
 def measure_latencies(models: Mapping[str, Path], image: NDArray[np.float32]) -> dict[str, float]:
@@ -253,7 +251,7 @@ def measure_metrics(model: OnnxModel, config: TrainConfig, store: Store, split: 
     student = OnnxStudent(model)
     data = data_to_evaluate(config, store, about(model.card), student.spec.num_classes)
     measured = measure(student, config, store, data, build_accelerator(config))
-    return {name: measured[name] for name in METRICS if name in measured}
+    return {name: measured[name] for name in TASK_METRICS[data.task].compared if name in measured}
 
 
 @dataclass
@@ -328,7 +326,7 @@ def run_finetuning(tuning: FineTuning, student: Student | None = None) -> Studen
         parts.optimizer = parts.accelerator.prepare_optimizer(optimizer)
         parts.guard = type(parts.guard)(parts.module)
     trained = student or tuning.student
-    metric = parts.objective.task.best_metric
+    metric = TASK_METRICS[parts.objective.task.name].best
     total = len(parts.train_loader.batches.rows) * config.epochs
     with track_progress(total, "fine-tuning", "samples") as display:
         loop = Loop(parts)

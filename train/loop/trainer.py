@@ -21,7 +21,7 @@ from train.loop.loop import Loop, NotFiniteError, TrainingState
 from train.loop.optimizer import match_layout
 from train.loop.saving import CheckpointWriter, adopt_best
 from train.loop.trackers import Tracker, open_trackers
-from train.metrics import label_of, text_of, warn_of_zero_metric
+from train.metrics import TASK_METRICS, label_of, text_of, warn_of_zero_metric
 from train.run_folder import RunFolder
 
 log = get_logger("train")
@@ -61,7 +61,7 @@ class Trainer:
         self.folder, self.events, self.watch, self.label = folder, events, watch, label
         self.is_main = built.parts.accelerator.is_main_process
         self.about = describe_student(built.student, manifest, config_to_json(config), task)
-        self.best_metric = built.parts.objective.task.best_metric
+        self.best_metric = TASK_METRICS[task].best
         self.loop = Loop(built.parts)
         self.trackers: list[Tracker] = []
         self.writer = CheckpointWriter(folder, 60 * config.checkpoint_minutes)

@@ -39,10 +39,9 @@ def count_classes(classes: Tensor, counted: Tensor, num_classes: int) -> Tensor:
 
 
 class Task(Protocol):
-    """One way to learn from labels. `best_metric` (higher is better) decides which checkpoint is best."""
+    """One way to learn from labels. Which of its metrics counts is in `train.metrics.TASK_METRICS`."""
 
     name: str
-    best_metric: str
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What the loss's sums are divided by, known before the forward pass: scalars by name."""

@@ -23,7 +23,6 @@ class Classification:
     """
 
     name = "classification"
-    best_metric = "top1"
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
         self.num_classes, self.label_smoothing = num_classes, label_smoothing

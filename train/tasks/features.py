@@ -17,7 +17,6 @@ class Features:
     """No task loss; the quality is the cosine between aligned student features and standardized targets."""
 
     name = "features"
-    best_metric = "cosine"
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
         self.num_classes, self.label_smoothing = 0, 0.0

@@ -25,7 +25,6 @@ class Segmentation:
     """Pixel cross-entropy + Dice over the micro-batches of all ranks; mean IoU, pixel accuracy, IoU per class."""
 
     name = "segmentation"
-    best_metric = "miou"
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
