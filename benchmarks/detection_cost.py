@@ -93,8 +93,8 @@ def set_up(
     """A trainer that is ready for its first step."""
     from store.reader import open_store
     from train.config import TrainConfig
+    from train.students.offline import prepare_ultralytics
     from train.yolo.job import build_job
-    from train.yolo.offline import prepare_ultralytics
 
     prepare_ultralytics()
     from train.yolo.trainer import StoreTrainer

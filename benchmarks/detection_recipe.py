@@ -86,7 +86,7 @@ def train_ultralytics(
     data: Path, out: Path, seed: int, *, epochs: int, image_size: int, device: str
 ) -> dict[str, float]:
     """ultralytics' own training with its own defaults; metrics of its best epoch."""
-    from train.yolo.offline import prepare_ultralytics
+    from train.students.offline import prepare_ultralytics
 
     prepare_ultralytics()
     from ultralytics import YOLO

@@ -220,7 +220,7 @@ def extract(data: Path, out: Path, *, scenes: bool) -> None:
 def run(store: Path, test_store: Path, study: Study, options: dict[str, Any], out: Path) -> dict[str, Any]:
     """One training and its test."""
     from train.config import TrainConfig
-    from train.evaluation import evaluate_run
+    from train.deliver.evaluate import evaluate_run
     from train.run import run_training
 
     start = time.perf_counter()

@@ -15,6 +15,7 @@ from train.errors import ConfigError
 from train.run_folder import RunFolder
 from train.students.families import FAMILIES
 
+
 def train(
     config: Annotated[
         Path | None, typer.Option(help="YAML, TOML or JSON file of options; options win.")
@@ -114,7 +115,7 @@ def evaluate(
     classes. Of a label-free student: the cosine to the teacher, and k-NN and probe accuracy where there are labels.
     """
     from console.output import print_json, print_table
-    from train.evaluation import evaluate_run
+    from train.deliver.evaluate import evaluate_run
     from train.metrics import TASK_METRICS, label_of, shown_text
 
     result = evaluate_run(

@@ -20,11 +20,10 @@ from train.data.splits import warn_of_splits
 from train.events import EventStream, Listener, TrainingFinished
 from train.fit import FitRequest, FitResult, Trainer
 from train.loop.machine import MEMORY_ADVICE, OutOfMemoryError, explain_device_error, is_out_of_memory
-from train.measure import measure_latency
 from train.phase_one import learn_features, phase_one_config
 from train.ranks import barrier
 from train.run_folder import RunFolder, store_reference, warn_of_random_teacher
-from train.students.catalog import count_macs
+from train.students.catalog import count_macs, measure_latency
 
 log = get_logger("train")
 

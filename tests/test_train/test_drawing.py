@@ -151,7 +151,7 @@ def test_matplotlib_s_plots_have_the_characters_too(tmp_path: Path) -> None:
 
 
 def test_ultralytics_draws_other_scripts_with_a_font_of_this_machine() -> None:
-    from train.yolo.offline import prepare_ultralytics
+    from train.students.offline import prepare_ultralytics
 
     prepare_ultralytics()
     from ultralytics.utils.plotting import Annotator

@@ -14,11 +14,11 @@ from PIL import Image
 
 from store.reader import open_store
 from tests.test_train.runs import trained
+from train.deliver.evaluate import evaluate_run
 from train.deliver.export import export_student
 from train.deliver.model import ModelCard, OnnxModel, TorchModel, open_student
 from train.deliver.prediction_files import EmbeddingFiles
 from train.errors import DeliveryError
-from train.evaluation import evaluate_run
 
 TOLERANCE = 1e-4  # both runtimes compute in float32
 

@@ -12,10 +12,10 @@ import torch
 from store.reader import open_store
 from tests.test_train.runs import trained
 from train.checkpoint import load_checkpoint
+from train.deliver.evaluate import evaluate_run
 from train.deliver.inputs import run_options
 from train.deliver.model import open_student
 from train.deliver.quantize import build_finetuning
-from train.evaluation import evaluate_run
 
 STUDENT = "timm:test_resnet"
 

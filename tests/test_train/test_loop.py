@@ -305,7 +305,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from train.config import load_config
 from train.run import run_training
-from train.evaluation import evaluate_run
+from train.deliver.evaluate import evaluate_run
 run_training(load_config(dict(store={store!r}, out={out!r}, student="timm:test_resnet", epochs=1, batch_size=8,
     image_size=32, device="cpu", workers=1, control=True)))
 evaluate_run(__import__("pathlib").Path({out!r}), {store!r}, device="cpu", workers=0)

@@ -228,6 +228,12 @@ def test_unknown_options_are_refused(name: str) -> None:
         build_student(name, num_classes=2, dropp=0.1)
 
 
+@pytest.mark.parametrize("name", ["unet/small", "yolov8/n"])
+def test_families_without_published_weights_refuse_pretrained(name: str) -> None:
+    with pytest.raises(StudentError, match=f"no weights are published for {name}: .*--student-path"):
+        build_student(name, num_classes=2, image_size=32, pretrained=True)
+
+
 def test_pretrained_tries_the_hub_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A closed port stands for a machine without a network; the client alone would repeat for most of a minute."""
     from huggingface_hub import constants

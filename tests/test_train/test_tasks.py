@@ -13,10 +13,10 @@ from store.reader import open_store
 from train.checkpoint import load_checkpoint, load_student_from_run
 from train.data.batches import Batch
 from train.data.clips import ClipReader, clip_places, gather_frames
+from train.deliver.evaluate import evaluate_run
 from train.distill.mixing import Mixing
 from train.distill.projector import DistilledOutput
 from train.errors import TrainError
-from train.evaluation import evaluate_run
 from train.run import run_training
 from train.tasks import TASKS, build_task
 

@@ -16,8 +16,8 @@ from store.summary import count_classes, count_kinds, count_shared, split_warnin
 from train.config import TrainConfig
 from train.data.batches import Batch
 from train.data.splits import warn_of_splits
+from train.deliver.evaluate import evaluate_run
 from train.distill.projector import DistilledOutput
-from train.evaluation import evaluate_run
 from train.metrics import warn_of_zero_metric
 from train.run import run_training
 from train.tasks import build_task

@@ -204,8 +204,8 @@ def test_fp16_training_is_set_up_without_ultralytics_own_check(
 ) -> None:
     """`check_amp` loads a model file that it would have to download; it runs on a CPU too when amp is True."""
     from store.reader import open_store
+    from train.students.offline import prepare_ultralytics
     from train.yolo.job import build_job
-    from train.yolo.offline import prepare_ultralytics
     from train.yolo.trainer import StoreTrainer
 
     prepare_ultralytics()

@@ -73,8 +73,8 @@ def fine_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_trainer(coordinate_store: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """`make_trainer(settings)`: a trainer that is set up, with targets in true units."""
+    from train.students.offline import prepare_ultralytics
     from train.yolo.job import build_job
-    from train.yolo.offline import prepare_ultralytics
     from train.yolo.trainer import StoreTrainer
 
     prepare_ultralytics()

@@ -79,7 +79,7 @@ def test_a_whole_training_with_plots_never_tries_to_connect(yolo_store: Path, tm
 def test_telemetry_trackers_and_downloads_are_off() -> None:
     from ultralytics.utils import callbacks, checks, events, plotting
 
-    from train.yolo.offline import prepare_ultralytics
+    from train.students.offline import prepare_ultralytics
 
     prepare_ultralytics()
     assert not events.events.enabled

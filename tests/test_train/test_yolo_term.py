@@ -125,9 +125,10 @@ def arguments() -> SimpleNamespace:
 
 def distilled_network(targets: Any, **settings: Any) -> Any:
     from train.students.yolo import build_network, level_widths
+    from train.yolo.model import DistilledDetectionModel
 
     torch.manual_seed(0)
-    network = build_network("n", 2, "distilled")
+    network = build_network("n", 2, DistilledDetectionModel)
     network.args = arguments()
     widths = level_widths(network)
     from train.yolo.model import Distillation

@@ -199,7 +199,7 @@ def test_an_explicit_batch_larger_than_the_split_is_an_error(yolo_store: Path, t
 
 @pytest.mark.slow
 def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_path: Path) -> None:
-    from train.evaluation import evaluate_run
+    from train.deliver.evaluate import evaluate_run
 
     store = make_store(tmp_path / "s.zarr", {"train": scenes(64, 0), "val": scenes(16, 1)})
     out = tmp_path / "out"
@@ -224,7 +224,7 @@ def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_pa
 
 
 def test_evaluation_wants_the_same_classes(yolo_run: tuple[Path, Listener], tmp_path: Path) -> None:
-    from train.evaluation import evaluate_run
+    from train.deliver.evaluate import evaluate_run
 
     folder, _ = yolo_run
     other = make_store(tmp_path / "other.zarr", {"val": scenes(2, 3)}, names=("cat", "dog"))

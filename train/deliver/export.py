@@ -27,7 +27,7 @@ from train.deliver.timm_folder import check_timm_student, publish_folder, scratc
 from train.errors import DeliveryError
 from train.run_folder import make_folder
 from train.students.base import Student
-from train.yolo.offline import prepare_ultralytics
+from train.students.offline import prepare_ultralytics
 
 Format = Literal["onnx", "torch-export", "timm"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2", "timm": "-timm"}  # timm: a folder

@@ -40,7 +40,7 @@ from train.deliver.files import (
 )
 from train.deliver.model import ModelCard, TrainedModel, batches, class_name, open_model
 from train.errors import DeliveryError
-from train.yolo.offline import prepare_ultralytics
+from train.students.offline import prepare_ultralytics
 
 IOU_THRESHOLD = 0.7  # ultralytics' default for predicting
 TOP = 5

@@ -238,7 +238,7 @@ def measure_latencies(models: Mapping[str, Path], image: NDArray[np.float32]) ->
 
 def measure_metrics(model: OnnxModel, config: TrainConfig, store: Store, split: str) -> dict[str, float]:
     """The task's metrics on a split."""
-    from train.evaluation import about, data_to_evaluate, measure
+    from train.deliver.evaluate import about, data_to_evaluate, measure
     from train.loop.machine import build_accelerator
 
     config = config.replace(

@@ -14,8 +14,8 @@ from train.errors import ConfigError
 from train.fit import FitRequest, FitResult
 from train.loop.assemble import Built, build_training
 from train.loop.machine import build_accelerator, peak_memory, set_determinism
+from train.loop.quality import feature_quality
 from train.loop.trainer import Trainer
-from train.measure import feature_quality
 from train.metrics import name_classes
 from train.run_folder import RunFolder, store_reference
 

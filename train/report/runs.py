@@ -23,9 +23,9 @@ from files.writing import whole_file
 from store.errors import DistillError
 from train.checkpoint import load_student_from_run
 from train.errors import ReportError
-from train.measure import measure_latency
 from train.metrics import HEADLINE_METRICS, headline_of
 from train.run_folder import CONFIG, LATENCY, METRICS, SUMMARY, RunFolder, read_json
+from train.students.catalog import measure_latency
 from train.sweep.config import DISTILLATION_OPTIONS
 from train.sweep.driver import PLAN_FILE
 from train.sweep.trial import OUTCOME_FILE, RUN_FOLDER

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from train.students.base import InitialWeights, Student
+from train.students.base import InitialWeights, Student, StudentError
 from train.students.families import FAMILIES, parse_student_name, recipe_of
 from train.students.weights import load_initial_weights
 
@@ -31,14 +31,19 @@ def construct_student(
     Raises UnknownStudentError for a name, StudentError for anything else that cannot be built.
     """
     parsed = parse_student_name(name)
-    module, function = FAMILIES[parsed.type].builder.split(":")
+    family = FAMILIES[parsed.type]
+    if pretrained and not family.published:
+        raise StudentError(
+            f"pretrained: no weights are published for {parsed}: give a local file with --student-path"
+        )
+    module, function = family.builder.split(":")
     builder = getattr(importlib.import_module(module), function)
     size = (
         image_size if image_size is not None else recipe_of(str(parsed)).get("image_size", DEFAULT_IMAGE_SIZE)
     )
-    student: Student = builder(
-        parsed, num_classes=num_classes or 0, image_size=size, pretrained=pretrained, **options
-    )
+    if pretrained:
+        options["pretrained"] = True
+    student: Student = builder(parsed, num_classes=num_classes or 0, image_size=size, **options)
     return student
 
 

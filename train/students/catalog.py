@@ -7,6 +7,8 @@ Building and counting all fixed students takes many seconds, so what was measure
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,9 +22,8 @@ if TYPE_CHECKING:
 
 KEPT = Path(__file__).with_name("measured.json")
 
-#: Classes of the usual public data set of each task: the parameters below are counted with such a head.
-USUAL_CLASSES = {"classification": 1000, "detection": 80, "segmentation": 21, "sequence": 400}
 CLIP_FRAMES = 16
+LATENCY_RUNS = 5
 
 
 def list_students(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -42,16 +43,15 @@ def list_students(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def describe_student(name: str) -> dict[str, Any]:
     """The row of one student; see `list_students`."""
     parsed = parse_student_name(name)
-    recipe = recipe_of(str(parsed))
-    task = FAMILIES[parsed.type].task
+    family, recipe = FAMILIES[parsed.type], recipe_of(str(parsed))
     size = usual_size(recipe)
-    row: dict[str, Any] = {"name": str(parsed), "type": parsed.type, "size": parsed.size, "task": task}
-    row |= {"num_classes": USUAL_CLASSES[task], "recipe": recipe, "note": None}
-    kept = kept_measurements().get(f"{parsed} at {size} px, {USUAL_CLASSES[task]} classes")
+    row: dict[str, Any] = {"name": str(parsed), "type": parsed.type, "size": parsed.size, "task": family.task}
+    row |= {"num_classes": family.classes, "recipe": recipe, "note": None}
+    kept = kept_measurements().get(f"{parsed} at {size} px, {family.classes} classes")
     if kept is not None:
         return row | kept
     try:
-        return row | measure_student(str(parsed), USUAL_CLASSES[task], size)
+        return row | measure_student(str(parsed), family.classes, size)
     except (TrainError, ImportError) as error:
         return row | dict.fromkeys(MEASURED) | {"note": str(error)}
 
@@ -87,7 +87,7 @@ def measure_all() -> dict[str, dict[str, Any]]:
     """What measured.json holds, measured now. Raises TrainError or ImportError for a student that cannot be built."""
     measured = {}
     for name in all_student_names():
-        classes, size = USUAL_CLASSES[FAMILIES[name.type].task], usual_size(recipe_of(str(name)))
+        classes, size = FAMILIES[name.type].classes, usual_size(recipe_of(str(name)))
         measured[f"{name} at {size} px, {classes} classes"] = measure_student(str(name), classes, size)
     return measured
 
@@ -116,7 +116,7 @@ def measure_student(name: str, num_classes: int, image_size: int) -> dict[str, A
 def input_shape(student: Student) -> tuple[int, ...]:
     """One input: [1, 3, S, S], or a clip [1, 16, 3, S, S]."""
     image = (3, student.spec.image_size, student.spec.image_size)
-    return (1, CLIP_FRAMES, *image) if student.spec.type == "lstm" else (1, *image)
+    return (1, CLIP_FRAMES, *image) if FAMILIES[student.spec.type].task == "sequence" else (1, *image)
 
 
 def count_macs(student: Student, shape: Sequence[int] | None = None) -> int:
@@ -135,6 +135,24 @@ def count_macs(student: Student, shape: Sequence[int] | None = None) -> int:
         student(torch.zeros(*(shape or input_shape(student)), device=device))
     student.train(was_training)
     return int(counter.get_total_flops()) // 2
+
+
+def measure_latency(student: Student, runs: int = LATENCY_RUNS) -> float:
+    """Median time of `runs` forward passes of one image (or clip), milliseconds, on the student's device."""
+    import torch
+
+    device = next(student.parameters()).device
+    image = torch.zeros(*input_shape(student), device=device)
+    student.eval()
+    times = []
+    with torch.no_grad():
+        for _ in range(runs + 1):
+            started = time.perf_counter()
+            student(image)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    return round(1000 * statistics.median(times[1:]), 3)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Imports no torch, so that configurations are validated before anything expensive
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,14 +24,19 @@ class Family:
     Attributes:
         builder: "module:function"; it takes the parsed name and the keywords of `construct_student`.
         task: what its students learn, unless `features` is asked for.
-        sizes: the names after `type/`; none for timm, whose models are open-ended.
+        sizes: the names after `type/`, and what the builder makes each of: the name of timm's model, or the width of the
+            first (U-Net) or hidden (LSTM) layer; none for timm, whose models are open-ended.
+        classes: of the usual public data set, which students are counted with (`cli students`).
+        published: whether timm has published weights of it (of the LSTM's frame encoder), for `--pretrained`.
         adapters: names of the layers that get LoRA adapters by default; None: every layer that can carry one.
         recipe: defaults of `cli train` that replace the general ones.
     """
 
     builder: str
     task: str
-    sizes: tuple[str, ...] = ()
+    classes: int
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    published: bool = True
     adapters: tuple[str, ...] | None = None
     recipe: Mapping[str, Any]
 
@@ -40,7 +45,8 @@ FAMILIES: dict[str, Family] = {
     "resnet": Family(
         builder="train.students.timm_student:build_timm_student",
         task="classification",
-        sizes=("resnet18", "resnet34", "resnet50", "resnet101"),
+        classes=1000,
+        sizes={name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
         adapters=("conv1", "conv2", "conv3"),
         recipe={
             "learning_rate": 1e-4,
@@ -56,7 +62,12 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(
         builder="train.students.timm_student:build_timm_student",
         task="classification",
-        sizes=("vit-tiny", "vit-base", "vit-large"),
+        classes=1000,
+        sizes={
+            "vit-tiny": "vit_tiny_patch16_224",
+            "vit-base": "vit_base_patch16_224",
+            "vit-large": "vit_large_patch16_224",
+        },
         adapters=("qkv", "proj", "fc1", "fc2"),
         recipe={
             "learning_rate": 5e-5,
@@ -72,6 +83,7 @@ FAMILIES: dict[str, Family] = {
     "timm": Family(
         builder="train.students.timm_student:build_timm_student",
         task="classification",
+        classes=1000,
         recipe={
             "learning_rate": 1e-4,
             "optimizer": "adamw",
@@ -86,7 +98,9 @@ FAMILIES: dict[str, Family] = {
     "yolov8": Family(
         builder="train.students.yolo:build_yolo",
         task="detection",
-        sizes=("n", "s", "m", "l", "x"),
+        classes=80,
+        sizes={size: f"yolov8{size}.yaml" for size in ("n", "s", "m", "l", "x")},
+        published=False,
         recipe={
             # ultralytics' own choices: with another optimizer or rate a short run learns nothing (benchmarks/detection_recipe.py).
             "optimizer": "auto",
@@ -101,7 +115,9 @@ FAMILIES: dict[str, Family] = {
     "unet": Family(
         builder="train.students.unet:build_unet",
         task="segmentation",
-        sizes=("small", "medium", "large"),
+        classes=21,
+        sizes={"small": 32, "medium": 48, "large": 64},
+        published=False,
         recipe={
             "learning_rate": 1e-4,
             "optimizer": "adam",
@@ -115,7 +131,8 @@ FAMILIES: dict[str, Family] = {
     "lstm": Family(
         builder="train.students.lstm:build_lstm",
         task="sequence",
-        sizes=("small", "medium", "large"),
+        classes=400,
+        sizes={"small": 256, "medium": 512, "large": 1024},
         adapters=("conv1", "conv2", "conv3"),
         recipe={
             "learning_rate": 1e-4,
@@ -130,7 +147,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 #: The families with a fixed list of sizes.
-SIZES = {kind: family.sizes for kind, family in FAMILIES.items() if family.sizes}
+SIZES = {kind: tuple(family.sizes) for kind, family in FAMILIES.items() if family.sizes}
 
 
 class UnknownStudentError(ConfigError):

@@ -11,10 +11,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from train.data.prefetch import to_device
 from train.distill.losses import full_precision
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
-from train.students.families import StudentName
+from train.students.families import FAMILIES, StudentName
 from train.students.timm_student import create_timm_model
 
-HIDDEN_SIZES = {"small": 256, "medium": 512, "large": 1024}
 ENCODER = "resnet50"
 ENCODER_WIDTH = 2048
 
@@ -166,7 +165,7 @@ def build_lstm(
         raise StudentError(
             f"{name} has no option {', '.join(map(repr, options))}: freeze_encoder, attention_pooling"
         )
-    hidden = HIDDEN_SIZES[name.size]
+    hidden = FAMILIES[name.type].sizes[name.size]
     spec = StudentSpec(
         name=str(name),
         type=name.type,

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
-from train.students.families import StudentName
+from train.students.families import FAMILIES, StudentName
 
-ARCHITECTURES = {
-    "vit-tiny": "vit_tiny_patch16_224",
-    "vit-base": "vit_base_patch16_224",
-    "vit-large": "vit_large_patch16_224",
-}
 HUB_TIMEOUT_S = 5.0
 DISTILLED = {
     "map": "last stage's map before pooling (token models: the last block's patch tokens as a grid)",
@@ -118,7 +113,7 @@ def build_timm_student(
     Raises StudentError for an unknown timm name, an image size that the patches do not divide, and
     pretrained weights that cannot be had.
     """
-    architecture = ARCHITECTURES.get(name.size, name.size)
+    architecture = FAMILIES[name.type].sizes.get(name.size, name.size)
     check_known(architecture)
     settings = {**image_size_settings(architecture, image_size), **options}
     model = create_timm_model(architecture, pretrained, num_classes=num_classes, **settings)

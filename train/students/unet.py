@@ -14,9 +14,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from train.students.base import Student, StudentError, StudentOutput, StudentSpec, level_of
-from train.students.families import StudentName
+from train.students.families import FAMILIES, StudentName
 
-BASE_WIDTHS = {"small": 32, "medium": 48, "large": 64}
 STRIDE = 16
 
 
@@ -95,19 +94,13 @@ def _pad_to(maps: Tensor, reference: Tensor) -> Tensor:
     return functional.pad(maps, (0, columns, 0, rows)) if rows or columns else maps
 
 
-def build_unet(
-    name: StudentName, *, num_classes: int, image_size: int, pretrained: bool = False, **options: Any
-) -> UNet:
-    """Build `unet/small|medium|large`; StudentError for `pretrained`, unknown options, images under 16 pixels."""
+def build_unet(name: StudentName, *, num_classes: int, image_size: int, **options: Any) -> UNet:
+    """Build `unet/small|medium|large`; StudentError for unknown options, images under 16 pixels."""
     if options:
         raise StudentError(f"{name} has no option {', '.join(map(repr, options))}")
-    if pretrained:
-        raise StudentError(
-            f"no pretrained weights are published for {name}: use --student-path with your own"
-        )
     if image_size < STRIDE:
         raise StudentError(f"image_size {image_size} is too small for {name}: at least {STRIDE}")
-    width = BASE_WIDTHS[name.size]
+    width = FAMILIES[name.type].sizes[name.size]
     spec = StudentSpec(
         name=str(name),
         type=name.type,

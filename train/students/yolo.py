@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from train.students.base import (
     StudentSpec,
     level_of,
 )
-from train.students.families import StudentName
-from train.yolo.offline import prepare_ultralytics
+from train.students.families import FAMILIES, StudentName
+from train.students.offline import prepare_ultralytics
 
 ULTRALYTICS_ERROR = "ERROR ❌️ "
 P5_STRIDE = 32
@@ -90,12 +91,8 @@ class NeckOutput(nn.Module):
         return maps
 
 
-def build_yolo(
-    name: StudentName, *, num_classes: int, image_size: int, pretrained: bool = False, **options: Any
-) -> YoloStudent:
+def build_yolo(name: StudentName, *, num_classes: int, image_size: int, **options: Any) -> YoloStudent:
     """A YOLOv8 student with random weights; without classes its backbone and neck. Raises StudentError."""
-    if pretrained:
-        raise StudentError("pretrained: ultralytics would download; give a local .pt with --student-path")
     if options:
         raise StudentError(f"YOLO students take no options {', '.join(options)}")
     network = build_network(name.size, num_classes or 1)
@@ -118,18 +115,17 @@ def student_spec(network: Any, size: str, num_classes: int, image_size: int) -> 
     )
 
 
-def build_network(size: str, num_classes: int, network_class: str = "plain") -> Any:
-    """ultralytics' DetectionModel of yolov8`size`; "distilled" gives our sub-class of it."""
+def build_network(size: str, num_classes: int, network_class: Callable[..., Any] | None = None) -> Any:
+    """ultralytics' DetectionModel of yolov8`size`, or a sub-class of it."""
     prepare_ultralytics()
     from ultralytics.nn.tasks import DetectionModel
 
-    from train.yolo.model import DistilledDetectionModel
-
-    kind = DetectionModel if network_class == "plain" else DistilledDetectionModel
     # ultralytics measures strides while it builds, which the meta device cannot.
     target = torch.get_default_device()
     with torch.device("cpu"):
-        network: Any = kind(f"yolov8{size}.yaml", ch=3, nc=num_classes, verbose=False)
+        network: Any = (network_class or DetectionModel)(
+            FAMILIES["yolov8"].sizes[size], ch=3, nc=num_classes, verbose=False
+        )
     if target.type != "cpu":
         strides = network.model[-1].stride
         network.to(target)

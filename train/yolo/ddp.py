@@ -39,8 +39,8 @@ def job_of_rank(run: Path) -> TrainingJob:
     """The job that the launching process described in `run`/config.json."""
     from ultralytics.utils import RANK
 
+    from train.students.offline import prepare_ultralytics
     from train.yolo.job import build_job
-    from train.yolo.offline import prepare_ultralytics
     from train.yolo.recorder import Recorder, best_epoch_of, describe_run, ending_of, resume_state
 
     prepare_ultralytics()

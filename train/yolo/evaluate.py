@@ -14,7 +14,7 @@ from train.config import load_config
 from train.data.splits import warn_of_measured_split
 from train.errors import TrainError
 from train.students.base import Student
-from train.yolo.offline import prepare_ultralytics
+from train.students.offline import prepare_ultralytics
 
 
 def evaluate_yolo(

@@ -23,7 +23,7 @@ from train.events import EventStream
 from train.fit import FitRequest, FitResult
 from train.loop.machine import is_out_of_memory
 from train.run_folder import RunFolder, store_reference
-from train.yolo.offline import prepare_ultralytics
+from train.students.offline import prepare_ultralytics
 from train.yolo.options import check_options
 
 log = get_logger("train")

@@ -21,11 +21,11 @@ from train.errors import ConfigError
 from train.fonts import register_with_matplotlib
 from train.lora import apply_lora_options
 from train.run_folder import RunFolder
-from train.students.families import parse_student_name
+from train.students.families import FAMILIES, parse_student_name
 from train.students.weights import load_phase_one
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
 from train.yolo.dataset import DetectionSplit, open_split
-from train.yolo.model import LEVELS, Distillation, plain_detector
+from train.yolo.model import LEVELS, Distillation, DistilledDetectionModel, plain_detector
 from train.yolo.options import (
     clip_norm,
     levels_of,
@@ -108,7 +108,7 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     config = fit_batch(config, len(splits["train"].records))
     arguments = (
         ultralytics_arguments(config, len(splits["train"].records))
-        | {"model": f"yolov8{size}.yaml"}
+        | {"model": FAMILIES["yolov8"].sizes[size]}
         | devices
         | plots(config, names)
     )
@@ -172,7 +172,7 @@ def build_trained_student(
     """
     torch.manual_seed(config.seed)
     size = parse_student_name(config.student).size
-    network = build_network(size, num_classes, "distilled")
+    network = build_network(size, num_classes, DistilledDetectionModel)
     student = YoloStudent(network, student_spec(network, size, num_classes, config.image_size))
     if config.student_path is not None:
         loaded = student.load_local_weights(config.student_path)

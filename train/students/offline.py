@@ -1,15 +1,27 @@
-"""ultralytics without the network: no downloads, no telemetry, no experiment trackers, no update checks."""
+"""ultralytics without the network: no downloads, no telemetry, no experiment trackers, no update checks.
+
+Importing this module sets environment variables, before anything imports ultralytics: offline, no installing of
+packages, no banners, settings apart from the user's own.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from train.errors import TrainError
 
 PACKAGE = "ultralytics"
+os.environ["YOLO_OFFLINE"] = "true"
+os.environ["YOLO_AUTOINSTALL"] = "false"
+os.environ.setdefault("YOLO_VERBOSE", "false")
+_settings = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-distill" / "ultralytics"
+os.environ.setdefault("YOLO_CONFIG_DIR", str(_settings))
+
 UNICODE_FONT = "Arial.Unicode.ttf"  # what ultralytics asks for where a class name is not ASCII
 INSTALL = 'pip install "ultralytics>=8.4.190,<8.5"'
 
@@ -29,7 +41,7 @@ def require_ultralytics() -> None:
 def prepare_ultralytics() -> None:
     """Import ultralytics and switch off everything in it that would use the network. Safe to call twice.
 
-    `YOLO_OFFLINE` (set by this package's `__init__`) covers ultralytics that is imported for the first time; the
+    `YOLO_OFFLINE` (set above) covers ultralytics that is imported for the first time; the
     switches below also cover a process that had. Only this process is affected, no settings file.
     """
     require_ultralytics()

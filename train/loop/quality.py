@@ -1,9 +1,7 @@
-"""What is measured of a trained student besides its task's metrics: size, cost, latency, feature quality."""
+"""How well classes can be told apart by a label-free student's features."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +17,6 @@ from train.data.views import AUGMENTATIONS
 from train.distill.objective import Objective
 from train.distill.projector import pooled_rows
 from train.loop.assemble import Built, build_loader
-from train.students.base import Student
-from train.students.catalog import input_shape
-
-LATENCY_RUNS = 5
-
-
-@torch.no_grad()
-def measure_latency(student: Student, runs: int = LATENCY_RUNS) -> float:
-    """Median time of `runs` forward passes of one image (or clip), milliseconds, on the student's device."""
-    device = next(student.parameters()).device
-    image = torch.zeros(*input_shape(student), device=device)
-    student.eval()
-    times = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        student(image)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return round(1000 * statistics.median(times[1:]), 3)
 
 
 def feature_quality(
