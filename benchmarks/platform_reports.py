@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from backend.task.call_queue import CallQueue  # noqa: E402
 from backend.task.calls import (  # noqa: E402
     PipeSender,
     TaskCalls,
@@ -30,7 +31,6 @@ from backend.task.calls import (  # noqa: E402
 )
 from backend.task.events import TrainingEvents  # noqa: E402
 from backend.task.http_client import HttpClient  # noqa: E402
-from backend.task.reporter import Reporter  # noqa: E402
 from console.output import print_json, print_table  # noqa: E402
 from extract.teachers.tiny import make_tiny_teacher  # noqa: E402
 from tests.test_backend.platform_data import make_class_folders  # noqa: E402
@@ -101,9 +101,9 @@ def measure(rounds: int, epochs: int) -> list[dict[str, object]]:
     ]
 
 
-def pass_on(reading: int, reporter: Reporter) -> None:
+def pass_on(reading: int, queue: CallQueue) -> None:
     for call in read_calls(reading):
-        reporter.send(call)
+        queue.send(call)
 
 
 def measure_blocking(epochs: int = 2000) -> dict[str, object]:
@@ -112,8 +112,8 @@ def measure_blocking(epochs: int = 2000) -> dict[str, object]:
     server.behaviour = "stall"
     reading, writing = os.pipe()
     with tempfile.TemporaryDirectory() as folder:
-        reporter = Reporter(HttpClient(server.url), Path(folder) / "undelivered.jsonl")
-        relay = threading.Thread(target=pass_on, args=(reading, reporter))
+        queue = CallQueue(HttpClient(server.url), Path(folder) / "undelivered.jsonl")
+        relay = threading.Thread(target=pass_on, args=(reading, queue))
         relay.start()
         events = TrainingEvents(TaskCalls("7"), PipeSender(writing), epochs, Path(folder))
         times = []
@@ -124,7 +124,7 @@ def measure_blocking(epochs: int = 2000) -> dict[str, object]:
             times.append(time.perf_counter() - started)
         os.close(writing)
         relay.join()
-        reporter.close(0)
+        queue.close(0)
     server.stop()
     times.sort()
     return {

@@ -41,7 +41,7 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
-class LoraReport:
+class AdaptedLayers:
     """What was adapted: full layer names, and how many parameters train out of how many."""
 
     targets: tuple[str, ...]
@@ -70,7 +70,7 @@ def apply_lora_options(student: Student, options: Mapping[str, Any], *, trained:
     )
 
 
-def apply_lora(student: Student, options: LoraOptions, *, require_weights: bool = True) -> LoraReport:
+def apply_lora(student: Student, options: LoraOptions, *, require_weights: bool = True) -> AdaptedLayers:
     """Put adapters into `student`, in place; afterwards only adapters and the head get gradients.
 
     Parameters that were initialized randomly when the weights were loaded train as well, like the head. Batch-norm
@@ -105,7 +105,7 @@ def apply_lora(student: Student, options: LoraOptions, *, require_weights: bool 
     inject_adapter_in_model(config, student.lora_root())
     freeze_base(student, options.bias, was_trained)
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    return LoraReport(tuple(targets), trainable, student.parameter_count())
+    return AdaptedLayers(tuple(targets), trainable, student.parameter_count())
 
 
 def freeze_base(student: Student, bias: Bias, was_trained: set[str]) -> None:

@@ -152,7 +152,7 @@ def one_line(text: str) -> str:
 
 
 class Sender(Protocol):
-    """What takes calls: the reporter itself, or a pipe to it. `send` does not block for long."""
+    """What takes calls: the queue itself, or a pipe to it. `send` does not block for long."""
 
     def send(self, call: Call) -> None: ...
 

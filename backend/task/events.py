@@ -55,11 +55,11 @@ class TrainingEvents:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, EpochEnded):
-            self.report(int(event.record["epoch"]), event.record)
+            self.send_epoch(int(event.record["epoch"]), event.record)
         elif isinstance(event, CheckpointSaved) and event.path.name == self.run.best.name:
             self.publish_best()
 
-    def report(self, epoch: int, record: Mapping[str, Any]) -> None:
+    def send_epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
         accuracy = accuracy_of(record)
         progress = self.calls.progress(
             epoch=epoch,

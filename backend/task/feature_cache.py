@@ -34,7 +34,7 @@ REPORT_EVERY_S = 60.0
 INDEX_FILE = "model.safetensors.index.json"
 TEACHER_FILES = frozenset({"config.json", "preprocessor_config.json", INDEX_FILE})
 VISION_PREFIXES = ("visual.", "model.visual.")
-BLOCK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 READERS = 8
 ANY_SIZE = (1, 1)  # of an image whose boxes are given in pixels, as a database's are
 # Left beside images by other programs (ultralytics, macOS, Windows); not part of the data.
@@ -264,8 +264,8 @@ def file_digest(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open_regular(path) as stream:
-            while block := stream.read(BLOCK_BYTES):
-                digest.update(block)
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
     except OSError:
         return ""
     return digest.hexdigest()

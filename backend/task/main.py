@@ -17,12 +17,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from backend.task.call_queue import CallQueue
 from backend.task.calls import PIPE_VARIABLE, TaskCalls, read_calls
 from backend.task.errors import OptionError
 from backend.task.http_client import HttpClient, read_token
 from backend.task.options import help_text
 from backend.task.plain_output import finish_output, use_plain_output
-from backend.task.reporter import Reporter
 from backend.task.request import TaskRequest, find_addressee, read_request
 from console.log import configure_logging, get_logger
 from console.redaction import redact
@@ -111,9 +111,9 @@ def utf8_words(words: Sequence[str]) -> list[str]:
 def supervise(request: TaskRequest, words: Sequence[str]) -> int:
     """Run a task to its end and report it; the exit code for the platform."""
     close_s = closing_time()
-    outlet = open_reporter(request)
+    queue = open_queue(request)
     with StopRequest(patient=True) as stop:
-        code = Supervisor(request, words, outlet, stop, close_s).run()
+        code = Supervisor(request, words, queue, stop, close_s).run()
         if stop.requested:
             # The four seconds are almost over; the interpreter's own way out can take another one on a busy machine.
             finish_output()
@@ -121,9 +121,9 @@ def supervise(request: TaskRequest, words: Sequence[str]) -> int:
     return code
 
 
-def open_reporter(request: TaskRequest) -> Reporter:
+def open_queue(request: TaskRequest) -> CallQueue:
     client = HttpClient(request.api_base_url, read_token(), request.allow_local_urls)
-    return Reporter(client, request.output_dir / UNDELIVERED)
+    return CallQueue(client, request.output_dir / UNDELIVERED)
 
 
 def closing_time() -> float:
@@ -146,9 +146,9 @@ class Supervisor:
     """One task: the working process, its calls, the signal, the end."""
 
     def __init__(
-        self, request: TaskRequest, words: Sequence[str], outlet: Reporter, stop: StopRequest, close_s: float
+        self, request: TaskRequest, words: Sequence[str], queue: CallQueue, stop: StopRequest, close_s: float
     ) -> None:
-        self.request, self.words, self.outlet, self.stop, self.close_s = request, words, outlet, stop, close_s
+        self.request, self.words, self.queue, self.stop, self.close_s = request, words, queue, stop, close_s
         self.calls = TaskCalls(request.task_id)
         self.ended = False
 
@@ -158,8 +158,8 @@ class Supervisor:
         kill_group(process.pid)  # what the work may have left: decoding processes, data loaders, ranks
         relay.join(STOPPED_DRAIN_S if self.stop.requested else DRAIN_S)
         if not self.ended and returncode != 0:
-            self.outlet.send(self.calls.error(self.sudden_end(returncode)))
-        delivered = self.close_outlet()
+            self.queue.send(self.calls.error(self.sudden_end(returncode)))
+        delivered = self.close_queue()
         if not delivered:
             log.warning(
                 "platform: not everything was delivered, see %s", self.request.output_dir / UNDELIVERED
@@ -190,7 +190,7 @@ class Supervisor:
         """Pass calls on; of several that end the task (a rank's and its launcher's) the first one explains most."""
         for call in read_calls(reading):
             if not (call.closes and self.ended):
-                self.outlet.send(call)
+                self.queue.send(call)
             self.ended = self.ended or call.closes
 
     def wait(self, process: subprocess.Popen[bytes]) -> int | None:
@@ -212,15 +212,15 @@ class Supervisor:
                 self.stop.wait(POLL_S)
         return process.returncode
 
-    def close_outlet(self) -> bool:
+    def close_queue(self) -> bool:
         """Deliver what is waiting; a signal shortens that, too. True when nothing was lost."""
         hurried = self.stop.requested
-        self.outlet.start_closing(self.time_to_report())
-        while not self.outlet.wait(POLL_S):
+        self.queue.start_closing(self.time_to_report())
+        while not self.queue.wait(POLL_S):
             if self.stop.requested and not hurried:
                 hurried = True
-                self.outlet.start_closing(self.time_to_report())
-        return self.outlet.finish()
+                self.queue.start_closing(self.time_to_report())
+        return self.queue.finish()
 
     def time_to_report(self) -> float:
         """Seconds for the calls that are waiting: what a stop has left of its time, else what the operator allows."""

@@ -33,7 +33,7 @@ log = get_logger("platform")
 DETAILS = ["student", "task", "num_classes", "epochs_done", "best_epoch", "metrics", "parameters", "platform"]
 
 
-class Task:
+class TaskPipeline:
     """Does the work of one request; calls go to `sender`, a stop request ends it with a checkpoint."""
 
     def __init__(self, request: TaskRequest, sender: Sender, stop: StopRequest) -> None:
@@ -60,7 +60,7 @@ class Task:
         check_devices(request.devices)
         store = self.features()
         summary = self.train(store)
-        self.report(summary, store)
+        self.send_evaluation(summary, store)
         return summary
 
     def check_stop(self) -> None:
@@ -148,7 +148,7 @@ class Task:
 
     # -- the end ----------------------------------------------------------------------------------------
 
-    def report(self, summary: dict[str, Any], store: Path) -> None:
+    def send_evaluation(self, summary: dict[str, Any], store: Path) -> None:
         """Publish the best model, note the platform's part in summary.json, send the evaluation."""
         from console.output import plain_json
         from store.reader import open_store

@@ -78,9 +78,9 @@ def work(request: TaskRequest, sender: Sender, stop: StopRequest) -> int:
     """Do the task and report how it ended; the exit code."""
     calls = TaskCalls(request.task_id)
     try:
-        from backend.task.stages import Task
+        from backend.task.stages import TaskPipeline
 
-        Task(request, sender, stop).run()
+        TaskPipeline(request, sender, stop).run()
     except Stopped as stopped:
         log.info("%s", stopped)
         sender.send(calls.error(f"stopped: {stopped}"))

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from backend.task.call_queue import CallQueue, Patience
 from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError
 from backend.task.http_client import HttpClient
 from backend.task.options import OPTIONS, camel_case
 from backend.task.parsing import NESTED, SPECIAL, parse_arguments, read_training_config
 from backend.task.platform_yaml import read_platform_config
-from backend.task.reporter import Patience, Reporter
 from backend.task.request import TaskRequest, find_addressee, read_request
 from store.errors import DistillError
 
@@ -255,6 +255,6 @@ def test_any_answer_of_the_server_is_an_outcome(answer: bytes) -> None:
 
 
 def test_patience_is_the_default_of_the_reporter(tmp_path: Path) -> None:
-    reporter = Reporter(HttpClient("http://localhost:1"), tmp_path / "u.jsonl")
-    assert reporter.patience == Patience()
-    assert reporter.close(0.1)
+    queue = CallQueue(HttpClient("http://localhost:1"), tmp_path / "u.jsonl")
+    assert queue.patience == Patience()
+    assert queue.close(0.1)

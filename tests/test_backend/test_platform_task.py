@@ -10,7 +10,7 @@ import pytest
 from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError
 from backend.task.request import read_request
-from backend.task.stages import Task, check_data, check_student, is_complete, make_folder
+from backend.task.stages import TaskPipeline, check_data, check_student, is_complete, make_folder
 from console.stop import Stopped, StopRequest
 from extract.run import run_extraction
 from tests.test_backend.platform_data import make_class_folders
@@ -49,7 +49,7 @@ def test_a_student_that_cannot_be_is_refused_before_the_extraction(
     files = {"WEIGHTS": tmp_path / "w.pt", "GOOD": tmp_path / "good.pt"}
     given = {name: files.get(str(value), value) for name, value in options.items()}
     line = words(**({"student_model": "timm:test_vit", "cache_dir": tmp_path / "cache"} | given))
-    task = Task(read_request(line), Told(), StopRequest())
+    task = TaskPipeline(read_request(line), Told(), StopRequest())
     make_folder("cache_dir", task.cache.root)
     with pytest.raises(TrainError, match=part):
         task.features()
@@ -102,7 +102,7 @@ def test_an_unfinished_store_of_another_precision_does_not_block_the_cache(
     words: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when a task on a GPU (bfloat16) was stopped and the next one runs on the CPU."""
-    task = Task(read_request(words()), Told(), StopRequest())
+    task = TaskPipeline(read_request(words()), Told(), StopRequest())
     store, stop = tmp_path / "features.zarr", StopRequest()
     other = task.configs.extract_config(store).model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(Stopped):
@@ -126,7 +126,7 @@ def test_a_detector_on_two_processes_reports_each_epoch_once(
     monkeypatch.setattr(trainer, "StoreTrainer", CpuRanksTrainer)
     line = words(dataset_id="boxes", student_model="yolov8n", epochs=2, image_size=64, batch_size=4)
     told = Told()
-    summary = Task(read_request(line), told, StopRequest()).run()
+    summary = TaskPipeline(read_request(line), told, StopRequest()).run()
     assert summary["epochs_done"] == 2
     assert told.epochs() == [1, 2]
     assert told.paths()

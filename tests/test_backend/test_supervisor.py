@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from backend.task import main
+from backend.task.call_queue import CallQueue
 from backend.task.calls import read_calls
 from backend.task.http_client import HttpClient
 from backend.task.main import Supervisor, exit_code
-from backend.task.reporter import Reporter
 from backend.task.request import read_request
 from console.stop import StopRequest
 from tests.test_backend.platform_site import Site
@@ -35,9 +35,9 @@ worker.main(["task", str(os.getppid()) if sys.argv[1] == "signal" else "1", "--t
 """
 
 
-def reporter(folder: Path) -> Reporter:
+def queue(folder: Path) -> CallQueue:
     """One that has nothing to send."""
-    return Reporter(HttpClient("http://localhost:1"), folder / "undelivered.jsonl")
+    return CallQueue(HttpClient("http://localhost:1"), folder / "undelivered.jsonl")
 
 
 def asked_to_stop() -> StopRequest:
@@ -73,7 +73,7 @@ def test_work_that_does_not_end_by_itself_is_ended(
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
-    watching = Supervisor(read_request(site.words()), [], reporter(tmp_path), asked_to_stop(), 30)
+    watching = Supervisor(read_request(site.words()), [], queue(tmp_path), asked_to_stop(), 30)
     assert watching.wait(process) is None
     assert process.wait(30) == -9
     assert main.REPORT_LEAST_S <= watching.time_to_report() < main.STOP_S
@@ -82,7 +82,7 @@ def test_work_that_does_not_end_by_itself_is_ended(
 
 def test_without_a_stop_the_report_has_the_operators_time(site: Site, tmp_path: Path) -> None:
     assert (
-        Supervisor(read_request(site.words()), [], reporter(tmp_path), StopRequest(), 45.0).time_to_report()
+        Supervisor(read_request(site.words()), [], queue(tmp_path), StopRequest(), 45.0).time_to_report()
         == 45.0
     )
 

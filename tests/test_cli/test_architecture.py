@@ -57,7 +57,18 @@ def test_packages_import_only_what_they_may(package: str) -> None:
 TRAIN_LAYERS = (
     (
         *("students", "data", "distill", "tasks"),
-        *("checkpoint", "config", "errors", "events", "fit", "fonts", "lora", "metrics", "ranks", "run_folder"),
+        *(
+            "checkpoint",
+            "config",
+            "errors",
+            "events",
+            "fit",
+            "fonts",
+            "lora",
+            "metrics",
+            "ranks",
+            "run_folder",
+        ),
     ),
     ("loop",),
     ("yolo",),

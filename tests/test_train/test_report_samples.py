@@ -23,7 +23,7 @@ from train.data.batches import Item
 from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.views import AUGMENTATIONS
 from train.deliver.model import ModelCard
-from train.report.runs import Run
+from train.report.runs import FinishedRun
 from train.report.samples import Subject, detection, mask_on, pixel_confusion, segmentation
 
 SIDE = 64  # of the teacher's input and of the student's
@@ -135,7 +135,7 @@ def subject(path: Path, task: str, resize: str) -> Subject:
     store = open_store(path)
     root = store.manifest.data_root
     reader = ImageReader(store["val"], Path(root) if root else None, store.manifest.preprocessing)
-    run = Run("", "run", path, {}, {}, [], False, {})
+    run = FinishedRun("", "run", path, {}, {}, [], False, {})
     model = PerfectModel(task, resize)
     return Subject(
         run, model, reader, store, "val", np.arange(len(store["val"])), len(model.card.class_names)

@@ -286,7 +286,7 @@ class OnnxStudent(Student):
     def __init__(self, model: OnnxModel) -> None:
         super().__init__()
         card = model.card
-        self.session = model
+        self.exported = model
         self.spec = StudentSpec(
             name=card.student,
             type=parse_student_name(card.student).type,
@@ -304,8 +304,8 @@ class OnnxStudent(Student):
     def forward(self, images: torch.Tensor, lengths: torch.Tensor | None = None) -> StudentOutput:
         if lengths is not None:
             for length in lengths.unique().tolist():
-                check_frames(self.session, length)
-        logits = torch.from_numpy(self.session.run(images.numpy()))
+                check_frames(self.exported, length)
+        logits = torch.from_numpy(self.exported.run(images.numpy()))
         return StudentOutput(logits, logits)
 
 

@@ -24,7 +24,7 @@ from train.report.runs import (
     SUMMARY_FIELDS,
     Collection,
     Cost,
-    Run,
+    FinishedRun,
     collect,
     cost_of,
     differences,
@@ -103,7 +103,7 @@ def page_path(out: Path) -> Path:
     return out
 
 
-def best_run(collection: Collection) -> Run:
+def best_run(collection: Collection) -> FinishedRun:
     """The distilled run with the best headline metric (any run where all are controls)."""
     runs = [run for run in collection.runs if not run.is_control] or collection.runs
     return max(runs, key=lambda run: run.metrics.get(collection.headline, float("-inf")))
@@ -185,7 +185,7 @@ def curves_text(collection: Collection) -> str:
     )
 
 
-def validation_text(runs: Sequence[Run], stores: dict[str, Store]) -> str:
+def validation_text(runs: Sequence[FinishedRun], stores: dict[str, Store]) -> str:
     """How many samples the metrics are measured on, and what few of them mean."""
     counts = sorted({count for run in runs if (count := validation_samples(run, stores)) is not None})
     if not counts:
@@ -196,7 +196,7 @@ def validation_text(runs: Sequence[Run], stores: dict[str, Store]) -> str:
     return text
 
 
-def validation_samples(run: Run, stores: dict[str, Store]) -> int | None:
+def validation_samples(run: FinishedRun, stores: dict[str, Store]) -> int | None:
     """From the summary, or counted in the store for runs of earlier versions; None when neither has it."""
     if run.summary.get("validation_samples") is not None:
         return int(run.summary["validation_samples"])
@@ -226,7 +226,7 @@ def marks_text(collection: Collection, ceilings: dict[str, float], machine: str)
     return " ".join(words)
 
 
-def cost_sections(runs: Sequence[Run], stores: dict[str, Store]) -> list[Section]:
+def cost_sections(runs: Sequence[FinishedRun], stores: dict[str, Store]) -> list[Section]:
     """What the teacher costs, where the stores know how long its pass took; else that they do not."""
     seconds = pass_seconds(stores)
     cost = cost_of(runs, seconds)

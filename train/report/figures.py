@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from train.metrics import gain_text, is_share, text_of
 from train.metrics import label_of as metric_label
-from train.report.runs import CONTROL_SUFFIX, Collection, Difference, Run, label_of, pareto_front
+from train.report.runs import CONTROL_SUFFIX, Collection, Difference, FinishedRun, label_of, pareto_front
 
 # Okabe and Ito's palette, distinguishable for color-blind readers; its blue is lighter here, so that it is visible on black as well.
 COLORS = ("#2B83D0", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#7A7A7A")
@@ -42,7 +42,7 @@ def scatter(collection: Collection, cost: str, ceilings: dict[str, float]) -> go
     if not runs:
         return None
     figure = go.Figure()
-    groups: dict[tuple[str, bool], list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, bool], list[FinishedRun]] = defaultdict(list)
     for run in runs:
         groups[(run.group, run.is_control)].append(run)
     colors = {group: color(index) for index, group in enumerate(dict.fromkeys(run.group for run in runs))}

@@ -40,7 +40,7 @@ MEASURED_OF_THE_RUN = frozenset(
 )
 
 
-class Run(NamedTuple):
+class FinishedRun(NamedTuple):
     """A finished training: its summary, its configuration and its curve."""
 
     group: str  # the sweep's or the run's folder, as the report names it
@@ -82,7 +82,7 @@ class Unfinished(NamedTuple):
 
 
 class Collection(NamedTuple):
-    runs: list[Run]
+    runs: list[FinishedRun]
     unfinished: list[Unfinished]
 
     @property
@@ -118,7 +118,7 @@ def collect(folders: Sequence[Path]) -> Collection:
         ReportError: a folder is none of these, or none of them has a finished run.
     """
     places = [place for folder in folders for place in places_in(folder)]
-    found: list[Run | Unfinished] = []
+    found: list[FinishedRun | Unfinished] = []
     for folder, group in zip(places, group_names(places), strict=True):
         if (folder / PLAN_FILE).exists():
             found += trials_of(folder, group)
@@ -127,7 +127,7 @@ def collect(folders: Sequence[Path]) -> Collection:
         else:
             reason = "the training has not finished: continue it with `cli train … --resume`"
             found.append(Unfinished(group, group, "unfinished", reason, []))
-    runs = [item for item in found if isinstance(item, Run)]
+    runs = [item for item in found if isinstance(item, FinishedRun)]
     unfinished = [item for item in found if isinstance(item, Unfinished)]
     if not runs:
         raise ReportError(no_finished_run(folders, unfinished))
@@ -200,7 +200,7 @@ def no_finished_run(folders: Sequence[Path], unfinished: Sequence[Unfinished]) -
     return f"no finished run in {names}" + (f" ({reasons})" if reasons else "")
 
 
-def trials_of(folder: Path, group: str) -> Iterator[Run | Unfinished]:
+def trials_of(folder: Path, group: str) -> Iterator[FinishedRun | Unfinished]:
     plan = read_json(folder / PLAN_FILE) or {}
     varied = [name for name, values in plan.get("config", {}).get("set", {}).items() if len(values) > 1]
     for trial in plan.get("trials", []):
@@ -218,7 +218,7 @@ def trials_of(folder: Path, group: str) -> Iterator[Run | Unfinished]:
         yield read_run(place / RUN_FOLDER, group, trial["name"], summary, trial["is_control"], options)
 
 
-def run_with_control(folder: Path, group: str) -> Iterator[Run]:
+def run_with_control(folder: Path, group: str) -> Iterator[FinishedRun]:
     """A single run, and the control that `--control` trained beside it."""
     summary = RunFolder(folder).read_summary() or {}
     yield read_run(folder, group, group, summary, is_control=False, varied={})
@@ -234,10 +234,10 @@ def run_with_control(folder: Path, group: str) -> Iterator[Run]:
 
 def read_run(
     folder: Path, group: str, name: str, summary: dict[str, Any], is_control: bool, varied: dict[str, Any]
-) -> Run:
+) -> FinishedRun:
     files = RunFolder(folder)
     config, records = files.read_config(), files.read_records()
-    return Run(group, name, folder, summary, config, records, is_control, varied)
+    return FinishedRun(group, name, folder, summary, config, records, is_control, varied)
 
 
 # Summary fields that the table, results.csv and results.parquet carry beside the metrics.
@@ -273,7 +273,7 @@ class Difference(NamedTuple):
     pairs: int
 
 
-def label_of(run: Run) -> str:
+def label_of(run: FinishedRun) -> str:
     """Student and varied options, without the seed: runs with one label are repetitions of each other."""
     parts = [str(run.summary.get("student", run.name)), *(f"{k}={v}" for k, v in run.varied.items())]
     return " ".join(parts) + (CONTROL_SUFFIX if run.is_control else "")
@@ -375,7 +375,7 @@ class Cost(NamedTuple):
         return self.students_s + self.online_teacher_s
 
 
-def cost_of(runs: Sequence[Run], pass_s: Mapping[str, float]) -> Cost | None:
+def cost_of(runs: Sequence[FinishedRun], pass_s: Mapping[str, float]) -> Cost | None:
     """`pass_s`: measured seconds of one teacher pass by store. None where a store has no such record."""
     paths = {run.store_path for run in runs}
     if not paths <= pass_s.keys():
@@ -393,7 +393,7 @@ class Latencies(NamedTuple):
     machine: str
 
 
-def measure_latencies(runs: Sequence[Run]) -> Latencies:
+def measure_latencies(runs: Sequence[FinishedRun]) -> Latencies:
     """The latency of each run whose student can be read; the log names the others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = describe_machine(device)
@@ -410,13 +410,13 @@ def measure_latencies(runs: Sequence[Run]) -> Latencies:
     return Latencies(values, machine)
 
 
-def architecture_of(run: Run) -> str:
+def architecture_of(run: FinishedRun) -> str:
     """What decides a student's speed: runs with one text share one measurement."""
     shape: list[Any] = [run.summary.get(name) for name in ("student", "parameters", "macs")]
     return " ".join(map(str, [*shape, (run.config.get("options") or {}).get("image_size")]))
 
 
-def measure_run(run: Run, device: torch.device) -> float | None:
+def measure_run(run: FinishedRun, device: torch.device) -> float | None:
     try:
         student, content = load_student_from_run(run.folder)
     except DistillError as error:
@@ -429,7 +429,7 @@ def measure_run(run: Run, device: torch.device) -> float | None:
     return measure_latency(student.to(device), LATENCY_RUNS)
 
 
-def keep(run: Run, machine: str, value: float) -> None:
+def keep(run: FinishedRun, machine: str, value: float) -> None:
     """Write the measurement into the run's folder; one that cannot be written is measured again next time."""
     content = {"architecture": architecture_of(run), "machine": machine, "latency_ms": value}
     try:

@@ -23,7 +23,7 @@ from train.deliver.model import ModelCard, TorchModel, batches, choose_device, c
 from train.deliver.predict import clip_pixels, detect, drawn, softmax
 from train.report import figures
 from train.report.page import LegendEntry, Picture
-from train.report.runs import Run
+from train.report.runs import FinishedRun
 
 logger = get_logger("report")
 
@@ -53,7 +53,7 @@ class Gallery(NamedTuple):
 class Subject(NamedTuple):
     """What a scorer looks at: a run's student and the rows of its validation split."""
 
-    run: Run
+    run: FinishedRun
     model: Any  # TrainedModel
     reader: Any  # ImageReader; for clips ClipReader
     store: Store
@@ -88,7 +88,7 @@ class Findings(NamedTuple):
     legend: list[LegendEntry]
 
 
-def gallery_of(run: Run, store: Store | None, count: int) -> Gallery | None:
+def gallery_of(run: FinishedRun, store: Store | None, count: int) -> Gallery | None:
     """The `count` worst validation samples of `run`; None where it cannot be run again (the log has the reason)."""
     task = str(run.summary.get("task"))
     if store is None or task not in SCORERS:
@@ -102,7 +102,7 @@ def gallery_of(run: Run, store: Store | None, count: int) -> Gallery | None:
     return Gallery(run.name, found.text, found.figures, pictures, found.legend)
 
 
-def subject_of(run: Run, store: Store) -> Subject:
+def subject_of(run: FinishedRun, store: Store) -> Subject:
     """Raises DistillError when the run's student or data cannot be read."""
     student, card = open_student(run.folder)
     config = run_options(run.folder)

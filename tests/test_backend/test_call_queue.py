@@ -1,4 +1,4 @@
-"""The reporter against a real HTTP server: strict, and hostile in every way the contract names."""
+"""The queue against a real HTTP server: strict, and hostile in every way the contract names."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
+from backend.task.call_queue import CallQueue, Patience
 from backend.task.calls import TaskCalls
 from backend.task.errors import OptionError
 from backend.task.http_client import HttpClient, read_token
-from backend.task.reporter import Patience, Reporter
 from tests.test_backend.platform_server import PlatformServer
 
 QUICK = Patience(call_s=0.5, first_pause_s=0.02, longest_pause_s=0.1, closing_pause_s=0.05)
 CALLS = TaskCalls("7")
 
 
-def reporter(url: str, folder: Path, patience: Patience = QUICK, token: str | None = None) -> Reporter:
-    return Reporter(HttpClient(url, token), folder / "undelivered.jsonl", patience)
+def queue(url: str, folder: Path, patience: Patience = QUICK, token: str | None = None) -> CallQueue:
+    return CallQueue(HttpClient(url, token), folder / "undelivered.jsonl", patience)
 
 
 def undelivered(folder: Path) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def undelivered(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def send_epochs(target: Reporter, epochs: range) -> None:
+def send_epochs(target: CallQueue, epochs: range) -> None:
     for epoch in epochs:
         target.send(
             CALLS.progress(epoch=epoch, total_epochs=9, train_loss=0.5, val_loss=0.4, val_accuracy=0.875)
@@ -40,7 +40,7 @@ def send_epochs(target: Reporter, epochs: range) -> None:
         target.send(CALLS.history(epoch=epoch, values={"trainLoss": 0.5, "epochTime": 1.5}))
 
 
-def send_end(target: Reporter) -> None:
+def send_end(target: CallQueue) -> None:
     values = {"precision": 0.8, "recall": 0.7, "f1Score": 0.75, "map50": None, "map95": float("nan")}
     target.send(
         CALLS.evaluations(values=values, dataset_id="3", dataset_name="花", samples=12, details={"top1": 0.8})
@@ -58,7 +58,7 @@ def dead_port() -> Iterator[int]:
 
 
 def test_every_call_as_the_contract_says(platform: PlatformServer, tmp_path: Path) -> None:
-    target = reporter(platform.url, tmp_path)
+    target = queue(platform.url, tmp_path)
     target.send(CALLS.progress(epoch=0, total_epochs=9, message="extracting: 3 of 9"))
     platform.wait_for(lambda: platform.kinds() == ["progress"])
     send_epochs(target, range(1, 2))
@@ -88,7 +88,7 @@ def test_every_call_as_the_contract_says(platform: PlatformServer, tmp_path: Pat
 
 
 def test_the_error_call_is_one_short_line(platform: PlatformServer, tmp_path: Path) -> None:
-    target = reporter(platform.url, tmp_path)
+    target = queue(platform.url, tmp_path)
     target.send(CALLS.error("显存不足\r\nX-Injected: 1\n" + "长" * 600))
     assert target.close(10)
     message = platform.of("error")[0].query["errorMessage"]
@@ -98,7 +98,7 @@ def test_the_error_call_is_one_short_line(platform: PlatformServer, tmp_path: Pa
 
 def test_a_task_id_is_encoded(tmp_path: Path) -> None:
     server = PlatformServer(task_id="任务 7")
-    target = Reporter(HttpClient(server.url), tmp_path / "u.jsonl", QUICK)
+    target = CallQueue(HttpClient(server.url), tmp_path / "u.jsonl", QUICK)
     target.send(TaskCalls("任务 7").complete())
     assert target.close(10)
     server.stop()
@@ -109,7 +109,7 @@ def test_the_server_is_as_strict_as_the_real_one(platform: PlatformServer, tmp_p
     """A progress call without the `currentEpoch` parameter is a 400: given up at once and kept."""
     call = CALLS.progress(epoch=1, total_epochs=2)
     broken = type(call)(kind="progress", method="PUT", path=call.path, body=call.body)
-    target = reporter(platform.url, tmp_path)
+    target = queue(platform.url, tmp_path)
     target.send(broken)
     assert not target.close(10)
     assert platform.attempts == 1
@@ -118,7 +118,7 @@ def test_the_server_is_as_strict_as_the_real_one(platform: PlatformServer, tmp_p
 
 
 def test_down_at_start_and_up_later(tmp_path: Path, dead_port: int) -> None:
-    target = reporter(f"http://127.0.0.1:{dead_port}/api", tmp_path)
+    target = queue(f"http://127.0.0.1:{dead_port}/api", tmp_path)
     send_epochs(target, range(1, 6))
     while target.failures < 3:
         time.sleep(0.01)
@@ -138,7 +138,7 @@ def test_down_at_start_and_up_later(tmp_path: Path, dead_port: int) -> None:
     "bad", ["500", "code-500", "html", "garbage", "half-closed", "redirect-away", "stall"]
 )
 def test_bad_in_the_middle(platform: PlatformServer, tmp_path: Path, bad: str) -> None:
-    target = reporter(platform.url, tmp_path)
+    target = queue(platform.url, tmp_path)
     send_epochs(target, range(1, 3))
     assert platform.wait_for(lambda: len(platform.of("history")) == 2)
     platform.behaviour = bad
@@ -161,7 +161,7 @@ def test_bad_in_the_middle(platform: PlatformServer, tmp_path: Path, bad: str) -
 def test_bad_to_the_end(platform: PlatformServer, tmp_path: Path, bad: str) -> None:
     """Sending never waits, closing keeps its deadline, and everything is in undelivered.jsonl."""
     platform.behaviour = bad
-    target = reporter(platform.url, tmp_path)
+    target = queue(platform.url, tmp_path)
     started = time.monotonic()
     send_epochs(target, range(1, 4))
     send_end(target)
@@ -178,7 +178,7 @@ def test_closing_does_not_cut_off_what_a_good_server_is_answering(
     platform: PlatformServer, tmp_path: Path
 ) -> None:
     platform.behaviour = "held"
-    target = reporter(platform.url, tmp_path, Patience(call_s=60))
+    target = queue(platform.url, tmp_path, Patience(call_s=60))
     target.send(CALLS.history(epoch=1, values={}))
     assert platform.wait_for(lambda: platform.attempts == 1)
     closing = threading.Thread(target=target.close, args=(20.0,))
@@ -195,7 +195,7 @@ def test_the_end_is_tried_hardest(platform: PlatformServer, tmp_path: Path) -> N
     """Where time runs out, the end-of-task call goes before what is waiting."""
     platform.behaviour = "stall"
     patience = Patience(call_s=0.4, first_pause_s=0.02, longest_pause_s=0.05, closing_pause_s=0.02)
-    target = reporter(platform.url, tmp_path, patience)
+    target = queue(platform.url, tmp_path, patience)
     send_epochs(target, range(1, 30))
     send_end(target)
     closing = threading.Thread(target=target.close, args=(6.0,))
@@ -209,7 +209,7 @@ def test_the_end_is_tried_hardest(platform: PlatformServer, tmp_path: Path) -> N
 
 def test_superseded_progress_is_dropped(platform: PlatformServer, tmp_path: Path) -> None:
     platform.behaviour = "500"
-    target = reporter(platform.url, tmp_path, Patience(first_pause_s=30))
+    target = queue(platform.url, tmp_path, Patience(first_pause_s=30))
     for epoch in range(1, 50):
         target.send(CALLS.progress(epoch=epoch, total_epochs=50))
     platform.behaviour = "ok"
@@ -219,7 +219,7 @@ def test_superseded_progress_is_dropped(platform: PlatformServer, tmp_path: Path
 
 
 def test_the_queue_is_bounded(tmp_path: Path, dead_port: int) -> None:
-    target = reporter(f"http://127.0.0.1:{dead_port}", tmp_path, Patience(queue_length=20, first_pause_s=30))
+    target = queue(f"http://127.0.0.1:{dead_port}", tmp_path, Patience(queue_length=20, first_pause_s=30))
     for epoch in range(1, 101):
         target.send(CALLS.history(epoch=epoch, values={}))
     assert len(target.queue) <= 20
@@ -229,7 +229,7 @@ def test_the_queue_is_bounded(tmp_path: Path, dead_port: int) -> None:
 
 def test_redirects_on_the_same_host_keep_the_method(platform: PlatformServer, tmp_path: Path) -> None:
     platform.behaviour = "redirect-here"
-    target = reporter(platform.url, tmp_path)
+    target = queue(platform.url, tmp_path)
     send_epochs(target, range(1, 2))
     assert target.close(10)
     assert platform.kinds() == ["progress", "history"]
@@ -239,7 +239,7 @@ def test_the_token_goes_out_and_stays_secret(
     platform: PlatformServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "qwen_distill")
-    target = reporter(platform.url, tmp_path, token="s3cr3t-token")
+    target = queue(platform.url, tmp_path, token="s3cr3t-token")
     target.send(CALLS.history(epoch=1, values={}))
     assert platform.wait_for(lambda: len(platform.calls) == 1)
     assert platform.calls[0].headers["Authorization"] == "Bearer s3cr3t-token"
@@ -255,7 +255,7 @@ def test_no_token_no_header(
 ) -> None:
     monkeypatch.delenv("QWEN_DISTILL_API_TOKEN", raising=False)
     assert read_token() is None
-    target = reporter(platform.url, tmp_path)
+    target = queue(platform.url, tmp_path)
     target.send(CALLS.complete())
     assert target.close(5)
     assert "Authorization" not in platform.calls[0].headers
@@ -285,6 +285,6 @@ def test_a_name_that_leads_to_a_link_local_address(tmp_path: Path, monkeypatch: 
 def test_an_unwritable_folder_does_not_matter(platform: PlatformServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     platform.behaviour = "500"
-    target = Reporter(HttpClient(platform.url), tmp_path / "file" / "undelivered.jsonl", QUICK)
+    target = CallQueue(HttpClient(platform.url), tmp_path / "file" / "undelivered.jsonl", QUICK)
     target.send(CALLS.complete())
     assert not target.close(0.3)

@@ -1,4 +1,4 @@
-"""Reports to the platform from a background thread: training never waits for the server.
+"""Calls to the platform from a background thread: training never waits for the server.
 
 The queue, in short:
 
@@ -46,7 +46,7 @@ class Client(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long the reporter waits, in seconds."""
+    """How long the queue waits, in seconds."""
 
     call_s: float = 10.0
     first_pause_s: float = 0.5
@@ -65,7 +65,7 @@ class Waiting:
     reason: str = "not sent before the end"
 
 
-class Reporter:
+class CallQueue:
     """The queue and its thread. `send` returns at once and may be called from any thread."""
 
     def __init__(self, client: Client, undelivered: Path, patience: Patience | None = None) -> None:
@@ -78,7 +78,7 @@ class Reporter:
         self.started_closing = self.deadline = float("inf")
         self.current: Waiting | None = None  # the call under way, still in the queue
         self.ended = False
-        self.thread = threading.Thread(target=self.run, name="platform-reporter", daemon=True)
+        self.thread = threading.Thread(target=self.run, name="platform-calls", daemon=True)
         self.thread.start()
 
     def send(self, call: Call) -> None:
