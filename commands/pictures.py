@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from files.writing import whole_file, writing
+from files.writing import check_writable, whole_file, writing
 from imaging.clips import read_clip_frames, sample_frame_indices
 from imaging.decode import MOST_PIXELS, ImageError, decode_image
 from imaging.geometry import View, resize_view
@@ -36,6 +36,7 @@ def write_pictures(path: Path | str, folder: Path, count: int = 16) -> list[Path
     Raises:
         StoreError: for a store without valid rows, or with neither grids nor images to be found.
     """
+    check_writable(folder, "--pictures")
     store = open_store(path)
     chosen = choose_rows(store, count)
     if not chosen:

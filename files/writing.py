@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from files.names import printable
 
 PARTIAL_PREFIX = ".partial-"
+URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # `C:` of one letter is a drive
 
 
 class OutputError(Exception):
@@ -28,6 +30,7 @@ def check_writable(path: Path, option: str) -> None:
 
     `path` need not exist; nothing is left behind. `option` is named in the error, like `--out`.
     """
+    refuse_url(path, option)
     with refused(path, option):
         if "\0" in str(path):  # pathlib reports only that the file does not exist
             raise ValueError("a name cannot hold a NUL byte")
@@ -49,6 +52,19 @@ def check_writable(path: Path, option: str) -> None:
         raise OutputError(
             f"{option} {path}: cannot be written in {folder}: {reason}; choose another place"
         ) from None
+
+
+def refuse_url(path: Path, option: str) -> None:
+    """Raise OutputError for `s3://bucket/x` and the like, which pathlib takes for a folder named `s3:`.
+
+    A folder of that name that exists is a folder.
+    """
+    scheme = path.parts[0] if path.parts else ""
+    if URL_SCHEME.fullmatch(scheme) and not Path(scheme).is_dir():
+        address = f"{scheme}//{'/'.join(path.parts[1:])}"
+        raise OutputError(
+            f"{option} {address}: is a URL, expected a local path; write to a local folder and copy it afterwards"
+        )
 
 
 @contextlib.contextmanager

@@ -106,6 +106,36 @@ def test_every_command_refuses_it_in_one_line(
     assert stat.S_ISSOCK((folder / "SOCKET").stat().st_mode)
 
 
+@pytest.mark.parametrize("address", ["s3://bucket/out", "gs://bucket/out", "memory://out"])
+def test_a_url_is_not_taken_for_a_local_folder(
+    parts: dict[str, Path],
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """pathlib makes a folder named `s3:` of it, without a word."""
+    from cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for arguments in commands(parts, address):
+        monkeypatch.setattr("sys.argv", ["cli", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code in (1, 2), arguments
+        assert told[-1].startswith("error: "), arguments
+        assert address in told[-1], arguments
+        assert "local path" in told[-1], arguments
+        assert not list(tmp_path.iterdir()), arguments
+
+
+def test_a_folder_named_like_a_scheme_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s3:").mkdir()
+    check_writable(Path("s3:/bucket"), "--out")
+
+
 def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     """Renaming a finished file to /dev/null, as root, would take it from the whole machine."""
     os.mkfifo(tmp_path / "pipe")
