@@ -1,4 +1,4 @@
-"""`cli serve`: the back end with its REST API."""
+"""`cli serve`: the back end with its REST API, and the pages."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def serve(
     """
     from backend.server.main import run_server
     from backend.server.settings import load_settings
+    from frontend.app import mount
 
     for root, default in ((datasets_root, "datasets"), (models_root, "models"), (output_root, "output")):
         if root == Path(default):  # so that `cli serve` alone works anywhere
@@ -56,4 +57,4 @@ def serve(
         jobs=jobs,
         scheduler=scheduler,
     )
-    run_server(settings)
+    run_server(settings, mount)

@@ -7,12 +7,16 @@ import errno
 import fcntl
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backend.server.errors import ServerError
 from backend.server.settings import Settings
 from console.log import get_logger
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 log = get_logger("server")
 
@@ -21,8 +25,8 @@ LOCK_FILE = ".server.lock"
 CLOSE_S = 2
 
 
-def run_server(settings: Settings) -> None:
-    """Serve until a signal ends it. Running tasks continue.
+def run_server(settings: Settings, add_pages: Callable[[FastAPI], None]) -> None:
+    """Serve until a signal ends it. Running tasks continue. `add_pages` adds the front end to the application.
 
     Raises:
         ServerError: when it cannot start: the address is in use, the database does not answer.
@@ -33,6 +37,7 @@ def run_server(settings: Settings) -> None:
 
     with only_server(settings.output_root), listening_socket(settings) as listener:
         app = create_app(settings)
+        add_pages(app)
         log.info("serving on %s (API: %s/docs)", settings.page_url, settings.page_url)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         config = uvicorn.Config(

@@ -272,6 +272,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         shared("feature_loss_type"),
         shared("align_feature"),
         shared("distill_loss_type"),
+        shared("control"),
     ),
     "LoRA": (
         shared("lora_rank", le=4096),

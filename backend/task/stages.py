@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 log = get_logger("platform")
 
 # What of a summary goes into `detailedResults`.
-DETAILS = ["student", "task", "num_classes", "epochs_done", "best_epoch", "metrics", "parameters", "platform"]
+DETAILS = [
+    *("student", "task", "num_classes", "epochs_done", "best_epoch", "metrics", "control", "parameters"),
+    "platform",
+]
 
 
 class TaskPipeline:
@@ -117,6 +120,7 @@ class TaskPipeline:
             )
         if not result.complete:
             raise PlatformError(f"{path}: the extraction ended without being complete: see the log")
+        keep_probe(path, result.probe)
         counts = (result.rows, result.bad, result.images_per_second)
         log.info("features: %d images, %d unreadable, %.1f images/s", *counts)
 
@@ -126,7 +130,7 @@ class TaskPipeline:
         if config.logits != "none":
             from extract.logits import add_logits
 
-            add_logits(config, [self.extraction], self.stop)
+            keep_probe(path, add_logits(config, [self.extraction], self.stop))
 
     # -- stage two --------------------------------------------------------------------------------------
 
@@ -166,6 +170,14 @@ class TaskPipeline:
             details={name: plain_json(summary[name]) for name in DETAILS if name in summary},
         )
         self.sender.send(evaluations)
+
+
+def keep_probe(store: Path, result: MappingType[str, Any] | None) -> None:
+    """Keep what a probe has measured, for `cli inspect`, reports and the list of stores; None: none was fitted."""
+    if result is not None:
+        from extract.metadata import note_probe
+
+        note_probe(store, result)
 
 
 def make_folder(option: str, path: Path) -> None:

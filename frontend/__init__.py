@@ -1,0 +1,1 @@
+"""The web pages, over the service layer of `backend/server`."""
