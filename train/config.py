@@ -152,6 +152,12 @@ class TrainConfig(BaseModel):
     early_stopping_patience: int | None = _optimization(
         None, "Epochs without improvement.", ge=1, free_on_resume=True
     )
+    validate_every: int | None = _optimization(
+        None,
+        "Optimizer steps between validations, at least; they are at ends of epochs.",
+        ge=1,
+        shown_default="as many as train as many samples as a validation has",
+    )
     mixup_alpha: float = _optimization(
         0.0,
         "MixUp's Beta parameter; 0: off.",

@@ -67,3 +67,22 @@ class Trainer(Protocol):
 
     def reduce_batch(self, config: TrainConfig, folder: RunFolder) -> TrainConfig | None:
         """The configuration to try next when memory ran out; None when there is none."""
+
+
+def validation_interval(
+    validate_every: int | None, *, steps: int, train_samples: int, val_samples: int
+) -> int:
+    """Epochs between two validations of a training with `steps` optimizer steps an epoch.
+
+    The default keeps at least as much training time between validations as a validation takes: a sample costs no more to
+    validate than to train on. It follows from the sizes alone and not from measured times, so that a resumed run, a control and a
+    repeated run validate after the same epochs, and choose their best among as many.
+    """
+    if validate_every is not None:
+        return max(1, -(-validate_every // steps))
+    return max(1, -(-val_samples // max(train_samples, 1)))
+
+
+def is_validated(epoch: int, interval: int, epochs: int) -> bool:
+    """Whether `epoch` (from 1) of `epochs` ends with a validation; the last one always does."""
+    return epoch % interval == 0 or epoch == epochs

@@ -167,14 +167,16 @@ def warn_of_zero_metric(config: TrainConfig, folder: Path, records: Sequence[Map
     `records`: the lines of metrics.jsonl so far. Runs of fewer than 4 epochs are too short to tell.
     """
     third = math.ceil(config.epochs / 3)
-    if third < 2 or len(records) != third:
-        return
     name = headline_of(key for key, value in records[-1].items() if value is not None)
-    if name is None or max(record.get(name) or 0.0 for record in records) >= SHOWN_AS_ZERO:
+    if third < 2 or name is None:
+        return
+    # Not every epoch is validated: the first one from there on.
+    late = [record for record in records if record["epoch"] >= third and record.get(name) is not None]
+    if len(late) != 1 or max(record.get(name) or 0.0 for record in records) >= SHOWN_AS_ZERO:
         return
     rate = records[-1].get("learning_rate") or config.learning_rate
     log.warning(
-        f"{folder}: {label_of(name)} is still 0 after {third} of {config.epochs} epochs: usual causes are a learning rate "
+        f"{folder}: {label_of(name)} is still 0 after {records[-1]['epoch']} of {config.epochs} epochs: usual causes are a learning rate "
         f"that is too low or too high (now {rate:.3g}), objects that are too small at an image size of "
         f"{config.image_size} px, labels that do not fit the images (cli inspect {config.store} --pictures FOLDER), or too "
         "few epochs"

@@ -165,6 +165,7 @@ FOLLOWED = [
     "tracker",
     "train_split",
     "val_split",
+    "validate_every",
     "warmup_epochs",
     "weight_decay",
     "workers",

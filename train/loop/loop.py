@@ -24,6 +24,7 @@ from train.distill.mixing import draw_mixing, mix_images
 from train.distill.objective import Objective, Targets
 from train.distill.projector import DistilledStudent
 from train.errors import TrainError
+from train.fit import is_validated, validation_interval
 from train.loop.evaluate import evaluate
 from train.loop.optimizer import WeightAverage
 from train.loop.saving import StepGuard
@@ -86,7 +87,7 @@ class TrainingState:
     ) -> bool:
         """Remember the best epoch; True when `value` (higher is better) is the best so far."""
         if self.best_value is not None and not value > self.best_value:
-            self.stale_epochs += 1
+            self.stale_epochs = epoch - self.best_epoch
             return False
         self.best_value, self.best_epoch, self.stale_epochs = value, epoch, 0
         self.best_metrics, self.best_details = metrics, details
@@ -145,6 +146,12 @@ class Loop:
         self.groups = group_sizes(len(parts.train_loader.batches.slices), parts.config.grad_accum_steps)
         self.total_steps = len(self.groups) * parts.config.epochs
         self.warmup = warmup_steps(parts.config.warmup_epochs, len(self.groups), self.total_steps)
+        self.validation_interval = validation_interval(
+            parts.config.validate_every,
+            steps=len(self.groups),
+            train_samples=len(parts.train_loader.batches.rows),
+            val_samples=len(parts.val_loader.batches.rows),
+        )
         self.stop_seen = False
         self.lap_started = 0.0
         self.unread: list[StepLosses] = []
@@ -172,7 +179,7 @@ class Loop:
                     self.lap_started = time.monotonic()
                 with parts.guard.lock:
                     self.settle()
-            metrics = self.validate()
+            metrics = self.validate() if self.validates() else {}
             losses = {name: value for name, value in metrics.items() if name.startswith("val_")}
             check_finite(losses, f"the validation of epoch {progress.epoch + 1}")
             yield self.record(metrics, time.monotonic() - started)
@@ -289,6 +296,10 @@ class Loop:
         if self.stop_seen or (self.parts.accelerator.num_processes == 1 and self.parts.stop.requested):
             raise Stopped("stopped", self.parts.stop.exit_code)
 
+    def validates(self) -> bool:
+        """Whether the running epoch ends with a validation."""
+        return is_validated(self.parts.progress.epoch + 1, self.validation_interval, self.parts.config.epochs)
+
     def validate(self) -> dict[str, float]:
         """Metrics on the validation split, of the averaged weights where there are any."""
         parts, module = self.parts, self.parts.module
@@ -311,7 +322,7 @@ class Loop:
         )
 
     def record(self, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
-        """The epoch's line of metrics.jsonl."""
+        """The epoch's line of metrics.jsonl; without `metrics` where it was not validated."""
         progress = self.parts.progress
         means = progress.mean_losses()
         return {

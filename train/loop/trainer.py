@@ -145,7 +145,7 @@ class Trainer:
         value = metrics.get(self.best_metric)
         with self.parts.guard.update():
             progress = self.parts.progress
-            is_best = progress.note_value(
+            is_best = self.loop.validates() and progress.note_value(
                 -record["val_loss"] if value is None else value, record["epoch"], metrics, details
             )
             progress.finish_epoch(record)

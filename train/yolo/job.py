@@ -18,6 +18,7 @@ from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.distill.projector import take_over_head
 from train.errors import ConfigError
+from train.fit import validation_interval
 from train.fonts import register_with_matplotlib
 from train.lora import apply_lora_options
 from train.run_folder import RunFolder
@@ -89,6 +90,17 @@ class TrainingJob:
     def batches_per_epoch(self) -> int:
         """Of all processes together; the last batch may be smaller."""
         return -(-len(self.splits["train"].records) // self.config.batch_size)
+
+    @property
+    def validation_interval(self) -> int:
+        """Epochs between two validations; a step sums as many batches as the nominal batch has."""
+        batches = self.batches_per_epoch
+        return validation_interval(
+            self.config.validate_every,
+            steps=-(-batches // max(1, round(self.arguments["nbs"] / self.config.batch_size))),
+            train_samples=len(self.splits["train"].records),
+            val_samples=len(self.splits["val"].records),
+        )
 
     @property
     def trainable_parameters(self) -> int:

@@ -114,7 +114,9 @@ class Recorder:
         """One line of metrics.jsonl; losses are the terms before their weights, `train_loss` is weighted."""
         now = time.perf_counter()
         train = {name: float(value) for name, value in (trainer.tloss or {}).items()}
-        values = {name: float(value) for name, value in trainer.metrics.items()}
+        # Without a validation the trainer still has the metrics of the one before.
+        measured = trainer.metrics if trainer.validated else {}
+        values = {name: float(value) for name, value in measured.items()}
         validation = {n.removeprefix("val/"): v for n, v in values.items() if n.startswith("val/")}
         record = {
             "epoch": trainer.epoch + 1,
@@ -122,8 +124,8 @@ class Recorder:
             "hard_loss": hard_sum(train),
             "feature_loss": train.get(DISTILLATION_ITEM),
             "logit_loss": None,
-            "val_loss": self.weighted(validation),
-            "val_hard_loss": hard_sum(validation),
+            "val_loss": self.weighted(validation) if trainer.validated else None,
+            "val_hard_loss": hard_sum(validation) if trainer.validated else None,
             "val_feature_loss": validation.get(DISTILLATION_ITEM),
             "learning_rate": float(trainer.optimizer.param_groups[0]["lr"]),
             **{name: values.get(key) for name, key in METRICS.items()},

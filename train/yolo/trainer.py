@@ -26,6 +26,7 @@ from console.log import get_logger
 from files.writing import publish
 from train.data.batches import start_worker
 from train.errors import TrainError
+from train.fit import is_validated
 from train.yolo.dataset import StoreDataset
 from train.yolo.geometry import SOURCE_ROWS
 from train.yolo.job import TrainingJob
@@ -78,6 +79,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         self.batches_done = self.batches_pending = 0
         self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.train_seconds = 0.0
+        self.validated = False  # in the running epoch
         self.evaluating_export = False
         self.export_metrics: dict[str, float] = {}
 
@@ -204,6 +206,8 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
     def _model_train(self) -> None:
         """An epoch begins: everything random in it depends on seed and epoch alone."""
         super()._model_train()
+        self.validated = False
+        self.args.val = is_validated(self.epoch + 1, self.job.validation_interval, self.epochs)
         seed = epoch_seed(self.job.config.seed, self.epoch, max(RANK, 0))
         seed_everything(seed)
         self.train_loader.dataset.start_epoch(seed)
@@ -270,6 +274,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
 
     def validate(self) -> Any:
         """ultralytics' validation of the EMA, LoRA merged: what is measured is what is saved."""
+        self.validated = True
         with self.ema_replaced_by(self.job.merged):
             return super().validate()
 
@@ -277,7 +282,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
 
     @property
     def is_best(self) -> bool:
-        return bool(self.best_fitness == self.fitness)
+        return self.validated and bool(self.best_fitness == self.fitness)
 
     def save_model(self) -> bool:
         """Nothing after each epoch: the recorder calls `write_checkpoints` after the last one."""
