@@ -176,7 +176,7 @@ def probe(
 def teachers(json: AsJson = False) -> None:
     """cli teachers
 
-    List the teachers, the width of their features and how to get their weights.
+    List the teachers: width, patch, blocks, native size and license. --json adds how to get the weights.
     """
     from extract.teachers import list_teachers
 
@@ -184,9 +184,12 @@ def teachers(json: AsJson = False) -> None:
     if json:
         print_json({"teachers": rows})
         return
-    for row in rows:
-        print_table([{"field": name, "value": value} for name, value in row.items()], ["field", "value"])
-        print()
+    print_table(rows, ["name", "width", "patch", "blocks", "native", "license"])
+    print(
+        "\nwidth: numbers per grid cell. patch, native: pixels. Any other timm encoder works too: timm:NAME"
+    )
+    for license, terms in sorted({(row["license"], row["terms"]) for row in rows if row["terms"]}):
+        print(f"{license}: {terms}")
 
 
 def make_tiny_teacher(

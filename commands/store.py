@@ -78,6 +78,10 @@ def print_description(described: dict[str, Any]) -> None:
     print(f"teacher        {teacher['name']}, {teacher['width']} wide, {teacher['dtype']}")
     print(f"               {teacher['layer']}")
     print(f"               weights {teacher['fingerprint']}")
+    for name, value in teacher["options"].items():
+        print(f"               {name}: {value}")
+    if manifest.get("license"):
+        print(f"license        {manifest['license']}")
     if teacher["random_weights"]:
         print(f"               {RANDOM_WEIGHTS_NOTICE}")
     print(f"preprocessing  {preprocessing['image_size']} px, {preprocessing['resize']}")

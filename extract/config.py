@@ -67,6 +67,9 @@ class ExtractConfig(BaseModel):
     teacher_path: str | None = _teacher(None, "Checkpoint folder, weights file or hub name.")
     image_size: int = _teacher(224, "Side of the square the teacher sees, in pixels.", ge=14, le=4096)
     resize: Literal["squash", "letterbox", "center-crop"] = _teacher("squash", "How an image becomes square.")
+    pool: Literal["mean", "cls", "model"] = _teacher(
+        "mean", "The pooled vector: mean of the patch tokens, class token, or the model's own (timm)."
+    )
     exact_preprocessing: bool = _teacher(
         False, "Bit-equal to the Hugging Face image processor; slower on large JPEG."
     )

@@ -194,6 +194,7 @@ def make_manifest(
         views=config.views,
         images=config.images,
         software=software_versions(),
+        license=teacher.license,
         options=options,
     )
 

@@ -33,7 +33,7 @@ from extract.resume import (
 )
 from extract.sources.base import RemovedFile, Source
 from extract.sources.detect import open_source
-from extract.teachers import Teacher, load_teacher
+from extract.teachers import Teacher, license_notice, load_teacher
 from store import format as names
 from store.create import create_store
 from store.errors import StoreError
@@ -95,9 +95,12 @@ def open_teacher(config: ExtractConfig) -> Teacher:
         dtype=config.dtype,
         image_size=config.image_size,
         resize=config.resize,
+        pool=config.pool,
         compile_tower=config.compile,
     )
     log.info("teacher %s on %s, %s", teacher.spec.name, teacher.device, teacher.spec.dtype)
+    if notice := license_notice(teacher.license):
+        log.warning("%s: weights under %s", teacher.spec.name, notice)
     if teacher.spec.random_weights:
         log.warning("%s", RANDOM_WEIGHTS_NOTICE)
     return teacher

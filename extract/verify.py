@@ -71,6 +71,7 @@ def audit_store(
         dtype=manifest.teacher.dtype,
         image_size=manifest.preprocessing.image_size,
         resize=manifest.preprocessing.resize,
+        pool=manifest.teacher.options.get("pool", "mean"),
     )
     stored, given = manifest.teacher.model_dump(), teacher.spec.model_dump()
     audit.findings += [

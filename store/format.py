@@ -172,6 +172,7 @@ class Manifest(Model):
     views: int = 0
     images: Literal["none", "jpeg", "raw"] = "none"
     software: dict[str, str] = {}
+    license: str | None = None  # of the teacher's published weights; None: not known
     options: dict[str, Any] = {}
     # Filled in by the store.
     splits: dict[str, int] = {}

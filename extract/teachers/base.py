@@ -30,7 +30,7 @@ class CheckpointError(TeacherError):
 class Encoded:
     """The features of a batch; tensors on the teacher's device.
 
-    pooled: float32 [B, D], the mean of the tokens inside the image.
+    pooled: float32 [B, D], the mean of the tokens inside the image, or what `--pool` names.
     grid: float32 [B, h, w, D] in raster order (row by row from the top left).
     """
 
@@ -43,12 +43,14 @@ class Teacher(Protocol):
     """A frozen image encoder.
 
     temporal_patch_size: frames of a clip that it encodes together, as uint8 [B, frames, 3, H, W]; 1: single frames.
+    license: of the published weights, as the hub spells it (`apache-2.0`); None: not known, or random weights.
     """
 
     spec: TeacherSpec
     preprocessing: Preprocessing
     device: torch.device
     temporal_patch_size: int
+    license: str | None
 
     def encode(
         self, images: Sequence[Image] | torch.Tensor, *, inside: torch.Tensor | None = None
@@ -74,9 +76,35 @@ class TeacherEntry(NamedTuple):
     target: str  # "module:function"
     description: str
     width: str
+    patch: str
+    blocks: str
+    native: str
     weights: str
-    licence: str
+    license: str
     how_to_get: str
+
+
+# Licenses of published weights that leave use free. What is not listed here is named before an extraction starts.
+FREE_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
+NON_COMMERCIAL = "no commercial use"
+CONDITIONS = "commercial use is allowed under its conditions"
+LICENSE_TERMS = {
+    "apple-amlr": "Apple Machine Learning Research Model License, research only",
+    "apple-ascl": "Apple Sample Code License",
+    "cc-by-nc-4.0": NON_COMMERCIAL,
+    "dinov3-license": f"DINOv3 License, {CONDITIONS}; Meta's own repositories on the hub need an agreement",
+    "fair-noncommercial-research-license": NON_COMMERCIAL,
+    "nvidia-open-model-license": f"NVIDIA Open Model License, {CONDITIONS}",
+    "qwen-research": f"Qwen Research License, {NON_COMMERCIAL}",
+    "qwen": "Qwen License, commercial use above 100 million monthly users needs an agreement",
+}
+
+
+def license_notice(license: str | None) -> str | None:
+    """One line about weights whose use is not free; None for free licenses and where none is known."""
+    if license is None or license in FREE_LICENSES:
+        return None
+    return f"license {license}: {LICENSE_TERMS.get(license, 'read its terms before you use the features')}"
 
 
 TEACHERS: dict[str, TeacherEntry] = {
@@ -84,6 +112,9 @@ TEACHERS: dict[str, TeacherEntry] = {
         "extract.teachers.qwen_vl:load_qwen_vl",
         "The vision tower of Qwen2.5-VL (any size), loaded alone; its output before the merger",
         "1280",
+        "14",
+        "32",
+        "multiples of 28",
         "--teacher-path: a checkpoint folder or a Hugging Face name",
         "Apache-2.0 (7B, 32B); 3B and 72B: Qwen's own terms",
         "hf download Qwen/Qwen2.5-VL-7B-Instruct --local-dir DIR (only the files with visual.* are needed)",
@@ -91,7 +122,10 @@ TEACHERS: dict[str, TeacherEntry] = {
     "qwen3-vl": TeacherEntry(
         "extract.teachers.qwen_vl:load_qwen_vl",
         "The vision tower of Qwen3-VL (any size), loaded alone; its output before the merger",
-        "1152 (8B and larger), 1024 (2B, 4B)",
+        "1152 or 1024",
+        "16",
+        "27 or 24",
+        "multiples of 32",
         "--teacher-path: a checkpoint folder or a Hugging Face name",
         "Apache-2.0",
         "hf download Qwen/Qwen3-VL-8B-Instruct --local-dir DIR (only the files with visual.* are needed)",
@@ -100,13 +134,19 @@ TEACHERS: dict[str, TeacherEntry] = {
         "extract.teachers.qwen_vl:load_qwen_vl",
         "The vision tower of Qwen3.5 (any size), loaded alone; its output before the merger",
         "1152, 1024 or 768",
+        "16",
+        "27, 24 or 12",
+        "multiples of 32",
         "--teacher-path: a checkpoint folder or a Hugging Face name",
         "Apache-2.0",
         "hf download Qwen/Qwen3.5-9B --local-dir DIR (only the files with visual.* are needed)",
     ),
     "timm:NAME": TeacherEntry(
         "extract.teachers.timm_encoder:load_timm",
-        "Any timm image encoder, e.g. timm:tf_efficientnet_lite2 or timm:vit_base_patch14_dinov2",
+        "Any timm image encoder, e.g. timm:tf_efficientnet_lite2; those below are tested",
+        "the model's",
+        "the model's",
+        "the model's",
         "the model's",
         "--teacher-path FILE, or timm's own from the hub",
         "the model's",
@@ -123,13 +163,15 @@ def load_teacher(
     dtype: str = "auto",
     image_size: int = 224,
     resize: str = "squash",
+    pool: str = "mean",
     **options: Any,
 ) -> Teacher:
     """Load the teacher `name`: `qwen2.5-vl`, `qwen3-vl`, `qwen3.5`, or `timm:NAME` for any timm model.
 
     path: checkpoint folder, weights file or hub name. device: `auto` takes CUDA where there is one.
     dtype: `auto` is bfloat16 on CUDA, float32 elsewhere. image_size: pixels of the square that images become.
-    resize: `squash`, `letterbox` or `center-crop`. options: what the teacher's own loader takes.
+    resize: `squash`, `letterbox` or `center-crop`. pool: what `pooled` is: `mean` of the tokens inside the image, `cls`
+    token, or the `model`'s own pooling. options: what the teacher's own loader takes.
 
     Raises:
         TeacherError: an unknown name or an option the teacher cannot follow.
@@ -148,14 +190,28 @@ def load_teacher(
     module, function = TEACHERS[key].target.split(":")
     loader = getattr(importlib.import_module(module), function)
     teacher: Teacher = loader(
-        path, device=device, dtype=dtype, image_size=image_size, resize=resize, **options
+        path, device=device, dtype=dtype, image_size=image_size, resize=resize, pool=pool, **options
     )
     return teacher
 
 
 def list_teachers() -> list[dict[str, str]]:
-    """One record per teacher for `cli teachers`: name, description, width, weights, licence, how_to_get."""
-    return [
-        {"name": name, **{key: value for key, value in entry._asdict().items() if key != "target"}}
-        for name, entry in TEACHERS.items()
-    ]
+    """One record per teacher for `cli teachers`: the fields of TeacherEntry but `target`, and what the license asks for."""
+    from extract.teachers.timm_rows import TIMM_ROWS
+
+    any_timm = TEACHERS["timm:NAME"]
+    entries = dict(TEACHERS)
+    for row in TIMM_ROWS:
+        entries[f"timm:{row.name}"] = any_timm._replace(
+            description=row.family,
+            width=str(row.width),
+            patch=str(row.patch),
+            blocks=str(row.blocks),
+            native=str(row.native),
+            license=row.license,
+        )
+    records = []
+    for name, entry in entries.items():
+        record = {key: value for key, value in entry._asdict().items() if key != "target"}
+        records.append({"name": name, **record, "terms": LICENSE_TERMS.get(entry.license, "")})
+    return records

@@ -7,7 +7,7 @@ checkpoints). The tower itself runs on `vision_tower.py` and is held to transfor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,7 @@ class Family:
     model_types: of config.json. tower: the parts, and the values that config.json may leave out. keys: those of
     `vision_config` that describe the tower. mean, std, max_pixels: preprocessor_config.json of the published
     checkpoints; used when the folder has none. model: transformers' name of the whole model, without its ending.
+    licenses: of the published checkpoints by the width of their language model; None: of all others.
     """
 
     title: str
@@ -82,6 +83,7 @@ class Family:
     std: tuple[float, ...]
     max_pixels: int
     model: str
+    licenses: Mapping[int | None, str]
 
 
 QWEN3_TOWER = TowerConfig(
@@ -108,6 +110,12 @@ FAMILIES = {
         std=(0.26862954, 0.26130258, 0.27577711),
         max_pixels=28 * 28 * 16384,
         model="Qwen2_5_VL",
+        licenses={
+            2048: "qwen-research",
+            3584: "apache-2.0",
+            5120: "apache-2.0",
+            8192: "qwen",
+        },  # 3B, 7B, 32B, 72B
     ),
     "qwen3-vl": Family(
         title="Qwen3-VL",
@@ -119,6 +127,7 @@ FAMILIES = {
         std=(0.5, 0.5, 0.5),
         max_pixels=4096 * 4096,
         model="Qwen3VL",
+        licenses={None: "apache-2.0"},
     ),
     "qwen3.5": Family(
         title="Qwen3.5",
@@ -130,6 +139,7 @@ FAMILIES = {
         std=(0.5, 0.5, 0.5),
         max_pixels=4096 * 4096,
         model="Qwen3_5",
+        licenses={None: "apache-2.0"},
     ),
 }
 
@@ -144,6 +154,7 @@ class QwenVLTeacher:
         preprocessing: Preprocessing,
         *,
         max_pixels: int,
+        license: str | None = None,
         compiled: CompiledBlocks | None = None,
     ) -> None:
         weight = tower.patch_embed.proj.weight
@@ -152,7 +163,7 @@ class QwenVLTeacher:
         self.temporal_patch_size = tower.config.temporal_patch_size
         self.mean = 255 * torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
         self.std = 255 * torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
-        self.compiled = compiled
+        self.license, self.compiled = license, compiled
         self.layouts: dict[tuple[int, int], GridLayout] = {}
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
@@ -217,6 +228,7 @@ def load_qwen_vl(
     dtype: str | torch.dtype = "auto",
     image_size: int = 224,
     resize: str = "squash",
+    pool: str = "mean",
     compile_tower: bool | None = None,
     pad_mlp: bool | None = None,
 ) -> QwenVLTeacher:
@@ -233,6 +245,10 @@ def load_qwen_vl(
         raise TeacherError(
             f"teacher {family} needs --teacher-path: a checkpoint folder or a name like {FAMILIES[family].example} "
             f"(`cli make-tiny-teacher DIR --family {family}` makes a small random one to try things with)"
+        )
+    if pool != "mean":
+        raise TeacherError(
+            f"--pool {pool}: {family} has no class token and no pooling of its own, use --pool mean"
         )
     picked = pick_device(device)
     compute = pick_dtype(dtype, picked)
@@ -275,6 +291,7 @@ def load_qwen_vl(
         tower,
         spec,
         preprocessing,
+        license=None if spec.random_weights else published_license(folder, family),
         max_pixels=processor_cap(processor) or FAMILIES[family].max_pixels,
         compiled=CompiledBlocks(tower.blocks)
         if (on_cuda if compile_tower is None else compile_tower)
@@ -319,6 +336,14 @@ def read_tower_config(folder: Path, family: str) -> TowerConfig:
             f"{file}: vision_config {values} is not a {expected.title} tower that this version can run"
         )
     return tower
+
+
+def published_license(folder: Path, family: str) -> str | None:
+    """The license of the published checkpoint of this size; sizes of Qwen2.5-VL differ, told apart by their text width."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    width = (text if isinstance(text, dict) else config).get("hidden_size")
+    return FAMILIES[family].licenses.get(width, FAMILIES[family].licenses.get(None))
 
 
 def another_family(model_type: object, expected: Family) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from store.format import Preprocessing, TeacherSpec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+POOLINGS = ("mean", "cls", "model")
 # Where checkpoints of the usual training scripts keep the state dict.
 STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 
@@ -38,10 +40,12 @@ class TimmTeacher:
         spec: TeacherSpec,
         preprocessing: Preprocessing,
         *,
+        pool: str = "mean",
+        license: str | None = None,
         compiled: CompiledModel | None = None,
     ) -> None:
         weight = next(model.parameters())
-        self.compiled = compiled
+        self.pool, self.license, self.compiled = pool, license, compiled
         self.model, self.spec, self.preprocessing = model, spec, preprocessing
         self.device, self.dtype = weight.device, weight.dtype
         self.temporal_patch_size = 1
@@ -57,8 +61,7 @@ class TimmTeacher:
         """
         if (height, width) not in self.grid_sizes:
             black = torch.zeros(1, 3, height, width, dtype=torch.uint8)
-            with torch.inference_mode():
-                self.grid_sizes[height, width] = tuple(self.encode_grid(black).shape[1:3])  # type: ignore[assignment]
+            self.grid_sizes[height, width] = tuple(self.encode(black).grid.shape[1:3])  # type: ignore[assignment]
         return self.grid_sizes[height, width]
 
     @torch.inference_mode()
@@ -67,16 +70,26 @@ class TimmTeacher:
         pixels, inside = as_pixels(images, inside, self)
         if pixels.dim() == 5:
             raise TeacherError(f"{self.spec.name} takes single frames [B, 3, H, W], got {list(pixels.shape)}")
-        grid = self.encode_grid(pixels)
-        return Encoded(pooled_mean(grid, inside), grid)
+        features = self.features(pixels)
+        grid = as_grid(features, self.spec.width, self.model, pixels.shape[-2:]).float()
+        return Encoded(self.pooled(features, grid, inside), grid)
 
-    def encode_grid(self, pixels: Tensor) -> Tensor:
-        """Features float32 [B, h, w, D] of uint8 pixels [B, 3, H, W]."""
+    def pooled(self, features: Tensor, grid: Tensor, inside: Tensor | None) -> Tensor:
+        """float32 [B, D] by the teacher's pooling; `inside` counts for the mean only."""
+        if self.pool == "cls":
+            return features[:, 0].float()
+        if self.pool == "model":
+            return self.model.forward_head(features, pre_logits=True).float()  # type: ignore[operator,no-any-return]
+        return pooled_mean(grid, inside)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the model's `forward_features` gives for uint8 pixels [B, 3, H, W]."""
+        check_multiple(self.spec.name, self.model, pixels.shape[-2:])
         values = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
         # Convolutions run a quarter faster so; and one layout whatever the caller's gives one result to the last bit.
         values = values.contiguous(memory_format=torch.channels_last)
         try:
-            features = self.forward_features(values)
+            return self.forward_features(values)
         except (AssertionError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -86,7 +99,6 @@ class TimmTeacher:
             raise TeacherError(
                 f"{self.spec.name} cannot encode {size} pixels ({one_line(error)}): another --image-size?"
             ) from error
-        return as_grid(features, self.spec.width, self.model, pixels.shape[-2:]).float()
 
     def forward_features(self, values: Tensor) -> Tensor:
         """The model's features; through the compiled model while the compiler works."""
@@ -99,12 +111,28 @@ class TimmTeacher:
         return self.model.forward_features(values)  # type: ignore[operator,no-any-return]
 
 
+def check_multiple(name: str, model: nn.Module, size: Sequence[int]) -> None:
+    """Raises TeacherError for a size whose last rows or columns a patch embedding would silently leave out."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if not isinstance(patch, tuple) or not (size[0] % patch[0] or size[1] % patch[1]):
+        return
+    near = [max(1, round(side / unit)) * unit for side, unit in zip(size, patch, strict=True)]
+    raise TeacherError(
+        f"image size {size[1]}×{size[0]}: the patches of {name} have {patch[1]}×{patch[0]} pixels, both sides must be "
+        f"multiples of them, e.g. {near[1]}×{near[0]}"
+    )
+
+
 def as_grid(features: Tensor, width: int, model: nn.Module, size: Sequence[int]) -> Tensor:
     """What a timm model's `forward_features` gives, as [B, h, w, D]: maps of either layout, or tokens.
 
     Raises:
         TeacherError: when the tokens do not form the grid of the model's patch embedding.
     """
+    if not isinstance(features, Tensor):
+        raise TeacherError(
+            f"{type(model).__name__} gives {type(features).__name__}, which is no grid: choose another timm model"
+        )
     if features.dim() == 4:
         return features.permute(0, 2, 3, 1) if features.shape[1] == width else features
     embed = getattr(model, "patch_embed", None)
@@ -113,12 +141,17 @@ def as_grid(features: Tensor, width: int, model: nn.Module, size: Sequence[int])
         and embed is not None
         and (hasattr(embed, "dynamic_feat_size") or hasattr(embed, "grid_size"))
     ):
-        tokens = features[:, int(getattr(model, "num_prefix_tokens", 0)) :]
+        prefix = int(getattr(model, "num_prefix_tokens", 0))
+        tokens = features[:, prefix:]
         h, w = (
             embed.dynamic_feat_size(tuple(size)) if hasattr(embed, "dynamic_feat_size") else embed.grid_size
         )
         if h * w == tokens.shape[1]:
             return tokens.reshape(features.shape[0], h, w, features.shape[-1])
+        raise TeacherError(
+            f"{type(model).__name__} gives {features.shape[1]} tokens: expected {prefix} prefix tokens and a grid of "
+            f"{h}×{w}, {prefix + h * w} in all; choose another timm model"
+        )
     raise TeacherError(
         f"{type(model).__name__} gives features {list(features.shape)}, which are no grid: choose another timm model"
     )
@@ -132,6 +165,7 @@ def load_timm(
     dtype: str | torch.dtype = "auto",
     image_size: int = 224,
     resize: str = "squash",
+    pool: str = "mean",
     random_weights: bool = False,
     compile_tower: bool | None = None,
 ) -> TimmTeacher:
@@ -145,6 +179,8 @@ def load_timm(
     """
     from timm.data import resolve_model_data_config
 
+    if pool not in POOLINGS:
+        raise TeacherError(f"unknown pooling {pool!r}: expected {', '.join(POOLINGS)}")
     picked = pick_device(device)
     compute = pick_dtype(dtype, picked)
     model = build(model_name, image_size, pretrained=path is None and not random_weights)
@@ -160,6 +196,7 @@ def load_timm(
         width=width,
         dtype=str(compute).removeprefix("torch."),
         random_weights=random_weights,
+        options={} if pool == "mean" else {"pool": pool},
     )
     preprocessing = Preprocessing(
         image_size=image_size,
@@ -169,10 +206,28 @@ def load_timm(
         std=tuple(data["std"]),
     )
     model = model.requires_grad_(False).eval().to(picked, compute).to(memory_format=torch.channels_last)
-    teacher = TimmTeacher(model, spec, preprocessing)
-    teacher.grid_size(image_size, image_size)  # one image: not a shape to compile for
+    license = None if random_weights else getattr(model, "pretrained_cfg", {}).get("license")
+    teacher = TimmTeacher(model, spec, preprocessing, pool=pool, license=license)
+    check_pooling(teacher, image_size)  # one image: not a shape to compile for
     teacher.compiled = CompiledModel(model.forward_features) if compile_tower else None  # type: ignore[arg-type]
     return teacher
+
+
+def check_pooling(teacher: TimmTeacher, image_size: int) -> None:
+    """Raises TeacherError when the model does not take the size, or lacks the pooling asked for."""
+    model, name = teacher.model, teacher.spec.name
+    if teacher.pool == "cls" and (
+        getattr(model, "cls_token", None) is None or not getattr(model, "num_prefix_tokens", 0)
+    ):
+        raise TeacherError(f"--pool cls: {name} has no class token, use --pool mean or model")
+    teacher.grid_size(image_size, image_size)
+    black = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+    pooled = teacher.encode(black).pooled
+    if pooled.shape != (1, teacher.spec.width):
+        raise TeacherError(
+            f"--pool {teacher.pool}: the model's own pooling gives {list(pooled.shape[1:])} numbers an image, the grid of "
+            f"{name} has {teacher.spec.width}: use --pool mean"
+        )
 
 
 def build(model_name: str, image_size: int, *, pretrained: bool) -> nn.Module:
@@ -225,6 +280,7 @@ def load_weights(model: nn.Module, file: Path, model_name: str) -> None:
     state = read_state_dict(file)
     expected = model.state_dict()
     state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = in_timms_form(state, model, expected)
     if not set(state) & set(expected) and [v.shape for v in state.values()] == [
         v.shape for v in expected.values()
     ]:
@@ -244,6 +300,24 @@ def load_weights(model: nn.Module, file: Path, model_name: str) -> None:
     fitting = {name: value for name, value in state.items() if name in expected}
     fitting = {name: value for name, value in fitting.items() if value.shape == expected[name].shape}
     model.load_state_dict(fitting, strict=False)
+
+
+def in_timms_form(
+    state: dict[str, Tensor], model: nn.Module, expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state as timm itself would load it: names of the original release translated, positions resampled to the size.
+
+    A state that fits as it is stays so. timm keeps the translation beside each architecture.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or all(
+        name in state and state[name].shape == value.shape for name, value in expected.items()
+    ):
+        return state
+    try:
+        return dict(convert(dict(state), model))
+    except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError):
+        return state  # of another model: what does not fit is named from the file's own names
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ class TestStore:
         extract(extract_options)
         store = open_store(extract_options["out"])
         assert store.manifest.class_names == tuple("0123456789")
+        assert store.manifest.license == "apache-2.0"
         for split in store.splits:
             part = store[split]
             labels, sizes, content = (part.read(n) for n in ("targets/label", "sizes", "content"))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from extract.teachers import Teacher, TeacherError, list_teachers, load_teacher
 from extract.teachers.base import TEACHERS as REGISTRY
+from extract.teachers.timm_rows import TIMM_ROWS
 from imaging.geometry import resize_view
 from store.format import RANDOM_WEIGHTS_NOTICE
 
@@ -211,9 +212,10 @@ def test_wrong_input_is_named(teacher: Teacher, images: Any, problem: str) -> No
 
 def test_the_table_lists_every_teacher_with_what_a_user_needs() -> None:
     rows = list_teachers()
-    assert [row["name"] for row in rows] == list(REGISTRY)
+    assert [row["name"] for row in rows][: len(REGISTRY)] == list(REGISTRY)
+    assert {row.name for row in TIMM_ROWS} == {row["name"].removeprefix("timm:") for row in rows[len(REGISTRY) :]}
     for row in rows:
-        assert all(row[key] for key in ("description", "width", "weights", "licence", "how_to_get"))
+        assert all(row[key] for key in ("description", "width", "weights", "license", "how_to_get"))
 
 
 @pytest.mark.parametrize(
