@@ -173,11 +173,31 @@ def probe(
         print(f"{store}: {result['array']} written")
 
 
-def teachers(json: AsJson = False) -> None:
+def teachers(
+    check: Annotated[
+        str | None,
+        typer.Option(
+            help="Load this checkpoint twice, here and by transformers or timm, and compare.", metavar="PATH"
+        ),
+    ] = None,
+    teacher: Annotated[str, typer.Option(help="What the checkpoint is.")] = "qwen2.5-vl",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images for --check.", metavar="FOLDER")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many of them.", min=1)] = 8,
+    image_size: Annotated[int, typer.Option(help="Side of the square the teacher sees.", min=14)] = 224,
+    device: Annotated[str, typer.Option(help="Device for --check.")] = "auto",
+    json: AsJson = False,
+) -> None:
     """cli teachers
 
     List the teachers: width, patch, blocks, native size and license. --json adds how to get the weights.
+
+    cli teachers --check Qwen3-VL-8B-Instruct --teacher qwen3-vl --images photos
     """
+    if check is not None:
+        check_checkpoint(check, teacher, images, samples, image_size, device, json)
+        return
     from extract.teachers import list_teachers
 
     rows = list_teachers()
@@ -190,6 +210,40 @@ def teachers(json: AsJson = False) -> None:
     )
     for license, terms in sorted({(row["license"], row["terms"]) for row in rows if row["terms"]}):
         print(f"{license}: {terms}")
+
+
+def check_checkpoint(
+    path: str,
+    teacher: str,
+    images: Path | None,
+    samples: int,
+    image_size: int,
+    device: str,
+    json: bool,
+) -> None:
+    """Print how far our features are from the library's own. Raises TeacherError when they are not the same."""
+    from dataclasses import asdict
+
+    from extract.teachers import TeacherError
+    from extract.teachers.parity import SAME_COSINE, check_teacher
+
+    if images is None:
+        raise TeacherError("--check needs --images FOLDER: a folder with a few of your images")
+    found = check_teacher(teacher, path, images, image_size=image_size, device=device, count=samples)
+    if json:
+        print_json({**asdict(found), "same": found.same})
+    else:
+        print(f"{path} as {teacher}, weights {found.fingerprint}, against {found.reference}")
+        print(
+            f"images               {found.images} at {found.image_size} pixels, {found.tokens:,} tokens, float32"
+        )
+        print(f"largest difference   {found.max_difference:.2e} (largest feature {found.largest_value:.4g})")
+        print(f"cosine of a token    mean {found.mean_cosine:.8f}, lowest {found.min_cosine:.8f}")
+    if not found.same:
+        raise TeacherError(
+            f"{path}: the features differ from those of {found.reference}: lowest cosine {found.min_cosine:.6f} in "
+            f"{found.worst_image}, expected {SAME_COSINE} at least; please report it with the checkpoint's name"
+        )
 
 
 def make_tiny_teacher(

@@ -7,7 +7,7 @@ checkpoints). The tower itself runs on `vision_tower.py` and is held to transfor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -422,6 +422,81 @@ def save_random_checkpoint(
     processor.save_pretrained(folder)
     record = {"random_weights": True, "seed": seed, "depth": vision["depth"], "notice": RANDOM_WEIGHTS_NOTICE}
     (folder / RANDOM_WEIGHTS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def transformers_encoder(path: str, teacher: QwenVLTeacher) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """transformers' own tower of the checkpoint at `path` in float32: its name, and a function from uint8 [1, 3, H, W]
+    to features [1, h, w, D] in raster order.
+
+    Raises:
+        CheckpointError: when transformers does not load it.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    kind, config = FAMILIES[teacher.spec.name], teacher.tower.config
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    verbosity = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would list the language model's tensors
+    folder = checkpoint_folder(path, TENSOR_PREFIXES)
+    try:
+        whole = transformers.AutoConfig.from_pretrained(folder)
+        tower_class = type(transformers.AutoModel.from_config(shallow(whole.vision_config)))
+        tower, report = tower_class.from_pretrained(
+            folder,
+            config=whole.vision_config,
+            dtype=torch.float32,
+            key_mapping={r"^(model\.)?visual\.": ""},
+            output_loading_info=True,
+        )
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    except Exception as error:  # OS, safetensors, JSON and configuration errors alike
+        raise CheckpointError(
+            f"--check {path}: transformers {transformers.__version__} does not load its vision tower "
+            f"({one_line(error)}): it needs all files of the checkpoint; download it completely"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)  # type: ignore[no-untyped-call]
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise CheckpointError(
+            f"--check {path}: transformers finds no {sorted(report['missing_keys'])[:1]} in it: is it a {kind.title} "
+            "checkpoint?"
+        )
+    tower = tower.eval().requires_grad_(False).to(teacher.device)
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> Tensor:
+        values = processor(images=list(pixels.cpu()), do_resize=False, return_tensors="pt")
+        grids = values["image_grid_thw"].to(teacher.device)
+        out = tower(values["pixel_values"].to(teacher.device), grid_thw=grids)
+        h, w = teacher.grid_size(*pixels.shape[-2:])
+        side = config.window_patches or max(h, w)
+        places = torch.tensor(
+            [
+                row * w + column
+                for window_row in range(0, h, side)
+                for window_column in range(0, w, side)
+                for block_row in range(window_row, min(window_row + side, h), 2)
+                for block_column in range(window_column, min(window_column + side, w), 2)
+                for row in (block_row, block_row + 1)
+                for column in (block_column, block_column + 1)
+            ],
+            device=teacher.device,
+        )
+        grid = torch.empty_like(out.last_hidden_state)
+        grid[places] = out.last_hidden_state
+        return grid.view(1, h, w, -1)
+
+    return f"transformers {transformers.__version__}", encode
+
+
+def shallow(vision_config: Any) -> Any:
+    """The configuration with one block: to ask transformers for its class without building the tower twice."""
+    from copy import deepcopy
+
+    config = deepcopy(vision_config)
+    config.depth = 1
+    return config
 
 
 def load_zero_shot(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,34 @@ def load_timm(
     return teacher
 
 
+def timm_encoder(path: str | Path | None, teacher: TimmTeacher) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """timm's own model with weights that timm itself loads, in float32: its name and version, and a function from uint8
+    [1, 3, H, W] to features [1, h, w, D] by `forward_intermediates`.
+
+    Raises:
+        CheckpointError: when timm does not load the file.
+    """
+    import timm
+    from timm.data import resolve_model_data_config
+
+    name = teacher.spec.name.removeprefix("timm:")
+    options: dict[str, Any] = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
+    model = build(name, teacher.preprocessing.image_size, pretrained=True, **options)
+    model = model.requires_grad_(False).eval().to(teacher.device)
+    data = resolve_model_data_config(model)
+    mean, std = (torch.tensor(data[key], device=teacher.device).view(3, 1, 1) for key in ("mean", "std"))
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> Tensor:
+        values = (pixels.to(teacher.device) / 255 - mean) / std
+        final, grids = model.forward_intermediates(values, norm=True, output_fmt="NCHW")  # type: ignore[operator]
+        # Convolutions and SAM have a norm or neck after the last block, which `final` has passed.
+        grid = final if final.dim() == 4 and final.shape[1] == teacher.spec.width else grids[-1]
+        return grid.permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+
+    return f"timm {timm.__version__}", encode
+
+
 def check_pooling(teacher: TimmTeacher, image_size: int) -> None:
     """Raises TeacherError when the model does not take the size, or lacks the pooling asked for."""
     model, name = teacher.model, teacher.spec.name
@@ -230,8 +258,8 @@ def check_pooling(teacher: TimmTeacher, image_size: int) -> None:
         )
 
 
-def build(model_name: str, image_size: int, *, pretrained: bool) -> nn.Module:
-    """The timm model, for this image size where its architecture depends on it (ViTs).
+def build(model_name: str, image_size: int, *, pretrained: bool, **options: Any) -> nn.Module:
+    """The timm model, for this image size where its architecture depends on it (ViTs). options: of `timm.create_model`.
 
     Raises:
         TeacherError: no such model. CheckpointError: timm's weights are out of reach.
@@ -246,10 +274,10 @@ def build(model_name: str, image_size: int, *, pretrained: bool) -> nn.Module:
         raise TeacherError(f"timm has no model {model_name!r}: {hint}")
     # Convolutional models have no img_size; their factories refuse it with a TypeError.
     choices: tuple[dict[str, Any], ...] = ({"img_size": image_size}, {})
-    for options in choices:
+    for size in choices:
         try:
             with hub_client() if pretrained else nullcontext():
-                model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **options)
+                model: nn.Module = timm.create_model(model_name, pretrained=pretrained, **size, **options)
             return model
         except TypeError as error:
             if "img_size" not in str(error):

@@ -213,7 +213,9 @@ def test_wrong_input_is_named(teacher: Teacher, images: Any, problem: str) -> No
 def test_the_table_lists_every_teacher_with_what_a_user_needs() -> None:
     rows = list_teachers()
     assert [row["name"] for row in rows][: len(REGISTRY)] == list(REGISTRY)
-    assert {row.name for row in TIMM_ROWS} == {row["name"].removeprefix("timm:") for row in rows[len(REGISTRY) :]}
+    assert {row.name for row in TIMM_ROWS} == {
+        row["name"].removeprefix("timm:") for row in rows[len(REGISTRY) :]
+    }
     for row in rows:
         assert all(row[key] for key in ("description", "width", "weights", "license", "how_to_get"))
 
