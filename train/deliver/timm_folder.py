@@ -20,7 +20,8 @@ from files.writing import check_replaceable, publish, writing
 from train.deliver.model import ModelCard, class_name
 from train.errors import DeliveryError
 from train.students.base import Student
-from train.students.timm_student import ARCHITECTURES, TimmStudent, image_size_settings
+from train.students.families import FAMILIES
+from train.students.timm_student import TimmStudent, image_size_settings
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 #: Our resize policies as timm names them; with `crop_pct` 1 nothing else is cut off.
@@ -43,7 +44,7 @@ def write_timm_folder(
 ) -> NDArray[np.float32]:
     """Write the three files into `folder` and return the logits [B, C] of timm's own model on `inputs`."""
     model = copy.deepcopy(check_timm_student(student).model)
-    architecture = ARCHITECTURES.get(student.spec.size, student.spec.size).split(".")[0]
+    architecture = FAMILIES[student.spec.type].sizes.get(student.spec.size, student.spec.size).split(".")[0]
     side = card.image_size
     model.pretrained_cfg = {
         "architecture": architecture,
