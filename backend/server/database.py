@@ -194,7 +194,11 @@ def open_database(url: str) -> sa.Engine:
     """
     with database_errors(url):
         engine = create_engine(url)
-        migrate(engine)
+        try:
+            migrate(engine)
+        except BaseException:
+            engine.dispose()
+            raise
         return engine
 
 

@@ -15,7 +15,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from backend.server.database import TaskState
 from backend.server.errors import NotFoundError
-from backend.server.events import Change, Subscription
+from backend.server.events import Change
 from backend.server.logs import CHUNK, LOG_FILE, find_file, follow, list_files, read_tail
 from backend.server.schemas import (
     TASK_ID,
@@ -52,6 +52,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         404: "There is no such task or file.",
         409: "The state of the task does not allow it.",
         413: "The request is too large.",
+        "default": "Any other error.",
     }.items()
 }
 
@@ -313,24 +314,21 @@ def follow_changes(tasks: Tasks, task_id: str | None) -> StreamingResponse:
         with tasks.changes(task_id) as subscription:
             for view in await asyncio.to_thread(standing, tasks, task_id):
                 yield event("task", view.model_dump_json(by_alias=True))
-            async for text in change_events(subscription):
-                yield text
+            while True:
+                try:
+                    change = await subscription.next(KEEP_ALIVE_S)
+                except StopAsyncIteration:  # the server is closing
+                    return
+                # A comment now and then shows a client that is gone.
+                yield ": waiting\n\n" if change is None else change_event(change)
+                if change is not None and change.task_id == task_id and change.task is None:
+                    return
 
     return event_stream(stream())
 
 
 def standing(tasks: Tasks, task_id: str | None) -> list[TaskView]:
     return list(tasks.read_all()) if task_id is None else [tasks.read(task_id)]
-
-
-async def change_events(subscription: Subscription) -> AsyncIterator[str]:
-    """The subscription's changes as events, and a comment now and then, which shows a client that is gone."""
-    while True:
-        try:
-            change = await subscription.next(KEEP_ALIVE_S)
-        except StopAsyncIteration:
-            return
-        yield ": waiting\n\n" if change is None else change_event(change)
 
 
 def change_event(change: Change) -> str:

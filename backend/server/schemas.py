@@ -31,9 +31,11 @@ def plain(text: str) -> str:
     return text
 
 
-def printable_json(text: str) -> str:
-    """JSON text, with what a database does not take escaped; it stays the same document."""
-    return text.replace("\0", "\\u0000").encode("utf-8", "backslashreplace").decode("utf-8")
+def printable_json(value: Any) -> Any:
+    """JSON text, with what a database does not take (NUL, lone surrogates) escaped; it stays the same document."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("\0", "\\u0000").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def config_object(value: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +217,7 @@ class EvaluationResult(Model):
     eval_dataset_name: Name | None = None
     eval_sample_count: Count | None = None
     detailed_results: (
-        Annotated[str, Field(max_length=LONGEST_DETAILS), AfterValidator(printable_json)] | None
+        Annotated[str, Field(max_length=LONGEST_DETAILS), BeforeValidator(printable_json)] | None
     ) = None
 
 

@@ -435,8 +435,8 @@ class Tasks:
         """A transaction on one task, published when it succeeds. Raises NotFoundError."""
         with self.writing() as session:
             task = find_task(session, task_id)
-            yield session, task
             task.updated_at = utc_now()
+            yield session, task
             session.flush()
             self.publish(session, task)
 
