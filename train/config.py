@@ -186,7 +186,7 @@ class TrainConfig(BaseModel):
     )
 
     distillation_type: Literal["feature", "logit", "hybrid", "none"] | None = _distillation(
-        None, "Default: hybrid for classification, feature for the other tasks."
+        None, "Default: hybrid for classes and masks, feature for boxes."
     )
     hard_label_weight: float = _distillation(0.5, "Weight of the task loss.", ge=0)
     soft_label_weight: float = _distillation(0.5, "Weight of the distillation loss.", ge=0)
@@ -201,9 +201,14 @@ class TrainConfig(BaseModel):
         "auto", "Which stored features are learned; auto: all that the student can match."
     )
     distill_loss_type: Literal["kl_div"] = _distillation("kl_div", "Logit term.", needs="logits")
-    temperature: float = _distillation(4.0, "Of the logit term.", gt=0, needs="logits", not_for=_NO_LOGITS)
+    temperature: float = _distillation(
+        4.0, "Of the logit term for classes.", gt=0, needs="logits", not_for=_NO_LOGITS
+    )
     teacher_logits: str = _distillation(
-        "auto", "Name of the stored logits, e.g. probe.", needs="logits", not_for=_NO_LOGITS
+        "auto",
+        "Name of the stored logits or soft class maps, e.g. probe.",
+        needs="logits",
+        not_for=_NO_LOGITS,
     )
     align_feature: bool = _distillation(True, "Map the student's features into the teacher's space.")
     align_head: Literal["linear", "mlp"] = _distillation("linear", "Form of the alignment head.")

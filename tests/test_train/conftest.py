@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from store.format import (
     feature_arrays,
     image_arrays,
     logits_array,
+    map_array,
     target_arrays,
 )
 from store.keys import Plan
@@ -103,7 +104,10 @@ def make_rows(
         if settings["labels"]:
             put("targets/label", -1 if number in settings["unlabelled"] else label)
         if settings["masks"]:
-            put("targets/mask/values", np.frombuffer(png_bytes(mask), np.uint8))
+            data_of_mask = b"" if key in settings["unmasked"] else png_bytes(mask)
+            put("targets/mask/values", np.frombuffer(data_of_mask, np.uint8))
+        if settings["maps"]:
+            put("maps/probe", map_of(mask, 8))
         if settings["logits"]:
             put("logits/probe", 3.0 * np.eye(len(CLASSES))[label] + rng.normal(scale=0.3, size=len(CLASSES)))
         if settings["images"] == "jpeg":
@@ -115,12 +119,20 @@ def make_rows(
             (root / key).write_bytes(data)
     ragged = ("targets/mask/values", "images/encoded/values")
     types = {"targets/label": np.int32, "sizes": np.int32, "images/raw": np.uint8, "content": np.uint8}
+    types["maps/probe"] = np.uint8
     return {
         name: values
         if name in ragged
         else np.asarray(values, types.get(name, np.float16 if "logits" in name else None))
         for name, values in rows.items()
     }
+
+
+def map_of(mask: np.ndarray, side: int) -> np.ndarray:
+    """The soft class map of an exact teacher: uint8 [side, side, 1 + classes], as `store.format.MAP_STEPS` says."""
+    cells = mask.reshape(side, mask.shape[0] // side, side, -1)
+    shares = np.stack([(cells == number).mean(axis=(1, 3)) for number in range(1 + len(CLASSES))], axis=-1)
+    return np.clip(np.round(-16 * np.log(np.maximum(shares, 1e-9))), 0, 255)
 
 
 def put_views(
@@ -149,6 +161,8 @@ def make_store(tmp_path: Path) -> MakeStore:
         grid: int = 4,
         labels: bool = True,
         masks: bool = False,
+        maps: bool = False,
+        unmasked: Collection[str] = (),
         logits: bool = False,
         images: str = "jpeg",
         one_class: bool | None = None,
@@ -165,6 +179,7 @@ def make_store(tmp_path: Path) -> MakeStore:
             label=labels, mask=masks
         )
         arrays += image_arrays(images, side) + ([logits_array("probe", len(CLASSES))] if logits else [])
+        arrays += [map_array("probe", 8, 1 + len(CLASSES))] if maps else []
         manifest = Manifest(
             teacher=TeacherSpec(
                 name="synthetic",

@@ -18,6 +18,7 @@ from files.names import path_on_disk
 from files.reading import read_regular
 from imaging.decode import MOST_PIXELS, ImageError, decode
 from imaging.geometry import View, resize_view
+from imaging.masks import IGNORE
 from store.errors import DistillError
 from store.format import CONTENT, IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, VIEWS_GEOMETRY, Preprocessing
 from store.reader import Split
@@ -133,11 +134,11 @@ class ImageReader:
             )
         return data
 
-    def read_mask(self, row: int) -> Image.Image:
-        """The class mask of a row, one gray value per class (255: ignored)."""
+    def read_mask(self, row: int) -> Image.Image | None:
+        """The class mask of a row, one gray value per class (255: ignored); None for a row without a mask."""
         data = bytes(self.split.ragged(np.array([row]), MASK)[0])
         if not data:
-            raise DataError(f"mask of {self.key(row)}: the store holds none for this sample")
+            return None
         image = Image.open(io.BytesIO(data))
         # A palette's indices are the classes; converting to gray would replace them by luminances.
         return Image.fromarray(np.asarray(image)) if image.mode == "P" else image.convert("L")
@@ -202,7 +203,13 @@ class ImageViews(Views):
             "recorded": recorded,
         }
         if settings.masks:
-            sample["mask"] = render_mask(reader.read_mask(item.row), view, settings.image_size)
+            mask = reader.read_mask(item.row)
+            # A row without a mask is no background: nothing of it is labeled.
+            sample["mask"] = (
+                np.full((settings.image_size,) * 2, IGNORE, np.uint8)
+                if mask is None
+                else render_mask(mask, view, settings.image_size)
+            )
         return sample
 
     def recorded_view(self, row: int, index: int) -> View:

@@ -23,6 +23,7 @@ from store.summary import (
     absent_warnings,
     class_warnings,
     count_measured,
+    labeled_rows,
     size_warnings,
     split_warnings,
 )
@@ -115,6 +116,8 @@ def resolve_data(config: TrainConfig, store: Store, task: str) -> TrainingData:
     num_classes = 0 if task == "features" else resolve_classes(config, store, train_labels, notes)
     if task in CLASS_TASKS:
         check_labels(config, train_labels, val_labels, train_rows, val_rows, notes)
+    if task == "segmentation":
+        check_masks(config, train, val, train_rows, val_rows, notes)
     return TrainingData(
         task=task,
         num_classes=num_classes,
@@ -206,6 +209,27 @@ def check_labels(
     if missing := int((present < 0).sum()):
         notes.append(
             f"{missing} samples of {config.train_split} have no label: they are learned from the teacher alone"
+        )
+
+
+def check_masks(
+    config: TrainConfig,
+    train: Split,
+    val: Split,
+    train_rows: NDArray[np.int64],
+    val_rows: NDArray[np.int64],
+    notes: list[str],
+) -> None:
+    """Raises TrainError when no row has a mask; a note counts the rows without one."""
+    for name, split, rows in (
+        (config.train_split, train, train_rows),
+        (config.val_split, val, val_rows),
+    ):
+        if not labeled_rows(split, "mask")[rows].any():
+            raise TrainError(f"{config.store}: split {name} has no masks: {LABEL_FREE}")
+    if missing := int((~labeled_rows(train, "mask")[train_rows]).sum()):
+        notes.append(
+            f"{missing} samples of {config.train_split} have no mask: they are learned from the teacher alone"
         )
 
 

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from store.format import FRAMES, GRID, POOLED, VIEWS_GRID, VIEWS_POOLED
+from store.format import FRAMES, GRID, LOGITS, MAP_STEPS, MAPS, POOLED, VIEWS_GRID, VIEWS_POOLED
 from store.reader import Split
 from train.data.batches import Batch
-from train.distill.losses import feature_loss, logit_loss, relational_loss
+from train.distill.losses import confidence, feature_loss, logit_loss, map_loss, relational_loss
 from train.distill.mixing import Mixing, mix
 from train.distill.projector import DistilledOutput, TargetStandardizer
 from train.distill.transport import (
@@ -40,6 +40,8 @@ from train.tasks.base import Task
 CELLS_OF_A_MEAN = (4, 4)
 #: What the names of the student's further maps begin with, in counts and transport weights.
 LEVEL = "level"
+#: The same for soft class maps.
+MAP = "map"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class DistillationPlan:
 
     `pooled`, `cells`: which features are compared; `grid`: targets are computed from a stored grid, so that they follow
     the view; `recorded`: recorded views are replayed; `frames`: the samples are clips; `logits`: name of the stored
-    logits, or None.
+    logits, or None; `maps`: name of the stored soft class maps, or None.
     """
 
     pooled: bool = False
@@ -57,6 +59,7 @@ class DistillationPlan:
     recorded: bool = False
     frames: bool = False
     logits: str | None = None
+    maps: str | None = None
 
     @property
     def features(self) -> bool:
@@ -64,7 +67,7 @@ class DistillationPlan:
 
     @property
     def anything(self) -> bool:
-        return self.features or self.logits is not None
+        return self.features or self.logits is not None or self.maps is not None
 
     @property
     def carries_grids(self) -> bool:
@@ -84,21 +87,28 @@ class DistillationPlan:
         """Names of the stored arrays that each batch needs."""
         names = [self.grid_array] if self.features and self.grid else []
         names += [self.pooled_array] if self.pooled and not self.grid else []
-        return [*names, f"logits/{self.logits}"] if self.logits else names
+        names += [f"{LOGITS}/{self.logits}"] if self.logits else []
+        return [*names, self.map_array] if self.maps else names
+
+    @property
+    def map_array(self) -> str:
+        return f"{MAPS}/{self.maps}"
 
     def reduced_to(self, split: Split) -> DistillationPlan:
         """What of the plan another split has, without recorded views."""
-        logits = self.logits if f"logits/{self.logits}" in split.names else None
+        logits = self.logits if f"{LOGITS}/{self.logits}" in split.names else None
+        maps = self.maps if self.map_array in split.names else None
         grid = self.grid and GRID in split.names
         cells = self.cells and (grid or self.frames)
-        return replace(self, recorded=False, logits=logits, grid=grid, cells=cells)
+        return replace(self, recorded=False, logits=logits, maps=maps, grid=grid, cells=cells)
 
 
 @dataclass
 class Targets:
     """Standardized float32 targets of one batch and their weights (0: no influence).
 
-    `pooled` [B, D] with [B]; `cells` [B, h, w, D] or [B, T, D] with [B, h, w] or [B, T]; `logits` [B, C] with [B];
+    `pooled` [B, D] with [B]; `cells` [B, h, w, D] or [B, T, D] with [B, h, w] or [B, T]; `logits` [B, C] with [B],
+    or of soft class maps log-probabilities [B, m, m, C] with [B, m, m];
     `levels`: cells of the student's further maps, each with its weight.
     `counts`: Σ weight of each term in this batch, the task's too; scalars by name.
     """
@@ -141,21 +151,24 @@ class Objective:
         self.cell_shape, *self.level_shapes = cell_shapes or [CELLS_OF_A_MEAN]
 
     def transport(self, batch: Batch) -> TransportWeights:
-        """How the grids of a batch that is still on the host are carried to the student's cells; empty without grids.
+        """How the grids and soft class maps of a batch that is still on the host are carried to the student's cells.
 
         The loader calls this where it gathers features, so that the matrices reach a GPU together with them.
         """
-        if not self.plan.carries_grids:
-            return {}
-        height, width = batch.features[self.plan.grid_array].shape[1:3]
+        plan, weights = self.plan, dict[str, Tensor]()
         geometry = None  # a recorded view is the very view that the teacher saw
-        if not self.plan.recorded:
-            assert self.teacher_views is not None
+        if self.teacher_views is not None:
             geometry = relate_views(batch.views, self.teacher_views[batch.rows])
-        weights = dict(transport_weights(geometry, *self.cell_shape, (height, width)))
-        for index, shape in enumerate(self.level_shapes if self.plan.cells else ()):
-            level = transport_weights(geometry, *shape, (height, width))
-            weights |= {f"{LEVEL}{index}/{name}": value for name, value in level.items()}
+        if plan.carries_grids:
+            tokens = grid_shape(batch.features[plan.grid_array])
+            seen = None if plan.recorded else geometry
+            weights |= transport_weights(seen, *self.cell_shape, tokens)
+            for index, shape in enumerate(self.level_shapes if plan.cells else ()):
+                weights |= prefixed(f"{LEVEL}{index}/", transport_weights(seen, *shape, tokens))
+        if plan.maps:
+            tokens = grid_shape(batch.features[plan.map_array])
+            side = map_cells(batch.images.shape[1], tokens[0])
+            weights |= prefixed(f"{MAP}/", transport_weights(geometry, side, side, tokens))
         return weights
 
     @torch.no_grad()
@@ -173,15 +186,7 @@ class Objective:
                 targets.cells = self.standardizers["cells"](carried.cells)
                 targets.cell_weight = carried.weight * batch.weight.view(-1, 1, 1)
                 for index in range(len(self.level_shapes)):
-                    prefix = f"{LEVEL}{index}/"
-                    level = apply_transport(
-                        grid,
-                        {
-                            name.removeprefix(prefix): value
-                            for name, value in batch.transport.items()
-                            if name.startswith(prefix)
-                        },
-                    )
+                    level = apply_transport(grid, without_prefix(f"{LEVEL}{index}/", batch.transport))
                     seen = level.weight * batch.weight.view(-1, 1, 1)
                     targets.levels.append((self.standardizers["cells"](level.cells), seen))
         elif plan.pooled:
@@ -193,8 +198,13 @@ class Objective:
             targets.cells = self.standardizers["cells"](batch.features["frames"])
             targets.cell_weight = batch.features["frame_mask"] * batch.weight.unsqueeze(1)
         if plan.logits:
-            targets.logits = batch.features[f"logits/{plan.logits}"].float()
+            targets.logits = batch.features[f"{LOGITS}/{plan.logits}"].float()
             targets.logit_weight = batch.weight * torch.isfinite(targets.logits).all(-1).float()
+        if plan.maps:
+            stored = batch.features[plan.map_array]
+            maps = apply_transport(stored, without_prefix(f"{MAP}/", batch.transport))
+            targets.logits = (maps.cells / -MAP_STEPS).log_softmax(-1)
+            targets.logit_weight = maps.weight * confidence(targets.logits) * batch.weight.view(-1, 1, 1)
         for name, weight in (
             ("pooled", targets.pooled_weight),
             ("cells", targets.cell_weight),
@@ -244,12 +254,34 @@ class Objective:
         if distances:
             terms["feature_loss"] = torch.stack(distances).mean()
         if output.logits is not None and targets.logits is not None and targets.logit_weight is not None:
-            divergence = partial(
-                logit_loss, output.logits, temperature=self.temperature, normalizer=counts["logit"]
+            divergence = (
+                partial(map_loss, output.logits, normalizer=counts["logit"])
+                if self.plan.maps
+                else partial(
+                    logit_loss, output.logits, temperature=self.temperature, normalizer=counts["logit"]
+                )
             )
             terms["logit_loss"] = mix(divergence, targets.logits, targets.logit_weight, mixing)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         return {"loss": loss, **terms}
+
+
+def grid_shape(grid: Tensor) -> tuple[int, int]:
+    """Rows and columns of grids [B, h, w, D]."""
+    return grid.shape[1], grid.shape[2]
+
+
+def map_cells(image_size: int, side: int) -> int:
+    """Cells a side that soft class maps of `side` are compared in: whole pixels, and not coarser than the maps."""
+    return next(cells for cells in range(min(side, image_size), image_size + 1) if image_size % cells == 0)
+
+
+def prefixed(prefix: str, weights: TransportWeights) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def without_prefix(prefix: str, weights: TransportWeights) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def build_standardizers(

@@ -5,7 +5,7 @@ What the store cannot serve is an error that names what to extract; every choice
 
 from __future__ import annotations
 
-from store.format import FRAMES, GRID, LOGITS, POOLED, VIEWS_GRID, VIEWS_POOLED
+from store.format import FRAMES, GRID, LOGITS, MAPS, POOLED, VIEWS_GRID, VIEWS_POOLED
 from store.reader import Split
 from train.config import TrainConfig
 from train.data.splits import CLASS_TASKS
@@ -19,9 +19,9 @@ def resolve_features(
     config: TrainConfig, split: Split, task: str, spec: StudentSpec, notes: list[str]
 ) -> DistillationPlan:
     """What is distilled. Raises ConfigError for options that the store cannot serve (and what to extract)."""
-    kind = config.distillation_type or ("hybrid" if task in CLASS_TASKS else "feature")
+    kind = config.distillation_type or ("feature" if task == "detection" else "hybrid")
     if task == "features":
-        if kind in ("none", "logit"):
+        if config.distillation_type in ("none", "logit"):
             raise ConfigError(
                 f"task features learns the teacher's features: distillation_type {kind} leaves nothing"
             )
@@ -29,43 +29,49 @@ def resolve_features(
     if kind == "none":
         return DistillationPlan()
     names = set(split.names)
-    logits = resolve_logits(config, kind, task, names, notes)
+    predictions = resolve_logits(config, kind, task, names, notes)
+    logits, maps = predictions.get("logits"), predictions.get("maps")
     if kind == "logit":
-        return DistillationPlan(logits=logits)
+        return DistillationPlan(logits=logits, maps=maps)
     if POOLED not in names:
         raise ConfigError(
             f"{config.store} has no {POOLED}: extract it again; --distillation-type {kind} needs it"
         )
     if spec.feature_kind == "sequence":
-        return DistillationPlan(**resolve_frames(config, names), logits=logits)
+        return DistillationPlan(**resolve_frames(config, names), logits=logits, maps=None)
     recorded = resolve_recorded(config, names)
     grid = (VIEWS_GRID if recorded else GRID) in names
     pooled, cells = resolve_target(config, task, spec, grid, notes)
-    return DistillationPlan(pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits)
+    return DistillationPlan(
+        pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits, maps=maps
+    )
 
 
 def resolve_logits(
     config: TrainConfig, kind: str, task: str, names: set[str], notes: list[str]
-) -> str | None:
-    """The name of the stored logits to learn from, None for none."""
+) -> dict[str, str]:
+    """`logits`, or of masks `maps`: the name of the stored predictions to learn from; empty for none."""
     if kind == "feature":
-        return None
-    stored = sorted(name.removeprefix(f"{LOGITS}/") for name in names if name.startswith(f"{LOGITS}/"))
-    wanted = config.teacher_logits
-    if task not in CLASS_TASKS:
+        return {}
+    field, folder, missing = "logits", LOGITS, "the store has no teacher logits"
+    if task == "segmentation":
+        field, folder, missing = "maps", MAPS, "the store has no soft class maps"
+    elif task not in CLASS_TASKS:
         if kind == "logit":
             raise ConfigError(
-                f"distillation_type logit needs one class a sample, the task is {task}: use feature"
+                f"distillation_type logit needs classes of samples or masks, the task is {task}: use feature"
             )
-        return None
+        return {}
+    stored = sorted(name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/"))
+    wanted = config.teacher_logits
     if wanted != "auto" and wanted not in stored:
         raise ConfigError(f"teacher_logits {wanted}: {config.store} has {', '.join(stored) or 'none'}")
     if stored:
-        return wanted if wanted != "auto" else "probe" if "probe" in stored else stored[0]
+        return {field: wanted if wanted != "auto" else "probe" if "probe" in stored else stored[0]}
     if kind == "logit":
-        raise ConfigError(f"{config.store} has no teacher logits: run `cli probe {config.store}` first")
-    notes.append("the store has no teacher logits (cli probe makes them): hybrid uses the feature term alone")
-    return None
+        raise ConfigError(f"{missing}: run `cli probe {config.store}` first")
+    notes.append(f"{missing} (cli probe makes them): hybrid uses the feature term alone")
+    return {}
 
 
 def resolve_recorded(config: TrainConfig, names: set[str]) -> bool:

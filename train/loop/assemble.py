@@ -214,7 +214,7 @@ def build_objective(
 ) -> Objective:
     """The loss on a split. The statistics are those of the training split, for the validation too."""
     views, soft = None, config.soft_label_weight
-    if plan.grid and not plan.recorded:
+    if (plan.grid and not plan.recorded) or plan.maps:
         # What part of each image the teacher saw follows from its resize policy and the images' sizes.
         preprocessing, sizes = store.manifest.preprocessing, np.maximum(store[split].read(SIZES), 1)
         views = resize_matrices(preprocessing.resize, sizes, preprocessing.image_size)

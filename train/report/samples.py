@@ -187,7 +187,10 @@ def segmentation(subject: Subject, count: int) -> Findings:
         found = []
         for row, image, scores in zip(chunk.tolist(), images, logits, strict=True):
             predicted = scores.argmax(0).astype(np.uint8)
-            truth = render_mask(reader.read_mask(row), card.view_of(image.size), card.image_size)
+            mask = reader.read_mask(row)
+            if mask is None:
+                continue  # a row without a mask: nothing to compare with
+            truth = render_mask(mask, card.view_of(image.size), card.image_size)
             counts = pixel_confusion(predicted, truth, subject.classes)
             confusion += counts
             iou = mean_iou(counts)

@@ -123,7 +123,7 @@ FAMILIES: dict[str, Family] = {
             "optimizer": "adam",
             "batch_size": 8,
             "weight_decay": 0.01,
-            "distillation_type": "feature",
+            "distillation_type": "hybrid",
             "feature_loss_type": "mse",
             "image_size": 512,
         },
