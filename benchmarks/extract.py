@@ -45,9 +45,9 @@ from extract.config import load_config
 from extract.decode.pool import DecodedBatch, PixelBuffer
 from extract.decode.sample import Encoding, decode_samples
 from extract.encode import Pending
+from extract.pipeline import sample_arrays
 from extract.result import ExtractResult
 from extract.run import run_extraction
-from extract.session import sample_arrays
 from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
 from extract.teachers.tiny import make_tiny_teacher

@@ -14,31 +14,30 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from console.log import configure_logging, get_logger
 from console.stop import Stopped, StopRequest
 from extract.config import ExtractConfig
-from extract.follow.version import rows_task, work_path
-from extract.plan import ExtractTask, make_task
-from extract.prepare import (
-    count_still_bad,
-    decode_workers,
-    follow_data,
-    open_data,
-    open_teacher,
-    prepare_store,
-    record_halving,
-    use_threads,
+from extract.follow.version import follow
+from extract.output import count_still_bad, planned_rows, prepare_store, use_threads, work_path
+from extract.pipeline import Pipeline
+from extract.plan import ExtractTask, decode_workers, make_task, open_data, open_teacher, planned_keys
+from extract.result import (
+    EncodedRows,
+    ExtractObserver,
+    ExtractResult,
+    count_bad,
+    record_encoded,
+    stop_message,
 )
-from extract.result import BadSample, ExtractObserver, ExtractResult, append_ledger, count_bad, stop_message
-from extract.resume import FOLDER, Unit, adopt_rows, count_committed, job_of, list_units, planned_keys
-from extract.session import Session
 from extract.teachers import Teacher
 from processes.dask_cluster import ClusterStartError, connect, local_cluster
 from processes.deadline import StopDeadline
 from processes.ending import block_stop_signals
 from store.errors import DistillError, LockedError
+from store.format import NOTES_FOLDER
+from store.job import Unit, count_committed, features_job
 from store.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -57,22 +56,6 @@ LOCK_WAIT_S = 300.0  # longer than the store takes to call a lost worker's lock 
 
 
 # -- on the workers: prepare the store, encode one shard, plan new images --------------------------------
-
-
-class UnitReport(NamedTuple):
-    """What one task did."""
-
-    rows: int
-    bad: list[BadSample]
-    halved: list[int]
-
-
-class FollowReport(NamedTuple):
-    """Whether there are rows to encode, and what changed in the data set (None: nothing)."""
-
-    more: bool
-    counts: dict[str, int] | None
-    text: str
 
 
 class FileStop(StopRequest):
@@ -99,7 +82,7 @@ class WorkerState:
         self.options: dict[str, Any] | None = None
         self.teacher: Teacher | None = None
         self.task: ExtractTask | None = None
-        self.session: Session | None = None
+        self.pipeline: Pipeline | None = None
 
     def open(self, options: dict[str, Any]) -> tuple[ExtractConfig, ExtractTask, Teacher]:
         """Data set and teacher of these options, from the last task where possible."""
@@ -114,9 +97,9 @@ class WorkerState:
         return config, self.task, self.teacher
 
     def close(self) -> None:
-        if self.session is not None:
-            self.session.close()
-        self.session = self.task = self.teacher = self.options = None
+        if self.pipeline is not None:
+            self.pipeline.close()
+        self.pipeline = self.task = self.teacher = self.options = None
 
 
 STATE = WorkerState()
@@ -141,33 +124,42 @@ def prepare_on_worker(options: dict[str, Any]) -> None:
 def count_bad_on_worker(options: dict[str, Any]) -> tuple[int, int]:
     """Bad rows so far, and rows that the store keeps beside those that are being encoded."""
     with STATE.lock:
-        config, task, _ = STATE.open(options)
-        planned = planned_rows(config, task)
-        job = job_of(planned.path)
+        _, task, _ = STATE.open(options)
+        planned = planned_rows(task)
+        job = features_job(planned.path)
         return planned.reused_bad + (count_still_bad(planned, job)[1] if job else 0), planned.reused
 
 
-def follow_on_worker(options: dict[str, Any]) -> FollowReport:
-    """Bring a complete store to what the data set is now, or plan the rows that must be encoded first."""
+def follow_on_worker(options: dict[str, Any]) -> tuple[bool, tuple[dict[str, int], str] | None]:
+    """Bring a complete store to what the data set is now, or plan the rows that must be encoded first.
+
+    Returns whether there are any, and `Changes.summary`.
+    """
     with STATE.lock:
         config, task, _ = STATE.open(options)
-        planned, changes = follow_data(config, task)
-        counts = changes.counts.as_dict() if changes.any else None
-        return FollowReport(planned is not None, counts, changes.describe() if changes.any else "")
+        planned, changes = follow(config, task)
+        return planned is not None, changes.summary()
 
 
-def encode_unit(options: dict[str, Any], unit: Unit, share: int) -> UnitReport:
+def encode_unit(options: dict[str, Any], unit: Unit, share: int) -> EncodedRows:
     """Encode one shard; waits for a lock that a lost worker has left. share: workers that use this machine's cores."""
+    encoded = EncodedRows()
     with STATE.lock:
         config, task, teacher = STATE.open(options)
-        job, stop = job_of(work_path(config.out)), FileStop(config.out / FOLDER / STOP_FILE)
+        path, stop = work_path(config.out), FileStop(config.out / NOTES_FOLDER / STOP_FILE)
+        job, pipeline = features_job(path), STATE.pipeline
         if job is None or stop.requested:
-            return UnitReport(0, [], [])
-        session = worker_session(config, task, teacher, job.batch_rows, share)
-        report = session.report
-        rows, bad, halved = report.rows, len(report.bad), len(report.halved)
-        session.encode(open_writer(config, unit), stop)
-        return UnitReport(report.rows - rows, report.bad[bad:], report.halved[halved:])
+            return encoded
+        rows = sum(len(keys) for keys in planned_keys(path).values())
+        if pipeline is None or (pipeline.task.path, pipeline.task.rows) != (path, rows):
+            # The first shard of this worker, or the first one after other rows were planned.
+            if pipeline is not None:
+                pipeline.close()
+            use_threads(config.out, teacher)
+            workers = decode_workers(config, share)
+            STATE.pipeline = pipeline = Pipeline(planned_rows(task), teacher, job.batch_rows, workers)
+        pipeline.encode(open_writer(config, path, unit), encoded, stop)
+    return encoded
 
 
 def release(options: dict[str, Any]) -> None:
@@ -180,29 +172,7 @@ def release(options: dict[str, Any]) -> None:
             STATE.lock.release()
 
 
-def worker_session(
-    config: ExtractConfig, task: ExtractTask, teacher: Teacher, batch_rows: int, share: int
-) -> Session:
-    """The worker's session over the planned rows; another one when other rows were planned."""
-    path = work_path(config.out)
-    planned = sum(len(keys) for keys in planned_keys(path).values())
-    old = STATE.session
-    if old is None or old.task.path != path or old.task.rows != planned:
-        if old is not None:
-            old.close()
-        use_threads(config.out, teacher)
-        workers = decode_workers(config, share)
-        STATE.session = Session(planned_rows(config, task), teacher, batch_rows, workers)
-    assert STATE.session is not None
-    return STATE.session
-
-
-def planned_rows(config: ExtractConfig, task: ExtractTask) -> ExtractTask:
-    """The task of the rows that are planned and not complete."""
-    return rows_task(task) if work_path(config.out) != config.out else adopt_rows(task, config.out)
-
-
-def open_writer(config: ExtractConfig, unit: Unit) -> StoreWriter:
+def open_writer(config: ExtractConfig, path: Path, unit: Unit) -> StoreWriter:
     """The shard's writer. A lost worker of another machine leaves a lock that takes minutes to go stale.
 
     Raises:
@@ -212,7 +182,7 @@ def open_writer(config: ExtractConfig, unit: Unit) -> StoreWriter:
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
-            return StoreWriter(work_path(config.out), split, (first, end), break_lock=config.break_lock)
+            return StoreWriter(path, split, (first, end), break_lock=config.break_lock)
         except LockedError:
             if time.monotonic() > deadline:
                 raise
@@ -237,7 +207,10 @@ def open_cluster(
     """
     config = absolute(config)
     if config.scheduler is None:
-        check_devices(config)  # before a process for each is started, not when the last one gets its shard
+        from extract.teachers.devices import pick_device
+
+        for device in config.devices:
+            pick_device(device)  # before a process for each is started, not when the last one gets its shard
     with (
         StopDeadline(stop, lambda: stop_message(config), orderly_s=ORDERLY_S),
         cluster_client(config) as client,
@@ -247,14 +220,6 @@ def open_cluster(
             yield executor
         finally:
             executor.release()
-
-
-def check_devices(config: ExtractConfig) -> None:
-    """Raises TeacherError when one of the devices is not there."""
-    from extract.teachers.devices import pick_device
-
-    for device in config.devices:
-        pick_device(device)
 
 
 def absolute(config: ExtractConfig) -> ExtractConfig:
@@ -296,21 +261,14 @@ class ClusterExecutor:
         self.config, self.client, self.observers, self.stop = config, client, observers, stop
         self.options = config.model_dump(mode="json")
         self.run_id = uuid.uuid4().hex[:8]
-        self.resources = {GPU: 1} if self.has_gpu_resource() else {}
-        self.stop_file = config.out / FOLDER / STOP_FILE
-        self.share = self.workers_per_host()
-        self.planned = False
-        self.bad = self.reused = 0
-
-    def has_gpu_resource(self) -> bool:
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        return any(GPU in worker.get("resources", {}) for worker in workers)
-
-    def workers_per_host(self) -> int:
-        """The most workers that one machine has: they share its cores for decoding."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        self.stop_file = config.out / NOTES_FOLDER / STOP_FILE
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        has_gpus = any(GPU in worker.get("resources", {}) for worker in workers.values())
+        self.resources = {GPU: 1} if has_gpus else {}
+        # The most workers that one machine has: they share its cores for decoding.
         hosts = Counter(str(worker.get("host", address)) for address, worker in workers.items())
-        return max(hosts.values(), default=1)
+        self.share = max(hosts.values(), default=1)
+        self.planned = False
 
     def plan(self) -> None:
         self.result_of(self.submit("prepare", prepare_on_worker, self.options))
@@ -319,10 +277,9 @@ class ClusterExecutor:
         self.stop_file.unlink(missing_ok=True)
 
     def follow(self, result: ExtractResult) -> bool:
-        report: FollowReport = self.result_of(self.submit("follow", follow_on_worker, self.options))
-        if report.counts is not None:
-            result.changes, result.changes_text = report.counts, report.text
-        return report.more
+        more, summary = self.result_of(self.submit("follow", follow_on_worker, self.options))
+        result.note_changes(summary)
+        return bool(more)
 
     def release(self) -> None:
         """Workers of a scheduler live on: without this they would keep the teacher, buffers and decoders."""
@@ -340,51 +297,49 @@ class ClusterExecutor:
 
     def encode(self, result: ExtractResult) -> None:
         path = work_path(self.config.out)
-        job = job_of(path)
+        job = features_job(path)
         if job is None:
             return
-        done = count_committed(path, job)[0]
-        self.bad, self.reused = self.result_of(self.submit("bad", count_bad_on_worker, self.options))
-        units = list_units(job)
+        bad, reused = self.result_of(self.submit("bad", count_bad_on_worker, self.options))
+        units = job.units()
         self.total = sum(end - first for _, first, end in units)
-        self.tell(done)
+        self.tell(count_committed(path, job))
         started = time.monotonic()
-        futures = {
-            self.submit(f"{unit[0]}-{unit[1]}", encode_unit, self.options, unit, self.share): unit
-            for unit in units
-        }
-        for report in self.reports(futures):
-            result.add(report.rows, 0.0, report.halved)
-            self.count_bad(report)
-        result.add(0, time.monotonic() - started, [])
+        futures = [
+            self.submit(f"{unit[0]}-{unit[1]}", encode_unit, self.options, unit, self.share) for unit in units
+        ]
+        for encoded in self.results(futures):
+            record_encoded(self.config.out, encoded)
+            bad = count_bad(self.config, bad, encoded.bad, self.total + reused)
+            result.add(encoded)
+        result.seconds += time.monotonic() - started
+        result.add(EncodedRows())
 
-    def reports(self, futures: dict[Future, Unit]) -> Iterator[UnitReport]:
-        """Reports of the tasks as they end. On a stop or an error the workers commit and end, too."""
+    def results(self, futures: list[Future]) -> Iterator[EncodedRows]:
+        """Results of the tasks as they end. On a stop or an error the workers commit and end, too."""
         reported = time.monotonic()
-        waiting = dict(futures)
+        waiting = dict.fromkeys(futures)
         try:
             while waiting:
                 if self.stop.requested:
                     raise Stopped("", self.stop.exit_code)
-                for future in self.finished(waiting):
+                ended = [future for future in waiting if future.done()]
+                if not ended:
+                    self.stop.wait(POLL_S / 5)
+                for future in ended:
                     del waiting[future]
                     yield self.result_of(future)
                 if time.monotonic() - reported >= PROGRESS_S:
                     reported = time.monotonic()
-                    self.tell_committed()
+                    path = work_path(self.config.out)
+                    if (job := features_job(path)) is not None:
+                        self.tell(count_committed(path, job))
         except BaseException:
             self.stop_workers(list(waiting))
             if self.stop.requested:
                 raise Stopped(stop_message(self.config), self.stop.exit_code) from None
             raise
         self.tell(self.total)
-
-    def finished(self, waiting: dict[Future, Unit]) -> list[Future]:
-        """Those of the tasks that have ended; when there are none, after a moment."""
-        ended = [future for future in waiting if future.done()]
-        if not ended:
-            self.stop.wait(POLL_S / 5)
-        return ended
 
     def result_of(self, future: Future) -> Any:
         """A task's result; a worker that dies again and again becomes a readable error."""
@@ -412,17 +367,6 @@ class ClusterExecutor:
         while time.monotonic() < deadline and not all(future.done() for future in futures):
             time.sleep(POLL_S / 10)
         self.client.cancel([future for future in futures if not future.done()])
-
-    def count_bad(self, report: UnitReport) -> None:
-        append_ledger(self.config.out, report.bad)
-        record_halving(self.config.out, report.halved)
-        self.bad = count_bad(self.config, self.bad, report.bad, self.total + self.reused)
-
-    def tell_committed(self) -> None:
-        path = work_path(self.config.out)
-        job = job_of(path)
-        if job is not None:
-            self.tell(count_committed(path, job)[0])
 
     def tell(self, done: int) -> None:
         for observer in self.observers:

@@ -17,16 +17,24 @@ from extract.decode.pool import DecodedBatch
 from extract.decode.sample import DecodedSample
 from extract.encode import Encoder, decode_here
 from extract.follow.changes import Changes
-from extract.follow.version import bytes_needed, changes_of, work_path
-from extract.plan import ExtractTask, batch_rows, calibration_samples, make_task
-from extract.prepare import decode_workers, open_data, open_teacher
+from extract.follow.version import bytes_needed, changes_of
+from extract.output import check_same, work_path
+from extract.plan import (
+    ExtractTask,
+    batch_rows,
+    calibration_samples,
+    decode_workers,
+    make_task,
+    open_data,
+    open_teacher,
+)
 from extract.result import ExtractResult
-from extract.resume import check_same, count_committed, job_of, list_units
 from extract.sources.base import Sample, Source
 from extract.sources.splitting import count_shared
 from extract.teachers import Teacher
 from store import format as names
 from store.format import ArraySpec
+from store.job import count_committed, features_job
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 
@@ -82,7 +90,7 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         warnings=warn_of_copies(source),
     )
     if left.changes is not None:
-        result.note_changes(left.changes)
+        result.note_changes(left.changes.summary())
     return result
 
 
@@ -105,10 +113,10 @@ def what_is_left(config: ExtractConfig, task: ExtractTask, total_bytes: int) -> 
         return Left(task.rows, total_bytes)
     check_same(path, task, open_store(path, allow_incomplete=True).manifest, config.grid == "auto")
     folder = work_path(path)
-    job = job_of(folder)
+    job = features_job(folder)
     if job is not None:
-        planned = sum(end - first for _, first, end in list_units(job))
-        left = planned - count_committed(folder, job)[0]
+        planned = sum(end - first for _, first, end in job.units())
+        left = planned - count_committed(folder, job)
         return Left(left, total_bytes * left // max(1, task.rows))
     changes = changes_of(config, task)
     if not changes.any:

@@ -20,10 +20,9 @@ from extract.config import ZERO_SHOT, ConfigError, ExtractConfig
 from extract.decode.pool import DecodePool
 from extract.encode import AdaptiveBatch, DeviceCopies
 from extract.folds import FOLDS, content_groups, folds_of_copies, training_split
-from extract.plan import ExtractTask, make_task
-from extract.prepare import decode_workers, open_data, open_teacher
+from extract.output import adopt_rows
+from extract.plan import ExtractTask, decode_workers, make_task, open_data, open_teacher
 from extract.result import ExtractObserver, logits_stop_message
-from extract.resume import adopt_rows
 from extract.teachers.zero_shot import ZeroShotScorer
 from files.writing import check_writable
 from processes.deadline import StopDeadline

@@ -1,10 +1,13 @@
-"""What a run will write, decided before the first row: samples by row, arrays, manifest, scales."""
+"""What a run opens and what it will write: data set, teacher, samples by row, arrays, manifest, sizes of batch and shard."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,22 +16,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from console.cores import core_share
 from console.log import get_logger
+from console.output import plain_json
+from console.redaction import redact, redact_values
 from extract.config import ConfigError, ExtractConfig
-from extract.decode.bit_depth import choose_bit_depth
 from extract.decode.sample import Encoding
 from extract.encode import averages_unevenly
 from extract.sources.base import RemovedFile, Sample, Samples, Source
-from extract.teachers import Teacher
+from extract.sources.detect import open_source
+from extract.sources.listing import suffix_of
+from extract.teachers import Teacher, license_notice, load_teacher
 from files.names import printable
-from imaging.decode import FULL_DEPTH
+from imaging.clips import frame_files
+from imaging.decode import FULL_DEPTH, ImageError, largest_gray, read_file
 from store import format as names
-from store.format import ArraySpec, Manifest
-from store.keys import KeyTable
+from store.errors import DistillError
+from store.format import NOTES_FOLDER, RANDOM_WEIGHTS_NOTICE, ArraySpec, Manifest
+from store.job import features_job, job_folder, keys_folder
+from store.keys import KeyTable, open_keys
+from store.metadata import ZARR_JSON, write_json
+from store.reader import open_store
 from store.shards import choose_shard_rows, power_of_two_below
 
 log = get_logger("extract")
 
+LISTING_LOG_S = 5.0  # between two lines about a large data set that is being listed
+SOURCE_FILE = "source.json"  # in the store's notes: how its data set was opened
 AUTO_GRID = 16
 CPU_BATCH = 16
 # On a GPU: patches of 14 px in a forward pass (256 images of 224 px, 64 of 448 px), and bytes of decoded pixels.
@@ -39,14 +53,133 @@ MIN_SHARD_ROWS = 1024
 AGAIN = "\0again "  # in keys of rows that are encoded for a new version: no file has such a name
 
 
-class NoSamples(Samples):
-    """A split that the data set does not have."""
-
-    def build(self, index: int) -> Sample:
-        raise IndexError(index)
+class DifferentStore(DistillError):
+    """The store was made from other options or other files than are asked for now."""
 
 
-NO_SAMPLES = NoSamples(())
+# -- what an extraction opens ----------------------------------------------------------------------------
+
+
+def open_data(config: ExtractConfig) -> Source:
+    """Open the data set; log its notes, warnings and counts."""
+    logged = time.monotonic()
+
+    def listing(found: int) -> None:
+        nonlocal logged
+        if time.monotonic() - logged >= LISTING_LOG_S:
+            logged = time.monotonic()
+            log.info("listing the data set: %s files so far", f"{found:,}")
+
+    source = open_source(
+        config.data,
+        config.source,
+        split=config.split or None,
+        val_fraction=config.val_fraction,
+        group_duplicates=config.group_duplicates,
+        recorded=lambda: recorded_splits(config),
+        progress=listing,
+        **config.source_options,
+    )
+    for note in source.notes:
+        log.info("%s", note)
+    for text in source.warnings:
+        log.warning("%s", text)
+    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in source.splits().items())
+    log.info("%s: %s data set, %s, %d classes", source.root, source.kind, counts, len(source.class_names))
+    return source
+
+
+def open_teacher(config: ExtractConfig) -> Teacher:
+    """The teacher on the first device."""
+    teacher = load_teacher(
+        config.teacher,
+        config.teacher_path,
+        device=config.devices[0],
+        dtype=config.dtype,
+        image_size=config.image_size,
+        resize=config.resize,
+        pool=config.pool,
+        compile_tower=config.compile,
+    )
+    log.info("teacher %s on %s, %s", teacher.spec.name, teacher.device, teacher.spec.dtype)
+    if notice := license_notice(teacher.license):
+        log.warning("%s: weights under %s", teacher.spec.name, notice)
+    if teacher.spec.random_weights:
+        log.warning("%s", RANDOM_WEIGHTS_NOTICE)
+    return teacher
+
+
+def decode_workers(config: ExtractConfig, share: int = 1) -> int:
+    """Decoding processes of one of `share` devices: as asked, or its part of the cores, 16 at most.
+
+    A fifth of the cores, one at least, is left to the threads that launch, copy, checksum and write.
+    """
+    if config.workers is not None:
+        return config.workers
+    cores = core_share()
+    return max(1, min(16, (cores - max(1, cores // 5)) // share))
+
+
+# -- how the data set of a store was opened: it is opened in the same way again ---------------------------
+
+
+def planned_keys(path: Path) -> dict[str, KeyTable]:
+    """The keys of every split in row order, those of an unfinished extension included."""
+    job = features_job(path)
+    appended = keys_folder(job_folder(path, job.name)) if job is not None else path
+    splits = list(job.splits) if job is not None else open_store(path).splits
+    return {
+        split: open_keys(appended / split if (appended / split).exists() else path / split)
+        for split in splits
+    }
+
+
+def record_source(path: Path, config: ExtractConfig) -> None:
+    """Keep how the data set was opened beside the store's arrays; no password is in it."""
+    record: dict[str, Any] = {
+        "data": redact(config.data) if "://" in config.data else os.path.abspath(config.data),
+        "source": config.source,
+        "split": config.split,
+        "options": config.source_options,
+        "val_fraction": config.val_fraction,
+        "group_duplicates": config.group_duplicates,
+    }
+    record = redact_values(plain_json(record))
+    if record != read_source_record(path):
+        write_json(path / NOTES_FOLDER / SOURCE_FILE, record)
+
+
+def read_source_record(path: Path) -> dict[str, Any]:
+    file = path / NOTES_FOLDER / SOURCE_FILE
+    record: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    return record
+
+
+def recorded_splits(config: ExtractConfig) -> Mapping[str, KeyTable] | None:
+    """The keys of `train` and `val` in the store at `--out`, which stay where they are; None: cut by the rule alone.
+
+    Raises:
+        DifferentStore: when the store was cut with another `--val-fraction`.
+    """
+    path = config.out
+    if config.overwrite or not (path / ZARR_JSON).exists():
+        return None
+    fraction = read_source_record(path).get("val_fraction", config.val_fraction)  # older stores have none
+    if fraction != config.val_fraction:
+        raise DifferentStore(
+            f"{path}: its validation split was cut with --val-fraction {fraction:g}, asked for "
+            f"{config.val_fraction:g}. Give --val-fraction {fraction:g}, or --overwrite to extract everything again"
+        )
+    return cut_splits(path)
+
+
+def cut_splits(path: Path) -> Mapping[str, KeyTable] | None:
+    """The keys of a store's `train` and `val`; None where the data set has other splits, which nothing has cut."""
+    keys = planned_keys(path)
+    return keys if keys.keys() <= {"train", "val"} else None
+
+
+# -- the task --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -265,10 +398,66 @@ def sample_key(key: str) -> str:
     return start if again and number.isdigit() else key
 
 
-def in_stored_order(samples: Samples, table: KeyTable) -> RowSamples:
-    """The samples in the order of a store's keys."""
-    if len(samples) == len(table) and all(a == b for a, b in zip(samples.keys, table, strict=True)):
-        return RowSamples(samples, keys=table)
-    index = {key: number for number, key in enumerate(samples.keys)}
-    order = np.fromiter((index.get(sample_key(key), -1) for key in table), np.int64, len(table))
-    return RowSamples(samples, order, table)
+# -- how many bits of 16-bit gray images are used: one rule for a whole data set, chosen before the first row -----
+#
+# A 16-bit file does not record how much of its range the camera filled: of microscopy whose largest value is 235,
+# divided by 65,535, nothing but black is left. `auto` looks at a fixed sample of the data set and takes the smallest of
+# `DEPTHS` that holds its largest value. The manifest records it, and everything that reads these images follows it.
+
+DEPTHS = (8, 10, 12, 14, 16)
+SAMPLED = 64
+# Formats without 16-bit gray, by the suffix of the key: such samples are not looked at.
+NARROW = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".mp4", ".avi", ".mov", ".mkv"]
+)
+
+
+def choose_bit_depth(config: ExtractConfig, source: Source) -> int:
+    """Bits that are used of 16-bit gray images: as asked, else as the store at `--out` has it, else by a sample."""
+    if config.bit_depth == "full":
+        return FULL_DEPTH
+    if config.bit_depth != "auto":
+        return int(config.bit_depth)
+    if not config.overwrite and (config.out / ZARR_JSON).exists():
+        return open_store(config.out, allow_incomplete=True).manifest.preprocessing.bit_depth
+    largest = [value for sample in sampled(source) for value in largest_values(sample, config.max_pixels)]
+    if not largest:
+        return FULL_DEPTH
+    depth = next(depth for depth in DEPTHS if max(largest) < 2**depth)
+    text = "16-bit gray images: the largest value of %d sampled ones is %d: --bit-depth %d, %d is white"
+    if depth == FULL_DEPTH:
+        log.info(text, len(largest), max(largest), depth, 2**depth - 1)
+    else:
+        log.warning(
+            text + " (give the option if that is wrong)", len(largest), max(largest), depth, 2**depth - 1
+        )
+    return depth
+
+
+def sampled(source: Source) -> Iterator[Sample]:
+    """At most `SAMPLED` samples, evenly spread over those that may be 16-bit gray: the same ones every time."""
+    places = [
+        (name, row)
+        for name, samples in source.splits().items()
+        for row, key in enumerate(samples.keys)
+        if suffix_of(key) not in NARROW
+    ]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(SAMPLED, len(places))).astype(np.int64))
+    for place in chosen.tolist():
+        name, row = places[place]
+        yield source.splits()[name][row]
+
+
+def largest_values(sample: Sample, max_pixels: int) -> list[int]:
+    """The largest value of a sample that is a 16-bit gray image, or of a clip's middle frame; else nothing."""
+    try:
+        if sample.frames is None:
+            data = sample.read()
+        else:
+            if not sample.frames.path.is_dir() or not (files := frame_files(sample.frames.path)):
+                return []
+            data = read_file(files[len(files) // 2])
+        value = largest_gray(data, max_pixels=max_pixels)
+    except ImageError:
+        return []  # the extraction itself puts it into the ledger
+    return [] if value is None else [value]

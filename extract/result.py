@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +16,13 @@ from console.log import get_logger
 from console.options import options_of
 from console.redaction import redact
 from extract.config import ExtractConfig
-from extract.follow.changes import Changes
-from extract.follow.version import work_path
-from extract.resume import count_committed, job_of, list_units
+from extract.output import work_path
 from extract.sources.base import REMOVED
 from files.writing import replace_file
 from store import format as names
 from store.errors import DistillError
+from store.format import NOTES_FOLDER
+from store.job import count_committed, features_job
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 from store.summary import store_warnings
@@ -30,6 +30,7 @@ from store.summary import store_warnings
 log = get_logger("extract")
 
 LEDGER = "bad_images.jsonl"
+HALVED_FILE = "out_of_memory.jsonl"  # in the store's notes
 
 
 # -- the ledger of bad images: one JSON line each, in the store, with key, reason and hash ---------------
@@ -46,23 +47,37 @@ class BadSample:
     content: str
 
 
+@dataclass
+class EncodedRows:
+    """What encoding some rows gave: how many, the bad ones, batch sizes that memory forced."""
+
+    rows: int = 0
+    bad: list[BadSample] = field(default_factory=list)
+    halved: list[int] = field(default_factory=list)
+
+
 class TooManyBad(DistillError):
     """More bad images than `--max-bad` allows."""
 
 
-def append_ledger(store: Path, bad: Iterable[BadSample]) -> None:
-    """Add lines while the store is being written; several processes may do so."""
-    lines = "".join(ledger_line(item) for item in bad).encode()
-    if lines:
+def ledger_lines(bad: Sequence[BadSample]) -> bytes:
+    return "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in bad).encode()
+
+
+def record_encoded(store: Path, encoded: EncodedRows) -> None:
+    """Add the bad samples to the ledger while the store is being written; several processes may do so.
+
+    Batch sizes that memory forced are noted too: rows encoded so may differ in the last bits from an undisturbed run's.
+    """
+    if encoded.bad:
         fd = os.open(store / LEDGER, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(fd, lines)
+            os.write(fd, ledger_lines(encoded.bad))
         finally:
             os.close(fd)
-
-
-def ledger_line(item: BadSample) -> str:
-    return json.dumps(asdict(item), ensure_ascii=False) + "\n"
+    if encoded.halved:
+        with (store / NOTES_FOLDER / HALVED_FILE).open("a") as file:
+            file.write("".join(json.dumps({"batch_size": size}) + "\n" for size in encoded.halved))
 
 
 def write_ledger(store: Path) -> list[BadSample]:
@@ -76,7 +91,7 @@ def write_ledger(store: Path) -> list[BadSample]:
             digest = content.tobytes().hex() if content.any() else ""
             bad.append(BadSample(name, row, split.keys[row], split.reason(row), digest))
     if bad:
-        replace_file(store / LEDGER, "".join(ledger_line(item) for item in bad).encode())
+        replace_file(store / LEDGER, ledger_lines(bad))
     else:
         (store / LEDGER).unlink(missing_ok=True)
     return bad
@@ -137,17 +152,16 @@ class ExtractResult:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def add(self, encoded: int, seconds: float, halved: list[int]) -> None:
-        """Count rows that were encoded just now."""
-        self.encoded += encoded
-        self.seconds += seconds
-        self.halved += halved
+    def add(self, encoded: EncodedRows) -> None:
+        """Count rows that were encoded just now; `seconds` is the caller's."""
+        self.encoded += encoded.rows
+        self.halved += encoded.halved
         self.images_per_second = self.encoded / max(self.seconds, 1e-9)
 
-    def note_changes(self, changes: Changes) -> None:
+    def note_changes(self, summary: tuple[dict[str, int], str] | None) -> None:
         """Keep what changed in the data set; of several looks, what the last one that found something found."""
-        if changes.any:
-            self.changes, self.changes_text = changes.counts.as_dict(), changes.describe()
+        if summary is not None:
+            self.changes, self.changes_text = summary
 
     def read_store(self) -> None:
         """Fill in what the store records; a complete one gets its final ledger."""
@@ -156,7 +170,7 @@ class ExtractResult:
         self.task = store.manifest.task
         self.random_weights = store.manifest.teacher.random_weights
         self.batch_size = store.manifest.batch_rows
-        job = job_of(store.path)
+        job = features_job(store.path)
         splits = {name: split.rows for name, split in job.splits.items()} if job else store.manifest.splits
         self.splits, self.rows = dict(splits), sum(splits.values())
         if self.complete:
@@ -169,7 +183,18 @@ class ExtractResult:
 
 def stop_message(config: ExtractConfig) -> str:
     """The message after a signal ended the run, read from what is committed."""
-    return f"stopped: {committed_text(config.out)}. Go on with: {resume_command(config)}"
+    path = config.out
+    if not (path / ZARR_JSON).exists():
+        done = "nothing is encoded yet"
+    elif (job := features_job(rows_of := work_path(path))) is None:
+        done = f"all images are committed in {path}"
+    else:
+        total = sum(split.rows for split in job.splits.values())
+        planned = sum(end - first for _, first, end in job.units())  # less than all when new images are added
+        new = "" if rows_of == path else "new "
+        rows = total - planned + count_committed(rows_of, job)
+        done = f"{rows:,} of {total:,} {new}images are committed in {path}"
+    return f"stopped: {done}. Go on with: {resume_command(config)}"
 
 
 def logits_stop_message(config: ExtractConfig) -> str:
@@ -178,22 +203,6 @@ def logits_stop_message(config: ExtractConfig) -> str:
         f"stopped while writing logits/{config.logits}; the features are complete. "
         f"Go on with: {resume_command(config)}"
     )
-
-
-def committed_text(path: Path) -> str:
-    if not (path / ZARR_JSON).exists():
-        return "nothing is encoded yet"
-    rows_of = work_path(path)
-    job = job_of(rows_of)
-    if job is None:
-        return f"all images are committed in {path}"
-    total = sum(split.rows for split in job.splits.values())
-    planned = sum(
-        end - first for _, first, end in list_units(job)
-    )  # less than `total` when new images are added
-    rows = total - planned + count_committed(rows_of, job)[0]
-    new = "" if rows_of == path else "new "
-    return f"{rows:,} of {total:,} {new}images are committed in {path}"
 
 
 def resume_command(config: ExtractConfig) -> str:

@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+from console.log import get_logger
 from console.progress import PhaseProgress
 from console.stop import Stopped, StopRequest
 from extract.config import ConfigError, ExtractConfig
-from extract.follow.version import work_path
+from extract.follow.version import changes_of, follow
 from extract.metadata import ExtractionClock, note_probe
-from extract.plan import make_task
-from extract.prepare import (
-    count_still_bad,
-    decode_workers,
-    finalize,
-    follow_data,
-    open_data,
-    open_teacher,
-    prepare_store,
-    record_halving,
-    resume_switch,
-    warn_of_changes,
+from extract.output import complete_store, count_still_bad, extract_lock, prepare_store, work_path
+from extract.pipeline import Pipeline
+from extract.plan import decode_workers, make_task, open_data, open_teacher
+from extract.result import (
+    EncodedRows,
+    ExtractObserver,
+    ExtractResult,
+    count_bad,
+    record_encoded,
+    stop_message,
 )
-from extract.result import ExtractObserver, ExtractResult, append_ledger, count_bad, stop_message
-from extract.resume import Unit, job_of, list_units
-from extract.session import Session
 from files.writing import check_writable
 from processes.deadline import StopDeadline
 from store.create import check_free
-from store.job import Job, log_path, read_commits
+from store.job import Job, Unit, features_job, log_path, read_commits
 from store.metadata import ZARR_JSON
+from store.version import publish_version
 from store.writer import StoreWriter
+
+log = get_logger("extract")
 
 STOPPED_DRY_RUN = "stopped: a dry run writes nothing"
 COMMIT_S = 1.0  # how long a commit may take that a stop waits for
@@ -50,7 +48,7 @@ def run_extraction(
         Stopped: after SIGINT or SIGTERM (or `stop.set()`), with everything encoded committed.
         DistillError: for everything the user can do something about.
     """
-    with own_or(stop) as stop:
+    with StopRequest() if stop is None else nullcontext(stop) as stop:
         if config.dry_run:
             return dry_run(config, stop)
         check_writable(config.out, "--out")
@@ -58,7 +56,19 @@ def run_extraction(
         if not (config.overwrite or config.shards or (config.out / ZARR_JSON).exists()):
             check_free(config.out)
         with open_executor(config, observers, stop) as executor:
-            result = fill_store(executor)
+            config = executor.config
+            result = ExtractResult(store=str(config.out))
+            if (config.out / ZARR_JSON).exists() and not config.overwrite:
+                with extract_lock(config.out):
+                    publish_version(
+                        config.out
+                    )  # finish a switch that was killed: without it the store is incomplete
+            executor.plan()
+            more = True
+            while more:  # a second time for the rows that a data set that has changed since needs
+                executor.encode(result)
+                complete = complete_store(work_path(config.out), own_all=config.shards is None)
+                more = complete and executor.follow(result)
         result.read_store()
         if config.logits != "none" and result.complete:
             from extract.logits import add_logits
@@ -90,16 +100,6 @@ def dry_run(config: ExtractConfig, stop: StopRequest) -> ExtractResult:
     return result
 
 
-@contextmanager
-def own_or(stop: StopRequest | None) -> Iterator[StopRequest]:
-    """The caller's stop request, or one of our own."""
-    if stop is not None:
-        yield stop
-    else:
-        with StopRequest() as own:
-            yield own
-
-
 class Executor(Protocol):
     """What fills the store: this process (`LocalExecutor`), or the workers of a cluster (extract/cluster.py)."""
 
@@ -123,19 +123,6 @@ def open_executor(
 
         return open_cluster(config, observers, stop)
     return open_local(config, observers, stop)
-
-
-def fill_store(executor: Executor) -> ExtractResult:
-    """Plan, encode, finish; and once more for the rows that a data set that has changed since needs."""
-    config = executor.config
-    result = ExtractResult(store=str(config.out))
-    resume_switch(config)
-    executor.plan()
-    more = True
-    while more:
-        executor.encode(result)
-        more = finalize(work_path(config.out), own_all=config.shards is None) and executor.follow(result)
-    return result
 
 
 # -- one device, in this process ------------------------------------------------------------------------
@@ -169,43 +156,39 @@ class LocalExecutor:
         self.data = make_task(self.config, source, self.teacher)
         self.task = prepare_store(self.config, self.data, self.teacher)
 
-    def follow(self, result: ExtractResult) -> bool:
-        if self.config.shards is not None:
-            warn_of_changes(self.config, self.data)
-            return False
-        planned, changes = follow_data(self.config, self.data, self.raise_if_stopped)
-        result.note_changes(changes)
-        self.task = planned or self.task
-        return planned is not None
-
     def encode(self, result: ExtractResult) -> None:
-        job = job_of(self.task.path)
+        job = features_job(self.task.path)
         if job is None:
             return
+        self.encoded = EncodedRows()
         self.first_batch_at: float | None = None
-        self.done, self.bad = count_still_bad(self.task, job)
-        self.bad += self.task.reused_bad
-        self.total = sum(end - first for _, first, end in list_units(job))
+        self.done, bad = count_still_bad(self.task, job)
+        self.bad = bad + self.task.reused_bad
+        self.total = sum(end - first for _, first, end in job.units())
         self.tell()
-        with Session(self.task, self.teacher, job.batch_rows, decode_workers(self.config)) as session:
-            self.session, self.deadline.save = session, partial(commit_in_time, session, self.config)
+        with Pipeline(self.task, self.teacher, job.batch_rows, decode_workers(self.config)) as pipeline:
+
+            def commit_in_time() -> str:
+                """The last resort of a stop: commit what the teacher has encoded, end the decoders."""
+                pipeline.give_up(COMMIT_S)
+                return stop_message(self.config)
+
+            self.deadline.save = commit_in_time
             started = time.monotonic()
             try:
-                self.encode_units(job)
+                for split, first, end in ranges_left(self.config, self.task.path, job):
+                    writer = StoreWriter(
+                        self.task.path, split, (first, end), break_lock=self.config.break_lock
+                    )
+                    pipeline.encode(writer, self.encoded, self.stop, self.after_batch)
+                    self.check_bad()
+                    self.raise_if_stopped()
             finally:
-                self.deadline.save = partial(stop_message, self.config)
-                append_ledger(self.config.out, session.report.bad)
-                record_halving(self.config.out, session.report.halved)
-        result.add(session.report.rows, time.monotonic() - started, session.report.halved)
+                self.deadline.save = lambda: stop_message(self.config)
+                record_encoded(self.config.out, self.encoded)
+        result.seconds += time.monotonic() - started
         result.startup_seconds += (self.first_batch_at or started) - started
-
-    def encode_units(self, job: Job) -> None:
-        units = unfinished_units(self.task.path, job, chosen_units(self.config, job))
-        for split, first, end in merge_units(units):
-            writer = StoreWriter(self.task.path, split, (first, end), break_lock=self.config.break_lock)
-            self.session.encode(writer, self.stop, self.after_batch)
-            self.check_bad()
-            self.raise_if_stopped()
+        result.add(self.encoded)
 
     def after_batch(self, rows: int) -> None:
         self.first_batch_at = self.first_batch_at or time.monotonic()
@@ -214,7 +197,23 @@ class LocalExecutor:
         self.check_bad()
 
     def check_bad(self) -> None:
-        count_bad(self.config, self.bad, self.session.report.bad, self.total + self.task.reused)
+        count_bad(self.config, self.bad, self.encoded.bad, self.total + self.task.reused)
+
+    def follow(self, result: ExtractResult) -> bool:
+        if self.config.shards is not None:
+            # The numbers of `--shard-range` are those of the shards that were planned first.
+            changes = changes_of(self.config, self.data)
+            if changes.any:
+                log.warning(
+                    "%s: the data set has changed: %s. Run the same command without --shard-range: the store follows it",
+                    self.config.out,
+                    changes.describe(),
+                )
+            return False
+        planned, changes = follow(self.config, self.data, self.raise_if_stopped)
+        result.note_changes(changes.summary())
+        self.task = planned or self.task
+        return planned is not None
 
     def raise_if_stopped(self) -> None:
         """Raises Stopped when a signal came."""
@@ -226,45 +225,30 @@ class LocalExecutor:
             observer.progress(self.done, self.total, "encoding")
 
 
-def commit_in_time(session: Session, config: ExtractConfig) -> str:
-    """The last resort of a stop: commit what the teacher has encoded, end the decoders; the line for the user."""
-    session.give_up(COMMIT_S)
-    return stop_message(config)
+def ranges_left(config: ExtractConfig, path: Path, job: Job) -> list[Unit]:
+    """What this process is to encode: its shards that are not published yet, neighbors of one split as one range.
 
-
-def chosen_units(config: ExtractConfig, job: Job) -> list[Unit]:
-    """The shards this run is to encode.
+    So the pipeline is drained once a split. A published shard between two others must not be in a range: the writer
+    would write all after the first unfinished one.
 
     Raises:
         ConfigError: when `--shard-range` begins beyond the last shard.
     """
-    units = list_units(job)
-    if config.shards is None:
-        return units
-    first, end = config.shards
-    if first >= len(units):
-        raise ConfigError(
-            f"--shard-range {config.shard_range}: the plan has {len(units)} shards, 0:{len(units)}"
-        )
-    return units[first:end]
-
-
-def unfinished_units(path: Path, job: Job, units: list[Unit]) -> list[Unit]:
-    """Those of the shards that are not published yet: a writer over several shards writes all after the first of them."""
-    left = []
+    units = job.units()
+    if config.shards is not None:
+        first, end = config.shards
+        if first >= len(units):
+            raise ConfigError(
+                f"--shard-range {config.shard_range}: the plan has {len(units)} shards, 0:{len(units)}"
+            )
+        units = units[first:end]
+    ranges: list[Unit] = []
     for split, first, end in units:
         commits = read_commits(log_path(path, job, split, first // job.shard_rows))
-        if not commits or commits[-1].finished is None:
-            left.append((split, first, end))
-    return left
-
-
-def merge_units(units: list[Unit]) -> list[Unit]:
-    """Neighbouring shards of one split as one range, so that the pipeline is drained once a split."""
-    merged: list[Unit] = []
-    for split, first, end in units:
-        if merged and merged[-1][0] == split and merged[-1][2] == first:
-            merged[-1] = (split, merged[-1][1], end)
+        if commits and commits[-1].finished is not None:
+            continue
+        if ranges and (ranges[-1][0], ranges[-1][2]) == (split, first):
+            ranges[-1] = (split, ranges[-1][1], end)
         else:
-            merged.append((split, first, end))
-    return merged
+            ranges.append((split, first, end))
+    return ranges

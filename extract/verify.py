@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from extract.encode import encode_samples
 from extract.follow.changes import find_changes
-from extract.plan import encoding_of
-from extract.resume import FOLDER, planned_keys, read_source_record, recorded_source
+from extract.plan import cut_splits, encoding_of, read_source_record
 from extract.sources.base import Sample, Source, SourceError
 from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
@@ -115,9 +114,11 @@ def find_samples(
         NoImages: when neither the data set nor the store has it.
     """
     root, kind = data or store.manifest.data_root or "", store.manifest.source or "auto"
-    splits, options = recorded_source(Path(store.path))
+    record = read_source_record(store.path)
     try:
-        source = open_source(root, kind, split=splits or None, val_fraction=0, **options)
+        source = open_source(
+            root, kind, split=record.get("split") or None, val_fraction=0, **record.get("options", {})
+        )
     except DistillError as error:
         if data is not None or store.manifest.images != "jpeg":
             raise NoImages(
@@ -259,7 +260,6 @@ def compare_with_data(path: Path, data: str | None = None, *, check_content: boo
         splits,
         source.class_names,
         [spec for spec in targets if spec.name.startswith(names.TARGETS)],
-        notes=FOLDER,
         check_content=check_content,
     )
     if not changes.any:
@@ -280,13 +280,12 @@ def open_recorded(path: Path, data: str | None) -> Source:
     place = data or record.get("data") or manifest.data_root
     if not place:
         raise SourceError("the store does not record where it is: give it with --data")
-    keys = planned_keys(path)
     return open_source(
         place,
         record.get("source") or manifest.source or "auto",
         split=record.get("split") or None,
         val_fraction=record.get("val_fraction", 0.1),
         group_duplicates=record.get("group_duplicates"),
-        recorded=lambda: keys if keys.keys() <= {"train", "val"} else None,
+        recorded=lambda: cut_splits(path),
         **record.get("options", {}),
     )

@@ -42,6 +42,7 @@ from store.job import (
     log_path,
     pending_jobs,
     read_commits,
+    read_parts,
 )
 from store.keys import open_keys, write_keys
 from store.locks import RowLock
@@ -215,11 +216,8 @@ class Finishing:
     def logged(self, name: str) -> Iterator[bytes]:
         """The bytes of one array from all commits, in row order."""
         for shard, commits in zip(self.job.shards(self.split), self.shards, strict=True):
-            with log_path(self.store, self.job, self.split, shard).open("rb") as file:
-                for commit in commits:
-                    position, length = commit.parts.get(name, (0, 0))
-                    file.seek(position)
-                    yield file.read(length)
+            log = log_path(self.store, self.job, self.split, shard)
+            yield from (data for _, _, data in read_parts(log, commits, name))
 
     def write_metadata(self, spec: ArraySpec, layout: Layout) -> None:
         write_array_metadata(self.folder, spec.name, layout, self.job.attributes(spec.name))

@@ -87,8 +87,9 @@ FEATURES_JOB = "features"
 # Beside the Zarr arrays: what is being written, and the checksums of what was.
 WORK_FOLDER = ".work"
 COMMITS_FOLDER = ".commits"
-# Beside them too: how long the extraction took and what the probe measured (not part of the format).
-MEASURED_FILE = ".extract/measured.json"
+# Beside them too, not part of the format: what the extractor alone needs; how long it took, what the probe measured.
+NOTES_FOLDER = ".extract"
+MEASURED_FILE = f"{NOTES_FOLDER}/measured.json"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*$")]
 

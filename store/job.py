@@ -30,6 +30,7 @@ from store.shards import Layout, crc32c
 
 # Folders of .work that are no jobs: a new version, a store of rows encoded for it, what it replaced (version.py).
 NEXT, ROWS_STORE, REPLACED = "next", "rows", "replaced"
+Unit = tuple[str, int, int]  # one shard of a job: split, first row, end row
 # Suffixes of the folders of jobs that are not complete yet, and of finished ones.
 CREATING, DONE = ".creating", ".done"
 
@@ -92,6 +93,12 @@ class Job(Model):
         rows, start = self.splits[split].rows, self.splits[split].start
         return range(start // self.shard_rows, -(-rows // self.shard_rows) if rows > start else 0)
 
+    def units(self) -> list[Unit]:
+        """All shards that this job writes, in the order that `--shard-range` counts."""
+        return [
+            (split, *self.shard_range(split, shard)) for split in self.splits for shard in self.shards(split)
+        ]
+
     def save_in(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "job.json", self.model_dump(mode="json"))
@@ -128,6 +135,11 @@ def load_job(store: Path, name: str) -> Job:
         return Job.model_validate(read_json(path))
     except ValidationError as error:
         raise StoreError(f"{path}: damaged: {error}") from error
+
+
+def features_job(store: Path) -> Job | None:
+    """The extractor's job; None when it is finished."""
+    return load_job(store, FEATURES_JOB) if FEATURES_JOB in pending_jobs(store) else None
 
 
 # -- the commit log ----------------------------------------------------------------------------------------------
@@ -252,6 +264,23 @@ def _is_intact(file: BinaryIO, commit: Commit) -> bool:
     return record[-4:] == struct.pack("<I", crc32c(record[:-4]))
 
 
+def read_parts(log: Path, commits: list[Commit], name: str) -> Iterator[tuple[int, int, bytes]]:
+    """(first row, end row, bytes) of a small array in each of a log's records."""
+    if not commits:
+        return
+    with log.open("rb") as file:
+        for commit in commits:
+            position, length = commit.parts.get(name, (0, 0))
+            file.seek(position)
+            yield commit.start, commit.stop, file.read(length)
+
+
+def count_committed(store: Path, job: Job) -> int:
+    """Rows that a job has committed so far, with those before its start in the shards that it writes."""
+    logs = [(first, log_path(store, job, split, first // job.shard_rows)) for split, first, _ in job.units()]
+    return sum(commits[-1].stop - first for first, log in logs if (commits := read_commits(log)))
+
+
 def progress(store: Path, job: Job) -> dict[str, tuple[int, int]]:
     """split → (committed rows, rows)."""
     done = {}
@@ -268,7 +297,8 @@ def describe_progress(store: Path) -> str:
     """`train 640 of 1000 rows, val 0 of 10 rows` of the features job."""
     if (store / WORK_FOLDER / NEXT).exists():
         return "a killed run was putting a new version in its place"
-    if FEATURES_JOB not in pending_jobs(store):
+    job = features_job(store)
+    if job is None:
         return "no rows are committed"
-    done = progress(store, load_job(store, FEATURES_JOB))
+    done = progress(store, job)
     return ", ".join(f"{split} {have} of {rows} rows" for split, (have, rows) in done.items())

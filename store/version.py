@@ -507,8 +507,3 @@ def switch_is_done(store: Path) -> bool:
     """Whether a new version has its place, and what it replaced was not deleted."""
     new = next_folder(store)
     return new.exists() and not (new / ZARR_JSON).exists()
-
-
-def being_switched(store: Path) -> bool:
-    """Whether a switch has begun and not ended, or a complete new version waits for it."""
-    return next_folder(store).exists()

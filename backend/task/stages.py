@@ -98,7 +98,7 @@ class TaskPipeline:
         request, memo = self.request, self.cache.digests
         if request.database:
             # Rows of the query with their contents: a database has no times of change to rely on.
-            from extract.prepare import open_data
+            from extract.plan import open_data
 
             source = open_data(self.configs.extract_config(Path("unused")))
             return {"rows": digest_source(source, self.check_stop)}
@@ -106,7 +106,7 @@ class TaskPipeline:
         return {name: digest_folder(Path(path), memo, self.check_stop) for name, path in folders.items()}
 
     def extract(self, path: Path) -> None:
-        from extract.resume import DifferentStore
+        from extract.plan import DifferentStore
         from extract.run import run_extraction
 
         config = self.configs.extract_config(path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from extract.follow.stamps import NEVER_SEEN, UNKNOWN, Stamps, digests_of, load_
 from extract.plan import RowSamples, sample_key
 from extract.sources.base import REMOVED, AnnotationError, Boxes, Samples
 from store import format as names
+from store.format import NOTES_FOLDER
 from store.reader import Split, Store
 
 ANNOTATION_REASON = "annotation: "  # what the reason of a row begins with whose image is sound
@@ -95,14 +95,6 @@ class Part:
         return self.split.read(names.SIZES)
 
 
-def parts_of(store: Store, notes: Path, fresh: bool = False) -> list[Part]:
-    """The splits of a store. notes: the folder of the extractor's own files."""
-    classes = store.manifest.class_names
-    return [
-        Part(split, load_stamps(notes, name, len(split)), classes, fresh) for name, split in store.items()
-    ]
-
-
 @dataclass
 class SplitChange:
     """One split as it will be. N rows in their new order.
@@ -140,6 +132,10 @@ class Changes:
     touched: bool  # recorded stamps are not those of now
     any: bool  # whether the store has to change
 
+    def summary(self) -> tuple[dict[str, int], str] | None:
+        """Counts and `describe`; None when nothing changed."""
+        return (self.counts.as_dict(), self.describe()) if self.any else None
+
     def describe(self) -> str:
         """`3 relabeled, 1 renamed, …; class names: …`, without what did not happen."""
         shown = {
@@ -169,7 +165,6 @@ def find_changes(
     class_names: tuple[str, ...],
     targets: Sequence[names.ArraySpec],
     *,
-    notes: str = ".extract",
     check_content: bool = False,
     between: Callable[[], None] = lambda: None,
 ) -> Changes:
@@ -179,9 +174,16 @@ def find_changes(
     check_content: read every file, and try bad images again; otherwise files with the recorded stamp are trusted.
     Raises what `between` raises.
     """
-    parts = parts_of(store, store.path / notes)
-    if encoded is not None:
-        parts += parts_of(encoded, encoded.path / notes, fresh=True)
+    parts = [
+        Part(
+            split,
+            load_stamps(source.path / NOTES_FOLDER, name, len(split)),
+            source.manifest.class_names,
+            fresh=source is encoded,
+        )
+        for source in ([store] if encoded is None else [store, encoded])
+        for name, split in source.items()
+    ]
     samples = {name: part for name, part in samples.items() if len(part)}
     finder = Finder(
         store, parts, samples, class_names, {spec.name for spec in targets}, check_content, between

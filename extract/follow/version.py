@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -24,24 +23,22 @@ from extract.decode.sample import boxes_to_store
 from extract.follow.changes import ENCODE, Changes, SplitChange, find_changes, listed
 from extract.follow.stamps import Stamps, load_stamps, save_stamps
 from extract.metadata import forget_probe
-from extract.plan import AGAIN, ExtractTask, sample_key
-from extract.resume import FOLDER, adopt_rows, job_of, record_source
+from extract.output import extract_lock, planned_rows, rows_path
+from extract.plan import AGAIN, ExtractTask, record_source
 from extract.sources.base import Boxes
 from store import format as names
 from store.create import create_store, extend_store, scales_of
 from store.errors import DistillError
-from store.format import ArraySpec
-from store.job import ROWS_STORE
+from store.format import NOTES_FOLDER, ArraySpec
+from store.job import features_job
 from store.keys import KeyTable, Plan
 from store.metadata import ZARR_JSON, write_manifest
 from store.reader import Store, open_store
 from store.version import (
     RaggedChange,
     VersionSplit,
-    being_switched,
     bytes_to_write,
     can_link,
-    clear_version,
     drop_rows_store,
     publish_version,
     write_version,
@@ -59,43 +56,18 @@ class NoSpace(DistillError):
     """The disk has no room for the new version of a store."""
 
 
-def rows_path(path: Path) -> Path:
-    """Where the rows are encoded that a new version of the store needs."""
-    return path / names.WORK_FOLDER / ROWS_STORE
-
-
-def is_rows_store(path: Path) -> bool:
-    """Whether this is such a store: not one to train from."""
-    return path.parent.name == names.WORK_FOLDER
-
-
-def work_path(path: Path) -> Path:
-    """The store that is being filled: that of the rows for a new version, or the store itself."""
-    rows = rows_path(path)
-    return rows if (rows / ZARR_JSON).exists() and job_of(rows) is not None else path
-
-
-def finish_switch(path: Path) -> None:
-    """Finish what a killed run had begun: the switch to a new version, or its cleaning up."""
-    if being_switched(path):
-        publish_version(path)
-    elif (path / ZARR_JSON).exists():
-        clear_version(path)
-
-
 def changes_of(
     config: ExtractConfig, task: ExtractTask, between: Callable[[], None] = lambda: None
 ) -> Changes:
     """What the data set of `task` (all its samples) has otherwise than the complete store at its path."""
     store, rows = open_store(task.path), rows_path(task.path)
-    encoded = open_store(rows) if (rows / ZARR_JSON).exists() and job_of(rows) is None else None
+    encoded = open_store(rows) if (rows / ZARR_JSON).exists() and features_job(rows) is None else None
     return find_changes(
         store,
         encoded,
         {name: samples.samples for name, samples in task.splits.items()},
         task.manifest.class_names,
         [spec for spec in task.arrays if spec.name.startswith(names.TARGETS)],
-        notes=FOLDER,
         check_content=config.check_content and encoded is None,
         between=between,
     )
@@ -111,33 +83,34 @@ def follow(
     Raises NoSpace before anything is written.
     """
     path = task.path
-    finish_switch(path)
-    changes = changes_of(config, task, between)
-    store = open_store(path)
-    if not changes.any:
-        drop_rows_store(path)
-        keep_up(config, task, store, changes)
-        return None, changes
-    if changes.counts.encode:
-        log.info(
-            "%s: the data set has changed: %s. %s to encode, everything else is reused",
-            path,
-            changes.describe(),
-            f"{changes.counts.encode:,} images",
-        )
+    with extract_lock(path):
+        publish_version(path)  # a killed run may have begun it
+        changes = changes_of(config, task, between)
+        store = open_store(path)
+        if not changes.any:
+            drop_rows_store(path)
+            keep_up(config, task, store, changes)
+            return None, changes
+        if changes.counts.encode:
+            log.info(
+                "%s: the data set has changed: %s. %s to encode, everything else is reused",
+                path,
+                changes.describe(),
+                f"{changes.counts.encode:,} images",
+            )
+            check_space(path, task, store, changes)
+            plan_rows(path, task, store, changes)
+            return planned_rows(task), changes
+        log.info("%s: writing the new version of the store: %s", path, changes.describe())
         check_space(path, task, store, changes)
-        plan_rows(path, task, store, changes)
-        return rows_task(task), changes
-    log.info("%s: writing the new version of the store: %s", path, changes.describe())
-    check_space(path, task, store, changes)
-    put_together(config, task, store, changes, between)
-    return None, changes
+        put_together(config, task, store, changes, between)
+        return None, changes
 
 
 def keep_up(config: ExtractConfig, task: ExtractTask, store: Store, changes: Changes) -> None:
     """The data set is as the store has it: record what else may be new, such as the times of touched files."""
     if changes.touched:
-        save_stamps(task.path / FOLDER, {name: split.stamps for name, split in changes.splits.items()})
+        save_stamps(task.path / NOTES_FOLDER, {name: split.stamps for name, split in changes.splits.items()})
     record_source(task.path, config)
     known = {"data_root": task.manifest.data_root, "task": task.manifest.task}
     if any(getattr(store.manifest, name) != value for name, value in known.items()):
@@ -156,14 +129,14 @@ def plan_rows(path: Path, task: ExtractTask, store: Store, changes: Changes) -> 
     if (rows / ZARR_JSON).exists():
         encoded = open_store(rows)
         before: dict[str, Stamps] = {
-            name: load_stamps(rows / FOLDER, name, len(part)) for name, part in encoded.items()
+            name: load_stamps(rows / NOTES_FOLDER, name, len(part)) for name, part in encoded.items()
         }
         taken = {name: part.keys for name, part in encoded.items()}
         extend_store(
             rows, {name: [free_key(key, taken.get(name, ())) for key in some] for name, some in keys.items()}
         )
         save_stamps(
-            rows / FOLDER,
+            rows / NOTES_FOLDER,
             {n: np.concatenate([before[n], s]) if n in before else s for n, s in stamps.items()},
         )
         return
@@ -176,28 +149,12 @@ def plan_rows(path: Path, task: ExtractTask, store: Store, changes: Changes) -> 
         task.arrays,
         scales={name: np.array(scale, np.float32) for name, scale in scales.items()},
     )
-    save_stamps(rows / FOLDER, stamps)
+    save_stamps(rows / NOTES_FOLDER, stamps)
 
 
 def free_key(key: str, taken: Container[str]) -> str:
     """The key of another row of the same sample, whose file has changed since it was encoded; see `sample_key`."""
     return next(name for n in count(1) if (name := key if n == 1 else f"{key}{AGAIN}{n}") not in taken)
-
-
-def rows_task(task: ExtractTask) -> ExtractTask:
-    """The task of the rows that are being encoded for a new version of the store at `task.path`."""
-    rows = rows_path(task.path)
-    adopted = adopt_rows(task, rows)
-    store = open_store(task.path)
-    planned = {sample_key(key) for samples in adopted.splits.values() for key in samples.keys}
-    kept = {key for samples in task.splits.values() for key in samples.samples.keys} - planned
-    bad = [
-        key
-        for split in store.values()
-        for key in (split.keys[row] for row in np.flatnonzero(~split.valid).tolist())
-        if key in kept
-    ]
-    return replace(adopted, reused=len(kept), reused_bad=len(bad))
 
 
 # -- the new version ----------------------------------------------------------------------------------
@@ -214,7 +171,7 @@ def put_together(
         task.manifest,
         arrays,
         version_splits(arrays, changes),
-        notes=lambda folder: save_stamps(folder / FOLDER, stamps),
+        notes=lambda folder: save_stamps(folder / NOTES_FOLDER, stamps),
         between=between,
     )
     if dropped:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from extract.config import ConfigError, load_config
-from extract.resume import DifferentStore
+from extract.plan import DifferentStore
 from extract.run import ExtractResult, run_extraction
 from extract.verify import audit_store
 from store.reader import open_store

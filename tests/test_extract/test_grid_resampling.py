@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from extract.encode import resample_grid
-from extract.resume import DifferentStore
+from extract.plan import DifferentStore
 from extract.verify import audit_store
 from store.reader import open_store
 from tests.test_extract.extractions import extract, interrupt, true_features

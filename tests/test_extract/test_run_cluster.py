@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from extract.config import ConfigError, load_config
-from extract.resume import count_committed, job_of
 from extract.run import ExtractResult, run_extraction
+from store.job import count_committed, features_job
 from store.reader import open_store
 
 
@@ -123,8 +123,8 @@ class TestCluster:
 
         def kill_in_the_middle() -> None:
             while not killed:
-                job = job_of(options["out"]) if (options["out"] / "zarr.json").exists() else None
-                if job is not None and count_committed(options["out"], job)[0] >= 64:
+                job = features_job(options["out"]) if (options["out"] / "zarr.json").exists() else None
+                if job is not None and count_committed(options["out"], job) >= 64:
                     os.kill(victim, signal.SIGKILL)
                     killed.append(victim)
                 time.sleep(0.02)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from extract.config import ConfigError, load_config, parse_max_bad, parse_shard_range
-from extract.prepare import decode_workers
+from extract.plan import decode_workers
 from extract.result import resume_command
 
 
@@ -140,6 +140,6 @@ def test_a_pair_without_equals_sign_is_refused() -> None:
 def test_decoders_leave_cores_to_the_other_threads(
     monkeypatch: pytest.MonkeyPatch, cores: int, share: int, workers: int
 ) -> None:
-    monkeypatch.setattr("extract.prepare.core_share", lambda: cores)
+    monkeypatch.setattr("extract.plan.core_share", lambda: cores)
     assert decode_workers(load_config({"data": "d", "out": "o"}), share) == workers
     assert decode_workers(load_config({"data": "d", "out": "o", "workers": 7}), share) == 7

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from commands import store as commands
 from commands.extract import print_estimate, print_result
-from extract.resume import DifferentStore
+from extract.plan import DifferentStore
 from tests.test_extract.extractions import files_of, interrupt
 from tests.test_extract.source_datasets import WRITERS, picture, save
 from tests.test_extract.test_run_follow import Follower

@@ -115,7 +115,8 @@ def test_the_store_is_readable_until_the_switch(
         follow, "publish_version", lambda path: (seen.append(open_store(path).fingerprint), publish(path))
     )
     follower.extract()
-    assert seen == [fingerprint]
+    assert len(seen) > 1  # each look at the data set, and the switch itself
+    assert set(seen) == {fingerprint}
     assert follower.store.fingerprint != fingerprint
 
 
@@ -242,11 +243,11 @@ class TestChangesWhileItIsIncomplete:
 
 
 def extract_rows_left(path: Path) -> int:
-    from extract.resume import count_committed, job_of, list_units
+    from store.job import count_committed, features_job
 
-    job = job_of(path)
+    job = features_job(path)
     assert job is not None
-    return sum(end - first for _, first, end in list_units(job)) - count_committed(path, job)[0]
+    return sum(end - first for _, first, end in job.units()) - count_committed(path, job)
 
 
 def test_a_disk_without_room_is_an_error_before_anything_is_written(
@@ -304,7 +305,7 @@ def test_targets_that_come_later_get_their_arrays(extract_options: dict[str, Any
 def test_boxes_that_come_later_need_a_grid_that_is_not_there(
     extract_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    from extract.resume import DifferentStore
+    from extract.plan import DifferentStore
 
     root = tmp_path / "data"
     table = root / "table.csv"

@@ -15,7 +15,7 @@ from commands.extract import next_step, print_estimate
 from commands.store import print_description
 from extract.config import load_config
 from extract.metadata import note_probe
-from extract.resume import DifferentStore
+from extract.plan import DifferentStore
 from extract.run import run_extraction
 from extract.teachers import CheckpointError
 from store.reader import open_store

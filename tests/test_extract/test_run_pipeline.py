@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.resume import DifferentStore
+from extract.plan import DifferentStore
 from extract.teachers import load_teacher
 from store.reader import open_store
 from tests.test_extract.extractions import extract, files_of, interrupt, true_features

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from extract.resume import count_committed, job_of
 from extract.run import run_extraction
+from store.job import count_committed, features_job
 from store.reader import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -67,8 +67,8 @@ def wait_for_rows(out: Path, process: subprocess.Popen[str], rows: int = 1) -> N
     """Until `rows` rows are committed."""
     while process.poll() is None:
         if (out / "zarr.json").exists():
-            job = job_of(out)
-            if job is not None and count_committed(out, job)[0] >= rows:
+            job = features_job(out)
+            if job is not None and count_committed(out, job) >= rows:
                 return
         time.sleep(0.02)
     raise AssertionError(f"ended before it was stopped: {process.communicate()}")
@@ -113,7 +113,7 @@ def test_a_signal_stops_within_four_seconds_and_the_printed_command_goes_on(
     message = errors.strip().splitlines()[-1]
     command = message.split("Go on with: ")[1].split()
     assert command[:2] == ["cli", "extract"]
-    committed = count_committed(out, job_of(out))[0]  # type: ignore[arg-type]
+    committed = count_committed(out, features_job(out))  # type: ignore[arg-type]
     assert f"stopped: {committed:,} of 480 images are committed in {out}" in message
     psutil.wait_procs(children, timeout=5)
     assert not [child for child in children if child.is_running()]

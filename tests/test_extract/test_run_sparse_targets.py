@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from extract.config import load_config
-from extract.plan import found_targets, make_task
-from extract.prepare import open_data, open_teacher
+from extract.plan import found_targets, make_task, open_data, open_teacher
 from extract.sources.base import Sample, Samples, Source
 from imaging.masks import encode_mask
 from store.reader import open_store
