@@ -63,9 +63,8 @@ from store.format import (
     target_arrays,
 )
 from store.keys import Plan
-from store.rows import channel_scale, prepare_block, to_stored
 from store.shards import crc32c
-from store.writer import StoreWriter
+from store.writer import StoreWriter, channel_scale, prepare_rows, to_stored
 
 SIZE, BATCH = 224, 4
 BOUND = 1.10
@@ -285,7 +284,7 @@ def measure_host(work: Path, rounds: int, rows: int) -> dict[str, float]:
             with StoreWriter(store, "train") as writer:
                 block = {**arrays, **rest}
                 prepare = functools.partial(
-                    prepare_block, writer.job, block, None, None, frozenset(known), known
+                    prepare_rows, writer.job, block, None, None, frozenset(known), known
                 )
                 timed(f"prepare, {form}", prepare)
 

@@ -38,7 +38,7 @@ from store.job import ROWS_STORE, Job, count_committed, features_job, log_path, 
 from store.keys import Plan
 from store.metadata import ZARR_JSON, write_json
 from store.reader import open_store
-from store.rows import channel_scale
+from store.writer import channel_scale
 
 log = get_logger("extract")
 

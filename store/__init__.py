@@ -6,8 +6,7 @@ Write (stage one):
     from store.finalize import finalize_store
     from store.format import Manifest, feature_arrays, target_arrays
     from store.keys import Plan
-    from store.rows import channel_scale
-    from store.writer import StoreWriter
+    from store.writer import StoreWriter, channel_scale
 
     plan = Plan({"train": ["a.jpg", "b.jpg"], "val": ["c.jpg"]}, batch_rows=32)
     create_store(path, Manifest(teacher=TeacherSpec(...), preprocessing=Preprocessing(...)), plan,

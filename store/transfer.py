@@ -40,9 +40,8 @@ from store.metadata import (
     write_manifest,
 )
 from store.reader import Split, Statistics, Store, open_store
-from store.rows import channel_scale, to_stored
 from store.shards import BLOCK_BYTES, ArrayWriter, Layout, blocks
-from store.writer import StoreWriter
+from store.writer import StoreWriter, channel_scale, to_stored
 
 BLOCK_ROWS = 1024
 COVARIANCE_BYTES = 16 * 1024 * 1024

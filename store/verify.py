@@ -45,9 +45,9 @@ from store.keys import KeyTable
 from store.locks import SUFFIX, Owner, is_abandoned, read_owner
 from store.metadata import ZARR_JSON, node_names, parse_manifest, read_json, read_root
 from store.reader import Split, Store
-from store.rows import all_finite
 from store.shards import PARTIAL, Layout, ShardFile, blocks, checksum_of
 from store.version import switch_is_done
+from store.writer import all_finite
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Append rows to a store: large rows directly into shard files, small arrays into the commit log (see job.py).
+"""Append rows to a store: checked and brought into stored form, then large rows go directly into shard files, small
+arrays into the commit log (see job.py).
 
 A row is committed when its record is in its shard's log: at least every 1,024 rows or 60 seconds. What was not
 committed when a process was killed is written again by the next run, and the resulting files are bit-identical.
@@ -17,33 +18,32 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from files.writing import sync_folder
 from store.errors import StoreError, disk_errors
-from store.format import FEATURES_JOB, OWN_ARRAYS, VALID, ragged_groups
+from store.format import FEATURES_JOB, OWN_ARRAYS, REASONS, VALID, ArraySpec, ragged_groups
 from store.job import (
     Commit,
     Job,
     encode_commit,
     intact_commits,
     job_folder,
-    keys_folder,
     load_job,
     log_path,
     read_commits,
 )
-from store.keys import KeyTable, open_keys
 from store.locks import RowLock
-from store.rows import Block, Values, prepare_block
 from store.shards import ShardFile, write_all
 
 log = logging.getLogger(__name__)
 
+Values = np.ndarray | Sequence[Any]
 
 COMMIT_ROWS = 1024
 COMMIT_SECONDS = 60.0
@@ -74,7 +74,15 @@ class StoreWriter:
         self.job: Job = load_job(self.path, job)
         if split not in self.job.splits:
             raise StoreError(f"{path}: no split {split!r}; valid: {sorted(self.job.splits)}")
-        self.start, self.stop = check_range(self.job, split, row_range, self.path)
+        rows, first = self.job.splits[split].rows, self.job.splits[split].start
+        size = self.job.shard_rows
+        self.start, self.stop = (first - first % size, rows) if row_range is None else row_range
+        whole = self.start % size == 0 and (self.stop % size == 0 or self.stop == rows)
+        if not whole or not 0 <= self.start <= self.stop <= rows:
+            raise StoreError(
+                f"{path} {split}: row range {self.start}:{self.stop} is not made of whole shards of {size} rows "
+                f"within 0:{rows}"
+            )
         self.commit_rows, self.commit_seconds = commit_rows, commit_seconds
         self._shard: OpenShard | None = None
         self._failed = self._closed = False
@@ -95,12 +103,6 @@ class StoreWriter:
     def batches(self) -> Iterator[tuple[int, int]]:
         """The (first row, end row) of every batch that is still to be appended."""
         return batches(self.next_row, self.stop, self.job.batch_rows, self.job.shard_rows)
-
-    @cached_property
-    def keys(self) -> KeyTable:
-        """The split's keys in row order, new ones included."""
-        appended = keys_folder(job_folder(self.path, self.job.name)) / self.split
-        return open_keys(appended if appended.exists() else self.path / self.split)
 
     @property
     def array_names(self) -> list[str]:
@@ -129,7 +131,7 @@ class StoreWriter:
         Raises StoreError for wrong names, shapes, dtypes, too many rows, and for a disk that refuses.
         """
         self._check_usable()
-        block = prepare_block(self.job, arrays, valid, reasons, stored, finite)
+        block = prepare_rows(self.job, arrays, valid, reasons, stored, finite)
         if self.next_row + block.rows > self.stop:
             raise StoreError(
                 f"{self.path} {self.split}: {block.rows} rows at row {self.next_row} pass the end of the "
@@ -139,8 +141,23 @@ class StoreWriter:
             self._lock.check()
             if self._shard is not None and self._shard.uncommitted + block.rows > self.commit_rows:
                 self._commit()
-            self._write(block)
-            self._commit_when_due()
+            done = 0
+            while done < block.rows:
+                if self._shard is None:
+                    shard = self.next_row // self.job.shard_rows
+                    self._shard = OpenShard(self.path, self.job, self.split, shard, [])
+                count = min(block.rows - done, self._shard.end - self.next_row)
+                self._shard.append(block.part(done, done + count))
+                done += count
+                self.next_row += count
+                if self.next_row == self._shard.end:
+                    self._commit()
+                    self._shard = None
+            late = time.monotonic() - self._last_commit >= self.commit_seconds
+            if (open_shard := self._shard) is not None and (
+                late or open_shard.uncommitted >= self.commit_rows or open_shard.waiting >= COMMIT_BYTES
+            ):
+                self._commit()
         return block.fixed.get(VALID, np.ones(block.rows, dtype=bool))
 
     def commit(self) -> None:
@@ -150,7 +167,7 @@ class StoreWriter:
             self._lock.check()
             self._commit()
             while self._syncs:
-                self._await_sync()
+                self._syncs.popleft()[0].result()
 
     def close(self, *, commit: bool = True) -> None:
         """Commit (unless `commit` is False) and release files and lock. May be called twice."""
@@ -211,38 +228,11 @@ class StoreWriter:
             behind = len(self._syncs) > 1 and sum(size for _, size in self._syncs) > COMMIT_BYTES
             if not (behind or self._syncs[0][0].done()):
                 break
-            self._await_sync()
+            self._syncs.popleft()[0].result()  # raises what the sync raised
 
     def _sync(self, shard: OpenShard, stop: int) -> None:
         self._lock.check()
         shard.sync(stop)
-
-    def _await_sync(self) -> None:
-        """Wait for the oldest sync under way. Raises what it raised."""
-        sync, _ = self._syncs.popleft()
-        sync.result()
-
-    def _write(self, block: Block) -> None:
-        """Write a block's rows, shard by shard."""
-        done = 0
-        while done < block.rows:
-            if self._shard is None:
-                shard = self.next_row // self.job.shard_rows
-                self._shard = OpenShard(self.path, self.job, self.split, shard, [])
-            count = min(block.rows - done, self._shard.end - self.next_row)
-            self._shard.append(block.part(done, done + count))
-            done += count
-            self.next_row += count
-            if self.next_row == self._shard.end:
-                self._commit()
-                self._shard = None
-
-    def _commit_when_due(self) -> None:
-        if self._shard is None:
-            return
-        late = time.monotonic() - self._last_commit >= self.commit_seconds
-        if late or self._shard.uncommitted >= self.commit_rows or self._shard.waiting >= COMMIT_BYTES:
-            self._commit()
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -276,7 +266,12 @@ class OpenShard:
         try:
             commits = self._true_commits(commits)
             self.committed = self._synced = commits[-1].stop if commits else self.first
-            self._check_kept(job.splits[split].start)
+            kept = min(job.splits[split].start, self.end)  # rows before it come from an earlier job
+            if self.committed < kept:
+                raise StoreError(
+                    f"{self._log_path}: rows {self.committed}:{kept} were stored before and are damaged now "
+                    "(crc32c differs); extract again with --overwrite"
+                )
             # The log first: it must never hold checksums of bytes that are about to be cut off.
             self._log_fd = self._open_log(commits[-1].end if commits else 0)
             for name, file in self.files.items():
@@ -285,7 +280,7 @@ class OpenShard:
             self.close()
             raise
 
-    def append(self, block: Block) -> None:
+    def append(self, block: PreparedRows) -> None:
         for name, array in block.fixed.items():
             if name in self.files:
                 self.files[name].append(array)
@@ -372,14 +367,6 @@ class OpenShard:
             )
         return commits[:true]
 
-    def _check_kept(self, start: int) -> None:
-        """Raises StoreError when rows before `start`, which come from an earlier job, are damaged."""
-        if self.committed < min(start, self.end):
-            raise StoreError(
-                f"{self._log_path}: rows {self.committed}:{min(start, self.end)} were stored before and are "
-                "damaged now (crc32c differs); extract again with --overwrite"
-            )
-
     def _open_log(self, end: int) -> int:
         """The log, cut after its last valid record."""
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -394,21 +381,6 @@ class OpenShard:
         return fd
 
 
-def check_range(job: Job, split: str, row_range: tuple[int, int] | None, path: Path) -> tuple[int, int]:
-    """The rows of a writer. Raises StoreError unless they are whole shards of this job."""
-    rows, first = job.splits[split].rows, job.splits[split].start
-    if row_range is None:
-        return first - first % job.shard_rows, rows
-    start, stop = row_range
-    whole = start % job.shard_rows == 0 and (stop % job.shard_rows == 0 or stop == rows)
-    if not whole or not 0 <= start <= stop <= rows:
-        raise StoreError(
-            f"{path} {split}: row range {start}:{stop} is not made of whole shards of {job.shard_rows} rows "
-            f"within 0:{rows}"
-        )
-    return start, stop
-
-
 def batches(start: int, stop: int, batch_rows: int, shard_rows: int) -> Iterator[tuple[int, int]]:
     """Batches (first row, end row) of the rows [start, stop), cut at every shard's start.
 
@@ -421,3 +393,182 @@ def batches(start: int, stop: int, batch_rows: int, shard_rows: int) -> Iterator
         end = min(stop, shard_start + min(shard_rows, within - within % batch_rows + batch_rows))
         yield row, end
         row = end
+
+
+# -- stored form ---------------------------------------------------------------------------------------------------
+#
+# Every error in a block of rows is found here, before a byte is written.
+#
+# float16 has a power-of-two scale per channel: stored = true / scale, exactly undone by a product. A few channels of
+# Qwen's vision tower reach far beyond float16. A power of two shifts the exponent and changes no digit, so the relative
+# error stays at most 2^-11 (float16's rounding) for every stored value of at least 2^-14 (its smallest normal number),
+# that is 2^-29 of 2^15, the scaled maximum.
+
+FLOAT16_INFINITY = 0x7C00  # the bits of +inf; those of NaN are larger; the sign is the bit above
+FLOAT16_MINUS_INFINITY = 0xFC00
+CACHED = 64 * 1024  # values that stay in the processor's cache between two passes
+NO_BYTES = np.empty(0, np.uint8)
+
+
+@dataclass
+class PreparedRows:
+    """Rows ready to be written. fixed: name → [b, ...]; ragged: name → list of b arrays."""
+
+    rows: int
+    fixed: dict[str, np.ndarray]
+    ragged: dict[str, list[np.ndarray]]
+
+    def part(self, start: int, stop: int) -> PreparedRows:
+        return PreparedRows(
+            stop - start,
+            {name: array[start:stop] for name, array in self.fixed.items()},
+            {name: entries[start:stop] for name, entries in self.ragged.items()},
+        )
+
+
+def prepare_rows(
+    job: Job,
+    arrays: Mapping[str, Values],
+    valid: np.ndarray | None,
+    reasons: Sequence[str] | None,
+    stored: bool | Collection[str],
+    finite: Collection[str] = (),
+) -> PreparedRows:
+    """Check a block of rows and bring it into stored form; arguments as of `StoreWriter.append`.
+
+    Raises StoreError for what does not fit.
+    """
+    specs = {spec.name: spec for spec in job.arrays if spec.name not in OWN_ARRAYS}
+    missing, unknown = sorted(set(specs) - set(arrays)), sorted(set(arrays) - set(specs))
+    if missing or unknown:
+        raise StoreError(
+            f"append: missing arrays {missing}, unknown arrays {unknown}; expected {sorted(specs)}"
+        )
+    rows = len(next(iter(arrays.values()))) if arrays else len(valid if valid is not None else ())
+    flags = np.ones(rows, dtype=bool) if valid is None else np.array(valid, dtype=bool)
+    texts = list(reasons) if reasons is not None else [""] * rows
+    if flags.shape != (rows,) or len(texts) != rows:
+        raise StoreError(f"append: {rows} rows, but valid has shape {flags.shape} and {len(texts)} reasons")
+    fixed: dict[str, np.ndarray] = {}
+    ragged: dict[str, list[np.ndarray]] = {}
+    for name, spec in specs.items():
+        as_it_is = stored if isinstance(stored, bool) else name in stored
+        if spec.ragged:
+            ragged[name] = check_ragged(spec, arrays[name], rows, job, as_it_is)
+            continue
+        array = np.asarray(arrays[name])
+        if array.shape != (rows, *spec.row_shape):
+            raise StoreError(f"append {name}: shape {array.shape}, expected {(rows, *spec.row_shape)}")
+        fixed[name] = in_stored_dtype(spec, array, job, as_it_is)
+    unsure = {name: spec for name, spec in specs.items() if name not in finite}
+    mark_overflow(unsure, fixed, ragged, flags, texts)
+    for name, spec in specs.items() if not flags.all() else ():
+        if not is_feature(spec):
+            continue
+        if spec.ragged:
+            pairs = zip(ragged[name], flags, strict=True)
+            ragged[name] = [entry if ok else np.full_like(entry, np.nan) for entry, ok in pairs]
+        else:
+            fixed[name] = fixed[name].copy()
+            fixed[name][~flags] = np.nan
+    if job.owns_rows:
+        fixed[VALID] = flags
+        ragged[REASONS] = [np.frombuffer(text.encode(), np.uint8) if text else NO_BYTES for text in texts]
+    for group in ragged_groups(job.arrays).values():
+        lengths = [list(map(len, ragged[spec.name])) for spec in group]
+        if any(other != lengths[0] for other in lengths[1:]):
+            raise StoreError(f"append: {[spec.name for spec in group]} differ in entries of a row")
+    return PreparedRows(rows, fixed, ragged)
+
+
+def check_ragged(spec: ArraySpec, values: Values, rows: int, job: Job, stored: bool) -> list[np.ndarray]:
+    """b arrays [n, ...] in the stored dtype."""
+    if len(values) != rows:
+        raise StoreError(f"append {spec.name}: {len(values)} entries, expected one for each of {rows} rows")
+    entries = []
+    for entry in values:
+        array = np.frombuffer(entry, np.uint8) if isinstance(entry, bytes) else np.asarray(entry)
+        if array.size == 0:
+            array = array.reshape(0, *spec.row_shape)
+        if array.shape[1:] != spec.row_shape:
+            raise StoreError(
+                f"append {spec.name}: entry shape {array.shape}, expected (n, *{spec.row_shape})"
+            )
+        entries.append(in_stored_dtype(spec, array, job, stored))
+    return entries
+
+
+def in_stored_dtype(spec: ArraySpec, array: np.ndarray, job: Job, stored: bool) -> np.ndarray:
+    dtype = np.dtype(spec.dtype)
+    scale = None if stored else job.scale_of(spec.name)
+    if scale is not None or dtype == np.float16:
+        return to_stored(array, scale, dtype)
+    if array.size and not np.can_cast(array.dtype, dtype, casting="same_kind"):
+        raise StoreError(f"append {spec.name}: dtype {array.dtype}, expected {dtype}")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def is_feature(spec: ArraySpec) -> bool:
+    return np.dtype(spec.dtype).kind == "f" and (spec.scaled or spec.name.startswith(("features/", "views/")))
+
+
+def mark_overflow(
+    specs: Mapping[str, ArraySpec],
+    fixed: Mapping[str, np.ndarray],
+    ragged: Mapping[str, list[np.ndarray]],
+    flags: np.ndarray,
+    texts: list[str],
+) -> None:
+    """Make rows invalid whose float values are not finite in stored form."""
+    for name, spec in specs.items():
+        if np.dtype(spec.dtype).kind != "f" or (not spec.ragged and all_finite(fixed[name])):
+            continue
+        entries = ragged[name] if spec.ragged else list(fixed[name])
+        for row in np.flatnonzero(flags).tolist():
+            bad = ~np.isfinite(entries[row])
+            if not bad.any():
+                continue
+            if not is_feature(spec):
+                raise StoreError(f"append {name}: row {row} of the block is not finite")
+            channel = int(np.argwhere(bad)[0][-1])
+            flags[row] = False
+            texts[row] = f"{name}: channel {channel} is not finite or too large for float16 at its scale"
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Like `np.isfinite(array).all()`, many times as fast for float16, whose isfinite numpy does one by one."""
+    if array.dtype != np.float16:
+        return bool(np.isfinite(array).all())
+    signed, bits = (np.ascontiguousarray(array).reshape(-1).view(kind) for kind in (np.int16, np.uint16))
+    return all(
+        signed[start : start + CACHED].max() < FLOAT16_INFINITY
+        and bits[start : start + CACHED].max() < FLOAT16_MINUS_INFINITY
+        for start in range(0, len(bits), CACHED)
+    )
+
+
+# The calibration batch's largest value lands in (2^11, 2^12]: 16 times as much still fits below 65504.
+CALIBRATED_EXPONENT = 12
+
+
+def channel_scale(values: np.ndarray) -> np.ndarray:
+    """Scale [D] float32 (powers of two) for features whose calibration batch is `values` [..., D].
+
+    A channel is taken to be at least as large as the mean channel, so that one which happened to be
+    silent in the calibration batch has room. Values that are not finite are left out.
+    """
+    flat = np.abs(values.reshape(-1, values.shape[-1]).astype(np.float64))
+    largest = np.where(np.isfinite(flat), flat, 0.0).max(axis=0, initial=0.0)
+    largest = np.maximum(largest, largest.mean())
+    exponent = np.ceil(np.log2(np.where(largest > 0, largest, 2.0**CALIBRATED_EXPONENT)))
+    exponent = np.clip(exponent - CALIBRATED_EXPONENT, -100, 100)
+    scale: np.ndarray = np.exp2(exponent).astype(np.float32)
+    return scale
+
+
+def to_stored(values: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """values [..., D] / scale [D] in the stored dtype, C-contiguous. What does not fit becomes inf."""
+    if scale is not None and not np.all(scale == 1):
+        values = values.astype(np.float32, copy=False) * (1 / scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(values, dtype=dtype)

@@ -23,7 +23,7 @@ from extract.teachers.qwen_vl import QwenVLTeacher
 from extract.teachers.timm_encoder import TimmTeacher
 from store import format as names
 from store.format import Preprocessing, TeacherSpec
-from store.rows import channel_scale, to_stored
+from store.writer import channel_scale, to_stored
 from tests.test_extract.test_teacher_forward_pass import HOST_READS, OpCounter, few_dimensional_teacher
 
 SIZE = 56

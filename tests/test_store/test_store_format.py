@@ -18,9 +18,8 @@ from store.errors import StoreError
 from store.format import FORMAT_VERSION, ArraySpec, Preprocessing, TeacherSpec, feature_arrays
 from store.keys import KeyTable, Plan
 from store.reader import open_store
-from store.rows import channel_scale, to_stored
 from store.shards import Layout, choose_shard_rows
-from store.writer import StoreWriter
+from store.writer import StoreWriter, channel_scale, to_stored
 
 
 def expected_arrays(store: Path) -> dict[str, np.ndarray]:

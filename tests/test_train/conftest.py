@@ -27,6 +27,7 @@ from store.format import (
     target_arrays,
 )
 from store.keys import Plan
+from store.reader import open_store
 from store.writer import StoreWriter
 
 WIDTH = 24
@@ -73,9 +74,10 @@ def png_bytes(pixels: np.ndarray) -> bytes:
 
 def write_split(path: Path, split: str, count: int, settings: dict[str, Any], root: Path | None) -> None:
     rng = np.random.default_rng([settings["seed"], len(split), count])
+    keys = open_store(path, allow_incomplete=True)[split].keys
     with StoreWriter(path, split) as writer:
         for start, stop in writer.batches():
-            writer.append(make_rows([writer.keys[row] for row in range(start, stop)], rng, settings, root))
+            writer.append(make_rows(keys[start:stop], rng, settings, root))
 
 
 def make_rows(
