@@ -74,6 +74,15 @@ class TrainConfig(BaseModel):
     )
     train_split: str = _data("train", "The split to train on.")
     val_split: str = _data("val", "The split to validate on.")
+    labeled_share: float | None = _data(
+        None,
+        "Share of labeled samples in each batch, where others have no label or mask.",
+        gt=0,
+        le=1,
+        shown_default="theirs, and at least a quarter",
+        distills=True,
+        not_for={"yolov8": "detectors train on images with boxes; --pretrain-epochs learns from all"},
+    )
     dropout: float = _data(
         0.0,
         "timm students: dropout before the classifier.",

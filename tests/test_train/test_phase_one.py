@@ -42,6 +42,8 @@ def test_both_phases_are_in_one_run(make_store, make_config):
     assert summary["pretrain"]["samples"] == 24, "the rows without a label are learned from as well"
     assert -1 <= summary["pretrain"]["metrics"]["cosine"] <= 1
     assert summary["epochs_done"] == 2
+    assert load_checkpoint(config.out / "last.pt")["training"]["progress"]["global_step"] == 6
+    assert load_checkpoint(config.out / "control/last.pt")["training"]["progress"]["global_step"] == 6
     control = lines(config.out / "control")
     assert [line["epoch"] for line in control] == [1, 2], "as many epochs on the labels, and no phase one"
     assert list((config.out / "pretrain/tensorboard").iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.data.batches import EpochBatches, micro_batches, rank_share
+from train.data.batches import Balance, EpochBatches, micro_batches, rank_share
 from train.loop import loop
 from train.loop.loop import group_sizes, learning_rate_at, warmup_steps
 from train.run import run_training
@@ -58,6 +58,34 @@ def test_plan_covers_every_sample_once_in_an_order_of_its_own_each_epoch():
 
 
 def test_ranks_share_a_batch_equally_and_padding_has_no_weight():
-    shares = [rank_share([7, 8, 9, 10, 11], rank, 2) for rank in (0, 1)]
-    assert shares == [[(7, 1.0), (8, 1.0), (9, 1.0)], [(10, 1.0), (11, 1.0), (7, 0.0)]]
-    assert rank_share([7], 1, 2) == [(7, 0.0)]
+    rows, showings = np.array([7, 8, 9, 10, 11]), np.array([0, 1, 0, 2, 0])
+    shares = [rank_share(rows, showings, rank, 2) for rank in (0, 1)]
+    assert shares == [[(0, 7, 1.0), (1, 8, 1.0), (0, 9, 1.0)], [(2, 10, 1.0), (0, 11, 1.0), (0, 7, 0.0)]]
+    assert rank_share(rows[:1], showings[:1], 1, 2) == [(0, 7, 0.0)]
+
+
+def test_a_balanced_epoch_repeats_labeled_rows_and_spreads_the_others():
+    rows = np.arange(100)
+    balance = Balance(rows[:6], rows[6:], 0.25)
+    batches = EpochBatches(rows, 8, seed=1, balance=balance)
+    shown: list[list[tuple[int, int]]] = []
+    for epoch in range(4):
+        batches.epoch, batches.start = epoch, 0
+        found = list(batches)
+        assert [len(batch) for batch in found] == [8] * 12 + [4], "as many samples as without"
+        assert all(sum(item.row < 6 for item in batch) == max(1, len(batch) // 4) for batch in found)
+        shown += [[(item.row, item.showing) for item in batch] for batch in found]
+    every = [item for batch in shown for item in batch]
+    assert len(set(every)) == len(every), "no row is shown twice in the same view"
+    counts = np.bincount([row for row, _ in every], minlength=100)
+    assert counts[:6].max() - counts[:6].min() <= 1
+    assert counts[6:].max() - counts[6:].min() <= 1
+    batches.epoch, batches.start = 2, 5
+    assert [[(item.row, item.showing) for item in batch] for batch in batches] == shown[26 + 5 : 39]
+
+
+def test_a_control_of_mixed_rows_sees_the_labeled_ones_alone_in_full_batches():
+    rows = np.arange(20)
+    batches = EpochBatches(rows, 8, seed=1, balance=Balance(rows[:3], rows[:0], 1.0))
+    assert [len(batch) for batch in batches] == [8, 8, 4]
+    assert {item.row for batch in batches for item in batch} == {0, 1, 2}

@@ -28,9 +28,12 @@ Rows = NDArray[np.int64]
 
 
 class Item(NamedTuple):
-    """One sample for a worker. `weight` 0 marks padding, which makes the shares of all ranks equally large."""
+    """One sample for a worker. `weight` 0 marks padding, which makes the shares of all ranks equally large.
 
-    epoch: int
+    `showing` is how often the row was shown before: it draws another view each time.
+    """
+
+    showing: int
     row: int
     weight: float
 
@@ -43,22 +46,55 @@ def micro_batches(count: int, batch_size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
 
 
-def rank_share(rows: Sequence[int] | Rows, rank: int, world: int) -> list[tuple[int, float]]:
-    """This rank's (row, weight) of a micro-batch: equally many on each rank, padded with weight 0."""
+def rank_share(rows: Rows, showings: Rows, rank: int, world: int) -> list[Item]:
+    """This rank's items of a micro-batch: equally many on each rank, padded with weight 0."""
     size = -(-len(rows) // world)
-    own = [(int(row), 1.0) for row in rows[rank * size : (rank + 1) * size]]
-    return own + [(int(rows[0]), 0.0)] * (size - len(own))
+    part = slice(rank * size, (rank + 1) * size)
+    own = [Item(int(n), int(row), 1.0) for n, row in zip(showings[part], rows[part], strict=True)]
+    return own + [Item(int(showings[0]), int(rows[0]), 0.0)] * (size - len(own))
+
+
+def draw_rows(rows: Rows, seed: Sequence[int], start: int, count: int) -> tuple[Rows, Rows]:
+    """`count` rows from position `start` of an endless row of permutations of `rows`, and which permutation each is from.
+
+    So all rows are shown equally often over several epochs, and any epoch can be drawn on its own (resume).
+    """
+    numbers = np.arange(start, start + count)
+    showings, places = np.divmod(numbers, len(rows))
+    drawn = np.empty(count, np.int64)
+    for showing in np.unique(showings):
+        chosen = showings == showing
+        drawn[chosen] = np.random.default_rng([*seed, int(showing)]).permutation(rows)[places[chosen]]
+    return drawn, showings
+
+
+@dataclass(frozen=True)
+class Balance:
+    """`share` of each batch is drawn from the `labeled` rows, the rest from the `unlabeled` ones."""
+
+    labeled: Rows
+    unlabeled: Rows
+    share: float
+
+    def count(self, size: int) -> int:
+        """Labeled samples of a batch of `size`: at least one."""
+        return min(size, max(1, round(self.share * size))) if len(self.unlabeled) else size
 
 
 @dataclass
 class EpochBatches:
-    """The batch sampler of a loader; `start` is the first micro-batch that is wanted (resume)."""
+    """The batch sampler of a loader; `start` is the first micro-batch that is wanted (resume).
+
+    An epoch has as many samples as there are `rows`. With a `balance` they are not each row once: labeled rows
+    are repeated (or, where `share` is less than theirs, spread over several epochs), the others spread over several epochs.
+    """
 
     rows: Rows
     batch_size: int
     seed: int | None
     rank: int = 0
     world: int = 1
+    balance: Balance | None = None
     epoch: int = 0
     start: int = 0
     slices: list[slice] = field(init=False)
@@ -70,14 +106,30 @@ class EpochBatches:
         return len(self.slices) - self.start
 
     def __iter__(self) -> Iterator[list[Item]]:
-        order = self.rows
-        if self.seed is not None:  # a random order, the same in every process
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        order, showings = self.order()
         for part in self.slices[self.start :]:
-            yield [
-                Item(self.epoch, row, weight)
-                for row, weight in rank_share(order[part], self.rank, self.world)
-            ]
+            yield rank_share(order[part], showings[part], self.rank, self.world)
+
+    def order(self) -> tuple[Rows, Rows]:
+        """The epoch's rows in their order, the same in every process, and the number of each row's showing."""
+        showings = np.full(len(self.rows), self.epoch)
+        if self.seed is None:
+            return self.rows, showings
+        if self.balance is None:
+            return np.random.default_rng([self.seed, self.epoch]).permutation(self.rows), showings
+        balance, order = self.balance, np.empty(len(self.rows), np.int64)
+        labeled = np.zeros(len(order), bool)
+        for index, part in enumerate(self.slices):
+            size = part.stop - part.start
+            # Mixed within the batch: its parts go to different ranks.
+            mixed = np.random.default_rng([self.seed, self.epoch, index]).permutation(size)
+            labeled[part] = mixed < balance.count(size)
+        for number, (rows, chosen) in enumerate(((balance.labeled, labeled), (balance.unlabeled, ~labeled))):
+            if count := int(chosen.sum()):
+                order[chosen], showings[chosen] = draw_rows(
+                    rows, (self.seed, number), self.epoch * count, count
+                )
+        return order, showings
 
 
 @dataclass

@@ -111,7 +111,7 @@ class ClipViews(Views):
     def show(self, item: Item) -> dict[str, Any]:
         settings = self.settings
         frames = self.reader.read(item.row)
-        generator = sample_generator(settings.seed, item.epoch, self.reader.key(item.row))
+        generator = sample_generator(settings.seed, item.showing, self.reader.key(item.row))
         view = draw_view(
             settings.augmentation,
             generator,

@@ -185,7 +185,7 @@ class ImageViews(Views):
     def show(self, item: Item) -> dict[str, Any]:
         settings, reader = self.settings, self.reader
         shown = reader.read(item.row, decode_size(settings))
-        generator = sample_generator(settings.seed, item.epoch, reader.key(item.row))
+        generator = sample_generator(settings.seed, item.showing, reader.key(item.row))
         base = resize_view(settings.policy, shown.size, settings.image_size)
         recorded = -1
         if settings.recorded_views:

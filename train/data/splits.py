@@ -46,6 +46,7 @@ LABEL_FREE = "use --task features to learn without them, or extract a data set t
 class TrainingData:
     """What the store offers this run. `rows`: valid rows int64; `labels` int32 [N] of the whole split, or None.
 
+    `labeled` bool, one for each of `train_rows`: which have a label or mask; None for tasks without, and for boxes.
     `validation_samples`: how many of `val_rows` the task's metrics are measured on. `preprocessing`: how the student is
     shown the images; None: as the store's teacher was.
     """
@@ -59,6 +60,7 @@ class TrainingData:
     validation_samples: int
     notes: list[str] = field(default_factory=list)
     preprocessing: Preprocessing | None = None
+    labeled: NDArray[np.bool_] | None = None
 
 
 def student_preprocessing(store: Store, recorded: Mapping[str, Any]) -> Preprocessing:
@@ -112,7 +114,7 @@ def resolve_data(config: TrainConfig, store: Store, task: str) -> TrainingData:
         valid_rows(train, config.train_split, notes),
         valid_rows(val, config.val_split, notes),
     )
-    train_labels, val_labels = labels_of(train), labels_of(val)
+    kind, train_labels, val_labels = TASK_METRICS[task].target, labels_of(train), labels_of(val)
     num_classes = 0 if task == "features" else resolve_classes(config, store, train_labels, notes)
     if task in CLASS_TASKS:
         check_labels(config, train_labels, val_labels, train_rows, val_rows, notes)
@@ -127,6 +129,7 @@ def resolve_data(config: TrainConfig, store: Store, task: str) -> TrainingData:
         val_labels=val_labels,
         validation_samples=count_validation(store, config.val_split, task),
         notes=notes,
+        labeled=labeled_rows(train, kind)[train_rows] if kind in ("label", "mask") else None,
     )
 
 

@@ -17,7 +17,7 @@ from console.stop import StopRequest
 from store.format import SIZES
 from store.reader import Store
 from train.config import TrainConfig
-from train.data.batches import BatchLoader, EpochBatches, FeatureGatherer, default_workers
+from train.data.batches import Balance, BatchLoader, EpochBatches, FeatureGatherer, default_workers
 from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
 from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.splits import TrainingData
@@ -37,6 +37,8 @@ from train.students.weights import load_phase_one
 from train.tasks import build_task
 from train.tasks.base import Task
 
+#: Least share of labeled samples in a batch by default.
+LABELED_SHARE = 0.25
 #: Sub-seeds: the alignment head must not change the student's initial weights.
 STUDENT_SEED, HEAD_SEED = 1, 2
 
@@ -111,8 +113,17 @@ def build_training(
     if accelerator.num_processes > 1 and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     recorded = store.manifest.views if plan.recorded else 0
+    balance = balance_rows(config, data, teaches_all=learned.anything)
     train_loader = build_loader(
-        config, store, data, objective, accelerator, augmentation, training=True, recorded_views=recorded
+        config,
+        store,
+        data,
+        objective,
+        accelerator,
+        augmentation,
+        training=True,
+        recorded_views=recorded,
+        balance=balance,
     )
     val_loader = build_loader(
         config, store, data, val_objective, accelerator, AUGMENTATIONS["none"], training=False
@@ -179,6 +190,21 @@ def build_initial_student(config: TrainConfig, data: TrainingData) -> Student:
     if config.gradient_checkpointing:
         student.set_gradient_checkpointing(True)
     return student
+
+
+def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) -> Balance | None:
+    """How batches are drawn where only some rows are labeled; None: every row once an epoch.
+
+    A control, which nothing but labels teaches (`teaches_all` False), sees labeled rows only, in as many full batches.
+    """
+    if data.labeled is None or data.labeled.all() or not data.labeled.any():
+        return None
+    rows = data.train_rows
+    if not teaches_all:
+        return Balance(rows[data.labeled], rows[:0], 1.0)
+    if config.labeled_share is None and data.labeled.mean() >= LABELED_SHARE:
+        return None
+    return Balance(rows[data.labeled], rows[~data.labeled], config.labeled_share or LABELED_SHARE)
 
 
 def build_heads(config: TrainConfig, store: Store, widths: Sequence[int]) -> list[nn.Module]:
@@ -265,6 +291,7 @@ def build_loader(
     *,
     training: bool,
     recorded_views: int = 0,
+    balance: Balance | None = None,
 ) -> BatchLoader:
     """The loader of the training or the validation split: images, or clips for a clip student."""
     name = config.train_split if training else config.val_split
@@ -296,6 +323,7 @@ def build_loader(
         config.seed if training else None,
         accelerator.process_index,
         accelerator.num_processes,
+        balance,
     )
     depth = config.grad_accum_steps + 1 if training else 2
     return BatchLoader(
