@@ -140,7 +140,7 @@ def measure_overhead(work: Path, images: int, depth: int, rounds: int) -> dict[s
     photos, weights = work / "photos", make_tiny_teacher(work / "tower", depth=depth)
     make_photos(photos, images, (640, 480))
     teacher = load_teacher("qwen2.5-vl", str(weights), device="cpu", image_size=SIZE)
-    samples = open_source(photos, val_fraction=0).splits()["train"][:]
+    samples = open_source(photos, val_fraction=0).splits["train"][:]
     pixels = np.zeros((images, 1, 3, SIZE, SIZE), np.uint8)
     encoding = Encoding(image_size=SIZE, resize="squash")
     decode_samples(encoding, samples[:2], pixels[:2])
@@ -259,7 +259,7 @@ def measure_host(work: Path, rounds: int, rows: int) -> dict[str, float]:
         return result
 
     make_photos(work / "host", rows, (640, 480))
-    samples = open_source(work / "host", val_fraction=0).splits()["train"][:]
+    samples = open_source(work / "host", val_fraction=0).splits["train"][:]
     buffer = PixelBuffer((rows, 1, 3, SIZE, SIZE), shared=False)
     encoding = Encoding(image_size=SIZE, resize="squash")
     decode_samples(encoding, samples[:2], buffer.pixels[:2])

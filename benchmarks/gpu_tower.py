@@ -130,7 +130,7 @@ def decode_rate(settings: Settings, seconds: float) -> dict[str, float]:
 
     folder = settings.work / "decode-rate"
     write_photos(folder, 16)
-    samples = open_source(folder, val_fraction=0).splits()["train"][:]
+    samples = open_source(folder, val_fraction=0).splits["train"][:]
     pixels = np.zeros((len(samples), 1, 3, 224, 224), np.uint8)
     encoding = Encoding(image_size=224, resize="squash")
     duration = time_calls(lambda: decode_samples(encoding, samples, pixels), "cpu", seconds=seconds)

@@ -48,11 +48,11 @@ def list_once(root: Path) -> dict[str, Any]:
     opened = time.perf_counter() - start
     after_open = peak_mb()
     start = time.perf_counter()
-    count = sum(1 for samples in source.splits().values() for sample in samples if sample.label is not None)
+    count = sum(1 for samples in source.splits.values() for sample in samples if sample.label is not None)
     walked = time.perf_counter() - start
     return {
         "files": count,
-        "val_fraction": len(source.splits()["val"]) / count,
+        "val_fraction": len(source.splits["val"]) / count,
         "open_s": opened,
         "walk_s": walked,
         "progress_calls": len(calls),

@@ -145,7 +145,7 @@ def check_samples(task: ExtractTask) -> dict[str, Any]:
 
 def warn_of_copies(source: Source) -> list[str]:
     """A warning for each pair of splits that share images, logged and returned."""
-    splits = source.splits()
+    splits = source.splits
     warnings = [
         f"{count:,} of {len(splits[other]):,} samples of {other} are exact copies of samples of {first}: "
         f"results on {other} will be too optimistic"

@@ -84,7 +84,7 @@ def open_data(config: ExtractConfig) -> Source:
         log.info("%s", note)
     for text in source.warnings:
         log.warning("%s", text)
-    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in source.splits().items())
+    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in source.splits.items())
     log.info("%s: %s data set, %s, %d classes", source.root, source.kind, counts, len(source.class_names))
     return source
 
@@ -244,7 +244,7 @@ def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> Extrac
     encoding = replace(encoding_of(manifest), max_pixels=config.max_pixels)
     return ExtractTask(
         path=config.out,
-        splits={name: RowSamples(samples) for name, samples in source.splits().items()},
+        splits={name: RowSamples(samples) for name, samples in source.splits.items()},
         encoding=encoding,
         manifest=manifest,
         arrays=[
@@ -279,7 +279,7 @@ def check_options(config: ExtractConfig, source: Source, clips: bool) -> None:
 
 def found_targets(source: Source) -> frozenset[str]:
     """Which of label, boxes and mask any sample of any split has."""
-    return frozenset().union(*(samples.target_kinds() for samples in source.splits().values()))
+    return frozenset().union(*(samples.target_kinds() for samples in source.splits.values()))
 
 
 def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) -> int:
@@ -438,14 +438,14 @@ def sampled(source: Source) -> Iterator[Sample]:
     """At most `SAMPLED` samples, evenly spread over those that may be 16-bit gray: the same ones every time."""
     places = [
         (name, row)
-        for name, samples in source.splits().items()
+        for name, samples in source.splits.items()
         for row, key in enumerate(samples.keys)
         if suffix_of(key) not in NARROW
     ]
     chosen = np.unique(np.linspace(0, len(places) - 1, min(SAMPLED, len(places))).astype(np.int64))
     for place in chosen.tolist():
         name, row = places[place]
-        yield source.splits()[name][row]
+        yield source.splits[name][row]
 
 
 def largest_values(sample: Sample, max_pixels: int) -> list[int]:

@@ -127,7 +127,7 @@ def find_samples(
         return {split: stored_images(store[split], rows) for split, rows in chosen.items()}
     where: dict[str, tuple[str, int]] = {}
     wanted = {store[split].keys[row] for split, rows in chosen.items() for row in rows}
-    for name, samples in source.splits().items():
+    for name, samples in source.splits.items():
         where |= {key: (name, index) for index, key in enumerate(samples.keys) if key in wanted}
     missing = sorted(wanted - set(where))
     if missing:
@@ -135,7 +135,7 @@ def find_samples(
             f"{store.path}: {len(missing)} of its images are not in {source.root}, first {missing[0]}: "
             "give the data set with --data"
         )
-    parts = source.splits()
+    parts = source.splits
     return {
         split: {row: parts[where[key][0]][where[key][1]] for row in rows for key in [store[split].keys[row]]}
         for split, rows in chosen.items()
@@ -251,7 +251,7 @@ def compare_with_data(path: Path, data: str | None = None, *, check_content: boo
         source = open_recorded(path, data)
     except SourceError as error:
         return Comparison(skipped=f"the data set was not compared: {error}")
-    splits = source.splits()
+    splits = source.splits
     kinds = frozenset().union(*(samples.target_kinds() for samples in splits.values()))
     targets = target_arrays(**{kind: kind in kinds for kind in ("label", "boxes", "mask")})
     changes = find_changes(

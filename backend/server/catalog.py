@@ -489,7 +489,7 @@ def describe_source(path: Path) -> dict[str, Any]:
 
     source = open_source(path, val_fraction=0.0)
     splits = {}
-    for name, samples in source.splits().items():
+    for name, samples in source.splits.items():
         step = max(1, len(samples) // LOOKED_AT)
         rows = range(0, len(samples), step)
         labeled = sum(

@@ -229,7 +229,7 @@ def digest_source(source: Source, check_stop: Callable[[], None] = lambda: None)
     from imaging.decode import ImageError
 
     whole = hashlib.blake2b(repr(source.class_names).encode(), digest_size=16)
-    for name, samples in source.splits().items():
+    for name, samples in source.splits.items():
         for sample in samples:
             check_stop()
             try:

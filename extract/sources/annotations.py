@@ -9,12 +9,12 @@ import json
 import math
 import re
 import reprlib
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from extract.sources.base import AnnotationError, Boxes, Sample, Samples
 from files.reading import read_regular_text
@@ -26,32 +26,21 @@ _WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.0+)?")
 
 
 class BoxTable:
-    """Boxes of many samples, added one sample after the other, kept as flat lists."""
+    """Boxes of many samples, added one sample after the other, in flat arrays (4 bytes a number)."""
 
     def __init__(self) -> None:
-        self.values: list[tuple[float, float, float, float]] = []
-        self.classes: list[int] = []
-        self.offsets: list[int] = [0]
+        self.values, self.classes, self.ends = array("f"), array("i"), array("q", [0])
 
-    def add(self, boxes: Sequence[tuple[float, float, float, float]], classes: Sequence[int]) -> None:
+    def add(self, boxes: Iterable[tuple[float, float, float, float]], classes: Iterable[int]) -> None:
         """The boxes of the next sample."""
-        self.values.extend(boxes)
+        for box in boxes:
+            self.values.extend(box)
         self.classes.extend(classes)
-        self.offsets.append(len(self.values))
-
-    def freeze(self) -> FrozenBoxes:
-        return FrozenBoxes(Boxes.of(self.values, self.classes), np.array(self.offsets, np.int64))
-
-
-class FrozenBoxes:
-    """`boxes` of all samples, float32 [M, 4] and int32 [M]; sample `i` has rows offsets[i]:offsets[i + 1]."""
-
-    def __init__(self, boxes: Boxes, offsets: npt.NDArray[np.int64]) -> None:
-        self.boxes, self.offsets = boxes, offsets
+        self.ends.append(len(self.classes))
 
     def of(self, index: int) -> Boxes:
-        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        return Boxes(self.boxes.values[rows].copy(), self.boxes.classes[rows].copy())
+        first, end = self.ends[index], self.ends[index + 1]
+        return Boxes.of(self.values[4 * first : 4 * end], self.classes[first:end])
 
 
 class BoxedFiles(Samples):
@@ -59,7 +48,7 @@ class BoxedFiles(Samples):
 
     every_has = frozenset(["boxes"])
 
-    def __init__(self, root: Path, paths: Sequence[str], keys: Sequence[str], boxes: FrozenBoxes) -> None:
+    def __init__(self, root: Path, paths: Sequence[str], keys: Sequence[str], boxes: BoxTable) -> None:
         super().__init__(keys)
         self.root, self.paths, self.boxes = root, paths, boxes
 

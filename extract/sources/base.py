@@ -277,16 +277,12 @@ class Source:
     root: str
     task: str
     class_names: tuple[str, ...]
-    parts: Mapping[str, Samples]
+    splits: Mapping[str, Samples]  # `train`, `val`, `test`, …: the samples in an order that does not change
     notes: tuple[str, ...] = field(default=())
     warnings: tuple[str, ...] = field(default=())
 
-    def splits(self) -> dict[str, Samples]:
-        """Split name (`train`, `val`, `test`, …) → its samples, in an order that does not change."""
-        return dict(self.parts)
-
     def __len__(self) -> int:
-        return sum(len(samples) for samples in self.parts.values())
+        return sum(len(samples) for samples in self.splits.values())
 
 
 REMOVED = "no longer in the data set"

@@ -44,7 +44,7 @@ def open_coco(path: Path, *, images: str | None = None, progress: Progress | Non
             progress(sum(len(samples) for samples in parts.values()))
     names = tuple(categories.values())
     return Source(
-        kind="coco", root=str(root), task="detection", class_names=names, parts=parts, notes=tuple(notes)
+        kind="coco", root=str(root), task="detection", class_names=names, splits=parts, notes=tuple(notes)
     )
 
 
@@ -157,7 +157,7 @@ def read_split(
     for number in order:
         table.add([box for box, _ in boxes[number]], [category for _, category in boxes[number]])
     paths = [images[number][0] for number in order]
-    return BoxedFiles(root, paths, [make_key(path) for path in paths], table.freeze()), dropped
+    return BoxedFiles(root, paths, [make_key(path) for path in paths], table), dropped
 
 
 def read_annotations(

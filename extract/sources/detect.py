@@ -79,16 +79,15 @@ def open_source(
         source = open_splits(path, split, kind, progress, options)
     else:
         source = open_one(path, kind, progress, options)
-    if len(source.parts) == 1 and val_fraction > 0:
-        (samples,) = source.parts.values()
+    if len(source.splits) == 1 and val_fraction > 0:
+        (samples,) = source.splits.values()
         parts, notes = cut_validation(samples, val_fraction, group_duplicates, recorded())
-        source = replace(source, parts=parts, notes=(*source.notes, *notes))
-        for name in {"train", "val"} - parts.keys():
-            note = (
-                f"none of the {len(samples):,} images fell into {name} with --val-fraction {val_fraction:g}"
-            )
-            source = replace(source, notes=(*source.notes, note))
-    check_unique([key for part in source.parts.values() for key in part.keys], source.root)
+        notes += [
+            f"none of the {len(samples):,} images fell into {name} with --val-fraction {val_fraction:g}"
+            for name in {"train", "val"} - parts.keys()
+        ]
+        source = replace(source, splits=parts, notes=(*source.notes, *notes))
+    check_unique([key for part in source.splits.values() for key in part.keys], source.root)
     return source
 
 

@@ -104,7 +104,7 @@ def class_folders(root: Path, paths: list[str], labelled: bool | None, *, clips:
         root=str(root),
         task="sequence" if clips else "classification" if names else "features",
         class_names=names,
-        parts={
+        splits={
             split: FileSamples(root, members, label_paths(members, depth, index), clips=clips)
             for split, (depth, members) in by_split.items()
         },

@@ -124,7 +124,7 @@ def read_groups(
         split = SPLIT_NAMES.get(name.lower(), "train")
         parts[split] = Hdf5Samples(str(path), f"{name}/{images}".lstrip("/"), keys[name], numbers)
     task = "classification" if classes else "features"
-    return Source(kind="hdf5", root=str(path), task=task, class_names=classes, parts=parts)
+    return Source(kind="hdf5", root=str(path), task=task, class_names=classes, splits=parts)
 
 
 def check_images(dataset: Any, where: str) -> int:

@@ -153,7 +153,7 @@ def open_masks(
     rule = replace(rule, num_classes=len(names), binary=binary)
     parts = {name: MaskedFiles(path, members, rule) for name, members in splits.items()}
     return Source(
-        kind="masks", root=str(path), task="segmentation", class_names=names, parts=parts, notes=notes
+        kind="masks", root=str(path), task="segmentation", class_names=names, splits=parts, notes=notes
     )
 
 

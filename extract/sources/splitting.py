@@ -77,7 +77,11 @@ def cut_validation(
     hashes, first, notes = identify(samples, group_copies)
     chosen = hashes < val_fraction * 2.0**64
     fixed = np.zeros(len(samples), np.bool_)
-    sides = recorded_sides(samples.keys, recorded or {})
+    train, val = (recorded or {}).get("train", ()), (recorded or {}).get("val", ())
+    known = (
+        1 if key in val else 0 if key in train else -1 for key in samples.keys
+    )  # in a store already, on which side
+    sides = np.fromiter(known, np.int8, len(samples)) if recorded else np.full(len(samples), -1, np.int8)
     for row in np.flatnonzero(sides >= 0)[::-1].tolist():  # the first of several copies has the last word
         chosen[first[row]], fixed[first[row]] = bool(sides[row]), True
     balance(chosen, hashes, fixed, class_members(samples, first))
@@ -92,7 +96,8 @@ def identify(samples: Samples, group_copies: bool | None) -> tuple[Hashes, Rows,
     notes: list[str] = []
     if group_copies:
         rows = np.arange(len(samples))
-        names = (digest or key for digest, key in zip(content_digests(samples), keys, strict=True))
+        digests = each_digest(samples, rows, whole_digest)
+        names = (digest or key for digest, key in zip(digests, keys, strict=True))
         hashes = np.fromiter((split_hash(name) for name in names), np.uint64, len(samples))
         _, index, inverse = np.unique(hashes, return_index=True, return_inverse=True)
         return hashes, rows[index][inverse.ravel()], notes
@@ -100,19 +105,11 @@ def identify(samples: Samples, group_copies: bool | None) -> tuple[Hashes, Rows,
     if group_copies is False:
         return hashes, np.arange(len(samples)), notes
     first, note = find_copies(samples)
-    if count := count_copies(first):
+    if count := int((first != np.arange(len(first))).sum()):
         notes.append(
             f"{count:,} of {len(samples):,} samples are exact copies of others: each is in the split of its original"
         )
     return hashes[first], first, [*notes, *([note] if note else [])]
-
-
-def recorded_sides(keys: Sequence[str], recorded: Mapping[str, Container[str]]) -> npt.NDArray[np.int8]:
-    """For each key 0 where a store has it in `train`, 1 in `val`, -1 in neither; int8 [N]."""
-    train, val = recorded.get("train", ()), recorded.get("val", ())
-    if not recorded:
-        return np.full(len(keys), -1, np.int8)
-    return np.fromiter((1 if key in val else 0 if key in train else -1 for key in keys), np.int8, len(keys))
 
 
 def class_members(samples: Samples, first: Rows) -> list[Rows]:
@@ -157,18 +154,16 @@ def balance(
             continue
         movable = rows[~fixed[rows]]
         for row in movable[np.argsort(hashes[movable], kind="stable")].tolist():
-            others = [place for place, other in enumerate(members) if place == number or contains(other, row)]
+            others = [
+                place
+                for place, other in enumerate(members)
+                if place == number or row in other[(at := np.searchsorted(other, row)) : at + 1]  # ascending
+            ]
             if all(left[place] > 1 for place in others):
                 chosen[row] = True
                 for place in others:
                     left[place] -= 1
                 break
-
-
-def contains(rows: Rows, row: int) -> bool:
-    """Whether ascending rows have this one."""
-    place = int(np.searchsorted(rows, row))
-    return place < len(rows) and int(rows[place]) == row
 
 
 def join_splits(sources: Mapping[str, tuple[Source, str]], root: str) -> Source:
@@ -190,18 +185,18 @@ def join_splits(sources: Mapping[str, tuple[Source, str]], root: str) -> Source:
         parts[SPLIT_NAMES.get(name, name)] = Selection(samples, np.arange(len(samples)), prefix, changed)
     notes = tuple(dict.fromkeys(note for source, _ in sources.values() for note in source.notes))
     warnings = tuple(dict.fromkeys(text for source, _ in sources.values() for text in source.warnings))
-    return replace(first, root=root, class_names=names, parts=parts, notes=notes, warnings=warnings)
+    return replace(first, root=root, class_names=names, splits=parts, notes=notes, warnings=warnings)
 
 
 def samples_of_split(name: str, source: Source) -> Samples:
     """What a data set gives for the split `name`: all it has, or its own split of that name. Raises SourceError."""
-    if len(source.parts) == 1:
-        (samples,) = source.parts.values()
+    if len(source.splits) == 1:
+        (samples,) = source.splits.values()
         return samples
-    own = source.parts.get(SPLIT_NAMES.get(name, name))
+    own = source.splits.get(SPLIT_NAMES.get(name, name))
     if own is None:
         raise SourceError(
-            f"split {name!r} at {source.root}: it has other splits of its own: {', '.join(source.parts)}"
+            f"split {name!r} at {source.root}: it has other splits of its own: {', '.join(source.splits)}"
         )
     return own
 
@@ -250,11 +245,6 @@ def find_copies(samples: Samples) -> tuple[Rows, str | None]:
     return merge(samples, first, candidates, digests(samples, candidates, whole_digest)), note
 
 
-def count_copies(first: Rows) -> int:
-    """Samples that repeat another one, from what `find_copies` found."""
-    return int((first != np.arange(len(first))).sum())
-
-
 def count_shared(splits: Mapping[str, Samples]) -> dict[tuple[str, str], int]:
     """(split, other split) → samples of the other one that are exact copies of samples of the first, where there are any."""
     first, _ = find_copies(Joined(list(splits.values())))
@@ -301,11 +291,6 @@ def digests(samples: Samples, rows: Rows, digest: Digest) -> npt.NDArray[np.int6
     found = zip(rows.tolist(), each_digest(samples, rows, digest), strict=True)
     numbers = (-1 - row if data is None else int.from_bytes(data[:8], "big") >> 1 for row, data in found)
     return np.fromiter(numbers, np.int64, len(rows))
-
-
-def content_digests(samples: Samples) -> Iterator[bytes | None]:
-    """The digest of every sample's content, in order; None for one that cannot be read."""
-    return each_digest(samples, np.arange(len(samples)), whole_digest)
 
 
 def each_digest(samples: Samples, rows: Rows, digest: Digest) -> Iterator[bytes | None]:

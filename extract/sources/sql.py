@@ -135,8 +135,8 @@ def read_source(query: Query, stored: bool, root: Path, names: Labels, progress:
     source = table_source("sql", where, names.finish(where), root, splits, names)
     if not stored:
         return source
-    blobs = {split: BlobSamples(table, query, keys[split]) for split, table in source.parts.items()}
-    return replace(source, parts=blobs)
+    blobs = {split: BlobSamples(table, query, keys[split]) for split, table in source.splits.items()}
+    return replace(source, splits=blobs)
 
 
 def read_splits(

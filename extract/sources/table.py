@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from extract.sources.annotations import (
     BoxTable,
-    FrozenBoxes,
     Labels,
     Names,
     check_box,
@@ -107,7 +106,11 @@ class TableSamples(Samples):
         self.root, self.images = root, rows.images
         numbers = np.array([names.number(value) for value in rows.labels], np.int32)
         self.labels = numbers if (numbers >= 0).any() else None
-        self.boxes = freeze_boxes(rows, names) if with_boxes else None
+        self.boxes: BoxTable | None = None
+        if with_boxes:
+            self.boxes = BoxTable()
+            for boxes, classes in zip(rows.boxes, rows.classes, strict=True):
+                self.boxes.add(boxes or [], [names.number(name) for name in classes])
 
     def target_kinds(self, rows: npt.NDArray[np.int64] | None = None) -> frozenset[str]:
         some = len(self) if rows is None else len(rows)
@@ -119,13 +122,6 @@ class TableSamples(Samples):
         content: Path | Payload = self.root / image if isinstance(image, str) else image
         boxes = None if self.boxes is None else self.boxes.of(index)
         return Sample(self._keys[index], content, label=label_of(self.labels, index), boxes=boxes)
-
-
-def freeze_boxes(rows: Rows, names: Labels) -> FrozenBoxes:
-    table = BoxTable()
-    for boxes, classes in zip(rows.boxes, rows.classes, strict=True):
-        table.add(boxes or [], [names.number(name) for name in classes])
-    return table.freeze()
 
 
 def open_tables(
@@ -159,7 +155,7 @@ def table_source(
     with_boxes = any(boxes is not None for rows in splits.values() for boxes in rows.boxes)
     parts = {name: TableSamples(root, rows, names, with_boxes) for name, rows in splits.items()}
     task = "detection" if with_boxes else "classification" if classes else "features"
-    return Source(kind=kind, root=origin, task=task, class_names=classes, parts=parts)
+    return Source(kind=kind, root=origin, task=task, class_names=classes, splits=parts)
 
 
 def find_columns(table: TableFile, image: str | None, label: str | None) -> dict[str, str]:

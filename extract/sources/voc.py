@@ -59,7 +59,7 @@ def open_voc(
         root=str(root),
         task="detection",
         class_names=names,
-        parts=parts,
+        splits=parts,
         notes=count_unannotated(splits),
     )
 
@@ -87,7 +87,7 @@ def make_samples(
         found = objects[image.path]
         table.add([box for _, box in found], [index[name] for name, _ in found])
     paths = [image.path for image in members]
-    return BoxedFiles(root, paths, [make_key(path) for path in paths], table.freeze())
+    return BoxedFiles(root, paths, [make_key(path) for path in paths], table)
 
 
 def find_root(path: Path) -> Path:

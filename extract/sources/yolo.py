@@ -136,7 +136,7 @@ def open_yolo(path: Path, *, progress: Progress | None = None) -> Source:
     parts = {name: samples for name, samples in parts.items() if len(samples)}
     if not parts:
         raise SourceError(f"{file}: no images in any split: check `path`, `train` and `val`")
-    return Source(kind="yolo", root=str(root), task="detection", class_names=names, parts=parts)
+    return Source(kind="yolo", root=str(root), task="detection", class_names=names, splits=parts)
 
 
 def find_yaml(folder: Path) -> Path | None:

@@ -171,9 +171,7 @@ def test_lora_on_given_weights_stays(site: Site) -> None:
 def keys_of(made: StageConfigs) -> dict[str, list[str]]:
     from extract.plan import open_data
 
-    return {
-        name: list(samples.keys) for name, samples in open_data(made.extract_config(OUT)).splits().items()
-    }
+    return {name: list(samples.keys) for name, samples in open_data(made.extract_config(OUT)).splits.items()}
 
 
 @pytest.mark.parametrize(

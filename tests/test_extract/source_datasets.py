@@ -280,7 +280,7 @@ WRITERS: dict[str, Callable[[Path], Dataset]] = {
 
 
 def only(source: Source, index: int = 0) -> Sample:
-    (samples,) = source.splits().values()
+    (samples,) = source.splits.values()
     return samples[index]
 
 

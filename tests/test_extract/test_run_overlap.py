@@ -108,7 +108,7 @@ def test_scoring_is_a_batch_ahead(order: list[str], tmp_path: Path) -> None:
         Image.new("RGB", (28, 28), (number * 10, 0, 0)).save(file)
     (tmp_path / "photos" / "a" / "3.png").write_bytes(b"broken")
     config = load_config({"data": str(tmp_path), "out": tmp_path / "store", "image_size": 28, "workers": 0})
-    samples = RowSamples(open_source(tmp_path / "photos", val_fraction=0).splits()["train"])
+    samples = RowSamples(open_source(tmp_path / "photos", val_fraction=0).splits["train"])
     task: Any = SimpleNamespace(splits={"train": samples}, encoding=Encoding(image_size=28, resize="squash"))
     writer: Any = SimpleNamespace(
         split="train", batches=lambda: batches(0, 7, 2, 1024), job=SimpleNamespace(batch_rows=2)

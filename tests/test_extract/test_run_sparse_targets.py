@@ -75,7 +75,7 @@ class SparseMasks(Samples):
 
 def test_two_hundred_masks_of_twenty_thousand_samples_are_found() -> None:
     source = Source(
-        kind="masks", root="", task="segmentation", class_names=("a",), parts={"train": SparseMasks()}
+        kind="masks", root="", task="segmentation", class_names=("a",), splits={"train": SparseMasks()}
     )
     assert found_targets(source) == {"mask"}
 

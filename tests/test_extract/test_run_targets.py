@@ -149,7 +149,7 @@ class TestClips:
         from extract.decode.sample import Encoding, decode_samples
         from extract.sources.detect import open_source
 
-        sample = open_source(clips, "clips", val_fraction=0).splits()["train"][0]
+        sample = open_source(clips, "clips", val_fraction=0).splits["train"][0]
         pixels = np.zeros((1, 6, 3, 56, 56), np.uint8)
         decode_samples(Encoding(image_size=56, resize="squash", frames=3, pair=2), [sample], pixels)
         expected = teacher.encode(torch.from_numpy(pixels[:, 2:4])).pooled[0].numpy()

@@ -234,7 +234,7 @@ def test_coco_clips_boxes_and_leaves_out_crowds_and_empty_ones(tmp_path: Path) -
         ]
 
     source = open_source(edit_coco(tmp_path / "coco", change))
-    samples = {sample.key: sample for sample in source.splits()["train"]}
+    samples = {sample.key: sample for sample in source.splits["train"]}
     np.testing.assert_array_equal(boxes(samples["train2017/0.png"]).values, [[20, 10, 24, 16]])
     assert boxes(samples["train2017/0.png"]).classes.tolist() == [2]
     assert source.notes == ("instances_train2017.json: 1 boxes without area inside their image left out",)
@@ -249,14 +249,14 @@ def test_coco_as_roboflow_writes_it_and_as_one_file(tmp_path: Path) -> None:
             file.rename(target / file.name)
         (tmp_path / f"coco/annotations/instances_{ours}2017.json").rename(target / "_annotations.coco.json")
     source = open_source(tmp_path / "robo")
-    assert (source.kind, {name: len(part) for name, part in source.splits().items()}) == (
+    assert (source.kind, {name: len(part) for name, part in source.splits.items()}) == (
         "coco",
         {"train": 7, "val": 4},
     )
-    assert source.splits()["val"].keys[0].startswith("valid/")
+    assert source.splits["val"].keys[0].startswith("valid/")
     single = open_source(tmp_path / "robo/train/_annotations.coco.json", val_fraction=0)
     assert len(single) == 7
-    assert single.splits()["train"][0].read()
+    assert single.splits["train"][0].read()
 
 
 def test_coco_says_where_it_looked_for_images(tmp_path: Path) -> None:
@@ -321,10 +321,10 @@ def test_yolo_cut_of_a_missing_val_is_by_key(tmp_path: Path) -> None:
     yaml = tmp_path / "data.yaml"
     yaml.write_text(yaml.read_text().replace("val: images/val\n", ""))
     first = open_source(dataset.path, val_fraction=0.5)
-    assert {name: list(part.keys) for name, part in first.splits().items()} == {
-        name: list(part.keys) for name, part in open_source(dataset.path, val_fraction=0.5).splits().items()
+    assert {name: list(part.keys) for name, part in first.splits.items()} == {
+        name: list(part.keys) for name, part in open_source(dataset.path, val_fraction=0.5).splits.items()
     }
-    assert set(first.splits()) == {"train", "val"}
+    assert set(first.splits) == {"train", "val"}
 
 
 def test_every_class_of_boxes_is_in_both_splits(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_every_class_of_boxes_is_in_both_splits(tmp_path: Path) -> None:
         label = tmp_path / f"labels/{number}.txt"
         label.parent.mkdir(exist_ok=True)
         label.write_text(f"0 0.5 0.5 0.5 0.5\n{1 + number // 2} 0.5 0.5 0.25 0.25\n")
-    splits = open_source(tmp_path, val_fraction=0.1).splits()
+    splits = open_source(tmp_path, val_fraction=0.1).splits
     for samples in splits.values():
         found = {int(number) for sample in samples for number in sample.read_boxes((24, 16)).classes}
         assert found == set(range(11))

@@ -37,7 +37,7 @@ def test_layout_is_detected(dataset: Dataset) -> None:
 
 
 def test_splits_hold_exactly_the_expected_keys(dataset: Dataset) -> None:
-    splits = open_dataset(dataset).splits()
+    splits = open_dataset(dataset).splits
     assert {name: sorted(samples.keys) for name, samples in splits.items()} == {
         name: sorted(truth) for name, truth in dataset.truth.items()
     }
@@ -45,7 +45,7 @@ def test_splits_hold_exactly_the_expected_keys(dataset: Dataset) -> None:
 
 def test_each_key_has_its_own_picture_and_targets(dataset: Dataset) -> None:
     source = open_dataset(dataset)
-    for split, samples in source.splits().items():
+    for split, samples in source.splits.items():
         for sample in samples:
             truth = dataset.truth[split][sample.key]
             np.testing.assert_array_equal(pixels_of(sample), truth.pixels)
@@ -55,7 +55,7 @@ def test_each_key_has_its_own_picture_and_targets(dataset: Dataset) -> None:
 
 def test_boxes_are_pixels_of_the_original(dataset: Dataset) -> None:
     source = open_dataset(dataset)
-    for split, samples in source.splits().items():
+    for split, samples in source.splits.items():
         for sample in samples:
             truth = dataset.truth[split][sample.key].boxes
             boxes = sample.read_boxes((24, 16))
@@ -72,7 +72,7 @@ def test_boxes_are_pixels_of_the_original(dataset: Dataset) -> None:
 
 
 def test_masks_are_class_ids(dataset: Dataset) -> None:
-    for split, samples in open_dataset(dataset).splits().items():
+    for split, samples in open_dataset(dataset).splits.items():
         for sample in samples:
             truth, mask = dataset.truth[split][sample.key].mask, sample.read_mask((24, 16))
             assert (truth is None) == (mask is None)
@@ -85,7 +85,7 @@ def test_class_names_are_those_of_all_splits(dataset: Dataset) -> None:
 
 
 def test_order_and_keys_are_the_same_every_time(dataset: Dataset) -> None:
-    first, second = open_dataset(dataset).splits(), open_dataset(dataset).splits()
+    first, second = open_dataset(dataset).splits, open_dataset(dataset).splits
     assert {name: list(samples.keys) for name, samples in first.items()} == {
         name: list(samples.keys) for name, samples in second.items()
     }
@@ -96,21 +96,19 @@ def test_keys_do_not_depend_on_where_the_data_lies(name: str, tmp_path: Path) ->
     dataset = WRITERS[name](tmp_path / "data set")
     shutil.copytree(tmp_path / "data set", tmp_path / "moved")
     moved = tmp_path / "moved" / Path(dataset.path).relative_to(tmp_path / "data set")
-    keys = [
-        key for samples in open_source(moved, **dataset.options).splits().values() for key in samples.keys
-    ]
+    keys = [key for samples in open_source(moved, **dataset.options).splits.values() for key in samples.keys]
     assert sorted(keys) == sorted(key for truth in dataset.truth.values() for key in truth)
 
 
 def test_samples_survive_pickling(dataset: Dataset) -> None:
-    for split, samples in open_dataset(dataset).splits().items():
+    for split, samples in open_dataset(dataset).splits.items():
         sample = pickle.loads(pickle.dumps(samples[-1]))  # noqa: S301 - our own bytes
         assert sample.key == samples.keys[-1]
         np.testing.assert_array_equal(pixels_of(sample), dataset.truth[split][sample.key].pixels)
 
 
 def test_content_is_the_same_every_time(dataset: Dataset) -> None:
-    samples = open_dataset(dataset).splits()["train"]
+    samples = open_dataset(dataset).splits["train"]
     first = [sample.read() for sample in samples]
     assert first == [sample.read() for sample in samples]
     assert len(set(first)) == len(first)
@@ -128,7 +126,7 @@ def test_unknown_option_is_named(dataset: Dataset) -> None:
 
 
 def test_index_out_of_range(dataset: Dataset) -> None:
-    samples = open_dataset(dataset).splits()["val"]
+    samples = open_dataset(dataset).splits["val"]
     with pytest.raises(IndexError, match=f"sample {len(samples)} of {len(samples)}"):
         samples[len(samples)]
     assert samples[-1].key == samples[len(samples) - 1].key
@@ -136,7 +134,7 @@ def test_index_out_of_range(dataset: Dataset) -> None:
 
 
 def test_kinds_of_targets_are_those_of_all_samples_and_of_any_rows(dataset: Dataset) -> None:
-    for samples in open_dataset(dataset, val_fraction=0.3).splits().values():
+    for samples in open_dataset(dataset, val_fraction=0.3).splits.values():
         assert samples.target_kinds() == Samples.target_kinds(samples)
         for rows in (np.array([], np.int64), np.array([2, 0], np.int64)):
             assert samples.target_kinds(rows) == Samples.target_kinds(samples, rows)

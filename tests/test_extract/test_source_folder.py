@@ -38,7 +38,7 @@ def make(root: Path, *names: str) -> Path:
 
 
 def keys(source) -> dict[str, list[str]]:  # type: ignore[no-untyped-def]
-    return {name: list(samples.keys) for name, samples in source.splits().items()}
+    return {name: list(samples.keys) for name, samples in source.splits.items()}
 
 
 def test_without_splits_all_images_are_cut_by_key(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_copies_stay_on_one_side(tmp_path: Path, group: bool | None) -> None:
     for number in range(80):
         save(tmp_path / "ab"[number % 2] / f"{number}.png", picture(number // 4))
     source = open_source(tmp_path, val_fraction=0.4, group_duplicates=group)
-    content = {name: {sample.read() for sample in samples} for name, samples in source.splits().items()}
+    content = {name: {sample.read() for sample in samples} for name, samples in source.splits.items()}
     assert content["train"]
     assert content["val"]
     assert not content["train"] & content["val"]
@@ -84,7 +84,7 @@ def test_copies_stay_on_one_side(tmp_path: Path, group: bool | None) -> None:
         assert source.notes == (
             "60 of 80 samples are exact copies of others: each is in the split of its original",
         )
-    plain = open_source(tmp_path, val_fraction=0.4, group_duplicates=False).splits()
+    plain = open_source(tmp_path, val_fraction=0.4, group_duplicates=False).splits
     assert {s.read() for s in plain["train"]} & {s.read() for s in plain["val"]}
 
 
@@ -160,7 +160,7 @@ def test_valid_and_validation_mean_val(tmp_path: Path) -> None:
         "val": ["valid/a/1.png", "valid/b/2.png"],
     }
     assert source.class_names == ("a", "b")
-    assert [sample.label for sample in source.splits()["val"]] == [0, 1]
+    assert [sample.label for sample in source.splits["val"]] == [0, 1]
 
 
 def test_two_names_for_one_split_are_an_error(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_class_names_are_sorted_by_code_point_as_torchvision_does(tmp_path: Path
     root = make(tmp_path, "10/a.png", "9/a.png", "b/a.png", "B/a.png", "é/a.png")
     source = open_source(root, val_fraction=0)
     assert source.class_names == ("10", "9", "B", "b", "é") == tuple(ImageFolder(str(root)).classes)
-    labels = {sample.key: sample.label for sample in source.splits()["train"]}
+    labels = {sample.key: sample.label for sample in source.splits["train"]}
     assert labels == {"10/a.png": 0, "9/a.png": 1, "B/a.png": 2, "b/a.png": 3, "é/a.png": 4}
 
 
@@ -182,7 +182,7 @@ def test_unlabelled_folders(tmp_path: Path, names: tuple[str, ...]) -> None:
     source = open_source(make(tmp_path, *names), val_fraction=0)
     assert source.task == "features"
     assert source.class_names == ()
-    assert [sample.label for sample in source.splits()["train"]] == [None, None]
+    assert [sample.label for sample in source.splits["train"]] == [None, None]
 
 
 def test_labels_can_be_forbidden_and_demanded(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_linked_files_and_folders_are_followed(tmp_path: Path) -> None:
     (root / "a/linked.png").symlink_to(pool / "1.png")
     source = open_source(root, val_fraction=0)
     assert keys(source) == {"train": ["a/1.png", "a/linked.png", "b/1.png", "b/2.png"]}
-    assert [len(sample.read()) > 0 for sample in source.splits()["train"]] == [True] * 4
+    assert [len(sample.read()) > 0 for sample in source.splits["train"]] == [True] * 4
 
 
 def test_link_loops_end(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_link_loops_end(tmp_path: Path) -> None:
             (root / name / other).symlink_to(root / other)
     found = list_files(root, [".png"])
     assert found[:2] == ["a/1.png", "a/x.png"]
-    samples = {s.key: s for s in open_source(root, "folder", val_fraction=0).splits()["train"]}
+    samples = {s.key: s for s in open_source(root, "folder", val_fraction=0).splits["train"]}
     for bad in ("a/x.png", "b/broken.png"):
         with pytest.raises(ImageError, match="cannot be read"):
             samples[bad].read()
@@ -253,7 +253,7 @@ def test_pipes_and_folders_named_like_images_do_not_block(tmp_path: Path) -> Non
     root = make(tmp_path, "a/1.png", "b/1.png")
     os.mkfifo(root / "a/pipe.png")
     (root / "b/folder.png").mkdir()
-    samples = {s.key: s for s in open_source(root, val_fraction=0).splits()["train"]}
+    samples = {s.key: s for s in open_source(root, val_fraction=0).splits["train"]}
     assert set(samples) == {"a/1.png", "a/pipe.png", "b/1.png"}
     with pytest.raises(ImageError, match="not a regular file"):
         samples["a/pipe.png"].read()
@@ -280,7 +280,7 @@ def test_keys_are_nfc_and_bytes_beyond_utf8_are_escaped(tmp_path: Path) -> None:
     source = open_source(root, val_fraction=0)
     assert sorted(keys(source)["train"]) == ["b/1.png", "b/\\xff.png", "ä/über.png"]
     assert source.class_names == ("b", "ä")
-    for sample in source.splits()["train"]:
+    for sample in source.splits["train"]:
         sample.key.encode("utf-8")
         assert sample.read()
 
@@ -297,7 +297,7 @@ def test_named_splits_unite_their_classes(tmp_path: Path) -> None:
     make(tmp_path / "two", "a/1.png", "c/9.png")
     source = open_source(tmp_path, split={"train": "one", "val": "two"})
     assert source.class_names == ("a", "b", "c")
-    labels = {name: [(s.key, s.label) for s in part] for name, part in source.splits().items()}
+    labels = {name: [(s.key, s.label) for s in part] for name, part in source.splits.items()}
     assert labels == {
         "train": [("one/b/1.png", 1), ("one/c/1.png", 2)],
         "val": [("two/a/1.png", 0), ("two/c/9.png", 2)],
@@ -311,7 +311,7 @@ def test_named_splits_unite_their_classes(tmp_path: Path) -> None:
 
 def test_a_selection_is_lazy_about_files_that_vanish(tmp_path: Path) -> None:
     root = make(tmp_path, "a/1.png", "b/1.png")
-    samples = open_source(root, val_fraction=0).splits()["train"]
+    samples = open_source(root, val_fraction=0).splits["train"]
     (root / "a/1.png").unlink()
     with pytest.raises(ImageError, match="No such file"):
         samples[0].read()

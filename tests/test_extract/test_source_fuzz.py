@@ -35,7 +35,7 @@ def test_every_file_is_refused_with_a_reason_or_gives_its_own_picture(
     root, expected = cases
     wrong: list[str] = []
     outcomes: Counter[str] = Counter()
-    samples = open_source(root, val_fraction=0).splits()["train"]
+    samples = open_source(root, val_fraction=0).splits["train"]
     assert [sample.key for sample in samples] == sorted(expected)
     for sample in samples:
         case = expected[sample.key]
@@ -67,7 +67,7 @@ def compare(found: np.ndarray, case: Case) -> str | None:
 
 def test_preprocessing_agrees_with_decoding(cases: tuple[Path, dict[str, Case]]) -> None:
     root, expected = cases
-    for number, sample in enumerate(open_source(root, val_fraction=0).splits()["train"]):
+    for number, sample in enumerate(open_source(root, val_fraction=0).splits["train"]):
         policy = ("squash", "letterbox", "center-crop")[number % 3]
         try:
             found = preprocess(sample.read(), 28, policy, exact=number % 2 == 0)

@@ -43,10 +43,10 @@ def test_segmentation_folders_and_suffixes(tmp_path: Path) -> None:
         save(tmp_path / name / mask, mask_of(1))
         source = open_source(tmp_path / name, val_fraction=0)
         assert source.kind == "masks", name
-        ((sample,),) = source.splits().values()
+        ((sample,),) = source.splits.values()
         assert sample.key == image
         np.testing.assert_array_equal(decode_mask(sample.read_mask(SIZE) or b""), mask_of(1))
-    assert set(open_source(tmp_path / "below", val_fraction=0).splits()) == {"val"}
+    assert set(open_source(tmp_path / "below", val_fraction=0).splits) == {"val"}
 
 
 def test_voc_segmentation_lists_choose_images_and_splits(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_voc_segmentation_lists_choose_images_and_splits(tmp_path: Path) -> None
     lists.mkdir(parents=True)
     for name, stems in {"train": "0\n1\n", "val": "2\n", "trainval": "0\n1\n2\n"}.items():
         (lists / f"{name}.txt").write_text(stems)
-    splits = open_source(tmp_path, "masks").splits()
+    splits = open_source(tmp_path, "masks").splits
     assert {name: list(samples.keys) for name, samples in splits.items()} == {
         "train": ["JPEGImages/0.jpg", "JPEGImages/1.jpg"],
         "val": ["JPEGImages/2.jpg"],
@@ -83,18 +83,18 @@ def test_masks_of_0_and_255_are_background_and_foreground(tmp_path: Path) -> Non
     source = open_source(tmp_path, val_fraction=0)
     assert source.class_names == ("0", "1")
     assert "255 taken as class 1" in source.notes[0]
-    mask = decode_mask(source.splits()["train"][0].read_mask() or b"")
+    mask = decode_mask(source.splits["train"][0].read_mask() or b"")
     np.testing.assert_array_equal(mask, binary // 255)
     ignoring = open_source(tmp_path, binary=False, val_fraction=0)
-    np.testing.assert_array_equal(decode_mask(ignoring.splits()["train"][0].read_mask() or b""), binary)
+    np.testing.assert_array_equal(decode_mask(ignoring.splits["train"][0].read_mask() or b""), binary)
 
 
 def test_mask_errors_name_the_file(tmp_path: Path) -> None:
     write_masks(tmp_path)
-    few = open_source(tmp_path, class_names=["x", "y"]).splits()["train"]
+    few = open_source(tmp_path, class_names=["x", "y"]).splits["train"]
     with pytest.raises(AnnotationError, match=r"masks/0\.png: class id 2, but there are 2 classes"):
         few[0].read_mask()
-    samples = open_source(tmp_path).splits()["train"]
+    samples = open_source(tmp_path).splits["train"]
     with pytest.raises(AnnotationError, match=r"masks/0\.png: mask of 24×16 pixels, its image has 30×16"):
         samples[0].read_mask((30, 16))
     (tmp_path / "train/masks/1.png").write_bytes(b"nonsense")
@@ -118,13 +118,13 @@ def test_splits_with_masks_beside_them(tmp_path: Path, ending: str) -> None:
     write_camvid(tmp_path, ending)
     source = open_source(tmp_path)
     assert source.kind == "masks"
-    assert {name: len(samples) for name, samples in source.splits().items()} == {
+    assert {name: len(samples) for name, samples in source.splits.items()} == {
         "train": 6,
         "val": 3,
         "test": 3,
     }
     assert source.class_names == ("0", "1", "2")
-    sample = source.splits()["val"][1]
+    sample = source.splits["val"][1]
     assert sample.key == "val/seq/0006.png"
     expected = np.random.default_rng(6).integers(0, 3, (16, 24), dtype=np.uint8)
     np.testing.assert_array_equal(decode_mask(sample.read_mask((24, 16)) or b""), expected)
@@ -151,11 +151,11 @@ def test_ignored_ids(tmp_path: Path) -> None:
     source = open_source(tmp_path, ignore="3,11")
     assert source.class_names == tuple(str(number) for number in range(11))
     ids = np.random.default_rng(0).integers(0, 12, (16, 24), dtype=np.uint8)
-    mask = decode_mask(source.splits()["train"][0].read_mask() or b"")
+    mask = decode_mask(source.splits["train"][0].read_mask() or b"")
     np.testing.assert_array_equal(mask, np.where(np.isin(ids, [3, 11]), 255, ids))
     (tmp_path / "classes.txt").write_text("\n".join(f"class {number}" for number in range(11)))
     with pytest.raises(AnnotationError, match=r"class id 11, but there are 11 classes .*or pass ignore=11"):
-        open_source(tmp_path).splits()["train"][0].read_mask()
+        open_source(tmp_path).splits["train"][0].read_mask()
     with pytest.raises(SourceError, match="ignore: got 'sky', expected class ids"):
         open_source(tmp_path, ignore="sky")
 
@@ -168,7 +168,7 @@ def test_masks_in_a_folder_of_any_name(tmp_path: Path) -> None:
     inside = open_source(tmp_path / "data", masks="drawn by hand", val_fraction=0)
     outside = open_source(tmp_path / "data/photos", masks="../../elsewhere", val_fraction=0)
     for source, key in ((inside, "photos/1.png"), (outside, "1.png")):
-        sample = source.splits()["train"][1]
+        sample = source.splits["train"][1]
         assert sample.key == key
         np.testing.assert_array_equal(decode_mask(sample.read_mask() or b""), mask_of(1))
     with pytest.raises(SourceError, match=r"masks=nothing: .*nothing is not a folder"):
@@ -191,7 +191,7 @@ def test_masks_in_colors(tmp_path: Path, table: str) -> None:
     (tmp_path / table).write_text(TABLES[table])
     source = open_source(tmp_path, colors=table, ignore="void", val_fraction=0)
     assert source.class_names == ("Sky", "Archway")
-    mask = decode_mask(source.splits()["train"][2].read_mask() or b"")
+    mask = decode_mask(source.splits["train"][2].read_mask() or b"")
     np.testing.assert_array_equal(mask, np.where(mask_of(2) >= 2, 255, mask_of(2)))
     with pytest.raises(AnnotationError, match=r"in colors: expected class ids.*colors=FILE"):
         open_source(tmp_path)
@@ -245,7 +245,7 @@ def test_video_frames_are_spread_evenly(tmp_path: Path) -> None:
     write_video(tmp_path / "train/run/b.avi", 5)
     source = open_source(tmp_path, val_fraction=0)
     assert (source.kind, source.task, source.class_names) == ("clips", "sequence", ("run", "walk"))
-    run, walk = source.splits()["train"]
+    run, walk = source.splits["train"]
     assert (run.key, run.label, walk.key, walk.label) == ("train/run/b.avi", 0, "train/walk/a.mp4", 1)
     assert walk.read() == (tmp_path / "train/walk/a.mp4").read_bytes()
     np.testing.assert_allclose(
@@ -265,7 +265,7 @@ def test_damaged_videos_are_bad_clips(tmp_path: Path) -> None:
     (tmp_path / "a/empty.mp4").write_bytes(b"")
     (tmp_path / "b").mkdir()
     (tmp_path / "b/text.mkv").write_text("no video at all")
-    samples = {sample.key: sample for sample in open_source(tmp_path, val_fraction=0).splits()["train"]}
+    samples = {sample.key: sample for sample in open_source(tmp_path, val_fraction=0).splits["train"]}
     assert len(samples["a/good.avi"].read_clip(4)) == 4
     for key in ("a/cut.mp4", "a/empty.mp4", "b/text.mkv"):
         with pytest.raises(ImageError):
@@ -278,9 +278,7 @@ def test_frame_folders_are_in_the_order_of_time(tmp_path: Path) -> None:
         save(
             Path(dataset.path) / "train/bird/clip0" / f"{number}.png", np.full((16, 24, 3), number, np.uint8)
         )
-    clip = next(
-        s for s in open_source(dataset.path, "clips").splits()["train"] if s.key == "train/bird/clip0"
-    )
+    clip = next(s for s in open_source(dataset.path, "clips").splits["train"] if s.key == "train/bird/clip0")
     assert levels_of([frame.image for frame in clip.read_clip(12)])[3:] == list(range(4, 13))
     (Path(dataset.path) / "train/bird/clip0/12.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"frame 12\.png: empty file"):
@@ -290,9 +288,9 @@ def test_frame_folders_are_in_the_order_of_time(tmp_path: Path) -> None:
 
 def test_a_clip_with_another_frame_has_other_content(tmp_path: Path) -> None:
     dataset = write_clips(tmp_path / "clips")
-    before = {s.key: s.read() for s in open_source(dataset.path).splits()["train"]}
+    before = {s.key: s.read() for s in open_source(dataset.path).splits["train"]}
     save(Path(dataset.path) / "train/bird/clip0/0002.png", picture(99))
-    after = {s.key: s.read() for s in open_source(dataset.path).splits()["train"]}
+    after = {s.key: s.read() for s in open_source(dataset.path).splits["train"]}
     assert [key for key in before if before[key] != after[key]] == ["train/bird/clip0"]
 
 
@@ -303,7 +301,7 @@ def test_what_is_no_clip(tmp_path: Path) -> None:
     assert not looks_like_frames(["cat/a/1.png", "cat/a/3.png"])
     assert looks_like_frames(["cat/a/1.png", "cat/a/2.png"])
     with pytest.raises(ValueError, match="is not a clip"):
-        open_source(dataset.path).splits()["train"][0].read_clip(2)
+        open_source(dataset.path).splits["train"][0].read_clip(2)
     save(tmp_path / "mixed/a/b/1.png", picture(0))
     write_video(tmp_path / "mixed/a/c.mp4", 3)
     with pytest.raises(SourceError, match="both video files"):
@@ -345,7 +343,7 @@ def stack(count: int) -> np.ndarray:
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)])
 def test_hdf5_pixel_layouts(tmp_path: Path, order: tuple[int, ...]) -> None:
     path = hdf5(tmp_path / "x.h5", images=stack(5).transpose(order), labels=[1, 0, 1, -1, 0])
-    samples = open_source(path, val_fraction=0).splits()["train"]
+    samples = open_source(path, val_fraction=0).splits["train"]
     assert [sample.label for sample in samples] == [1, 0, 1, None, 0]
     for number, sample in enumerate(samples):
         assert sample.key == f"{number:09d}"
@@ -356,8 +354,8 @@ def test_hdf5_grey_images_keys_and_names(tmp_path: Path) -> None:
     path = hdf5(tmp_path / "x.h5", images=stack(2)[..., 0], labels=[b"dog", b"cat"], keys=[b"p/1", b"p/2"])
     source = open_source(path, val_fraction=0)
     assert source.class_names == ("cat", "dog")
-    assert [(s.key, s.label) for s in source.splits()["train"]] == [("p/1", 1), ("p/2", 0)]
-    seen = np.asarray(decode_image(source.splits()["train"][1].read()))
+    assert [(s.key, s.label) for s in source.splits["train"]] == [("p/1", 1), ("p/2", 0)]
+    seen = np.asarray(decode_image(source.splits["train"][1].read()))
     np.testing.assert_array_equal(seen[..., 1], picture(1)[..., 0])
 
 
@@ -367,7 +365,7 @@ def test_hdf5_encoded_files(tmp_path: Path) -> None:
         cells[0], cells[1] = (np.frombuffer(png(picture(n)), np.uint8) for n in range(2))
     source = open_source(tmp_path / "x.h5", val_fraction=0)
     assert source.task == "features"
-    assert [s.read() for s in source.splits()["train"]] == [png(picture(0)), png(picture(1))]
+    assert [s.read() for s in source.splits["train"]] == [png(picture(0)), png(picture(1))]
 
 
 @pytest.mark.parametrize(
@@ -480,7 +478,7 @@ def test_hdf5_with_soft_links_inside_the_file(tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["train/images"] = h5py.SoftLink("/raw/pixels")
         file["train/labels"] = h5py.SoftLink("/raw/classes")
-    samples = open_source(path, val_fraction=0).splits()["train"]
+    samples = open_source(path, val_fraction=0).splits["train"]
     assert [sample.label for sample in samples] == [1, 0]
     np.testing.assert_array_equal(np.asarray(decode_image(samples[1].read())), picture(1))
 

@@ -32,7 +32,7 @@ def deepforest(asset_path: AssetPath) -> Path:
 def all_samples(source: Source) -> dict[str, tuple[tuple[int, int], np.ndarray]]:
     """Key → (size, boxes); every box must lie in its image."""
     found = {}
-    for samples in source.splits().values():
+    for samples in source.splits.values():
         for sample in samples:
             size = decode(sample.read()).size
             boxes = sample.read_boxes(size)
@@ -73,7 +73,7 @@ def test_labelme_masks(labelme: Path, name: str) -> None:
     source = open_source(folder, val_fraction=0)
     assert (source.kind, source.task) == ("masks", "segmentation")
     assert source.class_names[:2] == ("_background_", "aeroplane")
-    samples = source.splits()["train"]
+    samples = source.splits["train"]
     assert [sample.key for sample in samples] == [f"JPEGImages/2011_0000{n}.jpg" for n in ("03", "06", "25")]
     for sample in samples:
         ids = decode_mask(sample.read_mask(decode(sample.read()).size) or b"")

@@ -65,7 +65,7 @@ def test_every_layout_reports_it(tmp_path: Path, kind: str, name: str, special: 
     except (SourceError, ImageError) as error:
         problems.append(str(error))
     else:
-        for sample in (sample for samples in source.splits().values() for sample in samples):
+        for sample in (sample for samples in source.splits.values() for sample in samples):
             try:
                 sample.read()
                 sample.read_boxes((24, 16))
@@ -76,7 +76,7 @@ def test_every_layout_reports_it(tmp_path: Path, kind: str, name: str, special: 
                 problems.append(str(error))
     if special == "folder" and not problems:
         # A folder is listed, not opened: no sample and no annotation has its name.
-        assert name not in {key for samples in source.splits().values() for key in samples.keys}
+        assert name not in {key for samples in source.splits.values() for key in samples.keys}
         return
     assert problems
     assert all("\n" not in problem for problem in problems)
@@ -106,7 +106,7 @@ def test_a_pipe_beside_a_folder_does_not_stop_its_recognition(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.avi"])
 def test_a_video_that_is_a_pipe(tmp_path: Path, name: str) -> None:
     make_pipe(tmp_path / name)
-    (samples,) = open_source(tmp_path, "clips", val_fraction=0).splits().values()
+    (samples,) = open_source(tmp_path, "clips", val_fraction=0).splits.values()
     with pytest.raises(ImageError, match="not a regular file"):
         samples[0].read_clip(2)
     with pytest.raises(ImageError, match="not a regular file"):

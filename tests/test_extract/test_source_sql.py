@@ -65,10 +65,10 @@ def test_server_gives_keys_pictures_and_targets(server: tuple[str, str, str]) ->
     _, url, quote = server
     source = open_source(url, query=select(quote))
     assert source.kind == "sql"
-    assert {name: list(part.keys) for name, part in source.splits().items()} == {
+    assert {name: list(part.keys) for name, part in source.splits.items()} == {
         name: sorted(truth) for name, truth in sql_truth().items()
     }
-    for split, samples in source.splits().items():
+    for split, samples in source.splits.items():
         for sample in samples:
             truth = sql_truth()[split][sample.key]
             assert sample.read() == png(truth.pixels)
@@ -127,7 +127,7 @@ def test_image_paths_start_at_image_root(tmp_path: Path) -> None:
     save(tmp_path / "pictures/a.png", picture(1))
     url = sqlite(tmp_path, [(7, "a.png", 2), (8, "gone.png", None)])
     source = open_source(url, query=QUERY, image_root=str(tmp_path / "pictures"), val_fraction=0)
-    first, second = source.splits()["train"]
+    first, second = source.splits["train"]
     assert (first.key, first.label, second.label) == ("7", 2, None)
     assert source.class_names == ("0", "1", "2")
     assert decode_image(first.read()).size == (24, 16)
@@ -145,7 +145,7 @@ def test_blobs_are_fetched_by_blocks_and_odd_ones_are_bad_images(tmp_path: Path)
     rows: list[tuple[object, object, object]] = [(n, png(picture(n)), "x") for n in range(100, 140)]
     rows = [(99, None, "x"), *rows, (201, b"", "x")]  # the first one must not decide what all are
     url = sqlite(tmp_path, rows)
-    samples = open_source(url, query=QUERY, val_fraction=0).splits()["train"]
+    samples = open_source(url, query=QUERY, val_fraction=0).splits["train"]
     statements: list[str] = []
     engine = sql_source._engine(url, os.getpid())
     sa.event.listen(engine, "before_cursor_execute", lambda *details: statements.append(details[2]))
@@ -206,4 +206,4 @@ def test_split_column_is_used(tmp_path: Path) -> None:
         tmp_path, [(number, png(picture(number)), "valid" if number < 3 else "train") for number in range(9)]
     )
     source = open_source(url, query="SELECT key, image, label AS split FROM t")
-    assert {name: len(part) for name, part in source.splits().items()} == {"val": 3, "train": 6}
+    assert {name: len(part) for name, part in source.splits.items()} == {"val": 3, "train": 6}

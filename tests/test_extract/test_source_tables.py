@@ -39,7 +39,7 @@ def test_table_with_a_row_per_box(tmp_path: Path) -> None:
     )
     source = open_source(file, val_fraction=0)
     assert (source.task, source.class_names) == ("detection", ("bush", "tree"))
-    assert [sample.key for sample in source.splits()["train"]] == ["a.png", "b.png"]
+    assert [sample.key for sample in source.splits["train"]] == ["a.png", "b.png"]
     np.testing.assert_array_equal(boxes(only(source)).values, [[1, 2, 3, 4], [5, 6, 7.5, 8]])
     assert boxes(only(source)).classes.tolist() == [1, 0]
     assert boxes(only(source, 1)).values.shape == (0, 4)
@@ -49,7 +49,7 @@ def test_table_labels_keys_and_delimiters(tmp_path: Path) -> None:
     file = table(tmp_path, "key;file_name;label", "x;a.png;2", "y;b.png;", name="metadata.csv")
     source = open_source(tmp_path, val_fraction=0)
     assert source.kind == "table"
-    assert [(s.key, s.label) for s in source.splits()["train"]] == [("x", 2), ("y", None)]
+    assert [(s.key, s.label) for s in source.splits["train"]] == [("x", 2), ("y", None)]
     assert source.class_names == ("0", "1", "2")
     named = open_source(file, val_fraction=0, class_names=["p", "q", "r"])
     assert named.class_names == ("p", "q", "r")
@@ -59,7 +59,7 @@ def test_one_table_per_split(tmp_path: Path) -> None:
     table(tmp_path, "path,label", "a.png,x", name="train.csv")
     table(tmp_path, "path,label", "b.png,y", name="valid.csv")
     source = open_source(tmp_path)
-    assert {name: list(part.keys) for name, part in source.splits().items()} == {
+    assert {name: list(part.keys) for name, part in source.splits.items()} == {
         "train": ["a.png"],
         "val": ["b.png"],
     }
@@ -99,7 +99,7 @@ def test_numbers_and_names_in_a_csv(tmp_path: Path) -> None:
     named = open_source(
         table(tmp_path / "3", "path,label", "a.png,7", "b.png,5"), class_names=["5", "7"], val_fraction=0
     )
-    assert [sample.label for sample in named.splits()["train"]] == [1, 0]
+    assert [sample.label for sample in named.splits["train"]] == [1, 0]
 
 
 def test_parquet_damage(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_parquet_damage(tmp_path: Path) -> None:
 
     cells = [{"bytes": png(picture(0)), "path": None}, {"bytes": None, "path": None}]
     pq.write_table(pa.table({"image": cells, "label": [0, 1]}), tmp_path / "x.parquet")
-    samples = open_source(tmp_path / "x.parquet", val_fraction=0).splits()["train"]
+    samples = open_source(tmp_path / "x.parquet", val_fraction=0).splits["train"]
     assert samples[0].read() == png(picture(0))
     with pytest.raises(ImageError, match="no image bytes"):
         samples[1].read()
