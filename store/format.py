@@ -37,7 +37,7 @@ VIEWS_GRID = "views/grid"  # [N, K, g, g, D] float16
 # Ragged arrays: <parent>/offsets [N+1] int64 gives the range of each row's entries in <parent>/*.
 FRAMES = "features/frames/values"  # [F, D] float16: one row a frame (pair)
 BOXES = "targets/boxes/values"  # [M, 4] float32: x0, y0, x1, y1 in pixels of the original
-BOX_CLASSES = "targets/boxes/classes"  # [M] int32
+BOX_CLASSES = "targets/boxes/classes"  # [M] int32; a single -1, with a box of zeros: the row is not labeled
 MASK = "targets/mask/values"  # [M] uint8: bytes of a PNG whose gray value is the class, 255 ignored
 IMAGES_ENCODED = "images/encoded/values"  # [M] uint8: bytes of the image file
 REASONS = "reasons/values"  # [M] uint8: UTF-8 text, why a row is invalid; empty for a valid row

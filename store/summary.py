@@ -41,33 +41,49 @@ def target_kind(split: Split) -> str | None:
 
 
 def labeled_rows(split: Split, kind: str | None) -> np.ndarray:
-    """[N] bool: rows with a class label, at least one box, or a mask."""
+    """[N] bool: rows with a class label, at least one box, or a mask.
+
+    Of the others in a detection data set, `unlabeled_rows` are those that nobody has labeled, the rest is background.
+    """
     if kind is None or TARGET_ARRAYS[kind] not in split.names:
         return np.zeros(len(split), dtype=bool)
     if kind == "label":
         return np.asarray(split.read(LABEL) != NO_LABEL)
-    return np.asarray(np.diff(split.read(split.specs[TARGET_ARRAYS[kind]].offsets_name)) > 0)
+    filled = np.asarray(np.diff(split.read(split.specs[TARGET_ARRAYS[kind]].offsets_name)) > 0)
+    return filled & ~unlabeled_rows(split, kind) if kind == "boxes" else filled
+
+
+def unlabeled_rows(split: Split, kind: str | None) -> np.ndarray:
+    """[N] bool: rows without a target of this kind; of boxes those that are not labeled, which are no background."""
+    if kind != "boxes":
+        return ~labeled_rows(split, kind)
+    marked = np.zeros(len(split), dtype=bool)
+    if BOX_CLASSES in split.names:
+        offsets, classes = split.read(split.specs[BOX_CLASSES].offsets_name), split.read(BOX_CLASSES)
+        filled = np.flatnonzero(np.diff(offsets) > 0)
+        marked[filled] = classes[offsets[filled]] == NO_LABEL
+    return marked
 
 
 def count_kinds(split: Split) -> dict[str, int]:
     """Rows that are `labeled`, `unlabeled`, `background` (without a box in a detection data set) or `bad`."""
     kind = target_kind(split)
     labeled, valid = labeled_rows(split, kind), split.valid
-    others = int((valid & ~labeled).sum())
+    unlabeled = unlabeled_rows(split, kind)
     return {
         "labeled": int((valid & labeled).sum()),
-        "unlabeled": 0 if kind == "boxes" else others,
-        "background": others if kind == "boxes" else 0,
+        "unlabeled": int((valid & unlabeled).sum()),
+        "background": int((valid & ~labeled & ~unlabeled).sum()),
         "bad": int((~valid).sum()),
     }
 
 
 def count_measured(split: Split, kind: str | None) -> int:
-    """Valid rows that a metric is measured on: those with a label or mask; all of them for boxes and for no target.
+    """Valid rows that a metric is measured on: labeled ones; all of them for no target.
 
-    An image without boxes counts: what a detector finds there is wrong.
+    A labeled image without boxes counts: what a detector finds there is wrong.
     """
-    return int((split.valid & labeled_rows(split, kind) if kind in ("label", "mask") else split.valid).sum())
+    return int((split.valid if kind is None else split.valid & ~unlabeled_rows(split, kind)).sum())
 
 
 def count_classes(split: Split, classes: int, kind: str | None) -> dict[str, np.ndarray]:
@@ -81,7 +97,8 @@ def count_classes(split: Split, classes: int, kind: str | None) -> dict[str, np.
         labels = split.read(LABEL)[split.valid]
         return {"samples": np.bincount(labels[labels >= 0], minlength=classes)}
     rows = np.repeat(np.arange(len(split)), np.diff(split.read(split.specs[BOX_CLASSES].offsets_name)))
-    numbers, kept = split.read(BOX_CLASSES), split.valid[rows]
+    numbers = split.read(BOX_CLASSES)
+    kept = split.valid[rows] & (numbers != NO_LABEL)
     pairs = np.unique(np.stack([rows[kept], numbers[kept]]), axis=1)
     return {
         "samples": np.bincount(pairs[1], minlength=classes),

@@ -18,6 +18,7 @@ import numpy as np
 
 from extract.sources.base import AnnotationError, Boxes, Sample, Samples
 from files.reading import read_regular_text
+from store.format import NO_LABEL
 
 Names = tuple[str, ...]
 
@@ -37,6 +38,10 @@ class BoxTable:
             self.values.extend(box)
         self.classes.extend(classes)
         self.ends.append(len(self.classes))
+
+    def add_unlabeled(self) -> None:
+        """The next sample is not labeled."""
+        self.add([(0.0, 0.0, 0.0, 0.0)], [NO_LABEL])
 
     def of(self, index: int) -> Boxes:
         first, end = self.ends[index], self.ends[index + 1]
@@ -94,6 +99,7 @@ def clip_boxes(boxes: Boxes, size: tuple[int, int]) -> tuple[Boxes, int]:
     low, high = boxes.values[:, :2], boxes.values[:, 2:]
     values = np.concatenate([np.maximum(low, 0), np.minimum(high, np.array(size, np.float32))], axis=1)
     kept = np.all(values[:, 2:] > values[:, :2], axis=1, keepdims=True)[:, 0]
+    kept |= boxes.classes == NO_LABEL  # the mark of an unlabeled image
     return Boxes(values[kept], boxes.classes[kept]), int((~kept).sum())
 
 

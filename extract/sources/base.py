@@ -19,6 +19,7 @@ from files.names import printable
 from imaging.clips import ClipFrame
 from imaging.decode import DEFAULT_MAX_PIXELS, FULL_DEPTH, ImageError, read_file
 from store.errors import DistillError
+from store.format import NO_LABEL
 
 MOST_ERROR_CHARACTERS = 2_000
 
@@ -51,6 +52,11 @@ class Boxes(NamedTuple):
     def of(cls, values: Any, classes: Any) -> Boxes:
         """From anything array-like; no box at all is [0, 4]."""
         return cls(np.asarray(values, np.float32).reshape(-1, 4), np.asarray(classes, np.int32).reshape(-1))
+
+    @classmethod
+    def unlabeled(cls) -> Boxes:
+        """An image whose objects nobody has marked, which is not one without objects (see `store.format.BOX_CLASSES`)."""
+        return cls.of([(0, 0, 0, 0)], [NO_LABEL])
 
 
 @runtime_checkable
@@ -247,7 +253,9 @@ class Selection(Samples):
         prefix: str = "",
         classes: npt.NDArray[np.int32] | None = None,
     ) -> None:
-        self.samples, self.rows, self.classes = samples, rows, classes
+        self.samples, self.rows = samples, rows
+        # The last one is reached by -1, the mark of boxes that are not labeled.
+        self.classes = None if classes is None else np.append(classes, np.int32(NO_LABEL))
         names = samples.keys
         super().__init__([prefix + names[row] for row in rows] if prefix else [names[row] for row in rows])
 

@@ -20,8 +20,12 @@ from extract.sources.splitting import SPLIT_NAMES
 from files.reading import open_regular, read_regular
 
 
-def open_coco(path: Path, *, images: str | None = None, progress: Progress | None = None) -> Source:
+def open_coco(
+    path: Path, *, images: str | None = None, unlabeled: bool = False, progress: Progress | None = None
+) -> Source:
     """Open a COCO JSON file, or a folder with some. `images`: the folder that `file_name` starts from.
+
+    `unlabeled`: images without an annotation are not labeled, instead of without objects.
 
     Raises SourceError and AnnotationError; the latter name the file and the annotation's id.
     """
@@ -37,7 +41,7 @@ def open_coco(path: Path, *, images: str | None = None, progress: Progress | Non
         folder = (
             resolve_inside(root, images, "images") if images else find_images(content, files[split], root)
         )
-        parts[split], dropped = read_split(content, files[split], folder, root, categories)
+        parts[split], dropped = read_split(content, files[split], folder, root, categories, unlabeled)
         if dropped:
             notes.append(f"{files[split].name}: {dropped} boxes without area inside their image left out")
         if progress is not None:
@@ -131,9 +135,17 @@ def merge_categories(contents: Mapping[str, Mapping[str, Any]], files: Mapping[s
 
 
 def read_split(
-    content: Mapping[str, Any], file: Path, folder: Path, root: Path, categories: Mapping[int, str]
+    content: Mapping[str, Any],
+    file: Path,
+    folder: Path,
+    root: Path,
+    categories: Mapping[int, str],
+    unlabeled: bool,
 ) -> tuple[BoxedFiles, int]:
-    """The samples of one JSON file, by key, and how many boxes had no area."""
+    """The samples of one JSON file, by key, and how many boxes had no area.
+
+    `unlabeled`: images without an annotation are not labeled, instead of without objects.
+    """
     index = {number: position for position, number in enumerate(categories)}
     images: dict[int, tuple[str, tuple[float, float] | None]] = {}
     for image in content["images"]:
@@ -154,7 +166,11 @@ def read_split(
             boxes[number].append((clipped, category))
     table = BoxTable()
     order = sorted(images, key=lambda number: images[number][0])
+    annotated = {record["image_id"] for record in content["annotations"]}
     for number in order:
+        if unlabeled and number not in annotated:
+            table.add_unlabeled()
+            continue
         table.add([box for box, _ in boxes[number]], [category for _, category in boxes[number]])
     paths = [images[number][0] for number in order]
     return BoxedFiles(root, paths, [make_key(path) for path in paths], table), dropped

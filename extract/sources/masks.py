@@ -6,8 +6,8 @@
 - masks beside their images, distinguished by a suffix (`a.jpg`, `a_mask.png`);
 - masks in a folder of any name: `masks=DIR`.
 
-A mask has the stem of its image, perhaps with one of `MASK_SUFFIXES`; an image without a mask is an error. Masks that
-hold nothing but 0 and 255 are taken as background and foreground (`binary`). `ignore`: class ids, or names of a color
+A mask has the stem of its image, perhaps with one of `MASK_SUFFIXES`; an image without a mask is an error, or with
+`unlabeled=true` a sample without a mask. Masks that hold nothing but 0 and 255 are taken as background and foreground (`binary`). `ignore`: class ids, or names of a color
 table, that become 255. `colors`: a file that says which color is which class, see below. Class names come from
 `class_names`, from the color table, from `classes.txt`, else they are the ids that occur; ignored classes at their end
 are left out.
@@ -67,6 +67,7 @@ FOLDER_ENDINGS = (
     "segmentation",
 )
 LOSSLESS = frozenset([".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm"])  # what masks come in
+Pair = tuple[str, str | None]  # image and mask; None: the image is not labeled
 NAME_FILES = ("classes.txt", "class_names.txt", "labels.txt")
 
 
@@ -117,13 +118,14 @@ class MaskedFiles(Samples):
 
     every_has = frozenset(["mask"])
 
-    def __init__(self, root: Path, pairs: Sequence[tuple[str, str]], rule: MaskRule) -> None:
+    def __init__(self, root: Path, pairs: Sequence[Pair], rule: MaskRule) -> None:
         super().__init__(make_keys([image for image, _ in pairs]))
         self.root, self.pairs, self.rule = root, pairs, rule
 
     def build(self, index: int) -> Sample:
         image, mask = self.pairs[index]
-        return Sample(self._keys[index], self.root / image, mask=MaskFile(self.root / mask, self.rule))
+        file = None if mask is None else MaskFile(self.root / mask, self.rule)
+        return Sample(self._keys[index], self.root / image, mask=file)
 
 
 def open_masks(
@@ -135,16 +137,22 @@ def open_masks(
     masks: str | None = None,
     ignore: Sequence[str] = (),
     colors: str | None = None,
+    unlabeled: bool = False,
     progress: Progress | None = None,
 ) -> Source:
-    """Open images with masks. `binary`: None finds out from all masks. Raises SourceError."""
+    """Open images with masks. `binary`: None finds out from all masks. `unlabeled`: some images have none.
+
+    Raises SourceError.
+    """
     suffixes = MASK_SUFFIXES if mask_suffix is None else (mask_suffix,)
     members = read_lists(path)
     files = list_files(path, IMAGE_SUFFIXES, progress)
     if masks is None:
-        pairs = pair_files(path, files, suffixes, members)
+        pairs = pair_files(path, files, suffixes, members, unlabeled)
     else:
-        pairs = pair_with_folder(path, files, folder_option(path, "masks", masks), suffixes, members)
+        pairs = pair_with_folder(
+            path, files, folder_option(path, "masks", masks), suffixes, members, unlabeled
+        )
     splits = split_pairs(pairs, members)
     table = None if colors is None else read_colors(file_option(path, "colors", colors))
     names = read_class_names(path, class_names) if table is None or class_names is not None else table[0]
@@ -158,7 +166,7 @@ def open_masks(
 
 
 def complete_rule(
-    root: Path, pairs: Sequence[tuple[str, str]], names: Names | None, binary: bool | None, rule: MaskRule
+    root: Path, pairs: Sequence[Pair], names: Names | None, binary: bool | None, rule: MaskRule
 ) -> tuple[Names, bool, tuple[str, ...]]:
     """Class names without the ignored ones at their end, whether 255 is class 1, and notes.
 
@@ -216,7 +224,8 @@ def pair_with_folder(
     folder: Path,
     suffixes: Sequence[str],
     members: Mapping[str, str] | None,
-) -> list[tuple[str, str]]:
+    unlabeled: bool,
+) -> list[Pair]:
     """(image, mask) for each image below `root` but outside `folder`, which holds the masks.
 
     A mask has its image's path, perhaps without the leading folders: `images/train/a.png` → `train/a.png`, `a.png`.
@@ -234,12 +243,16 @@ def pair_with_folder(
             (masks[end + suffix] for end in ends for suffix in suffixes if end + suffix in masks), None
         )
 
-    return match(root, images, find, members)
+    return match(root, images, find, members, unlabeled)
 
 
 def pair_files(
-    root: Path, files: list[str], suffixes: Sequence[str], members: Mapping[str, str] | None = None
-) -> list[tuple[str, str]]:
+    root: Path,
+    files: list[str],
+    suffixes: Sequence[str],
+    members: Mapping[str, str] | None = None,
+    unlabeled: bool = False,
+) -> list[Pair]:
     """(image, mask) for each image, sorted; only those whose stem is in `members`, if given.
 
     Raises SourceError for an image without a mask.
@@ -265,7 +278,7 @@ def pair_files(
         own = [stem + suffix for suffix in suffixes] if beside else []
         return next((masks[name] for name in [*_mask_stems(stem, suffixes), *own] if name in masks), None)
 
-    return match(root, images, find, members)
+    return match(root, images, find, members, unlabeled)
 
 
 def match(
@@ -273,24 +286,27 @@ def match(
     images: Sequence[str],
     find: Callable[[str], str | None],
     members: Mapping[str, str] | None,
-) -> list[tuple[str, str]]:
-    """(image, mask) of each image, or of those in `members`. Raises SourceError for an image without a mask."""
+    unlabeled: bool,
+) -> list[Pair]:
+    """(image, mask) of each image, or of those in `members`.
+
+    Raises SourceError for an image without a mask, with `unlabeled` only where none has one.
+    """
     if members is not None:
         images = [file for file in images if Path(file).stem in members]
     found = [(image, find(image)) for image in images]
-    pairs = [(image, mask) for image, mask in found if mask is not None]
     missing = [image for image, mask in found if mask is None]
-    if missing:
+    if missing and not unlabeled:
         raise SourceError(
             f"{len(missing)} of {len(images)} images in {root} have no mask, first {missing[0]!r}: a mask has its "
             "image's stem, in masks/, in a folder of its own (option masks=DIR) or with a suffix like _mask (option "
-            "mask_suffix)"
+            "mask_suffix); option unlabeled=true takes them as not labeled"
         )
-    if not pairs:
+    if len(missing) == len(found):
         raise SourceError(
             f"no images with masks in {root}: expected images/ and masks/, train/ and trainannot/, or a.jpg and a_mask.png"
         )
-    return pairs
+    return found
 
 
 def paired_folders(files: Sequence[str]) -> dict[str, str]:
@@ -362,11 +378,9 @@ def read_lists(root: Path) -> dict[str, str] | None:
     return members or None
 
 
-def split_pairs(
-    pairs: Sequence[tuple[str, str]], members: Mapping[str, str] | None = None
-) -> Mapping[str, list[tuple[str, str]]]:
+def split_pairs(pairs: Sequence[Pair], members: Mapping[str, str] | None = None) -> Mapping[str, list[Pair]]:
     """Splits by list, or by a folder called train, val or test on the image's path; else all in `train`."""
-    parts: dict[str, list[tuple[str, str]]] = {}
+    parts: dict[str, list[Pair]] = {}
     for image, mask in pairs:
         if members is not None:
             parts.setdefault(members[Path(image).stem], []).append((image, mask))
@@ -388,11 +402,12 @@ def read_class_names(root: Path, given: Sequence[str] | None) -> Names | None:
     return None
 
 
-def scan_ids(root: Path, pairs: Sequence[tuple[str, str]], rule: MaskRule) -> set[int]:
+def scan_ids(root: Path, pairs: Sequence[Pair], rule: MaskRule) -> set[int]:
     """All ids that occur in the masks. Raises AnnotationError for a mask that cannot be read."""
     found = np.zeros(256, np.bool_)
     for _, mask in pairs:
-        found[np.unique(rule.decode(root / mask))] = True
+        if mask is not None:
+            found[np.unique(rule.decode(root / mask))] = True
     return set(np.flatnonzero(found).tolist())
 
 

@@ -39,6 +39,7 @@ from extract.sources.base import (
     content_digest,
 )
 from imaging.decode import ImageError, read_blocks
+from store.format import NO_LABEL
 
 # The names that folders and files use for a split → ours.
 SPLIT_NAMES: Mapping[str, str] = {
@@ -133,7 +134,7 @@ def classes_of(sample: Sample) -> list[int]:
         boxes = sample.read_boxes((ANY_SIDE, ANY_SIDE))
     except AnnotationError:
         return []
-    return [] if boxes is None else sorted(set(boxes.classes.tolist()))
+    return [] if boxes is None else sorted(set(boxes.classes.tolist()) - {NO_LABEL})
 
 
 def balance(

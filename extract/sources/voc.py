@@ -36,9 +36,16 @@ class VocImage:
 
 
 def open_voc(
-    path: Path, *, difficult: bool = False, one_based: bool = True, progress: Progress | None = None
+    path: Path,
+    *,
+    difficult: bool = False,
+    one_based: bool = True,
+    unlabeled: bool = False,
+    progress: Progress | None = None,
 ) -> Source:
-    """Open a VOC data set. Raises SourceError, and AnnotationError that names the XML file and line."""
+    """Open a VOC data set. `unlabeled`: images without an XML file are not labeled, instead of without objects.
+
+    Raises SourceError, and AnnotationError that names the XML file and line."""
     root = find_root(path)
     images = pair_files(root, progress)
     if not any(image.xml for image in images.values()):
@@ -53,14 +60,16 @@ def open_voc(
     if not names:
         raise SourceError(f"no objects in any XML file of {root}")
     index = {name: number for number, name in enumerate(names)}
-    parts = {split: make_samples(root, members, objects, index) for split, members in splits.items()}
+    parts = {
+        split: make_samples(root, members, objects, index, unlabeled) for split, members in splits.items()
+    }
     return Source(
         kind="voc",
         root=str(root),
         task="detection",
         class_names=names,
         splits=parts,
-        notes=count_unannotated(splits),
+        notes=() if unlabeled else count_unannotated(splits),
     )
 
 
@@ -72,7 +81,7 @@ def count_unannotated(splits: Mapping[str, list[VocImage]]) -> tuple[str, ...]:
         return ()
     return (
         f"{len(missing):,} of {len(members):,} images have no XML file (first: {missing[0]}): taken as images without "
-        "objects",
+        "objects (source option unlabeled=true: as not labeled)",
     )
 
 
@@ -81,9 +90,13 @@ def make_samples(
     members: list[VocImage],
     objects: Mapping[str, list[tuple[str, Box]]],
     index: Mapping[str, int],
+    unlabeled: bool,
 ) -> Samples:
     table = BoxTable()
     for image in members:
+        if unlabeled and image.xml is None:
+            table.add_unlabeled()
+            continue
         found = objects[image.path]
         table.add([box for _, box in found], [index[name] for name, _ in found])
     paths = [image.path for image in members]

@@ -44,13 +44,14 @@ class YoloBoxes:
 
     path: str
     num_classes: int
+    unlabeled: bool = False  # what a missing file means: not labeled, instead of no objects
 
     def read(self, size: tuple[int, int]) -> Boxes:
         """Pixels of an image of `size` (width, height). Raises AnnotationError with file and line."""
         try:
             lines = read_regular_text(self.path).splitlines()
         except FileNotFoundError:
-            return Boxes.of([], [])
+            return Boxes.unlabeled() if self.unlabeled else Boxes.of([], [])
         except (OSError, UnicodeDecodeError) as error:
             raise AnnotationError(f"{self.path}: label file cannot be read: {error}") from None
         rows = [
@@ -99,14 +100,16 @@ class YoloSamples(Samples):
 
     every_has = frozenset(["boxes"])
 
-    def __init__(self, root: Path, paths: list[str], num_classes: int) -> None:
+    def __init__(self, root: Path, paths: list[str], num_classes: int, unlabeled: bool = False) -> None:
         super().__init__(make_keys(paths))
-        self.root, self.paths, self.num_classes = root, paths, num_classes
+        self.root, self.paths, self.num_classes, self.unlabeled = root, paths, num_classes, unlabeled
 
     def build(self, index: int) -> Sample:
         path = self.paths[index]
         label = os.path.join(self.root, label_path(path))
-        return Sample(self._keys[index], self.root / path, boxes=YoloBoxes(label, self.num_classes))
+        return Sample(
+            self._keys[index], self.root / path, boxes=YoloBoxes(label, self.num_classes, self.unlabeled)
+        )
 
 
 def label_path(path: str) -> str:
@@ -116,8 +119,11 @@ def label_path(path: str) -> str:
     return f"{head}/labels/{tail}.txt".lstrip("/") if images else f"{stem}.txt"
 
 
-def open_yolo(path: Path, *, progress: Progress | None = None) -> Source:
-    """Open the data set of a `data.yaml`, given as the file or its folder. Raises SourceError."""
+def open_yolo(path: Path, *, unlabeled: bool = False, progress: Progress | None = None) -> Source:
+    """Open the data set of a `data.yaml`, given as the file or its folder.
+
+    `unlabeled`: images without a label file are not labeled, instead of without objects. Raises SourceError.
+    """
     file = find_yaml(path) if path.is_dir() else path
     if file is None:
         raise SourceError(f"no data.yaml with `names` and `train` in {path}")
@@ -132,7 +138,7 @@ def open_yolo(path: Path, *, progress: Progress | None = None) -> Source:
         if split in parts:
             raise SourceError(f"{file}: split {split!r} is given twice (as {key!r} again)")
         paths = [p for item in as_entries(entry, key, file) for p in list_entry(item, root, file, progress)]
-        parts[split] = YoloSamples(root, sorted(dict.fromkeys(paths)), len(names))
+        parts[split] = YoloSamples(root, sorted(dict.fromkeys(paths)), len(names), unlabeled)
     parts = {name: samples for name, samples in parts.items() if len(samples)}
     if not parts:
         raise SourceError(f"{file}: no images in any split: check `path`, `train` and `val`")

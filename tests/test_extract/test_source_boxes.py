@@ -349,6 +349,7 @@ def test_voc_images_without_an_annotation_are_counted(tmp_path: Path) -> None:
     (tmp_path / "Annotations/000003.xml").unlink()
     source = open_source(tmp_path)
     assert source.notes == (
-        "1 of 11 images have no XML file (first: JPEGImages/000003.png): taken as images without objects",
+        "1 of 11 images have no XML file (first: JPEGImages/000003.png): taken as images without objects (source option "
+        "unlabeled=true: as not labeled)",
     )
     assert len(source) == 11

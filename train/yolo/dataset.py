@@ -21,6 +21,7 @@ from console.log import get_logger
 from imaging.geometry import resize_view
 from store.format import BOX_CLASSES, BOXES, GRID, SIZES
 from store.reader import Split, Store
+from store.summary import unlabeled_rows
 from train.data.batches import FeatureGatherer
 from train.data.images import ImageReader
 from train.distill.projector import TargetStandardizer
@@ -232,7 +233,7 @@ def root_of(store: Store) -> Path | None:
 
 
 def detection_records(store: Store, split: Split, *, raw: bool) -> list[DetectionRecord]:
-    """The valid rows of a split, in row order.
+    """The valid, labeled rows of a split, in row order: an image that is not labeled would count as background.
 
     With `raw` the images are what the teacher saw, so boxes and sizes are those of its view. Boxes are clipped to
     the image, those without area and repetitions dropped (the log says how many), images without boxes kept as
@@ -240,7 +241,12 @@ def detection_records(store: Store, split: Split, *, raw: bool) -> list[Detectio
 
     Raises TrainError for a class without a name.
     """
-    rows = np.flatnonzero(split.valid)
+    unlabeled = unlabeled_rows(split, "boxes")
+    rows = np.flatnonzero(split.valid & ~unlabeled)
+    if unlabeled.any():
+        log.info(
+            "%s: %d of %d images have no labels and are left out", split.where, unlabeled.sum(), len(split)
+        )
     sizes = split.read(SIZES)
     boxes, classes = split.ragged(rows, BOXES), split.ragged(rows, BOX_CLASSES)
     side = store.manifest.preprocessing.image_size
