@@ -84,6 +84,9 @@ class ExtractConfig(BaseModel):
     grid: int | Literal["auto", "native"] = _stored(
         "auto", "Side of the stored grid: auto (16 with boxes or masks, else 0), 0, a number, native."
     )
+    layers: str = _stored(
+        "", "Further layers whose grids are stored: numbers from 0 and last (8,16,24,last), or auto."
+    )
     images: Literal["none", "jpeg", "raw"] = _stored(
         "none", "Images kept in the store, which is then all that training needs."
     )

@@ -208,16 +208,13 @@ class Encoder:
 
     def encode_images(self, pixels: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
         """pixels: uint8 [B, 1 + K, 3, S, S]."""
-        pooled, grid = self.forward(pixels[:, 0], inside)
-        tensors = {names.POOLED: pooled}
-        if self.encoding.grid:
-            tensors[names.GRID] = grid
-        if self.encoding.views:
-            views = [self.forward(pixels[:, 1 + view], None) for view in range(self.encoding.views)]
-            tensors[names.VIEWS_POOLED] = torch.stack([pooled for pooled, _ in views], dim=1)
-            if self.encoding.grid:
-                tensors[names.VIEWS_GRID] = torch.stack([grid for _, grid in views], dim=1)
-        return tensors
+        tensors = self.forward(pixels[:, 0], inside)
+        views = [self.forward(pixels[:, 1 + view], None) for view in range(self.encoding.views)]
+        stacked = {name: torch.stack([view[name] for view in views], dim=1) for name in tensors if views}
+        return {
+            **tensors,
+            **{name.replace("features/", "views/", 1): values for name, values in stacked.items()},
+        }
 
     def encode_clips(self, pixels: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
         """pixels: uint8 [B, T, 3, S, S]; one row of frames for each temporal patch of the teacher."""
@@ -227,29 +224,31 @@ class Encoder:
         for first in range(0, frames, step):
             part = pixels[:, first : first + step]
             parts.append(self.forward(part[:, 0] if step == 1 else part, inside))
-        rows = torch.stack([pooled for pooled, _ in parts], dim=1)
-        tensors = {names.POOLED: rows.mean(dim=1), names.FRAMES: rows}
-        if self.encoding.grid:
-            tensors[names.GRID] = torch.stack([grid for _, grid in parts]).mean(dim=0)
-        return tensors
+        tensors = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
+        rows = torch.stack([part[names.POOLED] for part in parts], dim=1)
+        return {**tensors, names.POOLED: rows.mean(dim=1), names.FRAMES: rows}
 
-    def forward(self, images: Tensor, inside: Tensor | None) -> tuple[Tensor, Tensor]:
-        """pooled float32 [B, D] and grid float32 [B, g, g, D] of uint8 [B, (frames,) 3, S, S]."""
+    def forward(self, images: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
+        """Features by name of uint8 [B, (frames,) 3, S, S]: pooled float32 [B, D] and the grids to store [B, g, g, D]."""
 
-        def encode(some: slice) -> tuple[Tensor, Tensor]:
+        def encode(some: slice) -> dict[str, Tensor]:
             part, weights = images[some], None if inside is None else inside[some]
             count = len(part)
             if self.fill and count < self.parts.limit:
                 part = fill_up(part, self.parts.limit, 0)
                 weights = None if weights is None else fill_up(weights, self.parts.limit, 1)
             out = self.teacher.encode(part, inside=weights)
-            grid = resample_grid(out.grid[:count].float(), self.encoding.grid, area=self.encoding.area)
-            return out.pooled[:count].float(), grid
+            tensors = {names.POOLED: out.pooled[:count].float()}
+            if side := self.encoding.grid:
+                tensors[names.GRID] = resample_grid(out.grid[:count].float(), side, area=self.encoding.area)
+            for number, side in self.encoding.layers:
+                tensors[names.layer_grid(number)] = resample_grid(out.layers[number][:count].float(), side)
+            return tensors
 
         parts = self.parts.run(len(images), encode)
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([pooled for pooled, _ in parts]), torch.cat([grid for _, grid in parts])
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def decode_here(encoding: Encoding, samples: Sequence[Sample]) -> DecodedBatch:
@@ -300,12 +299,9 @@ def fill_up(tensor: Tensor, count: int, value: float) -> Tensor:
 def resample_grid(grid: Tensor, side: int, *, area: bool = True) -> Tensor:
     """A grid [B, h, w, D] as [B, g, g, D]: cells averaged by area when shrinking, bilinear when growing.
 
-    side 0 means the grid is not stored: an empty tensor [B, 0, 0, D] keeps the device from copying it.
     area: see `Encoding`.
     """
     batch, h, w, width = grid.shape
-    if side == 0:
-        return grid.new_empty(batch, 0, 0, width)
     if (h, w) == (side, side):
         return grid
     if area and averages_unevenly(side, h, w):

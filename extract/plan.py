@@ -99,6 +99,7 @@ def open_teacher(config: ExtractConfig) -> Teacher:
         image_size=config.image_size,
         resize=config.resize,
         pool=config.pool,
+        layers=config.layers,
         compile_tower=config.compile,
     )
     log.info("teacher %s on %s, %s", teacher.spec.name, teacher.device, teacher.spec.dtype)
@@ -249,7 +250,14 @@ def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> Extrac
         manifest=manifest,
         arrays=[
             *names.feature_arrays(
-                teacher.spec.width, grid=manifest.grid, views=manifest.views, frames=encoding.frames > 0
+                teacher.spec.width,
+                grid=manifest.grid,
+                views=manifest.views,
+                frames=encoding.frames > 0,
+                layers={
+                    layer.number: (dict(encoding.layers)[layer.number], layer.width)
+                    for layer in teacher.layers
+                },
             ),
             *names.target_arrays(label="label" in targets, boxes="boxes" in targets, mask="mask" in targets),
             *names.image_arrays(config.images, config.image_size, frames=encoding.clip_frames),
@@ -288,8 +296,10 @@ def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) 
     if config.grid == "native":
         return native
     if config.grid == "auto":
-        return min(AUTO_GRID, native) if targets & {"boxes", "mask"} else 0
+        return min(AUTO_GRID, native) if targets & {"boxes", "mask"} or teacher.layers else 0
     side = int(config.grid)
+    if not side and teacher.layers:
+        raise ConfigError("--layers stores grids: use --grid native, a side, or auto instead of 0")
     if side > native:
         log.warning(
             "grid %d: the teacher sees %d×%d cells at %d pixels, a larger grid is interpolated and adds no information: "
@@ -302,6 +312,13 @@ def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) 
     return side
 
 
+def layer_sides(teacher: Teacher, image_size: int, grid: int) -> dict[int, int]:
+    """Side of the stored grid of each further layer: as many times the last layer's as the teacher's own is of its last."""
+    native = teacher.grid_size(image_size, image_size)[0]
+    sizes = teacher.layer_sizes(image_size, image_size)
+    return {number: max(1, round(grid * size[0] / native)) for number, size in sizes.items()}
+
+
 def make_manifest(
     config: ExtractConfig, source: Source, teacher: Teacher, clips: bool, grid: int
 ) -> Manifest:
@@ -310,7 +327,10 @@ def make_manifest(
     if bit_depth != FULL_DEPTH:
         changes["bit_depth"] = bit_depth
     preprocessing = teacher.preprocessing
-    options: dict[str, int | str] = {"seed": config.seed} if config.views else {}
+    options: dict[str, Any] = {"seed": config.seed} if config.views else {}
+    if teacher.layers:
+        sides = layer_sides(teacher, config.image_size, grid)
+        options[names.LAYERS] = {str(number): side for number, side in sides.items()}
     if clips:
         options |= {"frames": config.frames, "frames_per_row": teacher.temporal_patch_size}
     # Only where the rule makes a difference: stores that were begun before it can be resumed otherwise.
@@ -348,6 +368,7 @@ def encoding_of(manifest: Manifest) -> Encoding:
         images=manifest.images,
         grid=manifest.grid or 0,
         area=options.get(names.GRID_RULE) == names.AREA,
+        layers=tuple((int(number), side) for number, side in options.get(names.LAYERS, {}).items()),
     )
 
 

@@ -71,6 +71,7 @@ def audit_store(
         image_size=manifest.preprocessing.image_size,
         resize=manifest.preprocessing.resize,
         pool=manifest.teacher.options.get("pool", "mean"),
+        layers=",".join(manifest.options.get(names.LAYERS, {})),
     )
     stored, given = manifest.teacher.model_dump(), teacher.spec.model_dump()
     audit.findings += [

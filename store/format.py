@@ -8,7 +8,7 @@ A store is a Zarr v3 group with one sub-group a split. The manifest is the root 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,6 +19,8 @@ FORMAT_VERSION = 1
 # Arrays of fixed width, one entry a row.
 POOLED = "features/pooled"  # [N, D] float16: mean over the tokens inside the image
 GRID = "features/grid"  # [N, g, g, D] float16: raster order, y before x
+# Further layers: features/grid@L [N, g_L, g_L, D_L] and views/grid@L, where L is the layer's number, counted from 0.
+LAYER_MARK = "@"
 LOGITS = "logits"  # logits/<name> [N, C] float16
 MAPS = "maps"  # maps/<name> [N, s, s, C] uint8: -log p of each class in steps of 1 / MAP_STEPS, raster order
 VALID = "valid"  # [N] bool: false for a bad image, whose features are NaN
@@ -57,6 +59,8 @@ KEY_ARRAYS = (KEY_VALUES, KEY_OFFSETS, KEY_HASHES, KEY_ROWS)
 # In the manifest's options where the stored grid's side does not divide the teacher's: how it was made smaller. Absent
 # from stores of adaptive pooling, whose cells overlap, as `--grid 7` was before.
 GRID_RULE = "grid_resampling"
+# In the manifest's options where further layers are stored: {number: side of the grid}.
+LAYERS = "layers"
 AREA = "area"
 
 # Soft class maps: 255 stands for a probability of at most exp(-255 / 16) = 1.2e-7. The step is a relative error of 3 %.
@@ -91,7 +95,7 @@ COMMITS_FOLDER = ".commits"
 NOTES_FOLDER = ".extract"
 MEASURED_FILE = f"{NOTES_FOLDER}/measured.json"
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.\-]*)*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.@\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.@\-]*)*$")]
 
 
 class Model(BaseModel):
@@ -184,14 +188,26 @@ class Manifest(Model):
     digest: str | None = None
 
 
+def layer_grid(number: int | None, grid: str = GRID) -> str:
+    """The name of a layer's grid; None: the last layer's."""
+    return grid if number is None else f"{grid}{LAYER_MARK}{number}"
+
+
 def feature_arrays(
-    width: int, *, grid: int | None = None, views: int = 0, frames: bool = False
+    width: int,
+    *,
+    grid: int | None = None,
+    views: int = 0,
+    frames: bool = False,
+    layers: Mapping[int, tuple[int, int]] | None = None,
 ) -> list[ArraySpec]:
-    """The feature arrays of a store whose teacher is `width` wide."""
+    """The feature arrays of a store whose teacher is `width` wide. layers: side and width of further layers' grids."""
     half: dict[str, Any] = {"dtype": "float16", "scaled": True}
     specs = [ArraySpec(name=POOLED, row_shape=(width,), **half)]
     if grid:
         specs.append(ArraySpec(name=GRID, row_shape=(grid, grid, width), **half))
+    for number, (side, wide) in (layers or {}).items():
+        specs.append(ArraySpec(name=layer_grid(number), row_shape=(side, side, wide), **half))
     if frames:
         specs.append(ArraySpec(name=FRAMES, row_shape=(width,), ragged=True, **half))
     if views:
@@ -199,6 +215,10 @@ def feature_arrays(
         specs.append(ArraySpec(name=VIEWS_POOLED, row_shape=(views, width), **half))
     if views and grid:
         specs.append(ArraySpec(name=VIEWS_GRID, row_shape=(views, grid, grid, width), **half))
+    for number, (side, wide) in (layers or {}).items() if views else ():
+        specs.append(
+            ArraySpec(name=layer_grid(number, VIEWS_GRID), row_shape=(views, side, side, wide), **half)
+        )
     return specs
 
 

@@ -46,7 +46,8 @@ class Encoding:
     `frames` > 0: samples are clips, of which that many places are seen; `pair` is 2 where the teacher takes each
     frame with its successor, else 1. `grid`: side of the stored grid, 0 for none. `area`: a smaller grid whose side
     does not divide the teacher's is averaged exactly by area. False is adaptive pooling, whose cells overlap: the rule
-    of stores that record no `grid_resampling`. `cli verify` needs it for them.
+    of stores that record no `grid_resampling`. `cli verify` needs it for them. `layers`: (number, side of the stored
+    grid) of further layers, which are always averaged by area.
     """
 
     image_size: int
@@ -62,6 +63,7 @@ class Encoding:
     bit_depth: int = FULL_DEPTH
     grid: int = 0
     area: bool = True
+    layers: tuple[tuple[int, int], ...] = ()
 
     @property
     def planes(self) -> int:

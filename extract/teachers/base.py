@@ -6,8 +6,8 @@ Shapes: `B` images, `H W` pixels, `h w` grid cells, `D` width. torch is imported
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from store.errors import DistillError
@@ -32,10 +32,19 @@ class Encoded:
 
     pooled: float32 [B, D], the mean of the tokens inside the image, or what `--pool` names.
     grid: float32 [B, h, w, D] in raster order (row by row from the top left).
+    layers: the grids of the teacher's further layers by their number, each float32 [B, h_L, w_L, D_L].
     """
 
     pooled: torch.Tensor
     grid: torch.Tensor
+    layers: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Layer(NamedTuple):
+    """A layer before the last whose features are encoded too: its number, counted from 0, and its width."""
+
+    number: int
+    width: int
 
 
 @runtime_checkable
@@ -43,7 +52,7 @@ class Teacher(Protocol):
     """A frozen image encoder.
 
     temporal_patch_size: frames of a clip that it encodes together, as uint8 [B, frames, 3, H, W]; 1: single frames.
-    license: of the published weights, as the hub spells it (`apache-2.0`); None: not known, or random weights.
+    layers: further layers that `encode` gives, in ascending order. license: of the published weights, as the hub spells it (`apache-2.0`); None: not known, or random weights.
     """
 
     spec: TeacherSpec
@@ -51,6 +60,7 @@ class Teacher(Protocol):
     device: torch.device
     temporal_patch_size: int
     license: str | None
+    layers: tuple[Layer, ...]
 
     def encode(
         self, images: Sequence[Image] | torch.Tensor, *, inside: torch.Tensor | None = None
@@ -67,6 +77,10 @@ class Teacher(Protocol):
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid (h, w) of an image of this many pixels."""
+        ...
+
+    def layer_sizes(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        """Grids (h, w) of the further layers, by number."""
         ...
 
 
@@ -164,6 +178,7 @@ def load_teacher(
     image_size: int = 224,
     resize: str = "squash",
     pool: str = "mean",
+    layers: str = "",
     **options: Any,
 ) -> Teacher:
     """Load the teacher `name`: `qwen2.5-vl`, `qwen3-vl`, `qwen3.5`, or `timm:NAME` for any timm model.
@@ -171,7 +186,7 @@ def load_teacher(
     path: checkpoint folder, weights file or hub name. device: `auto` takes CUDA where there is one.
     dtype: `auto` is bfloat16 on CUDA, float32 elsewhere. image_size: pixels of the square that images become.
     resize: `squash`, `letterbox` or `center-crop`. pool: what `pooled` is: `mean` of the tokens inside the image, `cls`
-    token, or the `model`'s own pooling. options: what the teacher's own loader takes.
+    token, or the `model`'s own pooling. layers: further layers, see `choose_layers`. options: what the teacher's own loader takes.
 
     Raises:
         TeacherError: an unknown name or an option the teacher cannot follow.
@@ -190,9 +205,43 @@ def load_teacher(
     module, function = TEACHERS[key].target.split(":")
     loader = getattr(importlib.import_module(module), function)
     teacher: Teacher = loader(
-        path, device=device, dtype=dtype, image_size=image_size, resize=resize, pool=pool, **options
+        path,
+        device=device,
+        dtype=dtype,
+        image_size=image_size,
+        resize=resize,
+        pool=pool,
+        layers=layers,
+        **options,
     )
     return teacher
+
+
+def choose_layers(layers: str, count: int, automatic: Sequence[int], what: str) -> tuple[int, ...]:
+    """The numbers, ascending, of the layers that `layers` names besides the last, which is always encoded.
+
+    layers: numbers counted from 0, like `8,16,24,last`, or `auto`; empty: none. count: how many layers there are.
+
+    Raises:
+        TeacherError: for what is no number, and for a layer that does not exist.
+    """
+    if layers.strip() == "auto":
+        return tuple(automatic)
+    chosen = set()
+    for word in filter(None, (word.strip() for word in layers.split(","))):
+        if word == "last":
+            continue
+        if not word.isdecimal():
+            raise TeacherError(f"--layers {layers}: {word!r} is no layer; expected numbers, `last`, or auto")
+        if int(word) >= count:
+            raise TeacherError(f"--layers {layers}: {what} has {count} layers, 0 to {count - 1}; got {word}")
+        chosen.add(int(word))
+    return tuple(sorted(chosen))
+
+
+def spread_layers(count: int) -> tuple[int, ...]:
+    """The layers after a quarter, a half and three quarters of `count` blocks: 5, 11, 17 of 24."""
+    return tuple(sorted({count * part // 4 - 1 for part in (1, 2, 3)} - {-1}))
 
 
 def list_teachers() -> list[dict[str, str]]:

@@ -136,13 +136,13 @@ class CompiledBlocks:
 
 
 class CompiledModel:
-    """A function from an image batch to features, compiled as a whole for each shape it meets."""
+    """A function from an image batch to the features of its layers, compiled as a whole for each shape it meets."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, list[Tensor]]]) -> None:
         self.errors = compiler_errors()
         self.function = torch.compile(function, dynamic=False)
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def __call__(self, values: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.function(values)
 
 

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from extract.teachers.base import CheckpointError, Encoded, Teacher, TeacherError
+from extract.teachers.base import (
+    CheckpointError,
+    Encoded,
+    Layer,
+    Teacher,
+    TeacherError,
+    choose_layers,
+    spread_layers,
+)
 from extract.teachers.checkpoint import (
     checkpoint_folder,
     find_tensors,
@@ -154,6 +162,7 @@ class QwenVLTeacher:
         preprocessing: Preprocessing,
         *,
         max_pixels: int,
+        layers: tuple[int, ...] = (),
         license: str | None = None,
         compiled: CompiledBlocks | None = None,
     ) -> None:
@@ -164,6 +173,7 @@ class QwenVLTeacher:
         self.mean = 255 * torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
         self.std = 255 * torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
         self.license, self.compiled = license, compiled
+        self.layers = tuple(Layer(number, tower.config.hidden_size) for number in layers)
         self.layouts: dict[tuple[int, int], GridLayout] = {}
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
@@ -186,6 +196,10 @@ class QwenVLTeacher:
             )
         return height // self.tower.config.patch_size, width // self.tower.config.patch_size
 
+    def layer_sizes(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        """Grids of the further layers: those of the last."""
+        return dict.fromkeys((layer.number for layer in self.layers), self.grid_size(height, width))
+
     @torch.inference_mode()
     def encode(self, images: Sequence[Image] | Tensor, *, inside: Tensor | None = None) -> Encoded:
         """pooled float32 [B, D] and grid float32 [B, h, w, D] in raster order; see `Teacher.encode`.
@@ -193,11 +207,12 @@ class QwenVLTeacher:
         A tensor may also be uint8 [B, 2, 3, H, W]: two consecutive frames of a clip, seen as one temporal patch.
         """
         pixels, inside = as_pixels(images, inside, self)
-        grid = self.encode_grid(pixels)
-        return Encoded(pooled_mean(grid, inside), grid)
+        *layers, grid = self.encode_grids(pixels)
+        numbers = (layer.number for layer in self.layers)
+        return Encoded(pooled_mean(grid, inside), grid, dict(zip(numbers, layers, strict=True)))
 
-    def encode_grid(self, pixels: Tensor) -> Tensor:
-        """Tokens float32 [B, h, w, D] of uint8 pixels [B, 3, H, W] or [B, 2, 3, H, W]."""
+    def encode_grids(self, pixels: Tensor) -> list[Tensor]:
+        """Tokens float32 [B, h, w, D] of uint8 pixels [B, 3, H, W] or [B, 2, 3, H, W]: of the further layers, and the last."""
         height, width = pixels.shape[-2:]
         h, w = self.grid_size(height, width)
         if (h, w) not in self.layouts:
@@ -205,19 +220,20 @@ class QwenVLTeacher:
         config = self.tower.config
         values = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
         patches = patchify(values, config.patch_size, config.temporal_patch_size)
-        tokens = self.run_tower(patches, self.layouts[h, w])
-        return tokens.float().view(pixels.shape[0], h, w, config.hidden_size)
+        outputs = self.run_tower(patches, self.layouts[h, w])
+        return [tokens.float().view(pixels.shape[0], h, w, config.hidden_size) for tokens in outputs]
 
-    def run_tower(self, patches: Tensor, layout: GridLayout) -> Tensor:
-        """The tower's tokens [B, N, D]; through the compiled blocks while the compiler works."""
+    def run_tower(self, patches: Tensor, layout: GridLayout) -> list[Tensor]:
+        """The tower's tokens [B, N, D] of every layer; through the compiled blocks while the compiler works."""
+        numbers = tuple(layer.number for layer in self.layers)
         with preferred_attention(self.device):
             if self.compiled is not None:
                 try:
-                    return self.tower(patches, layout)  # type: ignore[no-any-return]
+                    return self.tower(patches, layout, numbers)  # type: ignore[no-any-return]
                 except self.compiled.errors as error:
                     self.compiled.give_up(error)
                     self.compiled = None
-            return self.tower(patches, layout)  # type: ignore[no-any-return]
+            return self.tower(patches, layout, numbers)  # type: ignore[no-any-return]
 
 
 def load_qwen_vl(
@@ -229,6 +245,7 @@ def load_qwen_vl(
     image_size: int = 224,
     resize: str = "squash",
     pool: str = "mean",
+    layers: str = "",
     compile_tower: bool | None = None,
     pad_mlp: bool | None = None,
 ) -> QwenVLTeacher:
@@ -254,6 +271,7 @@ def load_qwen_vl(
     compute = pick_dtype(dtype, picked)
     folder = checkpoint_folder(str(path), TENSOR_PREFIXES)
     config = read_tower_config(folder, family)
+    chosen = choose_layers(layers, config.depth, automatic_layers(folder, config), f"the tower of {path}")
     with torch.device("meta"):
         tower = VisionTower(config)
     shapes = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
@@ -291,6 +309,7 @@ def load_qwen_vl(
         tower,
         spec,
         preprocessing,
+        layers=chosen,
         license=None if spec.random_weights else published_license(folder, family),
         max_pixels=processor_cap(processor) or FAMILIES[family].max_pixels,
         compiled=CompiledBlocks(tower.blocks)
@@ -336,6 +355,14 @@ def read_tower_config(folder: Path, family: str) -> TowerConfig:
             f"{file}: vision_config {values} is not a {expected.title} tower that this version can run"
         )
     return tower
+
+
+def automatic_layers(folder: Path, config: TowerConfig) -> tuple[int, ...]:
+    """What `--layers auto` takes: DeepStack's taps, the blocks before the last that see the whole image, or, where a tower
+    has neither, those after a quarter, a half and three quarters of the blocks."""
+    taps = read_json(folder / "config.json")["vision_config"].get("deepstack_visual_indexes") or ()
+    found = sorted(index for index in (taps or config.fullatt_block_indexes) if 0 <= index < config.depth - 1)
+    return tuple(found) or spread_layers(config.depth)
 
 
 def published_license(folder: Path, family: str) -> str | None:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from extract.teachers.base import CheckpointError, Encoded, TeacherError
+from extract.teachers.base import (
+    CheckpointError,
+    Encoded,
+    Layer,
+    TeacherError,
+    choose_layers,
+    spread_layers,
+)
 from extract.teachers.checkpoint import endpoint, hub_client, one_line
 from extract.teachers.devices import CompiledModel, device_error, pick_device, pick_dtype, warn_of_compiler
 from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, pooled_mean
@@ -41,17 +48,19 @@ class TimmTeacher:
         preprocessing: Preprocessing,
         *,
         pool: str = "mean",
+        layers: tuple[Layer, ...] = (),
         license: str | None = None,
         compiled: CompiledModel | None = None,
     ) -> None:
         weight = next(model.parameters())
         self.pool, self.license, self.compiled = pool, license, compiled
-        self.model, self.spec, self.preprocessing = model, spec, preprocessing
+        self.model, self.spec, self.preprocessing, self.layers = model, spec, preprocessing, layers
         self.device, self.dtype = weight.device, weight.dtype
         self.temporal_patch_size = 1
         self.mean = 255 * torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
         self.std = 255 * torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
-        self.grid_sizes: dict[tuple[int, int], tuple[int, int]] = {}
+        # Grid of the last layer (None) and of each further one, by the image's size.
+        self.grid_sizes: dict[tuple[int, int], dict[int | None, tuple[int, int]]] = {}
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid (h, w) of an image of this many pixels; found by encoding one black image per size.
@@ -59,9 +68,20 @@ class TimmTeacher:
         Raises:
             TeacherError: when the model does not take this size.
         """
+        return self.all_sizes(height, width)[None]
+
+    def layer_sizes(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        """Grids of the further layers, by number; found as `grid_size` does it."""
+        sizes = self.all_sizes(height, width)
+        return {layer.number: sizes[layer.number] for layer in self.layers}
+
+    def all_sizes(self, height: int, width: int) -> dict[int | None, tuple[int, int]]:
         if (height, width) not in self.grid_sizes:
-            black = torch.zeros(1, 3, height, width, dtype=torch.uint8)
-            self.grid_sizes[height, width] = tuple(self.encode(black).grid.shape[1:3])  # type: ignore[assignment]
+            out = self.encode(torch.zeros(1, 3, height, width, dtype=torch.uint8))
+            grids = [(None, out.grid), *out.layers.items()]
+            self.grid_sizes[height, width] = {
+                number: (grid.shape[1], grid.shape[2]) for number, grid in grids
+            }
         return self.grid_sizes[height, width]
 
     @torch.inference_mode()
@@ -70,9 +90,13 @@ class TimmTeacher:
         pixels, inside = as_pixels(images, inside, self)
         if pixels.dim() == 5:
             raise TeacherError(f"{self.spec.name} takes single frames [B, 3, H, W], got {list(pixels.shape)}")
-        features = self.features(pixels)
+        features, maps = self.features(pixels)
         grid = as_grid(features, self.spec.width, self.model, pixels.shape[-2:]).float()
-        return Encoded(self.pooled(features, grid, inside), grid)
+        layers = {
+            layer.number: values.permute(0, 2, 3, 1).float()
+            for layer, values in zip(self.layers, maps, strict=True)
+        }
+        return Encoded(self.pooled(features, grid, inside), grid, layers)
 
     def pooled(self, features: Tensor, grid: Tensor, inside: Tensor | None) -> Tensor:
         """float32 [B, D] by the teacher's pooling; `inside` counts for the mean only."""
@@ -82,14 +106,14 @@ class TimmTeacher:
             return self.model.forward_head(features, pre_logits=True).float()  # type: ignore[operator,no-any-return]
         return pooled_mean(grid, inside)
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """What the model's `forward_features` gives for uint8 pixels [B, 3, H, W]."""
+    def features(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the model's `forward_features` gives for uint8 pixels [B, 3, H, W], and maps [B, D, h, w] of the layers."""
         check_multiple(self.spec.name, self.model, pixels.shape[-2:])
         values = normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std).to(self.dtype)
         # Convolutions run a quarter faster so; and one layout whatever the caller's gives one result to the last bit.
         values = values.contiguous(memory_format=torch.channels_last)
         try:
-            return self.forward_features(values)
+            return self.run_model(values)
         except (AssertionError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -100,7 +124,7 @@ class TimmTeacher:
                 f"{self.spec.name} cannot encode {size} pixels ({one_line(error)}): another --image-size?"
             ) from error
 
-    def forward_features(self, values: Tensor) -> Tensor:
+    def run_model(self, values: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The model's features; through the compiled model while the compiler works."""
         if self.compiled is not None:
             try:
@@ -108,7 +132,16 @@ class TimmTeacher:
             except self.compiled.errors as error:
                 warn_of_compiler(error)
                 self.compiled = None
-        return self.model.forward_features(values)  # type: ignore[operator,no-any-return]
+        return self.forward_layers(values)
+
+    def forward_layers(self, values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The model's last features and maps [B, D, h, w] of the further layers, from one pass of timm's own code."""
+        model: Any = self.model
+        if not self.layers:
+            return model.forward_features(values), []
+        numbers = [layer.number for layer in self.layers]
+        final, maps = model.forward_intermediates(values, indices=numbers, output_fmt="NCHW")
+        return final, maps
 
 
 def check_multiple(name: str, model: nn.Module, size: Sequence[int]) -> None:
@@ -166,6 +199,7 @@ def load_timm(
     image_size: int = 224,
     resize: str = "squash",
     pool: str = "mean",
+    layers: str = "",
     random_weights: bool = False,
     compile_tower: bool | None = None,
 ) -> TimmTeacher:
@@ -207,10 +241,35 @@ def load_timm(
     )
     model = model.requires_grad_(False).eval().to(picked, compute).to(memory_format=torch.channels_last)
     license = None if random_weights else getattr(model, "pretrained_cfg", {}).get("license")
-    teacher = TimmTeacher(model, spec, preprocessing, pool=pool, license=license)
+    chosen = timm_layers(model, layers, spec.name)
+    teacher = TimmTeacher(model, spec, preprocessing, pool=pool, layers=chosen, license=license)
     check_pooling(teacher, image_size)  # one image: not a shape to compile for
-    teacher.compiled = CompiledModel(model.forward_features) if compile_tower else None  # type: ignore[arg-type]
+    teacher.compiled = CompiledModel(teacher.forward_layers) if compile_tower else None
     return teacher
+
+
+def timm_layers(model: nn.Module, layers: str, name: str) -> tuple[Layer, ...]:
+    """The layers that `layers` names: blocks of a transformer, stages of what shrinks its map (numbers from 0).
+
+    `auto`: the stages of stride 8 and 16 before the last; of a transformer, see `spread_layers`.
+
+    Raises:
+        TeacherError: for a layer that does not exist, or a model whose layers timm does not give.
+    """
+    if not layers:
+        return ()
+    stages: Any = getattr(model, "feature_info", None)
+    if not hasattr(model, "forward_intermediates") or not isinstance(stages, list):
+        raise TeacherError(f"--layers {layers}: timm gives only the last layer of {name}")
+    strides = [int(stage["reduction"]) for stage in stages]
+    same = len(set(strides)) == 1
+    automatic = (
+        spread_layers(len(stages))
+        if same
+        else [i for i, stride in enumerate(strides[:-1]) if stride in (8, 16)]
+    )
+    numbers = choose_layers(layers, len(stages), automatic, name)
+    return tuple(Layer(number, int(stages[number]["num_chs"])) for number in numbers)
 
 
 def timm_encoder(path: str | Path | None, teacher: TimmTeacher) -> tuple[str, Callable[[Tensor], Tensor]]:

@@ -307,15 +307,19 @@ class VisionTower(nn.Module):
         positions = interpolate_positions(self.pos_embed.weight, h, w)
         return layout._replace(positions=positions.index_select(0, layout.order))
 
-    def forward(self, patches: Tensor, layout: GridLayout) -> Tensor:
+    def forward(self, patches: Tensor, layout: GridLayout, layers: tuple[int, ...] = ()) -> list[Tensor]:
         """Encode patches [B, N, patch_values] in raster order to tokens [B, N, D] in raster order.
 
-        The output keeps the model's dtype; it is the residual stream after the last block, before the merger.
+        The outputs keep the model's dtype: the residual stream after each block of `layers` (ascending numbers from 0),
+        and after the last block, before the merger.
         """
         x = self.patch_embed(patches.index_select(1, layout.order))
         if layout.positions is not None:
             x = x + layout.positions
         whole = (WindowGroup(0, 1, x.shape[1]),)
+        outputs = []
         for index, block in enumerate(self.blocks):
             x = block(x, layout, whole if index in self.config.fullatt_block_indexes else layout.groups)
-        return x.index_select(1, layout.inverse)
+            if index in layers:
+                outputs.append(x.index_select(1, layout.inverse))
+        return [*outputs, x.index_select(1, layout.inverse)]
