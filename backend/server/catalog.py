@@ -362,11 +362,15 @@ def place_of(item: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A checkpoint below the models root: a folder with config.json, or a file of weights."""
+    """A checkpoint below the models root: a folder with config.json, or a file of weights (a timm encoder's)."""
 
     name: str
     kind: str
     bytes: int
+
+    @property
+    def is_file(self) -> bool:
+        return self.kind == "weights"
 
 
 def list_teachers(models_root: Path) -> list[Teacher]:

@@ -62,7 +62,7 @@ def test_families_sizes_and_defaults_are_the_registry_s() -> None:
     families = {family.type: family for family in student_families()}
     assert list(families) == list(FAMILIES)
     for kind, family in FAMILIES.items():
-        assert tuple(size.name for size in families[kind].sizes) == family.sizes
+        assert [size.name for size in families[kind].sizes] == list(family.sizes)
         defaults = {setting.name: setting for setting in settings_of(kind)}
         for name, value in family.recipe.items():
             if name in defaults:
