@@ -57,7 +57,8 @@ class StoreCard:
     def __init__(self, texts: Texts, tasks: Tasks, store: StoreSummary) -> None:
         self.texts, self.store = texts, store
         self.output_root = tasks.settings.output_root
-        with element("section", "panel padded").props(f'data-store="{store.name}"'):
+        with element("section", "panel padded") as card:
+            card._props["data-store"] = store.name
             with element("div", "line"):
                 with element("div", "grow"):
                     text(title_of(store), "h2", "path")
