@@ -269,9 +269,9 @@ def check_data(extraction: ExtractConfig, training: TrainConfig) -> None:
         val_fraction=0.0,
         **extraction.source_options,
     )
-    if len(source.parts) > 1 and not {"train", "val"} <= source.parts.keys():
+    if len(source.splits) > 1 and not {"train", "val"} <= source.splits.keys():
         raise OptionError(
-            f"--dataset_id: {source.root} has the splits {', '.join(sorted(source.parts))}, expected train and val: "
+            f"--dataset_id: {source.root} has the splits {', '.join(sorted(source.splits))}, expected train and val: "
             "add what is missing, or name the data set that has val with --val_dataset_id"
         )
     classes, asked = len(source.class_names), training.num_classes
