@@ -5,8 +5,8 @@ back to back into one reserved address range (MAP_FIXED), so the whole array is 
 `np.take`. No file stays open, and nothing is read before it is used. Where a shard's size is not a multiple of the page
 size, or outside Linux, each shard has its own map and rows are taken shard by shard.
 
-Compressed and remote arrays are read through zarr (`ZarrArray`). zarr treats a missing shard as full of fill values, so
-the existence of each shard is checked before its first use.
+Compressed arrays are read through zarr (`ZarrArray`). zarr treats a missing shard as full of fill values, so the existence
+of each shard is checked before its first use. The shards of a remote array come to this machine first (mirror.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from store.errors import StoreError
-from store.metadata import is_url, read_json
+from store.metadata import read_json
 from store.shards import Layout, linear_index
 
 PROT_NONE, MAP_FIXED, MAP_NORESERVE, MADV_WILLNEED = 0, 0x10, 0x4000, 3
@@ -31,10 +31,14 @@ FAILED = ctypes.c_void_p(-1).value
 
 
 class MappedArray:
-    """Read-only view of one array. Safe to fork, to share between threads and to pickle (without the maps)."""
+    """Read-only view of one array. Safe to fork, to share between threads and to pickle (without the maps).
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        self.folder, self.layout = folder, layout
+    `filled`: every shard is there; otherwise rows of a shard can be read after `add`. `one_map`: where possible; with a
+    map for each shard, single shards can be dropped again.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, *, filled: bool = True, one_map: bool = True) -> None:
+        self.folder, self.layout, self.filled, self.one_map = folder, layout, filled, one_map
         self._maps: _OneMap | _ShardMaps | None = None
 
     @classmethod
@@ -64,12 +68,26 @@ class MappedArray:
     def maps(self) -> _OneMap | _ShardMaps:
         maps = self._maps
         if maps is None:  # Two threads may both map; one of the two is dropped again.
-            whole = sys.platform == "linux" and (
-                self.layout.shards <= 1 or self.layout.shard_bytes % mmap.PAGESIZE == 0
+            whole = (
+                self.one_map
+                and sys.platform == "linux"
+                and (self.layout.shards <= 1 or self.layout.shard_bytes % mmap.PAGESIZE == 0)
             )
             maps = _OneMap(self.folder, self.layout) if whole else _ShardMaps(self.folder, self.layout)
+            for shard in range(self.layout.shards if self.filled else 0):
+                maps.add(shard)
             self._maps = maps
         return maps
+
+    def add(self, shard: int) -> None:
+        """Map a shard that is there now."""
+        self.maps.add(shard)
+
+    def drop(self, shard: int) -> None:
+        """Unmap a shard as soon as no view of it is in use; only without `one_map`."""
+        maps = self.maps
+        assert isinstance(maps, _ShardMaps)
+        maps.parts.pop(shard, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": None}
@@ -153,24 +171,29 @@ def _libc() -> Any:
 
 
 class _OneMap:
-    """Every shard in one address range."""
+    """Every shard in one address range. Reading rows of a shard that was not added ends the process."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self.layout = folder, layout
         self.row_bytes = layout.row_bytes
         self.region: _Region | None = None
         self.array = np.empty((0, *layout.row_shape), layout.dtype)
         if layout.rows == 0 or layout.row_bytes == 0:
             return
         last = layout.shards - 1
-        region = _Region(last * layout.shard_bytes + layout.data_bytes(layout.rows_in(last)))
-        for shard in range(layout.shards):
-            fd = open_shard(folder, layout, shard)
-            try:
-                region.place(fd, shard * layout.shard_bytes, layout.data_bytes(layout.rows_in(shard)))
-            finally:
-                os.close(fd)
-        self.region = region
-        self.array = region.array(layout.shape, layout.dtype)
+        self.region = _Region(last * layout.shard_bytes + layout.data_bytes(layout.rows_in(last)))
+        self.array = self.region.array(layout.shape, layout.dtype)
+
+    def add(self, shard: int) -> None:
+        """Map the shard's file to its place. Raises StoreError when it is missing or damaged."""
+        if self.region is None:
+            return
+        layout = self.layout
+        fd = open_shard(self.folder, layout, shard)
+        try:
+            self.region.place(fd, shard * layout.shard_bytes, layout.data_bytes(layout.rows_in(shard)))
+        finally:
+            os.close(fd)
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         # mode="raise" would gather into a buffer first and cost up to three quarters of the speed.
@@ -213,6 +236,9 @@ class _ShardMaps:
         for shard in np.unique(shards).tolist():
             self._part(shard).prefetch(rows[shards == shard] - shard * self.layout.shard_rows)
 
+    def add(self, shard: int) -> None:
+        """Nothing to do: a shard is mapped when it is first touched."""
+
     def _part(self, shard: int) -> _OneMap:
         part = self.parts.get(shard)
         if part is None:
@@ -245,11 +271,11 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-# -- compressed and remote arrays --------------------------------------------------------------------------------
+# -- compressed arrays --------------------------------------------------------------------------------
 
 
 class ZarrArray:
-    """The same interface as MappedArray, over a folder or any URL that fsspec knows. Opened again after a fork."""
+    """The same interface as MappedArray, for a compressed array. Opened again after a fork."""
 
     def __init__(self, location: str, layout: Layout) -> None:
         self.location, self.layout = location, layout
@@ -276,7 +302,7 @@ class ZarrArray:
         return np.asarray(self._read(shards, lambda: self.zarr[start:stop]))
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Nothing to do: there is no page cache between us and a remote store."""
+        """Nothing to do: chunks have to be decompressed."""
 
     @property
     def zarr(self) -> Any:
@@ -293,7 +319,7 @@ class ZarrArray:
         """What `read` returns. Raises StoreError naming a shard that is missing or cannot be read."""
         for shard in shards.tolist():
             if shard not in self._found:
-                if not self._exists(self.layout.shard_key(shard)):
+                if not os.path.exists(f"{self.location}/{self.layout.shard_key(shard)}"):
                     raise StoreError(
                         f"{self._where(shard)}: shard is missing; restore it, or extract again with --overwrite"
                     )
@@ -316,24 +342,30 @@ class ZarrArray:
         rows = f"rows {first}:{first + self.layout.rows_in(shard)}"
         return f"{self.location}/{self.layout.shard_key(shard)} ({rows})"
 
-    def _exists(self, key: str) -> bool:
-        if "://" not in self.location:
-            return os.path.exists(f"{self.location}/{key}")
-        import fsspec
-
-        files, path = fsspec.core.url_to_fs(f"{self.location}/{key}")
-        return bool(files.exists(path))
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
 
-RowArray = MappedArray | ZarrArray
+class RowArray(Protocol):
+    """One array of a split, read by row, wherever its shards are."""
+
+    layout: Layout
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """out[i] = array[rows[i]]. Rows must be checked before."""
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """array[start:stop], a view where that is possible."""
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Ask the system to read these rows soon. Returns at once."""
 
 
 def open_array(path: str, split: str, name: str, metadata: dict[str, Any]) -> RowArray:
-    """The fastest way to an array: memory maps for a local, uncompressed one, else zarr."""
+    """The fastest way to an array of a local store: memory maps for an uncompressed one, else zarr."""
     layout = Layout.from_metadata(metadata, f"{path}/{split}/{name}")
-    if is_url(path) or layout.codec != "none":
+    if layout.codec != "none":
         return ZarrArray(f"{path}/{split}/{name}", layout)
     return MappedArray(Path(path) / split / name, layout)

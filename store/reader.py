@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,10 @@ from store.format import (
 )
 from store.job import describe_progress
 from store.keys import KeyTable
-from store.metadata import is_url, parse_manifest, read_root_of, to_json
+from store.metadata import is_url, parse_manifest, read_root, to_json
+
+if TYPE_CHECKING:
+    from store.mirror import Mirror
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,29 @@ def open_store(
     preprocessing: Preprocessing | None = None,
     allow_incomplete: bool = False,
 ) -> Store:
-    """Open a store for reading; `path` is a folder or a URL that fsspec knows.
+    """Open a store for reading; `path` is a folder, or a URL that fsspec knows, whose shards are kept here (mirror.py).
 
     teacher, preprocessing: what the store must have been made with, when given.
     Raises StoreError for what is no store, has another format version, is incomplete (how far it got), or
     was made otherwise than asked for (the fields that differ, with both values).
     """
-    location = str(path).rstrip("/") if is_url(path) else os.path.abspath(path)
-    root = read_root_of(location)
+    mirror = None
+    if is_url(path):
+        from store.mirror import Mirror
+
+        location = os.fspath(path).rstrip("/")
+        mirror = Mirror(location)
+        root = mirror.root
+    else:
+        location = os.path.abspath(path)
+        root = read_root(Path(location))
     manifest = parse_manifest(root, str(path))
     if not manifest.complete and not allow_incomplete:
         raise incomplete(location, manifest)
     check_same(str(path), teacher, manifest.teacher, "teacher")
     check_same(str(path), preprocessing, manifest.preprocessing, "preprocessing")
     nodes = root.get("consolidated_metadata", {}).get("metadata", {})
-    return Store(location, manifest, nodes)
+    return Store(location, manifest, nodes, mirror)
 
 
 def incomplete(location: str, manifest: Manifest) -> StoreError:
@@ -93,9 +104,11 @@ def check_same(where: str, asked: Model | None, have: Model, what: str) -> None:
 class Store(Mapping[str, "Split"]):
     """A store's manifest and its splits: `store["train"]`."""
 
-    def __init__(self, location: str, manifest: Manifest, nodes: dict[str, Any]) -> None:
+    def __init__(
+        self, location: str, manifest: Manifest, nodes: dict[str, Any], mirror: Mirror | None = None
+    ) -> None:
         self.location, self.manifest = location, manifest
-        self._splits = {name: Split(location, name, manifest, nodes) for name in manifest.splits}
+        self._splits = {name: Split(location, name, manifest, nodes, mirror) for name in manifest.splits}
 
     @property
     def path(self) -> Path:
@@ -144,8 +157,15 @@ class Split:
     Safe to share between threads, to fork and to pickle. Rows may come in any order and more than once.
     """
 
-    def __init__(self, location: str, name: str, manifest: Manifest, nodes: dict[str, Any]) -> None:
-        self.location, self.name = location, name
+    def __init__(
+        self,
+        location: str,
+        name: str,
+        manifest: Manifest,
+        nodes: dict[str, Any],
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.location, self.name, self.mirror = location, name, mirror
         self.specs: dict[str, ArraySpec] = {spec.name: spec for spec in manifest.arrays}
         self._rows = manifest.splits[name]
         self._metadata = {
@@ -309,7 +329,10 @@ class Split:
         if array is None:
             if name not in self._metadata:
                 raise UnknownNameError(f"{self.where}: no array {name!r}; valid: {self.names}")
-            opened = open_array(self.location, self.name, name, self._metadata[name])
+            if self.mirror is not None:
+                opened = self.mirror.open_array(self.name, name, self._metadata[name])
+            else:
+                opened = open_array(self.location, self.name, name, self._metadata[name])
             array = self._arrays.setdefault(name, opened)
         return array
 

@@ -37,6 +37,14 @@ def pretrained_teacher_weights() -> Path:
     return asset_or_skip("efficientnet-lite2") / PRETRAINED_TEACHER_WEIGHTS
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_remote_stores(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """Never the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_DISTILL_CACHE", str(tmp_path_factory.mktemp("cache") / "stores"))
+        yield
+
+
 ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +14,26 @@ from xml.sax.saxutils import escape
 BUCKET = "bucket"
 
 
+class Faults:
+    """What a server does instead of answering, and the (method, key) of every request that came.
+
+    `answer(method, key, count)` of the count-th request for the key: None answers it, a status is an error, bytes are
+    sent as the object's, "cut" ends the connection in the middle.
+    """
+
+    def __init__(self, answer: Callable[[str, str, int], int | bytes | str | None] | None = None) -> None:
+        self.answer = answer or (lambda method, key, count: None)
+        self.requests: list[tuple[str, str]] = []
+
+    def of(self, method: str, key: str) -> int | bytes | str | None:
+        self.requests.append((method, key))
+        return self.answer(method, key, self.requests.count((method, key)))
+
+
 @contextmanager
-def object_server(folder: Path) -> Iterator[str]:
+def object_server(folder: Path, faults: Faults | None = None) -> Iterator[str]:
     """Serve the folder's files as the objects of s3://bucket. Yields the endpoint's URL."""
+    instead = faults or Faults()
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -29,12 +46,28 @@ def object_server(folder: Path) -> Iterator[str]:
             address = urlsplit(self.path)
             key = unquote(address.path).removeprefix(f"/{BUCKET}").lstrip("/")
             file = folder / key
-            if not key:
+            fault = instead.of(self.command, key)
+            if isinstance(fault, int):
+                code = {403: "AccessDenied", 503: "SlowDown"}.get(fault, "InternalError")
+                self.send(fault, f"<Error><Code>{code}</Code></Error>".encode(), "application/xml")
+            elif isinstance(fault, bytes):
+                self.send_range(fault)
+            elif fault == "cut":
+                self.cut(file.read_bytes())
+            elif not key:
                 self.send(200, listing(folder, parse_qs(address.query)), "application/xml")
             elif file.is_file():
                 self.send_range(file.read_bytes())
             else:
                 self.send(404, b"<Error><Code>NoSuchKey</Code></Error>", "application/xml")
+
+        def cut(self, data: bytes) -> None:
+            """A connection that is lost half-way."""
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
 
         def send_range(self, data: bytes) -> None:
             asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))

@@ -145,5 +145,7 @@ def test_a_shard_that_zarr_would_make_up_is_refused_by_name(tmp_path: Path, remo
         train.read("features/pooled")
     for damaged in (good[:-9], good[: len(good) // 2], b"\xff" * 40 + good[40:]):
         shard.write_bytes(damaged)
-        with pytest.raises(StoreError, match=r"pooled/c/1/0 \(rows 64:128\): cannot be read"):
+        with pytest.raises(
+            StoreError, match=r"pooled/c/1/0 \(rows 64:128\): (cannot be read|the shard is damaged)"
+        ):
             open_store(location)["train"].gather([0, 70], names)

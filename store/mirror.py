@@ -1,0 +1,326 @@
+"""A remote store's shards on this machine: downloaded when they are first needed, checked, and shared by all processes.
+
+    <cache>/<store>/               a folder a store, named after its address and the content of its zarr.json
+        <split>/<array>/c/…        shard files, as in the store
+        .commits/…                 the checksums, as in the store
+        .locks/…                   who is downloading which shard
+
+Reading then has the speed of a local store. The cache is bounded: the shards that were not used for longest go first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from store.arrays import MappedArray, ZarrArray
+from store.errors import StoreError, disk_errors
+from store.format import COMMITS_FOLDER
+from store.metadata import ZARR_JSON, to_json
+from store.remote import FIRST_PAUSES_S, RemoteFiles
+from store.shards import PARTIAL, Layout, crc32c
+
+CACHE_VARIABLE, CACHE_GB_VARIABLE = "QWEN_DISTILL_CACHE", "QWEN_DISTILL_CACHE_GB"
+FREE_SHARE = 0.8  # of the disk's free space that the cache may take where no limit is given
+LOCKS = ".locks"
+READS = 5  # of rows whose shards another process deleted meanwhile
+DOWNLOADS = 3  # of a shard whose bytes are not what they should be
+
+Value = TypeVar("Value")
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """`$QWEN_DISTILL_CACHE`, else `~/.cache/qwen-distill/stores` (or below `$XDG_CACHE_HOME`)."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qwen-distill" / "stores"
+
+
+def cache_limit(folder: Path) -> int:
+    """Bytes that the cache may hold: `$QWEN_DISTILL_CACHE_GB`, else four fifths of what it has and the disk has free."""
+    if chosen := os.environ.get(CACHE_GB_VARIABLE):
+        try:
+            limit = float(chosen)
+        except ValueError:
+            limit = -1
+        if not limit > 0:
+            raise StoreError(f"{CACHE_GB_VARIABLE}: expected a number of gigabytes above 0, got {chosen!r}")
+        return int(limit * 1e9)
+    return int(
+        FREE_SHARE * (shutil.disk_usage(folder).free + sum(size for _, size, _ in cached_files(folder)))
+    )
+
+
+def cached_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """(last use, bytes, path) of the shard files in the cache."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in (LOCKS, COMMITS_FOLDER)]
+        for name in files:
+            path = Path(place, name)
+            with contextlib.suppress(FileNotFoundError):  # another process made room
+                status = path.stat()
+                yield status.st_mtime, status.st_size, path
+
+
+class Mirror:
+    """The local part of one remote store. Safe to share between threads and processes, to fork and to pickle."""
+
+    def __init__(self, url: str) -> None:
+        """Read the store's zarr.json. Raises StoreError when there is no store or it cannot be read."""
+        self.url, self.remote = url, RemoteFiles(url)
+        if "***" in url:
+            raise StoreError(
+                f"{url}: the password was left out when this address was recorded: give the address again"
+            )
+        try:
+            content = self.remote.read(ZARR_JSON, FIRST_PAUSES_S)
+        except FileNotFoundError as error:
+            raise StoreError(f"{url}: no such store (no zarr.json at this address)") from error
+        try:
+            self.root: dict[str, Any] = json.loads(content)
+        except ValueError as error:
+            raise StoreError(f"{url}/{ZARR_JSON}: not valid JSON ({error})") from error
+        if not isinstance(self.root, dict):
+            raise StoreError(f"{url}/{ZARR_JSON}: not a Zarr group")
+        self.cache = cache_folder()
+        self.folder = self.cache / blake2b(url.encode() + b"\0" + content, digest_size=12).hexdigest()
+
+    @cached_property
+    def limit(self) -> int:
+        """Bytes of the whole cache."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return cache_limit(self.cache)
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the whole store fits into the cache; else shards are dropped while others come."""
+        nodes = self.root.get("consolidated_metadata", {}).get("metadata", {})
+        arrays = (node for node in nodes.values() if node["node_type"] == "array")
+        layouts = [Layout.from_metadata(node, self.url) for node in arrays]
+        return sum(layout.rows * layout.row_bytes for layout in layouts) <= self.limit
+
+    def open_array(self, split: str, name: str, metadata: dict[str, Any]) -> MirroredArray:
+        """An array with the metadata of its zarr.json."""
+        array = f"{split}/{name}"
+        layout = Layout.from_metadata(metadata, f"{self.url}/{array}")
+        if layout.codec != "none":  # zarr reads it from the mirror
+            with disk_errors(self.folder):
+                replace_here(self.folder / array / ZARR_JSON, to_json(metadata))
+        return MirroredArray(self, array, layout)
+
+    def path_of(self, array: str, layout: Layout, shard: int) -> Path:
+        return self.folder / array / layout.shard_key(shard)
+
+    def fetch(self, array: str, layout: Layout, shard: int) -> None:
+        """Have the shard here; one process downloads it while others that need it wait. Raises StoreError."""
+        path = self.path_of(array, layout, shard)
+        with disk_errors(path):
+            lock = self.folder / LOCKS / f"{array.replace('/', '-')}-{shard}"
+            with locked(lock):
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._download(array, layout, shard, path)
+            self.touch(path)
+
+    def touch(self, path: Path) -> None:
+        """Note that a shard is in use."""
+        with contextlib.suppress(FileNotFoundError):  # another process made room
+            os.utime(path)
+
+    def _download(self, array: str, layout: Layout, shard: int, path: Path) -> None:
+        key = f"{array}/{layout.shard_key(shard)}"
+        first = shard * layout.shard_rows
+        where = f"{self.url}/{key} (rows {first}:{first + layout.rows_in(shard)})"
+        expected = self._expected(array, shard)
+        partial = path.with_name(path.name + PARTIAL)
+        self._make_room(expected[0] if expected else layout.data_bytes(layout.rows_in(shard)))
+        got = (0, 0)
+        for _ in range(DOWNLOADS):
+            got = (0, 0)
+            try:
+                with partial.open("wb") as file:
+                    for block in self.remote.blocks(key):
+                        file.write(block)
+                        got = (got[0] + len(block), crc32c(block, got[1]))
+                if expected is None or got == expected:
+                    os.replace(partial, path)
+                    return
+            except FileNotFoundError as error:
+                raise StoreError(
+                    f"{where}: shard is missing; copy the store again, or extract again with --overwrite"
+                ) from error
+            finally:
+                partial.unlink(missing_ok=True)
+            log.warning(
+                "%s: %d bytes arrived that are not those of the store; downloading it again", where, got[0]
+            )
+        assert expected is not None
+        raise StoreError(
+            f"{where}: the shard is damaged: got {got[0]} bytes with crc32c {got[1]:08x}, expected {expected[0]} bytes "
+            f"with {expected[1]:08x}; copy the store again"
+        )
+
+    def _expected(self, array: str, shard: int) -> tuple[int, int] | None:
+        """(bytes, crc32c) of a shard file as the store recorded them; None where it recorded none."""
+        split, _, name = array.partition("/")
+        kind = f"{split}.keys.json" if name.startswith("keys/") else f"{split}.json"
+        record = self._record(kind).get(name)
+        return (
+            None if record is None or shard >= len(record) else (int(record[shard][0]), int(record[shard][1]))
+        )
+
+    def _record(self, kind: str) -> Mapping[str, Any]:
+        """The checksums of a split's arrays, kept here once they are read."""
+        path = self.folder / COMMITS_FOLDER / kind
+        if not path.exists():
+            try:
+                content = self.remote.read(f"{COMMITS_FOLDER}/{kind}")
+            except FileNotFoundError:  # many web servers hide names that begin with a dot
+                log.warning(
+                    "%s: no checksums at %s/%s: downloads are not compared", self.url, COMMITS_FOLDER, kind
+                )
+                content = b"{}"
+            replace_here(path, content)
+        record: Mapping[str, Any] = json.loads(path.read_bytes())
+        return record
+
+    def _make_room(self, size: int) -> None:
+        """Delete the shards that were not used for longest, of any store, until `size` bytes more fit."""
+        with locked(self.cache / LOCKS):
+            files = sorted(cached_files(self.cache))
+            used = sum(size for _, size, _ in files)
+            for _, bytes_, path in files:
+                if used + size <= self.limit:
+                    return
+                path.unlink(missing_ok=True)  # a process that has mapped it keeps it until it is done
+                used -= bytes_
+
+
+def replace_here(path: Path, content: bytes) -> None:
+    """Write a small file of the cache, whole, while others may do the same. It can be downloaded again: no fsync."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process and thread at a time; the system releases the lock of a process that is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path if path.name != LOCKS else path.with_name(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+class MirroredArray:
+    """The interface of `MappedArray` over a remote array, whose shards come when rows of them are first asked for."""
+
+    def __init__(self, mirror: Mirror, array: str, layout: Layout) -> None:
+        self.mirror, self.array, self.layout = mirror, array, layout
+        folder = mirror.folder / array
+        self.local: MappedArray | ZarrArray
+        if layout.codec == "none":
+            self.local = MappedArray(folder, layout, filled=False, one_map=mirror.fits)
+        else:
+            self.local = ZarrArray(str(folder), layout)
+        # Whether a shard that was opened can be read from then on: its map outlives the file.
+        self.stays = layout.codec == "none" and mirror.fits
+        self._here = np.zeros(max(1, layout.shards), bool)  # shards that this process has opened
+        self._lock_here = os.getpid(), threading.RLock()
+
+    @property
+    def _lock(self) -> threading.RLock:
+        """One of its own after a fork: the parent's may be held by a thread that the child does not have."""
+        if self._lock_here[0] != os.getpid():
+            self._lock_here = os.getpid(), threading.RLock()
+        return self._lock_here[1]
+
+    def __len__(self) -> int:
+        return self.layout.rows
+
+    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """out[i] = array[rows[i]]."""
+        shards = rows // self.layout.shard_rows
+        if self.stays and self._here[shards].all():
+            self.local.take(rows, out)
+        else:
+            self._read(np.unique(shards).tolist(), lambda: self.local.take(rows, out))
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """array[start:stop], a view where that is possible."""
+        stop = min(stop, len(self))
+        if start >= stop:
+            return self.local.slice(start, stop)
+        first, last = start // self.layout.shard_rows, (stop - 1) // self.layout.shard_rows
+        return self._read(list(range(first, last + 1)), lambda: self.local.slice(start, stop))
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """As of a local array, for the shards that are here."""
+        here = rows[self._here[rows // self.layout.shard_rows]]
+        if len(here):
+            self.local.prefetch(here)
+
+    def fetch(self, shards: Sequence[int]) -> None:
+        """Have these shards here and open them. Raises StoreError."""
+        with self._lock:
+            for shard in shards:
+                path = self.mirror.path_of(self.array, self.layout, shard)
+                if self._here[shard] and (self.stays or path.exists()):
+                    continue
+                self.mirror.fetch(self.array, self.layout, shard)
+                self._forget_deleted(shards)
+                if isinstance(self.local, MappedArray):
+                    self.local.add(shard)
+                self._here[shard] = True
+
+    def _read(self, shards: Sequence[int], read: Callable[[], Value]) -> Value:
+        """`read` with these shards here. Another process may make room at any moment: zarr would make values up."""
+        with self._lock:
+            for _ in range(READS):
+                self.fetch(shards)
+                value = read()
+                paths = [self.mirror.path_of(self.array, self.layout, shard) for shard in shards]
+                for path in paths:
+                    self.mirror.touch(path)
+                if isinstance(self.local, MappedArray) or all(path.exists() for path in paths):
+                    return value
+        raise StoreError(
+            f"{self.mirror.cache}: too small for what is read at once: raise {CACHE_GB_VARIABLE} or free some space"
+        )
+
+    def _forget_deleted(self, kept: Sequence[int]) -> None:
+        """Where not all shards fit: drop the maps of deleted files, which keep their space."""
+        if self.stays:
+            return
+        for shard in np.flatnonzero(self._here).tolist():
+            if shard not in kept and not self.mirror.path_of(self.array, self.layout, shard).exists():
+                if isinstance(self.local, MappedArray):
+                    self.local.drop(shard)
+                self._here[shard] = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_here": np.zeros_like(self._here)}
+        del state["_lock_here"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock_here=(0, threading.RLock()))

@@ -1,0 +1,115 @@
+"""Files at a URL, through fsspec: read in parts, tried again after a failure, with one line for what goes wrong.
+
+Credentials are those of each provider's own tools (environment variables, profiles, roles of the machine). fsspec takes
+further settings, such as the endpoint of another S3 server, from its configuration (`FSSPEC_S3_ENDPOINT_URL`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from store.errors import StoreError
+
+BLOCK_BYTES = 16 * 1024 * 1024  # one request
+CONNECTIONS = 4  # requests of one file at the same time
+#: Pauses between tries: half a minute outlasts throttling and a short loss of the network.
+PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+FIRST_PAUSES_S = (0.5,)  # of the first file, where a wrong address is likelier than a fault
+CREDENTIAL_ERRORS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "TokenRetrievalError",
+    "UnauthorizedSSOTokenError",
+    "DefaultCredentialsError",  # of Google's client
+    "ClientAuthenticationError",  # of Azure's
+)
+
+Value = TypeVar("Value")
+log = logging.getLogger(__name__)
+
+
+class RemoteFiles:
+    """The files below a URL. Safe to share between threads, to fork and to pickle: a process opens its own client."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def read(self, key: str, pauses_s: tuple[float, ...] | None = None) -> bytes:
+        """A whole small file. Raises FileNotFoundError, or StoreError for everything else."""
+        return self._try(key, PAUSES_S if pauses_s is None else pauses_s, lambda files, path: bytes(files.cat_file(path)))
+
+    def blocks(self, key: str) -> Iterator[bytes]:
+        """A file's bytes in order, several requests under way at once. Raises as `read`."""
+        size = self._try(key, PAUSES_S, lambda files, path: int(files.info(path)["size"]))
+        first = self._range(key, 0, min(size, BLOCK_BYTES))
+        yield first
+        if len(first) >= size:  # also from a server that answers every range with the whole file
+            return
+        starts = range(BLOCK_BYTES, size, BLOCK_BYTES)
+        with ThreadPoolExecutor(CONNECTIONS, "store-download") as pool:
+            pending: list[Any] = []
+            for start in starts:
+                pending.append(pool.submit(self._range, key, start, min(size, start + BLOCK_BYTES)))
+                if len(pending) == CONNECTIONS:  # bounds the memory
+                    yield pending.pop(0).result()
+            for request in pending:
+                yield request.result()
+
+    def _range(self, key: str, start: int, stop: int) -> bytes:
+        return self._try(
+            key, PAUSES_S, lambda files, path: bytes(files.cat_file(path, start=start, end=stop))
+        )
+
+    def _try(self, key: str, pauses_s: tuple[float, ...], read: Callable[[Any, str], Value]) -> Value:
+        """What `read` returns, tried again where that can help."""
+        where = f"{self.url}/{key}"
+        for pause in (*pauses_s, None):
+            try:
+                import fsspec
+
+                files, path = fsspec.core.url_to_fs(where)
+                return read(files, path)
+            except FileNotFoundError:
+                raise
+            except (
+                Exception
+            ) as error:  # no network, no credentials, no such protocol: each package has its own errors
+                reason = reason_of(error)
+                if reason is not None:
+                    raise StoreError(f"{where}: {reason}") from error
+                text = " ".join(str(error).split()) or type(error).__name__
+                if pause is None:
+                    raise StoreError(
+                        f"{where}: cannot be read: {text[:300]}; check address and network, then run the same command again"
+                    ) from error
+                log.warning("%s: %s; trying again in %g s", where, text[:200], pause)
+                time.sleep(pause)
+        raise AssertionError("unreachable")
+
+
+def reason_of(error: Exception) -> str | None:
+    """What is wrong and what to do, for an error that another try does not help against; None for others."""
+    status = getattr(error, "status", None)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, ImportError):
+        what = (
+            "remote stores need fsspec"
+            if error.name == "fsspec"
+            else "this kind of address needs another package"
+        )
+        return f"{what} ({error}): pip install 'qwen-distill[remote]', or the package that is named"
+    if isinstance(error, ValueError) and "Protocol not known" in str(error):
+        return f"{error}: expected s3://, gs://, az://, https:// or another address that fsspec knows"
+    if names & set(CREDENTIAL_ERRORS):
+        return (
+            "no credentials: set them as for the provider's own tools (for S3 AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true)"
+        )
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return "no permission to read it: check the credentials, whether they have expired, and their rights"
+    return None
