@@ -41,7 +41,9 @@ class RemoteFiles:
 
     def read(self, key: str, pauses_s: tuple[float, ...] | None = None) -> bytes:
         """A whole small file. Raises FileNotFoundError, or StoreError for everything else."""
-        return self._try(key, PAUSES_S if pauses_s is None else pauses_s, lambda files, path: bytes(files.cat_file(path)))
+        return self._try(
+            key, PAUSES_S if pauses_s is None else pauses_s, lambda files, path: bytes(files.cat_file(path))
+        )
 
     def blocks(self, key: str) -> Iterator[bytes]:
         """A file's bytes in order, several requests under way at once. Raises as `read`."""
