@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from store.format import COMMITS_FOLDER
 from store.metadata import ZARR_JSON, to_json
 from store.remote import FIRST_PAUSES_S, RemoteFiles
 from store.shards import PARTIAL, Layout, crc32c
+
+if TYPE_CHECKING:
+    from store.reader import Split
 
 CACHE_VARIABLE, CACHE_GB_VARIABLE = "QWEN_DISTILL_CACHE", "QWEN_DISTILL_CACHE_GB"
 FREE_SHARE = 0.8  # of the disk's free space that the cache may take where no limit is given
@@ -48,6 +51,14 @@ def cache_folder() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "qwen-distill" / "stores"
+
+
+def use_cache(folder: Path | None, gigabytes: float | None) -> None:
+    """Choose the cache of this process and of those that it starts; None leaves what the environment says."""
+    if folder is not None:
+        os.environ[CACHE_VARIABLE] = os.path.abspath(folder)
+    if gigabytes is not None:
+        os.environ[CACHE_GB_VARIABLE] = str(gigabytes)
 
 
 def cache_limit(folder: Path) -> int:
@@ -209,6 +220,38 @@ class Mirror:
                     return
                 path.unlink(missing_ok=True)  # a process that has mapped it keeps it until it is done
                 used -= bytes_
+
+
+def download_ahead(split: Split, names: Sequence[str], rows: np.ndarray, shard_rows: int) -> None:
+    """Begin to download what `rows` need of these arrays, in their order; returns at once.
+
+    Does nothing where not all fits into the cache. An error is left to the reader that meets it again.
+    """
+    if split.mirror is None or not split.mirror.fits:
+        return
+    shards = rows // shard_rows
+    first = np.unique(shards, return_index=True)[1]
+
+    def download() -> None:
+        with contextlib.suppress(StoreError):
+            for shard in shards[np.sort(first)].tolist():
+                start, stop = shard * shard_rows, min(len(split), (shard + 1) * shard_rows)
+                for name in names:
+                    fetch_rows(split, name, start, stop)
+
+    threading.Thread(target=download, name="store-download-ahead", daemon=True).start()
+
+
+def fetch_rows(split: Split, name: str, start: int, stop: int) -> None:
+    """Have the rows start:stop of an array here. Raises StoreError."""
+    array = split.array(name)
+    assert isinstance(array, MirroredArray)
+    if name in split.specs and split.specs[name].ragged:
+        offsets = split.array(split.specs[name].offsets_name).slice(start, stop + 1)
+        start, stop = int(offsets[0]), int(offsets[-1])
+    if start < stop:
+        size = array.layout.shard_rows
+        array.fetch(range(start // size, -(-stop // size)))
 
 
 def replace_here(path: Path, content: bytes) -> None:

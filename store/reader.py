@@ -329,6 +329,7 @@ class Split:
         if array is None:
             if name not in self._metadata:
                 raise UnknownNameError(f"{self.where}: no array {name!r}; valid: {self.names}")
+            opened: RowArray
             if self.mirror is not None:
                 opened = self.mirror.open_array(self.name, name, self._metadata[name])
             else:

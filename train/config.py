@@ -243,6 +243,19 @@ class TrainConfig(BaseModel):
         ge=0,
         free_on_resume=True,
     )
+    cache_dir: Path | None = _run(
+        None,
+        "Where the shards of a remote STORE are kept.",
+        shown_default="~/.cache/qwen-distill/stores",
+        free_on_resume=True,
+    )
+    cache_gb: float | None = _run(
+        None,
+        "Size of that cache; what was not used for longest goes first.",
+        gt=0,
+        shown_default="four fifths of the free disk",
+        free_on_resume=True,
+    )
     seed: int = _run(0, "Of initial weights, data order, augmentation and dropout.", ge=0, set_by_sweep=True)
     deterministic: bool = _run(False, "Only deterministic kernels (slower on GPUs).")
     auto_batch: bool = _run(

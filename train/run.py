@@ -14,6 +14,7 @@ import torch
 from console.log import get_logger
 from console.stop import StopRequest
 from processes.deadline import StopDeadline, nothing_to_save
+from store.mirror import use_cache
 from store.reader import Store
 from train.config import TrainConfig
 from train.data.splits import warn_of_splits
@@ -58,6 +59,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         return YoloTrainer(config)
     from train.loop.fit import LoopTrainer
 
+    use_cache(config.cache_dir, config.cache_gb)
     if config.student_type == "yolov8":
         # Backbone and neck, which run in our loop: what phase one trains, and as it does.
         return LoopTrainer(phase_one_config(config, config.epochs))

@@ -166,6 +166,25 @@ def test_a_fork_while_another_thread_downloads(serve: Serve) -> None:
     child.join()
 
 
+def test_what_a_training_needs_is_downloaded_in_its_order(serve: Serve) -> None:
+    faults = serve()
+    train = open_store(URL)["train"]
+    names = [POOLED, "targets/boxes/values"]
+    mirror.download_ahead(train, names, np.array([149, 0, 3, 130]), 128)
+    (thread,) = [item for item in threading.enumerate() if item.name == "store-download-ahead"]
+    thread.join(20)
+    got = [key for key in gets(faults) if "/c/" in key]
+    pooled = [shard(POOLED, 1), shard(POOLED, 0)]
+    assert [key for key in got if "pooled" in key] == pooled
+    assert got.index("plain.zarr/train/targets/boxes/offsets/c/0") < got.index(
+        "plain.zarr/train/targets/boxes/values/c/0/0"
+    )
+    before = len(faults.requests)
+    train.gather([0, 149], [POOLED])
+    train.ragged([0, 149], "targets/boxes/values")
+    assert len(faults.requests) == before
+
+
 # -- room ------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +232,17 @@ def test_a_limit_that_is_no_size(serve: Serve, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("QWEN_DISTILL_CACHE_GB", value)
     with pytest.raises(StoreError, match=f"QWEN_DISTILL_CACHE_GB: expected a number .* got '{value}'"):
         open_store(URL)["train"].gather([0], [POOLED])
+
+
+def test_the_cache_can_be_chosen(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve()
+    for name in ("QWEN_DISTILL_CACHE", "QWEN_DISTILL_CACHE_GB"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+    monkeypatch.chdir(tmp_path)
+    mirror.use_cache(Path("mine"), 0.5)
+    open_store(URL)["train"].gather([0], [POOLED])
+    assert list(cached_files(tmp_path / "mine"))
+    assert mirror.cache_limit(tmp_path) == 500_000_000
 
 
 # -- faults ----------------------------------------------------------------------------------------------

@@ -57,6 +57,47 @@ def test_plan_covers_every_sample_once_in_an_order_of_its_own_each_epoch():
     assert group_sizes(5, 2) == [2, 2, 1]
 
 
+def test_the_first_epoch_of_a_remote_store_shows_shard_after_shard():
+    rows = np.arange(3, 250)
+    batches = EpochBatches(rows, 10, seed=1, shard_rows=64)
+    order, _ = batches.order()
+    assert sorted(order.tolist()) == rows.tolist()
+    shards = order // 64
+    assert np.count_nonzero(np.diff(shards)) == 3, "each of the four shards once"
+    assert order[:20].tolist() != sorted(order[:20].tolist())
+    batches.epoch = 1
+    later, _ = batches.order()
+    assert later.tolist() == EpochBatches(rows, 10, seed=1, epoch=1).order()[0].tolist(), (
+        "then mixed over all"
+    )
+
+
+def test_a_store_at_a_url_trains_like_a_local_one(make_store, make_config, monkeypatch):
+    """Each shard is copied once, the arrays that nothing reads not at all."""
+    import shutil
+
+    from store import mirror
+
+    copied: list[str] = []
+    plain = mirror.Mirror._download
+    monkeypatch.setattr(
+        mirror.Mirror,
+        "_download",
+        lambda self, array, *rest: copied.append(array) or plain(self, array, *rest),
+    )
+    path = make_store(train=27, logits=True, labels=True)
+    options = {"batch_size": 6, "epochs": 2, "distillation_type": "feature"}
+    remote = make_config(f"file://{path}", **options)
+    summary = run_training(remote)
+    assert summary["store"]["path"] == f"file://{path}"
+    assert copied.count("train/features/grid") == copied.count("train/images/encoded/values") == 1
+    assert not [name for name in copied if "logits" in name]
+    shutil.rmtree(remote.out)
+    again = run_training(remote)
+    assert copied.count("train/features/grid") == 1, "a second training finds them in the cache"
+    assert again["metrics"] == summary["metrics"]
+
+
 def test_ranks_share_a_batch_equally_and_padding_has_no_weight():
     rows, showings = np.array([7, 8, 9, 10, 11]), np.array([0, 1, 0, 2, 0])
     shares = [rank_share(rows, showings, rank, 2) for rank in (0, 1)]

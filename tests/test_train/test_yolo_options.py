@@ -118,6 +118,8 @@ FOLLOWED = [
     "augment",
     "auto_batch",
     "batch_size",
+    "cache_dir",
+    "cache_gb",
     "checkpoint_interval",
     "checkpoint_minutes",
     "control",

@@ -85,6 +85,8 @@ class Balance:
 class EpochBatches:
     """The batch sampler of a loader; `start` is the first micro-batch that is wanted (resume).
 
+    In the first epoch of a remote store, `shard_rows` above 0, shard after shard is shown, in random order and mixed
+    within each: training starts with the first shard, while others are downloaded.
     An epoch has as many samples as there are `rows`. With a `balance` they are not each row once: labeled rows
     are repeated (or, where `share` is less than theirs, spread over several epochs), the others spread over several epochs.
     """
@@ -95,6 +97,7 @@ class EpochBatches:
     rank: int = 0
     world: int = 1
     balance: Balance | None = None
+    shard_rows: int = 0
     epoch: int = 0
     start: int = 0
     slices: list[slice] = field(init=False)
@@ -116,7 +119,13 @@ class EpochBatches:
         if self.seed is None:
             return self.rows, showings
         if self.balance is None:
-            return np.random.default_rng([self.seed, self.epoch]).permutation(self.rows), showings
+            generator = np.random.default_rng([self.seed, self.epoch])
+            mixed = generator.permutation(self.rows)
+            if self.shard_rows and self.epoch == 0:
+                shards = mixed // self.shard_rows
+                places = generator.permutation(int(shards.max()) + 1)
+                mixed = mixed[np.argsort(places[shards], kind="stable")]
+            return mixed, showings
         balance, order = self.balance, np.empty(len(self.rows), np.int64)
         labeled = np.zeros(len(order), bool)
         for index, part in enumerate(self.slices):

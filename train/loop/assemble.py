@@ -14,7 +14,7 @@ from torch import nn
 
 from console.options import options_of
 from console.stop import StopRequest
-from store.format import SIZES
+from store.format import IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES
 from store.reader import Store
 from train.config import TrainConfig
 from train.data.batches import Balance, BatchLoader, EpochBatches, FeatureGatherer, default_workers
@@ -324,7 +324,14 @@ def build_loader(
         accelerator.process_index,
         accelerator.num_processes,
         balance,
+        shard_rows=manifest.shard_rows if split.mirror is not None else 0,
     )
+    if training and split.mirror is not None:
+        from store.mirror import download_ahead
+
+        stored = (IMAGES_ENCODED, IMAGES_RAW, MASK)
+        names = [*arrays, *(name for name in stored if name in split.names)]
+        download_ahead(split, names, batches.order()[0], manifest.shard_rows)
     depth = config.grad_accum_steps + 1 if training else 2
     return BatchLoader(
         batches=batches,
