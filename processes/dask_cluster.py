@@ -100,6 +100,18 @@ def local_cluster(
                     part.close(timeout=CLOSE_S)
 
 
+def worker_slots(client: Client) -> tuple[dict[str, float], int]:
+    """(what a piece of work takes of a worker, how many run at a time): a `GPU` or a `trial` where workers offer them,
+    else one of their threads; 0 where there are no workers.
+    """
+    workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+    for name in ("GPU", "trial"):
+        offered = int(sum(worker.get("resources", {}).get(name, 0) for worker in workers.values()))
+        if offered:
+            return {name: 1}, offered
+    return {}, sum(worker["nthreads"] for worker in workers.values())
+
+
 @contextmanager
 def worker_environment() -> Iterator[None]:
     """WORKER_ENVIRONMENT in this process's environment, for the processes that start meanwhile and for dask's import."""

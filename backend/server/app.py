@@ -64,7 +64,12 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def make_runner(settings: Settings) -> Runner:
-    return LocalRunner(settings)
+    """Where tasks run. Raises ServerError when the cluster cannot be used."""
+    if settings.scheduler is None:
+        return LocalRunner(settings)
+    from backend.server.cluster import DaskRunner
+
+    return DaskRunner(settings)
 
 
 def add_error_answers(app: FastAPI) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from backend.server.schemas import TaskView
 
@@ -21,6 +22,11 @@ class Change:
 
     task_id: str
     task: TaskView | None
+
+    @cached_property
+    def json(self) -> str:
+        """The task as the API shows it; made once, for all event streams."""
+        return "" if self.task is None else self.task.model_dump_json(by_alias=True)
 
 
 class Subscription:

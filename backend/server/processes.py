@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -26,6 +28,13 @@ SAME_START_S = 2.0
 PRIVATE = (TOKEN_VARIABLE, DATABASE_VARIABLE)
 
 
+class Waiting(NamedTuple):
+    """A task in the queue; `devices` is None where any will do."""
+
+    task_id: str
+    devices: str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """One process to start: the options, the folder that gets its log, and how often the task was started."""
@@ -38,6 +47,8 @@ class Order:
 
 class LocalProcess:
     """A process with its id and start time; `child` is None when an earlier server started it."""
+
+    reason: str | None = None  # the exit code says it all
 
     def __init__(
         self, process: psutil.Process, started: float, child: subprocess.Popen[bytes] | None
@@ -81,20 +92,12 @@ class LocalRunner:
         self.gpus = visible_gpus()
         self.slots = settings.jobs or max(1, len(self.gpus))
 
+    def choose(self, waiting: Sequence[Waiting], running: Sequence[str]) -> list[Waiting]:
+        return choose(waiting, running, self.slots, self.gpus)
+
     def start(self, order: Order) -> LocalProcess:
-        """Start the training process with its output in the task's log. Raises OSError."""
-        order.output_dir.mkdir(parents=True, exist_ok=True)
-        with (order.output_dir / LOG_FILE).open("ab") as output:
-            output.write(f"== attempt {order.attempt}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n".encode())
-            output.flush()
-            child = subprocess.Popen(
-                command_line(list(order.words)),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=training_environment(self.token),
-                start_new_session=True,  # the end of the server, and Ctrl-C in its terminal, do not reach it
-            )
+        """Raises OSError."""
+        child = start_training(order, self.token)
         process = psutil.Process(child.pid)
         return LocalProcess(process, process.create_time(), child)
 
@@ -113,6 +116,55 @@ class LocalRunner:
 
     def close(self) -> None:
         """Nothing: the processes go on."""
+
+
+def choose(
+    waiting: Sequence[Waiting], running: Sequence[str], slots: int, gpus: Sequence[str]
+) -> list[Waiting]:
+    """Which waiting tasks start now, and on what: first come first, within the slots and the GPUs.
+
+    A GPU takes as many tasks as the slots come to per GPU. A task that waits for its GPUs keeps them from later ones,
+    which may start on others.
+    """
+    per_gpu = max(1, -(-slots // len(gpus))) if gpus else 1
+    used = Counter(device for devices in running for device in devices.split(",") if device != "cpu")
+    kept: set[str] = set()
+    starts: list[Waiting] = []
+    for task_id, asked in waiting:
+        if len(running) + len(starts) >= slots:
+            break
+        if asked is not None:
+            wanted = [device for device in asked.split(",") if device != "cpu"]
+        else:
+            free = [gpu for gpu in gpus if used[gpu] < per_gpu and gpu not in kept]
+            wanted = [min(free, key=lambda gpu: used[gpu])] if free else []
+            if gpus and not free:
+                continue
+        if any(used[device] >= per_gpu or device in kept for device in wanted):
+            kept.update(wanted)
+            continue
+        used.update(wanted)
+        starts.append(Waiting(task_id, asked or ",".join(wanted) or "cpu"))
+    return starts
+
+
+def start_training(
+    order: Order, token: str | None, preexec_fn: Callable[[], None] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start the training process with its output in the task's log. Raises OSError."""
+    order.output_dir.mkdir(parents=True, exist_ok=True)
+    with (order.output_dir / LOG_FILE).open("ab") as output:
+        output.write(f"== attempt {order.attempt}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n".encode())
+        output.flush()
+        return subprocess.Popen(
+            command_line(list(order.words)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=training_environment(token),
+            start_new_session=True,  # the end of the server, and Ctrl-C in its terminal, do not reach it
+            preexec_fn=preexec_fn,
+        )
 
 
 def training_environment(token: str | None) -> dict[str, str]:

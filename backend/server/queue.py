@@ -8,12 +8,11 @@ last one ended, however that was.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from backend.server.database import Task, TaskState
-from backend.server.processes import Order
+from backend.server.processes import Order, Waiting
 from backend.server.tasks import Tasks, requested_devices
 from backend.server.undelivered import apply_undelivered
 from backend.task.errors import OptionError
@@ -38,6 +37,10 @@ class Handle(Protocol):
         """Whether the process has ended."""
 
     @property
+    def reason(self) -> str | None:
+        """Why it failed, where its exit code does not say it."""
+
+    @property
     def exit_code(self) -> int | None:
         """Its exit code after the end; None where it cannot be known."""
 
@@ -49,8 +52,9 @@ class Runner(Protocol):
     """Where processes run."""
 
     name: str
-    slots: int  # tasks at a time
-    gpus: list[str]  # devices that are handed out one by one; none where there are none
+
+    def choose(self, waiting: Sequence[Waiting], running: Sequence[str]) -> list[Waiting]:
+        """Which waiting tasks start now, and on what; `running` are the devices of those that run."""
 
     def start(self, order: Order) -> Handle:
         """Start a task's process. Raises OSError."""
@@ -60,13 +64,6 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Let go of what runs, without ending it."""
-
-
-class Waiting(NamedTuple):
-    """A task in the queue; `devices` is None where any will do."""
-
-    task_id: str
-    devices: str | None
 
 
 class TaskQueue:
@@ -125,17 +122,15 @@ class TaskQueue:
     def step(self) -> None:
         for task_id, handle in list(self.handles.items()):
             if handle.ended():
-                self.finish(task_id, handle.exit_code)
+                self.finish(task_id, handle.exit_code, handle)
                 del self.handles[task_id], self.devices[task_id]
         for task in self.tasks.in_states(TaskState.STOPPING):
             stopping = self.handles.get(task.task_id)
             if stopping is not None:
                 stopping.stop()
-        if len(self.handles) < self.runner.slots:
-            waiting = [Waiting(task.task_id, requested_devices(task)) for task in self.tasks.waiting()]
-            running = list(self.devices.values())
-            for start in choose(waiting, running, self.runner.slots, self.runner.gpus):
-                self.start(start.task_id, start.devices or "cpu")
+        waiting = [Waiting(task.task_id, requested_devices(task)) for task in self.tasks.waiting()]
+        for start in self.runner.choose(waiting, list(self.devices.values())):
+            self.start(start.task_id, start.devices or "cpu")
 
     def start(self, task_id: str, devices: str) -> None:
         """Mark the task as running, then start its process: after a crash in between there is no second one."""
@@ -157,37 +152,7 @@ class TaskQueue:
             self.tasks.set_process(task_id, *handle.identity)
         log.info("task %s: started on %s", task_id, devices)
 
-    def finish(self, task_id: str, exit_code: int | None) -> None:
+    def finish(self, task_id: str, exit_code: int | None, handle: Handle | None = None) -> None:
         apply_undelivered(self.tasks, task_id)
-        self.tasks.finish(task_id, exit_code)
+        self.tasks.finish(task_id, exit_code, handle.reason if handle else None)
         log.info("task %s: %s", task_id, self.tasks.read(task_id).state)
-
-
-def choose(
-    waiting: Sequence[Waiting], running: Sequence[str], slots: int, gpus: Sequence[str]
-) -> list[Waiting]:
-    """Which waiting tasks start now, and on what: first come first, within the slots and the GPUs.
-
-    A GPU takes as many tasks as the slots come to per GPU. A task that waits for its GPUs keeps them from later ones,
-    which may start on others.
-    """
-    per_gpu = max(1, -(-slots // len(gpus))) if gpus else 1
-    used = Counter(device for devices in running for device in devices.split(",") if device != "cpu")
-    kept: set[str] = set()
-    starts: list[Waiting] = []
-    for task_id, asked in waiting:
-        if len(running) + len(starts) >= slots:
-            break
-        if asked is not None:
-            wanted = [device for device in asked.split(",") if device != "cpu"]
-        else:
-            free = [gpu for gpu in gpus if used[gpu] < per_gpu and gpu not in kept]
-            wanted = [min(free, key=lambda gpu: used[gpu])] if free else []
-            if gpus and not free:
-                continue
-        if any(used[device] >= per_gpu or device in kept for device in wanted):
-            kept.update(wanted)
-            continue
-        used.update(wanted)
-        starts.append(Waiting(task_id, asked or ",".join(wanted) or "cpu"))
-    return starts

@@ -43,17 +43,17 @@ from files.reading import open_regular
 
 KEEP_ALIVE_S = 15.0
 EVENT_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "A stream."}
+REASONS: dict[int | str, str] = {
+    400: "A field is missing or wrong; `message` names it.",
+    401: "The server needs a token.",
+    403: "The Host header or the page of another site is refused.",
+    404: "There is no such task or file.",
+    409: "The state of the task does not allow it.",
+    413: "The request is too large.",
+    "default": "Any other error.",
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Answer[None], "description": text}
-    for status, text in {
-        400: "A field is missing or wrong; `message` names it.",
-        401: "The server needs a token.",
-        403: "The Host header or the page of another site is refused.",
-        404: "There is no such task or file.",
-        409: "The state of the task does not allow it.",
-        413: "The request is too large.",
-        "default": "Any other error.",
-    }.items()
+    status: {"model": Answer[None], "description": text} for status, text in REASONS.items()
 }
 
 router = APIRouter(prefix="/model-distillation", responses=ERRORS)
@@ -334,7 +334,7 @@ def standing(tasks: Tasks, task_id: str | None) -> list[TaskView]:
 def change_event(change: Change) -> str:
     if change.task is None:
         return event("deleted", json.dumps({"taskId": change.task_id}))
-    return event("task", change.task.model_dump_json(by_alias=True))
+    return event("task", change.json)
 
 
 def event(kind: Literal["task", "deleted", "log", "end"], data: str) -> str:

@@ -373,9 +373,11 @@ class Tasks:
         with self.changing(task_id) as (_, task):
             task.process_id, task.process_started = process_id, started
 
-    def finish(self, task_id: str, exit_code: int | None) -> None:
-        """A task's process has ended; `exit_code` is None where it is not known."""
+    def finish(self, task_id: str, exit_code: int | None, reason: str | None = None) -> None:
+        """A task's process has ended; `exit_code` is None where it is not known, `reason` what else is known."""
         with self.changing(task_id) as (_, task):
+            if reason is not None and task.reported_end is None:
+                task.error_message = reason[:1000]
             if task.state in (TaskState.RUNNING, TaskState.STOPPING):
                 settle(task, exit_code)
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.test_server.server_process import FINAL, ServerProcess, wait_until
 
-TASKS, STREAMS, TRAININGS, REPORTING = 200, 20, 4, 40
+TASKS, STREAMS, TRAININGS, REPORTING, EPOCHS = 200, 20, 4, 20, 10
 MOST_MEMORY_MB = 400
 
 
@@ -64,7 +64,7 @@ def test_load(serve: Callable[..., ServerProcess]) -> None:
     with ThreadPoolExecutor(8) as pool:
         started = time.monotonic()
         list(pool.map(lambda task_id: report(server, task_id), reporting))
-        rate = REPORTING * 41 / (time.monotonic() - started)
+        rate = REPORTING * (2 * EPOCHS + 1) / (time.monotonic() - started)
         memory.append(process.memory_info().rss / 1e6)
     print(f"{rate:.0f} calls/s")
     for task_id in trainings:
@@ -82,10 +82,8 @@ def final(states: dict[str, str]) -> dict[str, str]:
 
 
 def report(server: ServerProcess, task_id: str) -> None:
-    """The calls of a training of 20 epochs."""
-    for epoch in range(1, 21):
-        server.put(
-            f"/tasks/{task_id}/progress", {"totalEpochs": 20}, currentEpoch=epoch, accuracy=5.0 * epoch
-        )
+    """The calls of a training elsewhere."""
+    for epoch in range(1, EPOCHS + 1):
+        server.put(f"/tasks/{task_id}/progress", {"totalEpochs": EPOCHS}, currentEpoch=epoch, accuracy=epoch)
         server.post(f"/tasks/{task_id}/history", {"epoch": epoch, "trainLoss": 1 / epoch})
     server.post(f"/tasks/{task_id}/complete")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backend.server.processes import visible_gpus
-from backend.server.queue import Waiting, choose
+from backend.server.processes import Waiting, choose, visible_gpus
 
 
 def chosen(waiting: str, running: str = "", slots: int = 1, gpus: str = "") -> str:

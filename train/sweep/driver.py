@@ -17,7 +17,7 @@ from console.output import plain_json
 from console.redaction import redact_values
 from console.stop import Stopped, StopRequest
 from files.writing import check_writable
-from processes.dask_cluster import ClusterStartError, connect, local_cluster
+from processes.dask_cluster import ClusterStartError, connect, local_cluster, worker_slots
 from processes.ending import ignore_sigint
 from store.reader import open_store
 from train.errors import ConfigError, TrainError
@@ -290,19 +290,15 @@ def cluster(config: SweepConfig, trials: int) -> Iterator[tuple[Client, dict[str
 
 def trial_slot(scheduler: str, client: Client) -> dict[str, float]:
     """What a trial takes of a worker: a `GPU` or a `trial` where workers offer them, else one of its threads."""
-    workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-    if not workers:
+    slot, count = worker_slots(client)
+    if not count:
         raise ConfigError(f"scheduler {scheduler} has no workers: start some with `dask worker {scheduler}`")
-    offered = {name for worker in workers.values() for name in worker.get("resources", {})}
-    for name in ("GPU", "trial"):
-        if name in offered:
-            return {name: 1}
-    threads = sum(worker["nthreads"] for worker in workers.values())
-    logger.info(
-        "%s: %d workers offer neither GPU nor trial as a resource: a trial on each of their %d threads",
-        *(scheduler, len(workers), threads),
-    )
-    return {}
+    if not slot:
+        logger.info(
+            "%s: the workers offer neither GPU nor trial as a resource: a trial on each of their %d threads",
+            *(scheduler, count),
+        )
+    return slot
 
 
 def count_gpu_trials(client: Client) -> dict[str, int]:
