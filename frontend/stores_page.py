@@ -93,7 +93,7 @@ class StoreCard:
         with self.facts:
             teacher = store.teacher + (f" ({texts('stores.random')})" if store.random_weights else "")
             fact(texts("stores.teacher"), teacher)
-            rows = " + ".join(f"{count:,} {name}" for name, count in store.writer.items())
+            rows = " + ".join(f"{count:,} {name}" for name, count in store.rows.items())
             fact(texts("stores.rows"), rows or texts("none"))
             fact(texts("stores.size"), size_text(store.bytes))
             fact(texts("stores.classes"), f"{store.classes:,}")

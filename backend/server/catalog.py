@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -58,6 +59,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 #: More samples than this are not looked at one by one for the labeled share of a split.
 LOOKED_AT = 50_000
 DETECTION_TIMEOUT_S = 120.0
+KEPT_S = 60.0
 
 
 # -- students ---------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def describe_setting(group: str, option: Option, recipe: Mapping[str, Any], stud
         kind=option.kind,
         help=option.help,
         default=default,
-        from_recipe=option.name in recipe,
+        from_recipe=option.name in recipe and recipe[option.name] == default,
         choices=option.choices,
         limits=option.limits,
         needs=option.needs,
@@ -454,26 +456,28 @@ def is_id(name: str) -> bool:
     return True
 
 
-_detected: dict[tuple[str, int], DataSet] = {}
+_detected: dict[Path, tuple[float, DataSet]] = {}  # when, what
 
 
 async def detect_data_set(datasets_root: Path, dataset_id: str) -> DataSet:
     """What the sources of stage one find in a data set, by a process of its own: a large one takes a while.
 
-    The answer is kept until the folder changes. Raises OptionError for an id that leads out of the root.
+    The answer is kept for KEPT_S seconds. An id that leads out of the root is a `problem`, as a folder that cannot be
+    opened is.
     """
-    path = inside("dataset_id", datasets_root, check_id("dataset_id", dataset_id))
     try:
-        state = (str(path), path.stat().st_mtime_ns)
-    except OSError as error:
-        return DataSet(id=dataset_id, problem=f"{path}: {error.strerror}")
-    if state not in _detected:
-        try:
-            output = await run_module("backend.server.catalog", [str(path)], DETECTION_TIMEOUT_S)
-            _detected[state] = data_set_of(dataset_id, json.loads(output))
-        except ToolError as error:
-            return DataSet(id=dataset_id, problem=str(error))
-    return _detected[state]
+        path = inside("dataset_id", datasets_root, check_id("dataset_id", dataset_id))
+    except OptionError as error:
+        return DataSet(id=dataset_id, problem=str(error))
+    when, found = _detected.get(path, (-KEPT_S, None))
+    if found is not None and time.monotonic() - when < KEPT_S:
+        return found
+    try:
+        output = await run_module("backend.server.catalog", [str(path)], DETECTION_TIMEOUT_S)
+    except ToolError as error:
+        return DataSet(id=dataset_id, problem=str(error))
+    _detected[path] = time.monotonic(), data_set_of(dataset_id, json.loads(output))
+    return _detected[path][1]
 
 
 def data_set_of(dataset_id: str, content: Mapping[str, Any]) -> DataSet:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import operator
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from PIL import Image
 
 from backend.server.catalog import (
+    detect_data_set,
     document_of,
     read_settings,
     settings_of,
@@ -21,6 +25,7 @@ from backend.server.catalog import (
     with_setting,
 )
 from backend.server.schemas import NewTask, TaskFields
+from backend.task.configs import LABEL_TASKS
 from backend.task.errors import OptionError
 from backend.task.options import OPTIONS
 from frontend.form import problem_of, shown
@@ -64,9 +69,13 @@ def test_families_sizes_and_defaults_are_the_registry_s() -> None:
     for kind, family in FAMILIES.items():
         assert [size.name for size in families[kind].sizes] == list(family.sizes)
         defaults = {setting.name: setting for setting in settings_of(kind)}
-        for name, value in family.recipe.items():
+        recipe = dict(family.recipe)
+        if family.task not in LABEL_TASKS:
+            recipe["distillation_type"] = "feature"  # as the training process has it
+        for name, value in recipe.items():
             if name in defaults:
-                assert (defaults[name].default, defaults[name].from_recipe) == (value, True)
+                assert defaults[name].default == value, (kind, name)
+                assert defaults[name].from_recipe is (family.recipe[name] == value), (kind, name)
 
 
 def test_every_setting_of_the_form_has_a_name_in_both_languages() -> None:
@@ -193,3 +202,26 @@ def test_what_is_not_understood_is_reported_and_never_raised() -> None:
 def test_control_is_an_option_of_the_platform_too() -> None:
     assert OPTIONS["control"].read("true") is True
     assert json.loads(json.dumps(settings_schema("resnet")))["properties"]["control"]
+
+
+@pytest.mark.parametrize("labeled", [0, 4, 10])
+def test_a_data_set_is_described_by_the_sources_of_stage_one(tmp_path: Path, labeled: int) -> None:
+    """A table of ten images, of which some have a label."""
+    (tmp_path / "set").mkdir()
+    lines = ["image,label"]
+    for index in range(10):
+        Image.new("RGB", (32, 32), (index * 20, 0, 0)).save(tmp_path / "set" / f"{index}.png")
+        lines.append(f"{index}.png,{('cat', 'dog')[index % 2] if index < labeled else ''}")
+    (tmp_path / "set" / "images.csv").write_text("\n".join(lines))
+    found = asyncio.run(detect_data_set(tmp_path, "set"))
+    assert (found.problem, found.kind, found.samples) == ("", "table", 10)
+    assert found.labeled_share == labeled / 10
+    assert set(found.class_names) == ({"cat", "dog"} if labeled else set())
+
+
+def test_what_cannot_be_opened_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    found = asyncio.run(detect_data_set(tmp_path, "empty"))
+    assert str(tmp_path / "empty") in found.problem
+    assert "Traceback" not in found.problem
+    assert "plain name" in asyncio.run(detect_data_set(tmp_path, "../other")).problem
