@@ -193,6 +193,12 @@ def layer_grid(number: int | None, grid: str = GRID) -> str:
     return grid if number is None else f"{grid}{LAYER_MARK}{number}"
 
 
+def stored_layers(arrays: Iterable[str]) -> set[int]:
+    """Numbers of the further layers whose grids are among these arrays."""
+    start = GRID + LAYER_MARK
+    return {int(name.removeprefix(start)) for name in arrays if name.startswith(start)}
+
+
 def feature_arrays(
     width: int,
     *,

@@ -101,7 +101,10 @@ class TrainConfig(BaseModel):
         False, "lstm: attention over time instead of the mean.", students=["lstm"]
     )
     distill_layers: str | None = _data(
-        None, "yolov8: P5, or a list like P3,P4,P5.", students=["yolov8"], distills=True
+        None,
+        "yolov8: P5, or a list like P3,P4,P5; P3:8 learns the teacher's layer 8.",
+        students=["yolov8"],
+        distills=True,
     )
     foreground_weight: float = _data(
         1.0, "yolov8: weight of cells inside boxes.", ge=1, students=["yolov8"], distills=True

@@ -70,7 +70,7 @@ def make_term(kind: str) -> Any:
     from train.yolo.model import Distillation
 
     return Distillation(
-        dict.fromkeys(SIDES, 5), WIDTH, kind=kind, hard_weight=1.0, soft_weight=1.0, foreground=2.0, align=True,
+        dict.fromkeys(SIDES, 5), dict.fromkeys(SIDES, WIDTH), kind=kind, hard_weight=1.0, soft_weight=1.0, foreground=2.0, align=True,
         align_head="linear",
     )  # fmt: skip
 
@@ -96,12 +96,12 @@ def test_the_term_stays_on_the_device(kind: str, sources_per_cell: int) -> None:
     batch = on_meta(make_batch(), targets)
     maps = [torch.zeros(IMAGES, 5, side, side, device="meta", requires_grad=True) for side in SIDES.values()]
     with Crossings() as first:
-        term(maps, batch, targets).backward()
+        term(maps, batch, dict.fromkeys(SIDES, targets)).backward()
     assert first.reads == 0
     assert first.copies <= len(SIDES)  # the centres of each level's cells, once
     assert all(values.grad is not None for values in maps)
     with Crossings() as counter:
-        term(maps, batch, targets).backward()
+        term(maps, batch, dict.fromkeys(SIDES, targets)).backward()
     assert (counter.copies, counter.reads) == (0, 0)
 
 

@@ -94,7 +94,7 @@ def make_trainer(coordinate_store: Path, tmp_path: Path) -> Iterator[Callable[..
         job = build_job(config, tmp_path, open_store(store), None)
         for split in job.splits.values():
             assert split.targets is not None
-            split.targets.standardizer = nn.Identity()  # stored values are places and pixels
+            split.targets["P5"].standardizer = nn.Identity()  # stored values are places and pixels
         trainer = StoreTrainer(job)
         trainer._setup_train()
         trainer.epoch = 0
@@ -172,7 +172,7 @@ def check(found: Found, cells: int) -> None:
 def test_200_samples_of_the_trainers_loader_with_workers(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer(f"mosaic=1,{EVERYTHING}")
     assert trainer.train_loader.num_workers == 2
-    found = compare(trainer, trainer.train_loader, trainer.job.splits["train"].targets)
+    found = compare(trainer, trainer.train_loader, trainer.job.splits["train"].targets["P5"])
     check(found, cells=20_000)
     assert found.masked > 500
 
@@ -184,7 +184,7 @@ def test_200_samples_after_the_trainer_has_closed_mosaic(make_trainer: Callable[
     trainer._close_dataloader_mosaic()
     trainer.train_loader.reset()
     assert {int((batch["source_rows"] >= 0).sum(1).max()) for batch in trainer.train_loader} == {1}
-    found = compare(trainer, trainer.train_loader, trainer.job.splits["train"].targets)
+    found = compare(trainer, trainer.train_loader, trainer.job.splits["train"].targets["P5"])
     check(found, cells=10_000)
     assert found.masked > 500
 
@@ -196,7 +196,7 @@ def test_200_samples_of_mixup_with_workers(
 ) -> None:
     """Where two images overlap, colour and target are the same mixture of both sources' coordinates."""
     trainer = make_trainer(f"mixup=1,mosaic={mosaic},{EVERYTHING}", store=fine_store)
-    targets = trainer.job.splits["train"].targets
+    targets = trainer.job.splits["train"].targets["P5"]
     assert targets.sources_per_cell == 2
     found = compare(trainer, trainer.train_loader, targets, FINE_GRID)
     check(found, cells=2_000)
@@ -206,13 +206,13 @@ def test_200_samples_of_mixup_with_workers(
 @pytest.mark.slow
 def test_200_samples_of_cutmix_with_workers(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer(f"cutmix=1,mosaic=1,{EVERYTHING}")
-    found = compare(trainer, trainer.train_loader, trainer.job.splits["train"].targets)
+    found = compare(trainer, trainer.train_loader, trainer.job.splits["train"].targets["P5"])
     check(found, cells=15_000)
 
 
 def test_validation_letterbox_in_rectangular_batches(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer("mosaic=1", workers=0)
-    found = compare(trainer, trainer.test_loader, trainer.job.splits["val"].targets)
+    found = compare(trainer, trainer.test_loader, trainer.job.splits["val"].targets["P5"])
     check(found, cells=2_000)
 
 
@@ -225,13 +225,13 @@ def test_a_transform_that_did_not_move_its_placements_would_be_seen(
 
     monkeypatch.setattr(geometry, "TRACKED", {**geometry.TRACKED, augment.RandomFlip: augment.RandomFlip})
     trainer = make_trainer(f"mosaic=1,{EVERYTHING}", workers=0)
-    found = compare(trainer, trainer.train_loader, trainer.job.splits["train"].targets)
+    found = compare(trainer, trainer.train_loader, trainer.job.splits["train"].targets["P5"])
     assert found.worst > 2
 
 
 def test_mixup_blends_targets_as_it_blends_pixels(make_trainer: Callable[..., Any], fine_store: Path) -> None:
     trainer = make_trainer("mosaic=0,mixup=1,fliplr=0.5,degrees=10", workers=0, store=fine_store)
-    targets = trainer.job.splits["train"].targets
+    targets = trainer.job.splits["train"].targets["P5"]
     found = Found()
     for stride in (8, 16):
         found.add(next(iter(trainer.train_loader)), targets, stride, FINE_GRID)

@@ -39,7 +39,7 @@ def test_the_recipe_keeps_ultralytics_own_defaults() -> None:
     assert arguments["cos_lr"] is False
     assert not {"mosaic", "momentum", "lrf"} & arguments.keys()
     assert clip_norm(make_config()) == 10
-    assert levels_of(make_config()) == ("P5",)
+    assert levels_of(make_config()) == {"P5": None}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_explicit_options_are_mapped() -> None:
     assert arguments["degrees"] == 10
     assert clip_norm(config) == 0.5
     assert clip_norm(make_config(max_grad_norm=0)) == float("inf")
-    assert levels_of(config) == ("P3", "P5")
+    assert levels_of(config) == {"P3": None, "P5": None}
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,15 @@ def test_frozen_layers_exist_and_leave_some_to_learn(freeze: Any) -> None:
         check_frozen(freeze, network)
 
 
-def test_unknown_levels_are_refused() -> None:
+def test_levels_name_the_teachers_layer() -> None:
+    layers = levels_of(make_config(distill_layers="p3:8,P4: 16 ,p5:last"))
+    assert layers == {"P3": 8, "P4": 16, "P5": None}
+
+
+@pytest.mark.parametrize("text", ["P6", "P3:first", "P3:-1", "P3:8:9", ","])
+def test_unknown_levels_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="P3, P4, P5"):
-        levels_of(make_config(distill_layers="P6"))
+        levels_of(make_config(distill_layers=text))
 
 
 def test_cpu_has_no_distributed_training() -> None:

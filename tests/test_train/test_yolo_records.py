@@ -97,6 +97,26 @@ def test_raw_images_have_the_boxes_of_the_teachers_view(tmp_path: Path) -> None:
     assert np.allclose(record.boxes, [[0.5, 0.5, 0.5, 0.25]], atol=0.01)
 
 
+def test_a_level_learns_the_layer_that_it_names(tmp_path: Path) -> None:
+    """Layers with their own sizes and widths, each read and standardized once; a layer that is not stored is named."""
+    from train.yolo.geometry import SOURCE_ROWS
+
+    path = make_store(tmp_path / "store", {"train": scenes(6, 0)}, layers={8: (16, 5)})
+    data = open_train(path, layers={"P3": 8, "P4": None, "P5": None})
+    targets = data.targets.by_level
+    assert targets["P4"] is targets["P5"] is not targets["P3"]
+    assert [targets[level].standardizer.gain.numel() for level in ("P3", "P4")] == [5, 12]
+    batch: dict[str, Any] = {SOURCE_ROWS: torch.tensor([[0, 3], [3, -1]])}
+    data.targets.prefetch(batch)
+    assert len(batch) == 3  # the rows and two layers
+    read = [batch[targets[level].pending].result().grids for level in ("P3", "P5")]
+    assert [tuple(grids.shape) for grids in read] == [(2, 16, 16, 5), (2, 8, 8, 12)]
+    split = open_store(path)["train"]
+    assert np.array_equal(read[0].numpy(), split.gather([0, 3], ["features/grid@8"])["features/grid@8"])
+    with pytest.raises(TrainError, match=r"has no layer 16, it has 8, last: extract with --layers 16"):
+        open_train(path, layers={"P5": 16})
+
+
 def test_both_splits_are_standardized_by_the_training_splits_statistics(tmp_path: Path) -> None:
     """As in the main loop: training and validation distances are to the same targets."""
     from train.config import TrainConfig
@@ -109,7 +129,7 @@ def test_both_splits_are_standardized_by_the_training_splits_statistics(tmp_path
     path = make_store(tmp_path / "store", rows, grid_features=features)
     config = TrainConfig(store=path, student="yolov8/n", out=tmp_path / "run", image_size=64)  # type: ignore[arg-type]
     splits = open_splits(config, open_store(path), 1)
-    gains = [splits[mode].targets.standardizer for mode in ("train", "val")]  # type: ignore[union-attr]
+    gains = [splits[mode].targets["P5"].standardizer for mode in ("train", "val")]  # type: ignore[union-attr]
     assert torch.equal(gains[0].shift, gains[1].shift)
     assert torch.equal(gains[0].gain, gains[1].gain)
     assert gains[0].shift.abs().max() < 1

@@ -52,7 +52,27 @@ def build_distillation(**settings: Any) -> Any:
 
     options: dict[str, Any] = {"kind": "mse", "foreground": 1.0, "align": False, "align_head": "linear"}
     weights = {"hard_weight": 1.0, "soft_weight": 1.0}
-    return Distillation({"P5": WIDTH}, WIDTH, **{**options, **weights, **settings})
+    return Distillation({"P5": WIDTH}, {"P5": WIDTH}, **{**options, **weights, **settings})
+
+
+def test_each_level_learns_its_own_layer() -> None:
+    """Layers of different widths: the distance is 0 where each level's map is what its own layer says."""
+    from train.yolo.model import Distillation
+
+    noise = np.random.default_rng(1)
+    grids = {"P3": noise.normal(size=(4, 4, 3)), "P5": noise.normal(size=(2, 2, WIDTH))}
+    targets = {level: one_image_targets(grid.astype(np.float32)) for level, grid in grids.items()}
+    widths = {"P3": 3, "P5": WIDTH}
+    weights = {"hard_weight": 1.0, "soft_weight": 1.0, "foreground": 1.0}
+    term = Distillation(widths, widths, kind="mse", align=False, align_head="linear", **weights)
+    batch = shifted_batch(2)
+    maps = [
+        targets["P3"].at(batch, 8, 8)[0].permute(0, 3, 1, 2),
+        torch.zeros(2, 1, 4, 4),
+        targets["P5"].at(batch, 2, 2)[0].permute(0, 3, 1, 2),
+    ]
+    assert term(maps, batch, targets) == 0
+    assert term([maps[0] + 1, *maps[1:]], batch, targets) == pytest.approx(0.5)
 
 
 @pytest.fixture
@@ -69,7 +89,7 @@ def maps_of(values: Tensor) -> list[Tensor]:
 def test_cells_outside_every_image_have_no_influence(grid: np.ndarray, kind: str) -> None:
     values = torch.randn(2, WIDTH, 4, 4, requires_grad=True)
     distillation, targets, batch = build_distillation(kind=kind), one_image_targets(grid), shifted_batch(2)
-    loss = distillation(maps_of(values), batch, targets)
+    loss = distillation(maps_of(values), batch, {"P5": targets})
     loss.backward()
     assert values.grad is not None
     assert torch.equal(values.grad[..., 2:], torch.zeros(2, WIDTH, 4, 2))  # no source on the right
@@ -77,12 +97,12 @@ def test_cells_outside_every_image_have_no_influence(grid: np.ndarray, kind: str
     with torch.no_grad():
         changed = values.clone()
         changed[..., 2:] = float("nan")
-        assert torch.equal(distillation(maps_of(changed), batch, targets), loss)
+        assert torch.equal(distillation(maps_of(changed), batch, {"P5": targets}), loss)
 
 
 def test_the_term_is_the_mean_distance_to_the_teacher_under_each_cell(grid: np.ndarray) -> None:
     values = torch.randn(1, WIDTH, 4, 4)
-    loss = build_distillation()(maps_of(values), shifted_batch(1), one_image_targets(grid))
+    loss = build_distillation()(maps_of(values), shifted_batch(1), {"P5": one_image_targets(grid)})
     under = torch.from_numpy(grid)[:, 2:]  # the source's right half, seen in the left two columns
     assert loss == pytest.approx(float((values[0].permute(1, 2, 0)[:, :2] - under).square().mean()), rel=1e-5)
 
@@ -90,7 +110,7 @@ def test_the_term_is_the_mean_distance_to_the_teacher_under_each_cell(grid: np.n
 def test_foreground_weights_are_weights_of_the_mean(grid: np.ndarray) -> None:
     values = torch.randn(1, WIDTH, 4, 4)
     batch, targets = shifted_batch(1), one_image_targets(grid)
-    found = build_distillation(foreground=3.0)(maps_of(values), batch, targets)
+    found = build_distillation(foreground=3.0)(maps_of(values), batch, {"P5": targets})
     difference = values[0].permute(1, 2, 0)[:, :2] - torch.from_numpy(grid)[:, 2:]
     distance = difference.square().mean(-1)  # [4, 2]: the box covers the first column
     expected = (3 * distance[:, 0].sum() + distance[:, 1].sum()) / (3 * 4 + 4)
@@ -126,6 +146,7 @@ def arguments() -> SimpleNamespace:
 def distilled_network(targets: Any, **settings: Any) -> Any:
     from train.students.yolo import build_network, level_widths
     from train.yolo.model import DistilledDetectionModel
+    from train.yolo.targets import LevelTargets
 
     torch.manual_seed(0)
     network = build_network("n", 2, DistilledDetectionModel)
@@ -136,7 +157,8 @@ def distilled_network(targets: Any, **settings: Any) -> Any:
     options: dict[str, Any] = {"kind": "mse", "foreground": 1.0, "align": True, "align_head": "linear"}
     weights = {"hard_weight": 0.25, "soft_weight": 3.0}
     network.attach(
-        Distillation({"P5": widths[2]}, WIDTH, **options, **weights, **settings), (targets, targets)
+        Distillation({"P5": widths[2]}, {"P5": WIDTH}, **options, **weights, **settings),
+        (LevelTargets({"P5": targets}),) * 2,
     )
     return network
 

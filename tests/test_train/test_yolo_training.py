@@ -96,6 +96,31 @@ def test_feature_losses_and_foreground_weights(yolo_store: Path, tmp_path: Path,
     assert metrics_of(tmp_path / "out")[0]["feature_loss"] > 0
 
 
+def flattened(content: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor in nested dictionaries, by the path to it."""
+    if isinstance(content, torch.Tensor):
+        return {name: content}
+    if not isinstance(content, dict):
+        return {}
+    parts = (flattened(value, f"{name}/{key}") for key, value in content.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@pytest.mark.slow
+def test_levels_that_learn_different_layers(tmp_path: Path) -> None:
+    rows = {"train": scenes(12, 0), "val": scenes(6, 1)}
+    store = make_store(tmp_path / "store", rows, layers={8: (16, 5)})
+    options = {"epochs": 2, "distill_layers": "p3:8,p5:last"}
+    run_training(make_config(store, tmp_path / "out", **options))
+    assert all(record["feature_loss"] > 0 for record in metrics_of(tmp_path / "out"))
+    saved = flattened(load_checkpoint(tmp_path / "out" / "last.pt"))
+    widths = {
+        level: {tuple(value.shape)[:1] for name, value in saved.items() if f"heads.{level}." in name}
+        for level in ("P3", "P4", "P5")
+    }
+    assert widths == {"P3": {(5,)}, "P4": set(), "P5": {(12,)}}
+
+
 def loss_nan(kind: str, rows: torch.Tensor, *_: Any) -> torch.Tensor:
     return rows.sum() * float("nan")
 

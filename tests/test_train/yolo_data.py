@@ -61,8 +61,12 @@ def make_store(
     boxes: bool = True,
     grid_features: Callable[[str, int, np.ndarray], np.ndarray] | None = None,
     resize: str = "squash",
+    layers: dict[int, tuple[int, int]] | None = None,
 ) -> Path:
-    """A store of rows (image, boxes, classes) by split; `grid_features(split, row, image)` overrides `grid_of`."""
+    """A store of rows (image, boxes, classes) by split; `grid_features(split, row, image)` overrides `grid_of`.
+
+    layers: side and width of further layers, whose features are random.
+    """
     features = grid_features or (lambda split, row, image: grid_of(image))
     probe = features(next(iter(splits)), 0, next(iter(splits.values()))[0][0])
     manifest = Manifest(
@@ -77,14 +81,17 @@ def make_store(
         images="jpeg",
     )
     plan = Plan({name: [f"{name}/{i:03}.png" for i in range(len(rows))] for name, rows in splits.items()})
-    arrays = feature_arrays(probe.shape[-1], grid=probe.shape[0] if grid else None)
+    arrays = feature_arrays(probe.shape[-1], grid=probe.shape[0] if grid else None, layers=layers)
     create_store(path, manifest, plan, arrays + target_arrays(boxes=boxes) + image_arrays("jpeg", 0))
     for name, rows in splits.items():
         with StoreWriter(path, name) as writer:
             for start, stop in writer.batches():
-                writer.append(
-                    block(name, start, rows[start:stop], features, grid, boxes), valid=[True] * (stop - start)
-                )
+                arrays_of_block = block(name, start, rows[start:stop], features, grid, boxes)
+                for number, (side, width) in (layers or {}).items():
+                    noise = np.random.default_rng(start + number)
+                    shape = (stop - start, side, side, width)
+                    arrays_of_block[f"features/grid@{number}"] = noise.normal(size=shape).astype(np.float32)
+                writer.append(arrays_of_block, valid=[True] * (stop - start))
     finalize_store(path)
     return path
 

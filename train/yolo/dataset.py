@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ultralytics.data.dataset import YOLODataset
 
 from console.log import get_logger
 from imaging.geometry import resize_view
-from store.format import BOX_CLASSES, BOXES, GRID, SIZES
+from store.format import BOX_CLASSES, BOXES, GRID, SIZES, layer_grid, stored_layers
 from store.reader import Split, Store
 from store.summary import unlabeled_rows
 from train.data.batches import FeatureGatherer
@@ -34,7 +34,7 @@ from train.yolo.geometry import (
     track,
     whole_image,
 )
-from train.yolo.targets import BUFFERS, TeacherTargets
+from train.yolo.targets import BUFFERS, PENDING, LevelTargets, TeacherTargets
 
 log = get_logger("train")
 MIN_SIDE = 1e-6  # of a normalized box; ultralytics drops boxes without area as well
@@ -181,7 +181,7 @@ class DetectionSplit:
 
     records: list[DetectionRecord]
     read_image: Callable[[int], NDArray[np.uint8]]
-    targets: TeacherTargets | None = None
+    targets: LevelTargets | None = None
 
 
 class SourceImages:
@@ -194,6 +194,10 @@ class SourceImages:
         return np.asarray(self.reader.read(row, self.image_size).image.convert("RGB"))
 
 
+#: P5 learns the teacher's last layer.
+DEEPEST_ALONE: Mapping[str, int | None] = {"P5": None}
+
+
 def open_split(
     store: Store,
     name: str,
@@ -203,10 +207,12 @@ def open_split(
     distil: bool,
     statistics_of: str | None = None,
     sources_per_cell: int = 1,
+    layers: Mapping[str, int | None] = DEEPEST_ALONE,
 ) -> DetectionSplit:
     """Records, images and, with `distil`, targets of a split, standardized by the statistics of `statistics_of`.
 
     That is the training split, for the validation split too: both distances are to the same targets. None: `name`.
+    `layers`: the teacher's layer (None: the last) that each level of the student learns.
     Raises TrainError when the split, its boxes, its images or (with `distil`) its grid are missing.
     """
     if name not in store:
@@ -224,7 +230,11 @@ def open_split(
     targets = None
     if distil:
         learned = store[statistics_of or name]
-        targets = teacher_targets(store, split, learned, reader.kind == "raw", sources_per_cell)
+        by_layer = {
+            layer: teacher_targets(store, split, learned, layer, reader.kind == "raw", sources_per_cell)
+            for layer in set(layers.values())
+        }
+        targets = LevelTargets({level: by_layer[layer] for level, layer in layers.items()})
     return DetectionSplit(records, SourceImages(reader, image_size), targets)
 
 
@@ -300,44 +310,52 @@ def clean_boxes(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArra
 
 
 def teacher_targets(
-    store: Store, split: Split, learned: Split, raw: bool, sources_per_cell: int
+    store: Store, split: Split, learned: Split, layer: int | None, raw: bool, sources_per_cell: int
 ) -> TeacherTargets:
-    """Targets from the stored grid, with the statistics of the split `learned`.
+    """Targets from the stored grid of a layer (None: the last), with the statistics of the split `learned`.
 
-    Raises TrainError when there is no grid, or no statistics of it.
+    Raises TrainError when there is no such grid, or no statistics of it.
     """
+    name = layer_grid(layer)
     if GRID not in split.names:
         raise TrainError(
             f"{store.location}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
             "with --distillation-type none)"
         )
-    statistics = learned.statistics.get(GRID)
+    if name not in split.names:
+        stored = sorted(stored_layers(split.names))
+        raise TrainError(
+            f"distill_layers: {store.location} has no layer {layer}, it has {', '.join(map(str, [*stored, 'last']))}: "
+            f"extract with --layers {layer}"
+        )
+    statistics = learned.statistics.get(name)
     if statistics is None:
-        raise TrainError(f"{store.location}: no statistics of {GRID}: run the extraction to its end")
+        raise TrainError(f"{store.location}: no statistics of {name}: run the extraction to its end")
     preprocessing = store.manifest.preprocessing
     side = preprocessing.image_size
-    standardizer = TargetStandardizer(statistics.mean, statistics.std, split.scale.get(GRID))
+    standardizer = TargetStandardizer(statistics.mean, statistics.std, split.scale.get(name))
     # Raw images are the teacher's view already: its grid covers the whole image.
     sizes = np.full((len(split), 2), side) if raw else split.read(SIZES)
     return TeacherTargets(
-        GridReader(split),
+        GridReader(split, name),
         sizes,
         standardizer,
         resize="squash" if raw else preprocessing.resize,
         teacher_size=(side, side),
         sources_per_cell=sources_per_cell,
+        pending=PENDING if layer is None else f"{PENDING}/{layer}",
     )
 
 
 class GridReader:
     """Gathers stored grids by row: for a GPU into pinned buffers that are used in turn, and copied from directly."""
 
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    def __init__(self, split: Split, name: str = GRID) -> None:
+        self.split, self.name = split, name
         self.gatherer: FeatureGatherer | None = None
 
     def __call__(self, rows: NDArray[np.int64], device: torch.device) -> Tensor:
         """Grids [U, g, g, D] of rows int64 [U], valid until `BUFFERS` more calls."""
         if self.gatherer is None or self.gatherer.device != device:
-            self.gatherer = FeatureGatherer(self.split, [GRID], BUFFERS, device)
-        return self.gatherer.gather(rows)[GRID]
+            self.gatherer = FeatureGatherer(self.split, [self.name], BUFFERS, device)
+        return self.gatherer.gather(rows)[self.name]

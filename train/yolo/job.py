@@ -153,6 +153,7 @@ def open_splits(config: TrainConfig, store: Store, sources_per_cell: int) -> dic
             distil=config.distillation_type != "none",
             statistics_of=config.train_split,
             sources_per_cell=sources_per_cell,
+            layers=levels_of(config),
         )
         for mode, name in (("train", config.train_split), ("val", config.val_split))
     }
@@ -206,7 +207,7 @@ def build_trained_student(
         )
     if config.distillation_type != "none":
         attach_teacher(config, network, store, splits)
-        if initial is not None and "P5" in network.distillation.heads:
+        if initial is not None and levels_of(config).get("P5", "absent") is None:
             take_over_head(network.distillation.heads["P5"], initial)
     return student
 
@@ -228,10 +229,13 @@ def check_frozen(freeze: Any, network: Any) -> None:
 def attach_teacher(
     config: TrainConfig, network: Any, store: Store, splits: dict[str, DetectionSplit]
 ) -> None:
+    train, val = splits["train"].targets, splits["val"].targets
+    assert train is not None
+    assert val is not None
     widths = dict(zip(LEVELS, level_widths(network), strict=True))
     distillation = Distillation(
-        {level: widths[level] for level in levels_of(config)},
-        store.manifest.teacher.width,
+        {level: widths[level] for level in train.by_level},
+        {level: targets.standardizer.gain.numel() for level, targets in train.by_level.items()},
         kind=config.feature_loss_type,
         hard_weight=config.hard_label_weight,
         soft_weight=config.soft_label_weight * config.feature_weight,
@@ -239,9 +243,6 @@ def attach_teacher(
         align=config.align_feature,
         align_head=config.align_head,
     )
-    train, val = splits["train"].targets, splits["val"].targets
-    assert train is not None
-    assert val is not None
     network.attach(distillation, (train, val))
 
 

@@ -11,7 +11,7 @@ from ultralytics.nn.tasks import DetectionModel
 
 from train.distill.losses import feature_loss
 from train.distill.projector import build_projector, channels_last_rows
-from train.yolo.targets import TeacherTargets, foreground_weights
+from train.yolo.targets import LevelTargets, foreground_weights
 
 # Inputs of the Detect head, in its order, and their strides in pixels.
 LEVELS = ("P3", "P4", "P5")
@@ -25,7 +25,7 @@ class Distillation(nn.Module):
     def __init__(
         self,
         widths: dict[str, int],
-        teacher_width: int,
+        teacher_widths: dict[str, int],
         *,
         kind: str,
         hard_weight: float,
@@ -34,18 +34,18 @@ class Distillation(nn.Module):
         align: bool,
         align_head: str,
     ) -> None:
-        """`widths`: level (P3, P4, P5) → channels of the student's map there."""
+        """`widths`, `teacher_widths`: level (P3, P4, P5) → channels of the student's map there, and of what it learns."""
         super().__init__()
         self.kind, self.foreground = kind, foreground
         self.hard_weight, self.soft_weight = hard_weight, soft_weight
         self.heads = nn.ModuleDict(
             {
-                level: build_projector(width, teacher_width, align_feature=align, kind=align_head)
+                level: build_projector(width, teacher_widths[level], align_feature=align, kind=align_head)
                 for level, width in widths.items()
             }
         )
 
-    def forward(self, maps: list[Tensor], batch: dict[str, Any], targets: TeacherTargets) -> Tensor:
+    def forward(self, maps: list[Tensor], batch: dict[str, Any], targets: LevelTargets) -> Tensor:
         """The mean over the levels of the weighted mean distance; scalar float32.
 
         `maps`: the student's P3, P4 and P5, each [B, D, h, w].
@@ -54,7 +54,7 @@ class Distillation(nn.Module):
         for level, head in self.heads.items():
             rows = channels_last_rows(maps[LEVELS.index(level)])
             height, width = rows.shape[1:3]
-            target, weight = targets.at(batch, height, width)
+            target, weight = targets[level].at(batch, height, width)
             weight = weight * foreground_weights(batch, height, width, self.foreground)
             terms.append(feature_loss(self.kind, head(rows), target, weight))
         return torch.stack(terms).mean()
@@ -70,9 +70,9 @@ class DistilledDetectionModel(DetectionModel):  # type: ignore[misc]
     # No defaults here: an attribute of the class would hide the sub-module of the same name.
     distillation: Distillation
     # Of the training and of the validation split, whose rows are counted apart.
-    targets: tuple[TeacherTargets, TeacherTargets]
+    targets: tuple[LevelTargets, LevelTargets]
 
-    def attach(self, distillation: Distillation, targets: tuple[TeacherTargets, TeacherTargets]) -> None:
+    def attach(self, distillation: Distillation, targets: tuple[LevelTargets, LevelTargets]) -> None:
         self.distillation = distillation
         self.targets = targets
 

@@ -68,7 +68,8 @@ class TeacherTargets:
     `gather(rows, device)` returns the stored grids [U, g, g, D] of rows int64 [U] on the host, for copying to `device`;
     they stay valid until `BUFFERS` more calls. `sizes` int [N, 2] are the originals' (width, height); `resize` and
     `teacher_size` (width, height) the teacher's view of them.
-    `sources_per_cell` is 2 where MixUp may blend two images into one cell.
+    `sources_per_cell` is 2 where MixUp may blend two images into one cell. `pending`: the key under which a batch
+    carries what is being read.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class TeacherTargets:
         resize: str,
         teacher_size: tuple[int, int],
         sources_per_cell: int = 1,
+        pending: str = PENDING,
     ) -> None:
-        self.gather = gather
+        self.gather, self.pending = gather, pending
         self.sizes = sizes
         self.standardizer = standardizer
         self.resize = resize
@@ -108,8 +110,9 @@ class TeacherTargets:
         return self
 
     def prefetch(self, batch: dict[str, Any]) -> None:
-        """Start reading the batch's grids; `at` waits for them. `batch` is still on the CPU."""
-        batch[PENDING] = self.reader.submit(self.read, batch[SOURCE_ROWS].numpy())
+        """Start reading the batch's grids, unless they are; `at` waits for them. `batch` is still on the CPU."""
+        if self.pending not in batch:
+            batch[self.pending] = self.reader.submit(self.read, batch[SOURCE_ROWS].numpy())
 
     def read(self, rows: NDArray[np.int64]) -> GatheredGrids:
         """The grids of the batch's sources `rows` int64 [B, K], −1 where there is none."""
@@ -159,7 +162,7 @@ class TeacherTargets:
 
     def look_up(self, batch: Mapping[str, Any], height: int, width: int) -> tuple[Tensor, Tensor]:
         """`at`, wherever it is called."""
-        pending = batch.get(PENDING)
+        pending = batch.get(self.pending)
         rows = batch[SOURCE_ROWS]
         read = pending.result() if isinstance(pending, Future) else self.read(rows.cpu().numpy())
         read = read.wait()
@@ -208,6 +211,30 @@ class TeacherTargets:
             cells.flatten(0, 2), table, per_sample_weights=normalized.flatten(0, 2), mode="sum"
         )
         return self.standardizer(stored).view(*total.shape, -1), total / finer**2
+
+
+class LevelTargets:
+    """The targets of each distilled level of the student; levels that learn one layer of the teacher share them."""
+
+    def __init__(self, by_level: Mapping[str, TeacherTargets]) -> None:
+        self.by_level = dict(by_level)
+
+    def __getitem__(self, level: str) -> TeacherTargets:
+        return self.by_level[level]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LevelTargets:
+        """Shared by the EMA copy of a model, see `TeacherTargets`."""
+        return self
+
+    def to(self, device: torch.device) -> LevelTargets:
+        for targets in self.by_level.values():
+            targets.to(device)
+        return self
+
+    def prefetch(self, batch: dict[str, Any]) -> None:
+        """Start reading the batch's grids of every layer, each once."""
+        for targets in self.by_level.values():
+            targets.prefetch(batch)
 
 
 def by_cell(values: Tensor, layout: tuple[int, int, int, int]) -> Tensor:

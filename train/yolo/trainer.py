@@ -31,7 +31,6 @@ from train.yolo.dataset import StoreDataset
 from train.yolo.geometry import SOURCE_ROWS
 from train.yolo.job import TrainingJob
 from train.yolo.recorder import METRICS, epoch_seed, only_validation_left, restore_state, seed_everything
-from train.yolo.targets import PENDING
 
 log = get_logger("train")
 ULTRALYTICS_FOLDER = "ultralytics"
@@ -124,7 +123,7 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """ultralytics' own preprocessing; the teacher's grids are being read already, or are from now on."""
         targets = self.job.splits["train"].targets
-        if targets is not None and SOURCE_ROWS in batch and PENDING not in batch:
+        if targets is not None and SOURCE_ROWS in batch:
             targets.prefetch(batch)
         processed: dict[str, Any] = super().preprocess_batch(batch)
         return processed
