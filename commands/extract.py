@@ -94,8 +94,8 @@ def print_changes(counts: Mapping[str, int], text: str) -> None:
 
 def print_probe(result: Mapping[str, Any]) -> None:
     """What the stored features are worth."""
-    if result["task"] == "segmentation":
-        print_map_probe(result)
+    if result["task"] in ("segmentation", "detection"):
+        print_cell_probe(result)
         return
     line = f"linear probe: {result['out_of_fold_top1']:.1%} out of fold ({result['folds']} folds, "
     line += f"{result['rows']:,} rows, {result['classes']} classes)"
@@ -104,18 +104,22 @@ def print_probe(result: Mapping[str, Any]) -> None:
     print(line)
 
 
-def print_map_probe(result: Mapping[str, Any]) -> None:
-    """Mean IoU of the probe of cells."""
+def print_cell_probe(result: Mapping[str, Any]) -> None:
+    """What the probe of cells reaches: mean IoU of masks, or for boxes objectness and classes."""
+
+    def figures(prefix: str) -> str:
+        if result["task"] == "segmentation":
+            at_cells = f"{result[f'{prefix}_cell_miou']:.1%} at the grid's resolution"
+            return f"mean IoU {result[f'{prefix}_miou']:.1%}, {at_cells}"
+        objectness, accuracy = result[f"{prefix}_objectness_ap"], result[f"{prefix}_class_accuracy"]
+        return f"objectness AP {objectness:.1%}, class accuracy {accuracy:.1%}"
+
     print(
-        f"probe of cells ({result['network']}): mean IoU {result['out_of_fold_miou']:.1%} out of fold "
-        f"({result['folds']} folds, {result['rows']:,} labeled rows, {result['classes']} classes), "
-        f"{result['out_of_fold_cell_miou']:.1%} at the grid's resolution"
+        f"probe of cells ({result['network']}): {figures('out_of_fold')} out of fold ({result['folds']} folds, "
+        f"{result['rows']:,} labeled rows, {result['classes']} classes)"
     )
     if result["measured_on"] is not None:
-        print(
-            f"on {result['measured_on']}: {result['probe_miou']:.1%}, {result['probe_cell_miou']:.1%} at the grid's "
-            "resolution"
-        )
+        print(f"on {result['measured_on']}: {figures('probe')}")
 
 
 def print_result(result: Mapping[str, Any]) -> None:
@@ -147,13 +151,17 @@ def next_step(result: Mapping[str, Any]) -> str:
 
 
 def probe(
-    store: Annotated[Path, typer.Argument(help="A complete store with labels or masks.", metavar="STORE")],
+    store: Annotated[
+        Path, typer.Argument(help="A complete store with labels, masks or boxes.", metavar="STORE")
+    ],
     seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
     json: AsJson = False,
 ) -> None:
     """cli probe photos.zarr
 
-    Measure the stored features and write the probe's predictions for every row, labeled or not: class logits to
+    What the teacher's features are worth, before anyone trains: accuracy of a linear probe and of k-NN for classes (of
+    clips over their frames), mean IoU of a probe of every grid cell for masks, whether cells know objects and their
+    classes for boxes. Writes the probe's predictions for every row, labeled or not: class logits to
     `logits/probe`, or where the store has masks soft class maps to `maps/probe`. The predictions for a row come from a
     probe that was not fitted on it.
     """
@@ -170,7 +178,7 @@ def probe(
         print_json({"store": str(store), **result})
     else:
         print_probe(result)
-        print(f"{store}: {result['array']} written")
+        print(f"{store}: {result['array']} written" if result["array"] else f"{store}: nothing written")
 
 
 def teachers(

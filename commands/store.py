@@ -117,6 +117,9 @@ def print_measured(measured: dict[str, Any]) -> None:
     """Accuracies that `cli probe` measured."""
     if measured.get("probe_top1") is not None:
         print(f"accuracy       linear probe {measured['probe_top1']:.1%}, k-NN {measured['knn_top1']:.1%}")
+    if measured.get("probe_objectness_ap") is not None:
+        objectness, accuracy = measured["probe_objectness_ap"], measured["probe_class_accuracy"]
+        print(f"detection      probe of cells: objectness AP {objectness:.1%}, class accuracy {accuracy:.1%}")
     if measured.get("probe_miou") is not None:
         print(f"mean IoU       probe of cells {measured['probe_miou']:.1%}")
 

@@ -92,11 +92,16 @@ def array_of(logits: str, store: Store) -> str:
 def probe_store(path: Path | str, *, seed: int = 0, device: str = "auto") -> dict[str, Any]:
     """Fit the probe that suits the store's targets, write its predictions and measure it.
 
-    Returns the fields of `ProbeResult`, or for masks of `extract.maps.MapResult`, and `task` and `array`, what was written.
+    Returns the fields of `ProbeResult`, for masks of `extract.maps.MapResult`, for boxes of `extract.boxes.BoxResult`, and
+    `task` and `array`, what was written: None for boxes.
     """
     store = open_store(path)
-    array = array_of(PROBE, store)
     log.info("fitting the probe, %d folds", FOLDS)
+    if target_kind(training_split(store)) == "boxes":
+        from extract.boxes import measure_boxes
+
+        return {"task": "detection", "array": None, **vars(measure_boxes(path, seed=seed, device=device))}
+    array = array_of(PROBE, store)
     if array.startswith(names.MAPS):
         from extract.maps import add_maps
 
@@ -121,9 +126,14 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     train = training_split(store)
     labels = labels_of(train)
     usable = train.valid & (labels != names.NO_LABEL)
-    if usable.sum() < 2 or not store.manifest.class_names:
-        raise NoLabels(f"{path}: {int(usable.sum())} labeled rows, a linear probe needs class labels")
     classes = len(store.manifest.class_names)
+    if usable.sum() < 2 or not classes:
+        raise NoLabels(f"{path}: {int(usable.sum())} labeled rows, a linear probe needs class labels")
+    if usable.sum() < classes:
+        raise NoLabels(
+            f"{path}: {int(usable.sum())} of {len(train)} rows of {train.name} are labeled, a probe of {classes} classes "
+            f"needs {classes} or more: label more images"
+        )
     groups = content_groups(store)
     fold = np.where(usable, assign_folds(labels, usable, groups[train.name], FOLDS, seed), -1)
     probes = fit_folds(train, labels, fold, classes, seed)
@@ -238,9 +248,26 @@ def labels_of(split: Split) -> npt.NDArray[np.int32]:
 
 
 def true_features(split: Split, rows: npt.NDArray[np.int64]) -> Floats:
-    """Pooled features float32 [n, D] in true units."""
+    """Pooled features float32 [n, D] in true units; of clips [n, 2 D], see `frame_features`."""
+    if names.FRAMES in split.names:
+        return frame_features(split, rows)
     stored = split.gather(rows, [names.POOLED])[names.POOLED]
     return np.asarray(stored.astype(np.float32) * split.scale[names.POOLED], np.float32)
+
+
+def frame_features(split: Split, rows: npt.NDArray[np.int64]) -> Floats:
+    """float32 [n, 2 D] of clips: the mean over the frames, and how much the second half differs from the first.
+
+    The mean alone does not know the order of the frames, which a student of clips learns.
+    """
+    scale, width = split.scale[names.FRAMES], split.specs[names.FRAMES].row_shape[0]
+    features = np.full((len(rows), 2 * width), np.nan, np.float32)
+    for own, frames in zip(features, split.ragged(rows, names.FRAMES), strict=True):
+        if len(frames):
+            true, half = frames.astype(np.float32) * scale, len(frames) // 2
+            own[:width] = true.mean(axis=0)
+            own[width:] = true[len(true) - half :].mean(axis=0) - true[:half].mean(axis=0) if half else 0
+    return features
 
 
 # -- writing --------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from files.writing import replace_file
 from store.errors import DistillError
 from store.format import MEASURED_FILE
 
-# Fractions of 1, by `cli probe`: of class labels, of masks.
-PROBED = ("probe_top1", "knn_top1", "probe_miou")
+# Fractions of 1, by `cli probe`: of class labels, of masks, of boxes.
+PROBED = ("probe_top1", "knn_top1", "probe_miou", "probe_objectness_ap", "probe_class_accuracy")
 
 
 def read_measured(store: Path) -> dict[str, Any]:

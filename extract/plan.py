@@ -275,6 +275,10 @@ def check_options(config: ExtractConfig, source: Source, clips: bool) -> None:
         )
     if config.logits != "none" and not source.class_names:
         problems.append(f"--logits {config.logits} needs class labels, this data set has none")
+    if config.logits == "probe" and source.task == "detection":
+        problems.append(
+            "--logits probe needs class labels or masks, this data set has boxes: `cli probe STORE` measures its features"
+        )
     if config.logits.startswith("zero-shot") and (config.teacher != "qwen2.5-vl" or clips):
         problems.append(f"--logits {config.logits} needs Qwen2.5-VL's language model and images")
     if problems:

@@ -10,18 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from extract.cells import NoTargets, fine_side, plan_fit
 from extract.config import load_config
 from extract.logits import probe_store
-from extract.maps import (
-    NoMasks,
-    class_shares,
-    confusion,
-    encode_maps,
-    map_side,
-    mean_iou,
-    plan_fit,
-    read_masks,
-)
+from extract.maps import class_shares, confusion, encode_maps, mean_iou, read_masks
 from extract.run import run_extraction
 from store import format as names
 from store.reader import open_store
@@ -59,10 +51,10 @@ def write_scenes(root: Path, count: int, *, random_labels: bool = False, unlabel
 @pytest.fixture
 def mask_options(extract_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A grid of 4 × 4 and short fits."""
-    from extract import maps
+    from extract import cells
 
     for name, value in {"STEPS": 40, "BATCH_CELLS": 256, "LEARNING_RATE": 1e-2}.items():
-        monkeypatch.setattr(maps, name, value)
+        monkeypatch.setattr(cells, name, value)
     return {**extract_options, "image_size": 128, "grid": "native"}
 
 
@@ -88,7 +80,7 @@ def test_maps_are_written_for_every_row_and_the_grids_are_measured(
     grid = store["train"].specs[names.GRID].row_shape[0]
     for split in store.splits:
         maps = log_p(mask_options["out"], split)
-        assert maps.shape == (len(store[split]), map_side(grid), map_side(grid), 2)
+        assert maps.shape == (len(store[split]), fine_side(grid), fine_side(grid), 2)
         np.testing.assert_allclose(np.exp(maps).sum(-1), 1, atol=0.04)  # a step of 1/16 in log p
     assert verify_store(mask_options["out"]) == []
     assert store.manifest.added == ("maps/probe",)
@@ -113,12 +105,12 @@ def test_a_second_run_gives_the_same(mask_options: dict[str, Any], tmp_path: Pat
 def test_a_killed_probe_resumes_to_the_same_maps(
     mask_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from extract import maps
+    from extract import cells, maps
 
     extract(mask_options, data=str(write_scenes(tmp_path / "scenes", 12)))
     probe_store(mask_options["out"])
     expected = log_p(mask_options["out"], "train")
-    monkeypatch.setattr(maps, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(cells, "BLOCK_ROWS", 4)
     finish = maps.finalize_store
 
     def killed(*_: Any, **__: Any) -> None:
@@ -147,13 +139,13 @@ def test_fewer_masks_than_classes_are_an_error(mask_options: dict[str, Any], tmp
     data = write_scenes(tmp_path / "scenes", 12)
     (data / "classes.txt").write_text("\n".join(f"class {number}" for number in range(20)))
     extract(mask_options, data=str(data))
-    with pytest.raises(NoMasks, match="9 of 9 rows of train have a mask, a probe of 20 classes needs 20"):
+    with pytest.raises(NoTargets, match="9 of 9 rows of train are labeled, a probe of 20 classes needs 20"):
         probe_store(mask_options["out"])
 
 
 def test_a_store_without_a_grid_is_an_error(mask_options: dict[str, Any], tmp_path: Path) -> None:
     extract({**mask_options, "grid": 0}, data=str(write_scenes(tmp_path / "scenes", 12)))
-    with pytest.raises(NoMasks, match="needs a stored grid: extract with --grid 16"):
+    with pytest.raises(NoTargets, match="needs a stored grid: extract with --grid 16"):
         probe_store(mask_options["out"])
 
 
@@ -169,7 +161,7 @@ def test_letterbox_padding_has_no_class(mask_options: dict[str, Any], tmp_path: 
     (data / "classes.txt").write_text("a\nb\n")
     extract(mask_options, data=str(data), resize="letterbox", val_fraction=0)
     store = open_store(mask_options["out"])
-    plan = plan_fit(store, 0)
+    plan = plan_fit(store, "mask", 0)
     masks = read_masks(plan, store["train"], np.arange(4))
     padding = masks.shape[1] // 4
     assert (masks[:, :padding] == 255).all()

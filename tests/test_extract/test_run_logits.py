@@ -104,6 +104,18 @@ class TestProbe:
         with pytest.raises(NoLabels, match="needs class labels"):
             add_probe(extract_options["out"])
 
+    def test_fewer_labeled_rows_than_classes_are_an_error(
+        self, extract_options: dict[str, Any], tmp_path: Path
+    ) -> None:
+        data = tmp_path / "few"
+        for number, name in enumerate("abc"):
+            (data / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9), (number * 60, 0, 0)).save(data / name / "1.png")
+        (data / "table.csv").write_text("path,label,split\na/1.png,a,train\nb/1.png,b,train\nc/1.png,c,val\n")
+        extract(extract_options, data=str(data / "table.csv"))
+        with pytest.raises(NoLabels, match="2 of 2 rows of train are labeled, a probe of 3 classes needs 3"):
+            add_probe(extract_options["out"])
+
 
 def test_zero_shot_needs_a_language_model(extract_options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"zero-shot needs Qwen2\.5-VL"):
