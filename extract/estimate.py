@@ -21,15 +21,15 @@ from extract.follow.version import bytes_needed, changes_of
 from extract.output import check_same, work_path
 from extract.plan import (
     ExtractTask,
-    batch_rows,
     calibration_samples,
     decode_workers,
     make_task,
     open_data,
     open_teacher,
+    spread,
 )
 from extract.result import ExtractResult
-from extract.sources.base import Sample, Source
+from extract.sources.base import Source
 from extract.sources.splitting import count_shared
 from extract.teachers import Teacher
 from store import format as names
@@ -50,12 +50,14 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     teacher = open_teacher(config)
     source = open_data(config)
     task = make_task(config, source, teacher)
-    batch_size = batch_rows(config, task, teacher)
+    batch_size = task.batch_rows
     samples = calibration_samples(task, min(TIMED_SAMPLES, batch_size))
-    batch, decode_s = timed_decoding(task, samples)
-    results = batch.results
+    decode_here(task.encoding, samples[:1])  # the first one imports the decoder
+    started = time.perf_counter()
+    batch = decode_here(task.encoding, samples)
+    decode_s = (time.perf_counter() - started) / len(samples)
     encode_s, frames = timed_encoding(task, teacher, batch)
-    arrays = {spec.name: bytes_per_sample(spec, task, samples, results, frames) for spec in task.arrays}
+    arrays = {spec.name: bytes_per_sample(spec, batch.results, frames) for spec in task.arrays}
     if config.logits != "none":
         logits = names.logits_array(config.logits, len(task.manifest.class_names))
         arrays[logits.name] = float(logits.row_bytes)
@@ -133,9 +135,9 @@ def check_samples(task: ExtractTask) -> dict[str, Any]:
     checked = 0
     for name, split in task.splits.items():
         count = min(len(split), max(LEAST_CHECKED, CHECKED * len(split) // task.rows))
-        rows = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64)).tolist()
+        rows = spread(count, len(split))
         for row in rows:
-            (sample,) = split.between(row, row + 1)
+            sample = split[row]
             (result,) = decode_here(task.encoding, [sample]).results
             if result.reason is not None:
                 bad.append({"split": name, "key": sample.key, "reason": result.reason})
@@ -156,14 +158,6 @@ def warn_of_copies(source: Source) -> list[str]:
     return warnings
 
 
-def timed_decoding(task: ExtractTask, samples: list[Sample]) -> tuple[DecodedBatch, float]:
-    """The samples decoded in this thread, and seconds a sample."""
-    decode_here(task.encoding, samples[:1])  # the first one imports the decoder
-    started = time.perf_counter()
-    batch = decode_here(task.encoding, samples)
-    return batch, (time.perf_counter() - started) / len(samples)
-
-
 def timed_encoding(task: ExtractTask, teacher: Teacher, batch: DecodedBatch) -> tuple[float, int]:
     """Median seconds a sample of a few passes, and rows of frames a sample."""
     encoder = Encoder(teacher, task.encoding, len(batch.samples))
@@ -177,9 +171,7 @@ def timed_encoding(task: ExtractTask, teacher: Teacher, batch: DecodedBatch) -> 
     return statistics.median(times) / len(batch.samples), frames
 
 
-def bytes_per_sample(
-    spec: ArraySpec, task: ExtractTask, samples: list[Sample], results: list[DecodedSample], frames: int
-) -> float:
+def bytes_per_sample(spec: ArraySpec, results: list[DecodedSample], frames: int) -> float:
     """Bytes a row of an array takes; for ragged ones as measured on the timed samples."""
     if not spec.ragged:
         return float(spec.row_bytes)

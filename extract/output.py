@@ -20,12 +20,10 @@ from extract.plan import (
     DifferentStore,
     ExtractTask,
     RowSamples,
-    batch_rows,
     calibration_samples,
     planned_keys,
     record_source,
     sample_key,
-    shard_rows,
 )
 from extract.sources.base import RemovedFile, Sample, Samples
 from extract.teachers import Teacher
@@ -91,8 +89,8 @@ def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> No
     """Write the plan: keys in order, row numbers, batch cuts, scales. Another process may be first."""
     plan = Plan(
         {name: samples.samples.keys for name, samples in task.splits.items()},
-        batch_rows=batch_rows(config, task, teacher),
-        shard_rows=shard_rows(config, task),
+        batch_rows=task.batch_rows,
+        shard_rows=task.shard_rows,
     )
     # Powers of two [D] from samples spread over the data set, in a batch of the size of those to come: so a GPU
     # compiles for one shape only.
@@ -226,7 +224,7 @@ def count_still_bad(task: ExtractTask, job: Job) -> tuple[int, int]:
             rows += stop - first
             for offset in np.flatnonzero(np.frombuffer(valid, np.bool_) == 0).tolist():
                 row = first + offset
-                (sample,) = task.splits[split].between(row, row + 1)
+                sample = task.splits[split][row]
                 same = digest_of(sample) == content[16 * offset : 16 * offset + 16]
                 same = same and annotation_stamp(sample) == tuple(stamps[split][row, 2:].tolist())
                 bad += same and not isinstance(sample.image, RemovedFile)

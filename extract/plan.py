@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -202,19 +201,18 @@ class RowSamples:
         """Samples that the data set no longer has."""
         return 0 if self.order is None else int((self.order < 0).sum())
 
+    def __getitem__(self, row: int) -> Sample:
+        index = row if self.order is None else int(self.order[row])
+        return self.samples.build(index) if index >= 0 else Sample(self.keys[row], RemovedFile())
+
     def between(self, first: int, end: int) -> list[Sample]:
         """The samples of rows [first, end)."""
-        if self.order is None:
-            return self.samples[first:end]
-        return [
-            self.samples.build(index) if index >= 0 else Sample(self.keys[row], RemovedFile())
-            for row, index in enumerate(self.order[first:end].tolist(), start=first)
-        ]
+        return [self[row] for row in range(first, min(end, len(self)))]
 
 
 @dataclass(frozen=True)
 class ExtractTask:
-    """One store to be filled: where, from what, and how.
+    """One store to be filled: where, from what, and how. batch_rows, shard_rows: of a store that is to be made.
 
     reused, reused_bad: rows, and bad ones among them, that the store keeps beside those of this task.
     """
@@ -224,6 +222,8 @@ class ExtractTask:
     encoding: Encoding
     manifest: Manifest
     arrays: Sequence[ArraySpec]
+    batch_rows: int
+    shard_rows: int
     reused: int = 0
     reused_bad: int = 0
 
@@ -243,25 +243,27 @@ def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> Extrac
     targets = found_targets(source)
     manifest = make_manifest(config, source, teacher, clips, grid_side(config, teacher, targets))
     encoding = replace(encoding_of(manifest), max_pixels=config.max_pixels)
+    arrays = [
+        *names.feature_arrays(
+            teacher.spec.width,
+            grid=manifest.grid,
+            views=manifest.views,
+            frames=encoding.frames > 0,
+            layers={
+                layer.number: (dict(encoding.layers)[layer.number], layer.width) for layer in teacher.layers
+            },
+        ),
+        *names.target_arrays(label="label" in targets, boxes="boxes" in targets, mask="mask" in targets),
+        *names.image_arrays(config.images, config.image_size, frames=encoding.clip_frames),
+    ]
     return ExtractTask(
         path=config.out,
         splits={name: RowSamples(samples) for name, samples in source.splits.items()},
         encoding=encoding,
         manifest=manifest,
-        arrays=[
-            *names.feature_arrays(
-                teacher.spec.width,
-                grid=manifest.grid,
-                views=manifest.views,
-                frames=encoding.frames > 0,
-                layers={
-                    layer.number: (dict(encoding.layers)[layer.number], layer.width)
-                    for layer in teacher.layers
-                },
-            ),
-            *names.target_arrays(label="label" in targets, boxes="boxes" in targets, mask="mask" in targets),
-            *names.image_arrays(config.images, config.image_size, frames=encoding.clip_frames),
-        ],
+        arrays=arrays,
+        batch_rows=batch_rows(config, encoding, teacher),
+        shard_rows=shard_rows(config, arrays, len(source)),
     )
 
 
@@ -387,34 +389,38 @@ def software_versions() -> dict[str, str]:
     return versions
 
 
-def batch_rows(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> int:
+def batch_rows(config: ExtractConfig, encoding: Encoding, teacher: Teacher) -> int:
     """Samples of a batch: as asked, or as many as keep the device busy without filling its memory."""
     if isinstance(config.batch_size, int):
         return config.batch_size
     if teacher.device.type != "cuda":
         return CPU_BATCH
-    size = task.encoding.image_size
+    size = encoding.image_size
     by_patches = CUDA_PATCHES * PATCH_PX**2 // size**2
-    by_pixels = DECODED_BYTES // (task.encoding.planes * 3 * size**2)
+    by_pixels = DECODED_BYTES // (encoding.planes * 3 * size**2)
     return max(1, min(by_patches, by_pixels))
 
 
-def shard_rows(config: ExtractConfig, task: ExtractTask) -> int:
+def shard_rows(config: ExtractConfig, arrays: list[ArraySpec], rows: int) -> int:
     """Rows of a shard: the store's own choice, less for a large data set that several devices may share.
 
     A function of the data set alone, so that one device and many make the same store.
     """
     if config.shard_rows is not None:
         return config.shard_rows
-    share = max(MIN_SHARD_ROWS, power_of_two_below(task.rows // PARALLEL_SHARDS))
-    return min(choose_shard_rows(list(task.arrays)), share)
+    share = max(MIN_SHARD_ROWS, power_of_two_below(rows // PARALLEL_SHARDS))
+    return min(choose_shard_rows(arrays), share)
+
+
+def spread(count: int, total: int) -> list[int]:
+    """At most `count` of `total` places, evenly spread: the same ones every time."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64)).tolist()
 
 
 def calibration_samples(task: ExtractTask, count: int) -> list[Sample]:
     """`count` samples spread evenly over the largest split: scales are taken from them."""
     samples = max(task.splits.values(), key=len)
-    rows = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64))
-    return list(itertools.chain.from_iterable(samples.between(row, row + 1) for row in rows.tolist()))
+    return [samples[row] for row in spread(count, len(samples))]
 
 
 def sample_key(key: str) -> str:
@@ -467,8 +473,7 @@ def sampled(source: Source) -> Iterator[Sample]:
         for row, key in enumerate(samples.keys)
         if suffix_of(key) not in NARROW
     ]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(SAMPLED, len(places))).astype(np.int64))
-    for place in chosen.tolist():
+    for place in spread(SAMPLED, len(places)):
         name, row = places[place]
         yield source.splits[name][row]
 

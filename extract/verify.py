@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from extract.encode import encode_samples
 from extract.follow.changes import find_changes
-from extract.plan import cut_splits, encoding_of, read_source_record
+from extract.plan import cut_splits, encoding_of, read_source_record, spread
 from extract.sources.base import Sample, Source, SourceError
 from extract.sources.detect import open_source
 from extract.teachers import Teacher, load_teacher
@@ -98,9 +98,8 @@ def audit_store(
 def choose_rows(store: Store, count: int) -> dict[str, list[int]]:
     """`count` valid rows, evenly spaced over all splits."""
     valid = [(split, int(row)) for split in store.splits for row in np.flatnonzero(store[split].valid)]
-    places = np.unique(np.linspace(0, len(valid) - 1, min(count, len(valid))).astype(np.int64))
     chosen: dict[str, list[int]] = {}
-    for place in places.tolist():
+    for place in spread(count, len(valid)):
         split, row = valid[place]
         chosen.setdefault(split, []).append(row)
     return chosen

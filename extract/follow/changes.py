@@ -253,7 +253,10 @@ class Finder:
             masks=np.zeros(len(order), np.bool_),
             relabeled=np.zeros(len(order), np.bool_),
         )
-        self.compare_labels(change)
+        for number in np.unique(change.part[change.part != ENCODE]).tolist():
+            here = np.flatnonzero(change.part == number)
+            stored = self.renumbered(self.parts[number], self.parts[number].labels[change.row[here]])
+            change.relabeled[here] = stored != change.labels[here]
         self.compare_boxes_and_masks(change)
         return change
 
@@ -396,12 +399,6 @@ class Finder:
         numbers = np.array([*(number.get(text, -2) for text in part.class_names), -1], np.int32)
         return numbers[classes]
 
-    def compare_labels(self, change: SplitChange) -> None:
-        for number in np.unique(change.part[change.part != ENCODE]).tolist():
-            part, here = self.parts[number], np.flatnonzero(change.part == number)
-            labels = self.renumbered(part, part.labels[change.row[here]])
-            change.relabeled[here] = labels != change.labels[here]
-
     def compare_boxes_and_masks(self, change: SplitChange) -> None:
         """Mark the rows whose boxes or masks are not those of the row that they are taken from."""
         wants_boxes, wants_masks = names.BOXES in self.targets, names.MASK in self.targets
@@ -430,7 +427,7 @@ class Finder:
             change.boxes[index] &= names.BOXES not in part.split.names
             change.masks[index] &= names.MASK not in part.split.names
             return
-        (sample,) = change.samples.between(index, index + 1)
+        sample = change.samples[index]
         try:
             if boxes:
                 found = boxes_to_store(sample, (width, height))[0] or Boxes.of([], [])

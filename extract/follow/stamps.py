@@ -37,7 +37,7 @@ def stamps_of(samples: RowSamples) -> tuple[Stamps, npt.NDArray[np.int32]]:
     labels = np.full(len(samples), -1, np.int32)
     containers: dict[str, tuple[int, int]] = {}  # many samples can share one table or HDF5 file
     for row in range(len(samples)):
-        (sample,) = samples.between(row, row + 1)
+        sample = samples[row]
         stamps[row, :2] = file_stamp(sample, containers)
         stamps[row, 2:] = annotation_stamp(sample)
         labels[row] = -1 if sample.label is None else sample.label
@@ -127,16 +127,11 @@ def digests_of(
     samples: RowSamples, rows: npt.NDArray[np.int64], between: Callable[[], None] = lambda: None
 ) -> dict[int, bytes]:
     """Row → digest of its bytes now. `between` is called now and then and may raise."""
-
-    def read(row: int) -> bytes:
-        (sample,) = samples.between(row, row + 1)
-        return digest_of(sample)
-
     found: dict[int, bytes] = {}
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(rows), 64 * READERS):
             some = rows[start : start + 64 * READERS].tolist()
-            found |= dict(zip(some, pool.map(read, some), strict=True))
+            found |= dict(zip(some, pool.map(lambda row: digest_of(samples[row]), some), strict=True))
             between()
     return found
 

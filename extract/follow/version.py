@@ -203,11 +203,12 @@ def version_splits(arrays: Sequence[ArraySpec], changes: Changes) -> Mapping[str
     wanted = {spec.name for spec in arrays}
     splits = {}
     for name, change in changes.splits.items():
-        ragged = {}
-        if names.BOXES in wanted:
-            ragged[BOXES_GROUP] = RaggedChange(change.boxes, boxes_reader(change, changes))
-        if names.MASK in wanted:
-            ragged[MASK_GROUP] = RaggedChange(change.masks, mask_reader(change, changes))
+        groups = {names.BOXES: (BOXES_GROUP, change.boxes), names.MASK: (MASK_GROUP, change.masks)}
+        ragged = {
+            group: RaggedChange(rows, targets_reader(change, changes, kind))
+            for kind, (group, rows) in groups.items()
+            if kind in wanted
+        }
         splits[name] = VersionSplit(
             keys=KeyTable.build(change.keys, f"split {name!r}"),
             sources=[part.split for part in changes.parts],
@@ -220,27 +221,19 @@ def version_splits(arrays: Sequence[ArraySpec], changes: Changes) -> Mapping[str
     return splits
 
 
-def image_size(change: SplitChange, changes: Changes, row: int) -> tuple[int, int]:
-    """(width, height) of a row's image; (0, 0) for a bad one."""
-    width, height = changes.parts[int(change.part[row])].sizes[int(change.row[row])].tolist()
-    return width, height
+def targets_reader(
+    change: SplitChange, changes: Changes, kind: str
+) -> Callable[[int], Mapping[str, np.ndarray]]:
+    """Reads the boxes or the mask of a row; a bad one has none."""
 
-
-def boxes_reader(change: SplitChange, changes: Changes) -> Callable[[int], Mapping[str, np.ndarray]]:
     def read(row: int) -> Mapping[str, np.ndarray]:
-        size = image_size(change, changes, row)
-        (sample,) = change.samples.between(row, row + 1)
-        boxes = (boxes_to_store(sample, size)[0] if size[0] else None) or Boxes.of([], [])
+        width, height = changes.parts[int(change.part[row])].sizes[int(change.row[row])].tolist()
+        sample = change.samples[row]
+        if kind == names.MASK:
+            mask = sample.read_mask((width, height)) if width else None
+            return {names.MASK: np.frombuffer(mask or b"", np.uint8)}
+        boxes = (boxes_to_store(sample, (width, height))[0] if width else None) or Boxes.of([], [])
         return {names.BOXES: boxes.values, names.BOX_CLASSES: boxes.classes}
-
-    return read
-
-
-def mask_reader(change: SplitChange, changes: Changes) -> Callable[[int], Mapping[str, np.ndarray]]:
-    def read(row: int) -> Mapping[str, np.ndarray]:
-        size = image_size(change, changes, row)
-        (sample,) = change.samples.between(row, row + 1)
-        return {names.MASK: np.frombuffer((sample.read_mask(size) if size[0] else None) or b"", np.uint8)}
 
     return read
 

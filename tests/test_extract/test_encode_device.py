@@ -239,11 +239,11 @@ def test_too_little_memory_says_how_much_is_needed_and_free(monkeypatch: pytest.
 )
 def test_batches_on_a_gpu_have_a_budget_of_tokens(size: int, planes: int, rows: int) -> None:
     config: Any = SimpleNamespace(batch_size="auto")
-    task: Any = SimpleNamespace(encoding=SimpleNamespace(image_size=size, planes=planes))
+    encoding: Any = SimpleNamespace(image_size=size, planes=planes)
     teacher: Any = SimpleNamespace(device=torch.device("cuda"))
-    assert batch_rows(config, task, teacher) == rows
+    assert batch_rows(config, encoding, teacher) == rows
     config.batch_size = 7
-    assert batch_rows(config, task, teacher) == 7
+    assert batch_rows(config, encoding, teacher) == 7
 
 
 @pytest.fixture

@@ -142,4 +142,4 @@ class TestCluster:
 def keeps_a_teacher() -> bool:
     from extract.cluster import STATE
 
-    return STATE.teacher is not None or STATE.session is not None
+    return STATE.teacher is not None or STATE.pipeline is not None
