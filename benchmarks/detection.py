@@ -28,7 +28,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from commands.assets import PRETRAINED_TEACHER, asset, pretrained_teacher_weights
+from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
+from tests.assets import asset
 from train.report.runs import mean_with_interval
 
 TILE = 128  # pixels of the photo

@@ -39,7 +39,6 @@ import psutil
 import torch
 from PIL import Image
 
-from commands.assets import asset
 from console.output import print_json, print_table
 from extract.config import load_config
 from extract.decode.pool import DecodedBatch, PixelBuffer
@@ -65,6 +64,7 @@ from store.format import (
 from store.keys import Plan
 from store.shards import crc32c
 from store.writer import StoreWriter, channel_scale, prepare_rows, to_stored
+from tests.assets import asset
 
 SIZE, BATCH = 224, 4
 BOUND = 1.10

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from commands.assets import asset
+from tests.assets import asset
 
 VAL_SHARE = 0.15
 SEGMENTED = ("animals", "food", "plants", "vehicles")

@@ -34,10 +34,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from commands.assets import asset, pretrained_teacher_weights
+from commands.assets import pretrained_teacher_weights
 from extract.decode.sample import Encoding, decode_sample, resize_pixels
 from extract.sources.base import Sample
 from imaging.decode import decode
+from tests.assets import asset
 
 SIZE = 224
 LARGE = (2000, 1500)

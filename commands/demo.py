@@ -17,7 +17,8 @@ import typer
 from commands.assets import PRETRAINED_TEACHER
 from commands.extract import SUGGESTIONS, Suggestion, option_words
 from console.stop import Stopped
-from files.writing import check_writable
+from files.writing import check_writable, writing
+from processes.spawning import child_environment
 
 IMAGE_SIDE = 64
 GRID = "4"  # cells a side: the native grid of the pretrained teacher at its size below, half of Qwen's
@@ -73,7 +74,8 @@ def demo(
     started = time.monotonic()
     check_disk(out)
     task = "classification" if data is None else task_of(data)  # before anything is written
-    make_folder(out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     images = data or write_digits(out / "digits", size.images)
     weights = fetch_pretrained_weights() if teacher_path is None else None
     for number, step in enumerate(list_steps(out, images, task, teacher_path, weights, size), start=1):
@@ -134,13 +136,6 @@ def check_disk(out: Path) -> None:
         )
 
 
-def make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {out}: cannot be created: {error.strerror}") from None
-
-
 def run_step(number: int, step: Step) -> None:
     """Show the command as a user would type it, and run it.
 
@@ -170,22 +165,13 @@ def run_command(command: list[str]) -> tuple[int, list[int]]:
 
     previous = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
-        child = subprocess.Popen(command, env=environment(), process_group=0)
+        child = subprocess.Popen(command, env=child_environment(), process_group=0)
         for number in signals:  # received before the child existed
             child.send_signal(number)
         return child.wait(), signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def environment() -> dict[str, str]:
-    """The child's environment, with this checkout or installation on its path."""
-    import os
-
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-    return {**os.environ, "PYTHONPATH": path}
 
 
 # -- the commands, as a user would type them ---------------------------------------------------------------

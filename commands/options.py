@@ -40,7 +40,8 @@ def offer_options(
 
 def keyword(option: Option, recipes: Recipes) -> inspect.Parameter:
     """The option as a keyword of a command, described for typer."""
-    text = f"{option.help}{listed_choices(option)}{shown_default(option, recipes)}"
+    choices = f" {', '.join(option.choices)}." if option.choices else ""
+    text = f"{option.help}{choices}{shown_default(option, recipes)}"
     kind: Any = str
     if not option.flag.startswith("--"):
         info = typer.Argument(help=text, metavar=option.flag, show_default=False)
@@ -56,10 +57,6 @@ def keyword(option: Option, recipes: Recipes) -> inspect.Parameter:
         )
     annotation = Annotated[kind | None, info]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def listed_choices(option: Option) -> str:
-    return f" {', '.join(option.choices)}." if option.choices else ""
 
 
 def type_name(option: Option) -> str:

@@ -47,12 +47,10 @@ def secrets_of(address: str) -> list[str]:
 
     found = []
     for match in _ADDRESS.finditer(address):
-        user, _, _ = _split_user(match["rest"])
+        user, _, parameters = _split_user(match["rest"])
         if user is not None and ":" in user:
             found.append(user.partition(":")[2])
-        found += [
-            p["value"] for p in _PARAMETER.finditer(_parameters_of(match["rest"])) if _is_secret(p["name"])
-        ]
+        found += [p["value"] for p in _PARAMETER.finditer(parameters) if _is_secret(p["name"])]
     written = [secret for secret in found if secret]
     return sorted({*written, *map(unquote_plus, written)}, key=len, reverse=True)
 
@@ -85,10 +83,6 @@ def _split_user(rest: str) -> tuple[str | None, str, str]:
     place = re.search(r"[?#]", tail)
     cut = place.start() if place else len(tail)
     return found, tail[:cut], tail[cut:]
-
-
-def _parameters_of(rest: str) -> str:
-    return _split_user(rest)[2]
 
 
 def _is_secret(name: str) -> bool:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
+ROOT = Path(__file__).resolve().parents[1]
 _lock = threading.RLock()
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a Python process that finds this checkout (or installation), and `more`."""
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 @contextmanager

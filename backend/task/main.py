@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from backend.task.call_queue import CallQueue
 from backend.task.calls import PIPE_VARIABLE, TaskCalls, read_calls
@@ -28,10 +27,10 @@ from console.log import configure_logging, get_logger
 from console.redaction import redact
 from console.stop import StopRequest
 from processes.ending import exit_now, kill_group
+from processes.spawning import child_environment
 
 log = get_logger("platform")
 
-ROOT = Path(__file__).resolve().parents[2]
 UNDELIVERED = "undelivered.jsonl"
 POLL_S = 0.05
 # Seconds since SIGTERM: until then the work may end by itself, until then the report may take; four are promised.
@@ -111,7 +110,8 @@ def utf8_words(words: Sequence[str]) -> list[str]:
 def supervise(request: TaskRequest, words: Sequence[str]) -> int:
     """Run a task to its end and report it; the exit code for the platform."""
     close_s = closing_time()
-    queue = open_queue(request)
+    client = HttpClient(request.api_base_url, read_token(), request.allow_local_urls)
+    queue = CallQueue(client, request.output_dir / UNDELIVERED)
     with StopRequest(patient=True) as stop:
         code = Supervisor(request, words, queue, stop, close_s).run()
         if stop.requested:
@@ -119,11 +119,6 @@ def supervise(request: TaskRequest, words: Sequence[str]) -> int:
             finish_output()
             exit_now(code)
     return code
-
-
-def open_queue(request: TaskRequest) -> CallQueue:
-    client = HttpClient(request.api_base_url, read_token(), request.allow_local_urls)
-    return CallQueue(client, request.output_dir / UNDELIVERED)
 
 
 def closing_time() -> float:
@@ -169,11 +164,7 @@ class Supervisor:
     def start(self) -> tuple[subprocess.Popen[bytes], threading.Thread]:
         """The working process, in a session of its own: signals reach it once, from here."""
         reading, writing = os.pipe()
-        environment = os.environ | {
-            PIPE_VARIABLE: str(writing),
-            "PYTHONUTF8": "1",
-            "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part),
-        }
+        environment = child_environment(**{PIPE_VARIABLE: str(writing), "PYTHONUTF8": "1"})
         process = subprocess.Popen(
             [sys.executable, "-m", "backend.task.worker", "task", str(os.getpid()), *self.words],
             env=environment,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.task.errors import OptionError
-from backend.task.options import as_boolean, as_text, read_text_file, shown
+from backend.task.options import as_boolean, as_multiline_text, as_text, read_text_file, shown
 from files.reading import YamlError, load_yaml_documents
 
 PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\-]*)(?::([^{}]*))?\}")
@@ -82,12 +82,8 @@ def read_queries(flat: Mapping[str, Any]) -> dict[str, dict[str, str]]:
             dataset_id, _, part = key.removeprefix(SQL_PREFIX).rpartition(".")
             if part not in ("url", "query") or not dataset_id:
                 raise OptionError(f"distillation.{key}: expected datasets.sql.<dataset_id>.url or .query")
-            queries.setdefault(dataset_id, {})[part] = " ".join(as_text_of_lines(value).split())
+            queries.setdefault(dataset_id, {})[part] = " ".join(as_multiline_text(value).split())
     return queries
-
-
-def as_text_of_lines(value: Any) -> str:
-    return as_text(value.replace("\n", " ").replace("\t", " ") if isinstance(value, str) else value)
 
 
 def flatten_file(path: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from train.students.build import build_student
-from train.students.lstm import frames_from_pairs
 
 
 def clip_student(**options: bool) -> Any:
@@ -76,16 +75,3 @@ def test_label_free_clips_train_what_is_distilled() -> None:
 def test_impossible_lengths_are_refused(clips: Tensor, lengths: list[int]) -> None:
     with pytest.raises(ValueError, match=r"1\.\.5"):
         clip_student()(clips, torch.tensor(lengths))
-
-
-@pytest.mark.parametrize(("frames", "expected"), [(4, [0, 0, 1, 1]), (5, [0, 0, 1, 1, 2]), (1, [0])])
-def test_pairs_become_frames(frames: int, expected: list[int]) -> None:
-    pairs = torch.arange((frames + 1) // 2).float().unsqueeze(1)
-    assert frames_from_pairs(pairs, frames).squeeze(1).tolist() == expected
-
-
-def test_rows_per_frame_stay_and_other_counts_are_refused() -> None:
-    rows = torch.randn(5, 2)
-    assert torch.equal(frames_from_pairs(rows, 5), rows)
-    with pytest.raises(ValueError, match="6 frames needs 6 teacher rows or 3 pairs, got 5"):
-        frames_from_pairs(rows, 6)

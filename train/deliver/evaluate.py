@@ -58,20 +58,6 @@ def evaluate_run(
     onnx = open_exported(run, device) if run.suffix == ".onnx" else None
     student, content = load_student_from_run(run) if onnx is None else (OnnxStudent(onnx), about(onnx.card))
     opened = open_store(store)
-    if content["task"] == "detection":
-        from train.yolo.evaluate import evaluate_yolo
-
-        return evaluate_yolo(
-            run,
-            store,
-            student,
-            content,
-            split=split,
-            batch_size=batch_size,
-            device=device,
-            workers=workers,
-            data_root=data_root,
-        )
     config = load_config(
         {
             "store": store,
@@ -86,6 +72,12 @@ def evaluate_run(
             "train_split": f"not {split}",
         }
     )
+    measured = {"student": student.spec.name, "task": content["task"], "split": split}
+    where = {"run": str(run), "store": str(store)}
+    if content["task"] == "detection":
+        from train.yolo.evaluate import evaluate_yolo
+
+        return measured | evaluate_yolo(config, opened, student, content) | where
     data = data_to_evaluate(config, opened, content, student.spec.num_classes)
     warn_of_measured_split(str(store), opened, split, data.task)
     accelerator = build_accelerator(config)
@@ -96,16 +88,13 @@ def evaluate_run(
         metrics = measure(student.to(accelerator.device), config, opened, data, accelerator)
     details = {k: v for k, v in metrics.items() if k.startswith("per_class")}
     return {
-        "student": student.spec.name,
-        "task": data.task,
-        "split": split,
+        **measured,
         "samples": data.validation_samples,
         "metrics": {
             name_of_loss(k): v for k, v in metrics.items() if k not in details and k != "val_hard_loss"
         },
         "per_class": name_classes(details, content["class_names"]),
-        "run": str(run),
-        "store": str(store),
+        **where,
     }
 
 

@@ -52,37 +52,25 @@ def expand_inputs(
     return list(found)
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """The image files that `inputs` name; folders are searched through and sorted.
+def find_images(inputs: Sequence[str], *, videos: bool = False) -> list[Path]:
+    """The image files that `inputs` name, with `videos` video files too; folders are searched through and sorted.
 
     Raises DeliveryError for an input that names nothing.
     """
-    return expand_inputs(inputs, images_below, "image files", "images")
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES if videos else IMAGE_SUFFIXES
 
+    def inside(path: Path) -> list[Path]:
+        if not path.is_dir():
+            return [path]  # whatever it is called
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
 
-def find_pictures(inputs: Sequence[str]) -> list[Path]:
-    """The image and video files that `inputs` name, as `find_images`. Raises DeliveryError."""
-    return expand_inputs(inputs, pictures_below, "image or video files", "images or videos")
-
-
-def pictures_below(path: Path) -> list[Path]:
-    """Image and video files below a folder, sorted; a file stands for itself."""
-    if not path.is_dir():
-        return [path]
-    return sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and p.is_file()
-    )
+    if videos:
+        return expand_inputs(inputs, inside, "image or video files", "images or videos")
+    return expand_inputs(inputs, inside, "image files", "images")
 
 
 def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def images_below(path: Path) -> list[Path]:
-    """Image files below a folder, sorted; a file stands for itself, whatever it is called."""
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 def find_clips(inputs: Sequence[str]) -> list[Path]:

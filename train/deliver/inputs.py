@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +56,28 @@ def split_pixels(run: Path, card: ModelCard, count: int) -> list[NDArray[np.uint
     """Rendered images or clips of the split that the run was validated on."""
     config = run_options(run)
     store = open_store(config.store)
-    rows = spread(np.flatnonzero(store[config.val_split].valid), count)
-    if card.takes_clips:
-        frames = clip_reader(config, store, config.val_split, card)
-        return [clip_pixels(card, frames.read(int(row))) for row in rows]
-    images = image_reader(config, store, config.val_split, card)
-    return [card.show(images.read(int(row), card.image_size)) for row in rows]
+    read = pixel_reader(card, split_reader(config, store, config.val_split, card))
+    return [read(int(row)) for row in spread(np.flatnonzero(store[config.val_split].valid), count)]
 
 
-def clip_reader(config: TrainConfig, store: Store, split: str, card: ModelCard) -> ClipReader:
-    """Reads equally many frames of every clip of a split, from the data set's root."""
-    root = config.data_root or store.manifest.data_root
+def split_reader(config: TrainConfig, store: Store, split: str, card: ModelCard) -> Any:
+    """Reads the images of a split (ImageReader), or equally many frames of each clip (ClipReader).
+
+    From the store, or from the data set's root.
+    """
+    named = config.data_root or store.manifest.data_root
+    root = Path(named) if named else None
+    if not card.takes_clips:
+        return ImageReader(store[split], root, store.manifest.preprocessing, card.bit_depth)
     places = np.full(len(store[split]), card.frames or FRAMES, dtype=np.int64)
-    per_place, depth = 2 if card.frame_pairs else 1, card.bit_depth
-    return ClipReader(store[split], Path(root) if root else None, places, per_place, depth)
+    return ClipReader(store[split], root, places, 2 if card.frame_pairs else 1, card.bit_depth)
 
 
-def image_reader(config: TrainConfig, store: Store, split: str, card: ModelCard) -> ImageReader:
-    """Reads the images of a split: from the store, or from the data set's root."""
-    root = config.data_root or store.manifest.data_root
-    return ImageReader(
-        store[split], Path(root) if root else None, store.manifest.preprocessing, card.bit_depth
-    )
+def pixel_reader(card: ModelCard, reader: Any) -> Callable[[int], NDArray[np.uint8]]:
+    """The pixels of a row as the student is shown them, uint8 [S, S, 3]; of a clip [T, S, S, 3]."""
+    if card.takes_clips:
+        return lambda row: clip_pixels(card, reader.read(row))
+    return lambda row: card.show(reader.read(row, card.image_size))
 
 
 def run_options(run: Path) -> TrainConfig:

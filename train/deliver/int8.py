@@ -37,7 +37,7 @@ def prepare_int8(module: nn.Module, example: torch.Tensor, *, training: bool) ->
     The module itself is changed (`plain_upsampling`): pass a copy. `example` is a float32 batch [B, …] to trace with; the batch stays dynamic.
     Raises DeliveryError when torchao is missing or the module cannot be traced.
     """
-    pt2e = import_torchao()
+    require_torchao()
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 
     plain_upsampling(module)
@@ -51,7 +51,7 @@ def prepare_int8(module: nn.Module, example: torch.Tensor, *, training: bool) ->
         warnings.simplefilter("ignore")
         prepare = prepare_qat_pt2e if training else prepare_pt2e
         prepared: nn.Module = exporting(
-            lambda: prepare(graph, make_quantizer(pt2e, training)), "quantized operators"
+            lambda: prepare(graph, make_quantizer(training)), "quantized operators"
         )
     return prepared
 
@@ -88,24 +88,18 @@ def shuffled_convolution(up: nn.ConvTranspose2d) -> nn.Sequential:
     return nn.Sequential(convolution, nn.PixelShuffle(side))
 
 
-def import_torchao() -> Any:
-    require_torchao()
-    import torchao.quantization.pt2e as pt2e
-
-    return pt2e
-
-
-def make_quantizer(pt2e: Any, training: bool) -> Any:
+def make_quantizer(training: bool) -> Any:
     """Which operators become int8, and how their ranges are found."""
     from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer
     from torchao.testing.pt2e._xnnpack_quantizer_utils import QuantizationConfig
 
-    activation, weight = specs(pt2e, training)
+    activation, weight = specs(training)
     return XNNPACKQuantizer().set_global(QuantizationConfig(activation, activation, weight, None, training))
 
 
-def specs(pt2e: Any, training: bool) -> tuple[Any, Any]:
+def specs(training: bool) -> tuple[Any, Any]:
     """Quantization specifications of activations (uint8, asymmetric) and weights (int8, symmetric)."""
+    import torchao.quantization.pt2e as pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
     low, high = WEIGHT_LIMITS
@@ -139,9 +133,10 @@ def quantized_training_graph(student: Student, example: torch.Tensor) -> nn.Modu
 
     `train()` and `eval()` work on it as on a module.
     """
-    pt2e = import_torchao()
     graph = prepare_int8(LogitsAndFeatures(copy.deepcopy(student)), example, training=True)
-    pt2e.allow_exported_model_train_eval(graph)
+    from torchao.quantization.pt2e import allow_exported_model_train_eval
+
+    allow_exported_model_train_eval(graph)
     return graph
 
 

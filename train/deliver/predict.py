@@ -34,7 +34,7 @@ from train.deliver.files import (
     FRAMES,
     BadFile,
     find_clips,
-    find_pictures,
+    find_images,
     is_video,
     read_image,
 )
@@ -109,7 +109,7 @@ def predict_files(
         check_writable(out, "--out")
     model = open_model(run, device)
     clips = model.card.takes_clips
-    files = find_clips(inputs) if clips else find_pictures(inputs)
+    files = find_clips(inputs) if clips else find_images(inputs, videos=True)
     if not sampling.is_default and (clips or not any(map(is_video, files))):
         option = "--fps" if sampling.every is None else "--every"
         why = "this student takes clips, whose frames it chooses itself" if clips else "no input is a video"

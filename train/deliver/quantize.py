@@ -25,7 +25,7 @@ from train.checkpoint import BEST, LAST, load_checkpoint
 from train.config import TrainConfig
 from train.data.splits import open_split, resolve_data, resolve_task, student_preprocessing
 from train.deliver.export import OPSET, write_onnx
-from train.deliver.inputs import image_reader, run_content, run_folder, run_options, spread
+from train.deliver.inputs import pixel_reader, run_content, run_folder, run_options, split_reader, spread
 from train.deliver.int8 import (
     Ranges,
     activation_ranges,
@@ -135,9 +135,9 @@ def check_store(run: Path, store: Store, card: ModelCard) -> None:
 
 def calibration_inputs(store: Store, config: TrainConfig, card: ModelCard, count: int) -> NDArray[np.float32]:
     """Normalized images float32 [B, 3, S, S], evenly spread over the training split."""
-    reader = image_reader(config, store, config.train_split, card)
+    read = pixel_reader(card, split_reader(config, store, config.train_split, card))
     rows = spread(np.flatnonzero(store[config.train_split].valid), count)
-    return card.normalize(np.stack([card.show(reader.read(int(row), card.image_size)) for row in rows]))
+    return card.normalize(np.stack([read(int(row)) for row in rows]))
 
 
 def write_ptq(student: Student, card: ModelCard, inputs: NDArray[np.float32], path: Path) -> Ranges:

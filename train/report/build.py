@@ -28,8 +28,8 @@ from train.report.runs import (
     collect,
     cost_of,
     differences,
-    measure_latencies,
     table_rows,
+    with_measured_latencies,
 )
 from train.report.samples import gallery_of
 from train.run_folder import make_folder, read_json
@@ -70,16 +70,13 @@ def build_report(folders: Sequence[Path], out: Path | None, samples: int) -> Rep
     collection = collect(folders)
     check_writable(path, "--out")  # in the first folder, which is one
     make_folder(path.parent)
-    latencies = measure_latencies(collection.runs)
-    collection = collection.with_latencies(latencies.by_run)
+    collection, machine = with_measured_latencies(collection)
     parts = collection.by_task()
     headlines = list(dict.fromkeys(part.headline for part in parts))
     rows = [row for part in parts for row in table_rows(part)]
     stores = open_stores(collection)
     sections = [
-        section
-        for part in parts
-        for section in task_sections(part, stores, samples, len(parts) > 1, latencies.machine)
+        section for part in parts for section in task_sections(part, stores, samples, len(parts) > 1, machine)
     ]
     sections += cost_sections(collection.runs, stores)
     several = f"{len(collection.runs)} run" + ("s" if len(collection.runs) > 1 else "")
@@ -146,9 +143,7 @@ def task_sections(
         ),
     ]
     if gallery is not None:
-        wide = best.summary.get("task") in ("segmentation", "detection")
-        title = f"Where {gallery.run_name} fails"
-        sections.append(Section(title, gallery.text, gallery.figures, gallery.pictures, wide, gallery.legend))
+        sections.append(gallery)
     return [section for section in sections if section.text or any(section.figures) or section.pictures]
 
 
@@ -168,7 +163,7 @@ def teacher_ceilings(collection: Collection, stores: dict[str, Store]) -> dict[s
     paths = [path for path in stores if any(run.store_path == path for run in collection.runs)]
     ceilings: dict[str, float] = {}
     for path in paths:
-        quality = read_json(Path(path) / MEASURED_FILE) or {}
+        quality = measured_of(path)
         where = "" if len(paths) == 1 else f" ({Path(path).name})"
         for name, words in (("probe_top1", "teacher, linear probe"), ("knn_top1", "teacher, k-NN")):
             if quality.get(name) is not None:

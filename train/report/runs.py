@@ -95,15 +95,6 @@ class Collection(NamedTuple):
             )
         return name
 
-    def with_latencies(self, values: Mapping[Path, float]) -> Collection:
-        """The same runs, their latency as measured for the report (None: not measured)."""
-        return self._replace(
-            runs=[
-                run._replace(summary={**run.summary, "latency_ms": values.get(run.folder)})
-                for run in self.runs
-            ]
-        )
-
     def by_task(self) -> list[Collection]:
         """The runs of each task: what one metric can compare. Trials without a result go with the first."""
         tasks = dict.fromkeys(str(run.summary.get("task")) for run in self.runs)
@@ -242,19 +233,16 @@ def read_run(
 
 # Summary fields that the table, results.csv and results.parquet carry beside the metrics.
 SUMMARY_FIELDS = (
-    "task",
-    "seed",
-    "validation_samples",
-    "epochs_done",
-    "best_epoch",
-    "parameters",
-    "trainable_parameters",
-    "macs",
-    "latency_ms",
-    "wall_time_s",
-    "images_per_second",
-    "peak_rss_mb",
-    "peak_gpu_mb",
+    *(
+        "task",
+        "seed",
+        "validation_samples",
+        "epochs_done",
+        "best_epoch",
+        "parameters",
+        "trainable_parameters",
+    ),
+    *("macs", "latency_ms", "wall_time_s", "images_per_second", "peak_rss_mb", "peak_gpu_mb"),
 )
 
 CONTROL_SUFFIX = " (control)"
@@ -293,12 +281,7 @@ def table_rows(collection: Collection) -> list[dict[str, Any]]:
         row |= run.metrics
         row["gain_over_control"] = None if value is None or control is None else value - control
         rows.append(row)
-    return sorted(rows, key=lambda row: quality(row, headline), reverse=True)
-
-
-def quality(row: dict[str, Any], headline: str) -> float:
-    value = row.get(headline)
-    return -math.inf if value is None else float(value)
+    return sorted(rows, key=lambda row: row.get(headline, -math.inf), reverse=True)
 
 
 def plain(value: Any) -> Any:
@@ -386,28 +369,27 @@ def cost_of(runs: Sequence[FinishedRun], pass_s: Mapping[str, float]) -> Cost | 
     return Cost(students, sum(pass_s[path] for path in paths), online)
 
 
-class Latencies(NamedTuple):
-    """Milliseconds for one image (or clip), by run folder, and where they were measured."""
+def with_measured_latencies(collection: Collection) -> tuple[Collection, str]:
+    """The same runs with the latency of one image (or clip) in milliseconds, and the machine that it was measured on.
 
-    by_run: dict[Path, float]
-    machine: str
-
-
-def measure_latencies(runs: Sequence[FinishedRun]) -> Latencies:
-    """The latency of each run whose student can be read; the log names the others."""
+    None where a student cannot be read; the log names it.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = describe_machine(device)
     known = {}
-    for run in runs:
+    for run in collection.runs:
         kept = read_json(run.folder / LATENCY) or {}
         if kept.get("machine") == machine and kept.get("architecture") == architecture_of(run):
             known[architecture_of(run)] = float(kept["latency_ms"])
-    for run in runs:
+    for run in collection.runs:
         if architecture_of(run) not in known and (value := measure_run(run, device)) is not None:
             known[architecture_of(run)] = value
             keep(run, machine, value)
-    values = {run.folder: known[key] for run in runs if (key := architecture_of(run)) in known}
-    return Latencies(values, machine)
+    runs = [
+        run._replace(summary={**run.summary, "latency_ms": known.get(architecture_of(run))})
+        for run in collection.runs
+    ]
+    return collection._replace(runs=runs), machine
 
 
 def architecture_of(run: FinishedRun) -> str:

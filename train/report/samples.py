@@ -18,11 +18,11 @@ from store.reader import Split, Store
 from train.data.images import ImageReader, Shown
 from train.data.views import render_mask
 from train.deliver.draw import Box, draw_boxes, draw_mask, draw_true_boxes, mask_color, mask_image
-from train.deliver.inputs import clip_reader, image_reader, run_options, spread
+from train.deliver.inputs import pixel_reader, run_options, split_reader, spread
 from train.deliver.model import ModelCard, TorchModel, batches, choose_device, class_name, open_student
-from train.deliver.predict import clip_pixels, detect, drawn, softmax
+from train.deliver.predict import detect, drawn, softmax
 from train.report import figures
-from train.report.page import LegendEntry, Picture
+from train.report.page import LegendEntry, Picture, Section
 from train.report.runs import FinishedRun
 
 logger = get_logger("report")
@@ -38,16 +38,6 @@ CLIP_BATCH = 4
 CONFIDENCE = 0.25
 MATCH_IOU = 0.5
 NOTHING = "nothing"
-
-
-class Gallery(NamedTuple):
-    """The report's section on one run's mistakes."""
-
-    run_name: str
-    text: str
-    figures: list[go.Figure]
-    pictures: list[Picture]
-    legend: list[LegendEntry]
 
 
 class Subject(NamedTuple):
@@ -88,8 +78,8 @@ class Findings(NamedTuple):
     legend: list[LegendEntry]
 
 
-def gallery_of(run: FinishedRun, store: Store | None, count: int) -> Gallery | None:
-    """The `count` worst validation samples of `run`; None where it cannot be run again (the log has the reason)."""
+def gallery_of(run: FinishedRun, store: Store | None, count: int) -> Section | None:
+    """The section on the `count` worst validation samples of `run`; None where it cannot be run again (the log has the reason)."""
     task = str(run.summary.get("task"))
     if store is None or task not in SCORERS:
         return None
@@ -99,7 +89,8 @@ def gallery_of(run: FinishedRun, store: Store | None, count: int) -> Gallery | N
     except DistillError as error:
         logger.warning("the report shows no samples of %s: %s", run.name, error)
         return None
-    return Gallery(run.name, found.text, found.figures, pictures, found.legend)
+    wide = task in ("segmentation", "detection")
+    return Section(f"Where {run.name} fails", found.text, found.figures, pictures, wide, found.legend)
 
 
 def subject_of(run: FinishedRun, store: Store) -> Subject:
@@ -108,8 +99,7 @@ def subject_of(run: FinishedRun, store: Store) -> Subject:
     config = run_options(run.folder)
     name = config.val_split
     rows = spread(np.flatnonzero(store[name].valid), SAMPLES_LOOKED_AT)
-    clips = card.takes_clips
-    reader: Any = clip_reader(config, store, name, card) if clips else image_reader(config, store, name, card)
+    reader = split_reader(config, store, name, card)
     model = TorchModel(student, card, choose_device("auto"))
     return Subject(run, model, reader, store, name, rows, student.spec.num_classes)
 
@@ -129,17 +119,14 @@ def looked_at(subject: Subject, rows: NDArray[np.int64], what: str = "samples") 
 def classification(subject: Subject, count: int) -> Findings:
     """Worst by cross-entropy; the confusion matrix beside them. A clip is shown by its middle frame."""
     model, card, reader = subject.model, subject.card, subject.reader
-    clips = card.takes_clips
+    clips, read = card.takes_clips, pixel_reader(card, reader)
     labels = subject.split.read("targets/label")
     rows = subject.rows[labels[subject.rows] >= 0]
     confusion = np.zeros((subject.classes,) * 2, dtype=np.int64)
     worst: list[Scored] = []
     for chunk in batches(rows, CLIP_BATCH if clips else BATCH):
-        if clips:
-            pixels = [clip_pixels(card, reader.read(int(row))) for row in chunk]
-        else:
-            pixels = [card.show(reader.read(int(row), card.image_size)) for row in chunk]
-        probabilities = softmax(model.run(card.normalize(np.stack(pixels))))
+        pixels = np.stack([read(int(row)) for row in chunk])
+        probabilities = softmax(model.run(card.normalize(pixels)))
         found = []
         for row, shares in zip(chunk.tolist(), probabilities, strict=True):
             true, got = int(labels[row]), int(shares.argmax())
@@ -335,37 +322,40 @@ def unlabeled(boxes: NDArray[np.float64], classes: NDArray[np.int32]) -> list[Bo
     return [Box((x0, y0, x1, y1), int(kind)) for (x0, y0, x1, y1), kind in zip(corners, classes, strict=True)]
 
 
+def match_boxes(
+    found: NDArray[np.float32], boxes: NDArray[np.float64], classes: NDArray[np.int32], same_class: bool
+) -> list[int | None]:
+    """For each of the detections [n, 6], most confident first, the free true box that it covers best, or None.
+
+    same_class: only boxes of the detection's class count.
+    """
+    free, matched = np.ones(len(boxes), dtype=bool), list[int | None]()
+    for row in found:
+        allowed = free & (classes == int(row[5])) if same_class else free
+        overlaps = np.where(allowed, box_iou(row[:4].astype(np.float64), boxes), 0.0)
+        best = int(overlaps.argmax()) if len(boxes) else 0
+        hit = len(boxes) > 0 and overlaps[best] >= MATCH_IOU
+        if hit:
+            free[best] = False
+        matched.append(best if hit else None)
+    return matched
+
+
 def box_confusion(
     found: NDArray[np.float32], boxes: NDArray[np.float64], classes: NDArray[np.int32], count: int
 ) -> NDArray[np.int64]:
-    """Counts [C + 1, C + 1] of true against predicted class, the last being nothing.
-
-    Detections, most confident first, each meet the free true box that they cover best, of whatever class.
-    """
-    confusion, free = np.zeros((count + 1,) * 2, dtype=np.int64), np.ones(len(boxes), dtype=bool)
-    for row in found:
-        overlaps = box_iou(row[:4].astype(np.float64), boxes) * free if len(boxes) else np.zeros(1)
-        best = int(overlaps.argmax())
-        matched = bool(overlaps[best] >= MATCH_IOU)
-        confusion[classes[best] if matched else count, int(row[5])] += 1
-        if matched:
-            free[best] = False
-    confusion[:, count] += np.bincount(classes[free], minlength=count + 1)
+    """Counts [C + 1, C + 1] of true against predicted class, the last being nothing."""
+    confusion, matched = np.zeros((count + 1,) * 2, dtype=np.int64), match_boxes(found, boxes, classes, False)
+    for row, best in zip(found, matched, strict=True):
+        confusion[count if best is None else classes[best], int(row[5])] += 1
+    missed = np.delete(classes, [best for best in matched if best is not None])
+    confusion[:, count] += np.bincount(missed, minlength=count + 1)
     return confusion
 
 
 def count_hits(found: NDArray[np.float32], boxes: NDArray[np.float64], classes: NDArray[np.int32]) -> int:
-    """Detections [n, 6], most confident first, each matched to the free true box of its class that it covers best."""
-    free, hits = np.ones(len(boxes), dtype=bool), 0
-    for row in found:
-        candidates = np.flatnonzero(free & (classes == int(row[5])))
-        if not len(candidates):
-            continue
-        overlaps = box_iou(row[:4].astype(np.float64), boxes[candidates])
-        if overlaps.max() >= MATCH_IOU:
-            free[candidates[int(overlaps.argmax())]] = False
-            hits += 1
-    return hits
+    """How many detections [n, 6] meet a true box of their class."""
+    return sum(best is not None for best in match_boxes(found, boxes, classes, True))
 
 
 def box_iou(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:

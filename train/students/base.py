@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.errors import TrainError
+from train.students.families import FAMILIES, StudentName
 
 FeatureKind = Literal["map", "sequence", "vector"]
 
@@ -53,6 +54,12 @@ class StudentSpec:
     feature_stride: int | None
     distilled_layer: str
     options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: StudentName, num_classes: int, **rest: Any) -> StudentSpec:
+        """The spec of a student by name: without classes it learns features, else its family's task."""
+        task = FAMILIES[name.type].task if num_classes else "features"
+        return cls(str(name), name.type, name.size, task, num_classes, **rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for a checkpoint or JSON; `rebuild_student` reads them back."""

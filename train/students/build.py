@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from train.students.base import InitialWeights, Student, StudentError
-from train.students.families import FAMILIES, parse_student_name, recipe_of
+from train.students.families import FAMILIES, parse_student_name
 from train.students.weights import load_initial_weights
-
-DEFAULT_IMAGE_SIZE = 224
 
 
 def construct_student(
@@ -38,9 +36,7 @@ def construct_student(
         )
     module, function = family.builder.split(":")
     builder = getattr(importlib.import_module(module), function)
-    size = (
-        image_size if image_size is not None else recipe_of(str(parsed)).get("image_size", DEFAULT_IMAGE_SIZE)
-    )
+    size = image_size if image_size is not None else family.recipe["image_size"]
     if pretrained:
         options["pretrained"] = True
     student: Student = builder(parsed, num_classes=num_classes or 0, image_size=size, **options)

@@ -44,7 +44,7 @@ def describe_student(name: str) -> dict[str, Any]:
     """The row of one student; see `list_students`."""
     parsed = parse_student_name(name)
     family, recipe = FAMILIES[parsed.type], recipe_of(str(parsed))
-    size = usual_size(recipe)
+    size = int(recipe["image_size"])  # that the student is counted with, pixels
     row: dict[str, Any] = {"name": str(parsed), "type": parsed.type, "size": parsed.size, "task": family.task}
     row |= {"num_classes": family.classes, "recipe": recipe, "note": None}
     kept = kept_measurements().get(f"{parsed} at {size} px, {family.classes} classes")
@@ -67,15 +67,6 @@ MEASURED = (
 )
 
 
-def usual_size(recipe: dict[str, Any]) -> int:
-    """The side of the input that a student is counted with, pixels."""
-    if "image_size" in recipe:
-        return int(recipe["image_size"])
-    from train.students.build import DEFAULT_IMAGE_SIZE
-
-    return DEFAULT_IMAGE_SIZE
-
-
 @cache
 def kept_measurements() -> dict[str, dict[str, Any]]:
     """The content of measured.json: `NAME at SIZE px, N classes` → the values of MEASURED."""
@@ -87,8 +78,10 @@ def measure_all() -> dict[str, dict[str, Any]]:
     """What measured.json holds, measured now. Raises TrainError or ImportError for a student that cannot be built."""
     measured = {}
     for name in all_student_names():
-        classes, size = FAMILIES[name.type].classes, usual_size(recipe_of(str(name)))
-        measured[f"{name} at {size} px, {classes} classes"] = measure_student(str(name), classes, size)
+        family, size = FAMILIES[name.type], FAMILIES[name.type].recipe["image_size"]
+        measured[f"{name} at {size} px, {family.classes} classes"] = measure_student(
+            str(name), family.classes, size
+        )
     return measured
 
 

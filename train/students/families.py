@@ -17,6 +17,24 @@ from train.errors import ConfigError
 FEATURE_WEIGHT = 20.0
 
 
+# Of timm's classifiers, and of the networks of our own.
+_TIMM: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "optimizer": "adamw",
+    "batch_size": 32,
+    "weight_decay": 0.01,
+    "distillation_type": "hybrid",
+    "feature_weight": FEATURE_WEIGHT,
+    "image_size": 224,
+}
+_OWN: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "optimizer": "adam",
+    "weight_decay": 0.01,
+    "distillation_type": "feature",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One type of student.
@@ -48,16 +66,7 @@ FAMILIES: dict[str, Family] = {
         classes=1000,
         sizes={name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
         adapters=("conv1", "conv2", "conv3"),
-        recipe={
-            "learning_rate": 1e-4,
-            "optimizer": "adamw",
-            "batch_size": 32,
-            "weight_decay": 0.01,
-            "distillation_type": "hybrid",
-            "feature_loss_type": "cosine",
-            "feature_weight": FEATURE_WEIGHT,
-            "image_size": 224,
-        },
+        recipe={**_TIMM, "feature_loss_type": "cosine"},
     ),
     "vit": Family(
         builder="train.students.timm_student:build_timm_student",
@@ -70,30 +79,18 @@ FAMILIES: dict[str, Family] = {
         },
         adapters=("qkv", "proj", "fc1", "fc2"),
         recipe={
+            **_TIMM,
             "learning_rate": 5e-5,
-            "optimizer": "adamw",
             "batch_size": 64,
             "weight_decay": 0.05,
-            "distillation_type": "hybrid",
             "align_feature": True,
-            "feature_weight": FEATURE_WEIGHT,
-            "image_size": 224,
         },
     ),
     "timm": Family(
         builder="train.students.timm_student:build_timm_student",
         task="classification",
         classes=1000,
-        recipe={
-            "learning_rate": 1e-4,
-            "optimizer": "adamw",
-            "batch_size": 32,
-            "weight_decay": 0.01,
-            "distillation_type": "hybrid",
-            "feature_loss_type": "mse",
-            "feature_weight": FEATURE_WEIGHT,
-            "image_size": 224,
-        },
+        recipe={**_TIMM, "feature_loss_type": "mse"},
     ),
     "yolov8": Family(
         builder="train.students.yolo:build_yolo",
@@ -119,11 +116,9 @@ FAMILIES: dict[str, Family] = {
         sizes={"small": 32, "medium": 48, "large": 64},
         published=False,
         recipe={
-            "learning_rate": 1e-4,
-            "optimizer": "adam",
-            "batch_size": 8,
-            "weight_decay": 0.01,
+            **_OWN,
             "distillation_type": "hybrid",
+            "batch_size": 8,
             "feature_loss_type": "mse",
             "image_size": 512,
         },
@@ -134,15 +129,7 @@ FAMILIES: dict[str, Family] = {
         classes=400,
         sizes={"small": 256, "medium": 512, "large": 1024},
         adapters=("conv1", "conv2", "conv3"),
-        recipe={
-            "learning_rate": 1e-4,
-            "optimizer": "adam",
-            "batch_size": 32,
-            "weight_decay": 0.01,
-            "distillation_type": "feature",
-            "feature_loss_type": "cosine",
-            "image_size": 224,
-        },
+        recipe={**_OWN, "batch_size": 32, "feature_loss_type": "cosine", "image_size": 224},
     ),
 }
 

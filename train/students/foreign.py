@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,11 +70,6 @@ def rename(state: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     return renamed
 
 
-def from_torchvision_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision `vit_b_16` and its sisters."""
-    return rename(state, TORCHVISION_VIT)
-
-
 def from_transformers_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers `ViTModel`, `ViTForImageClassification` (DeiT without distillation): query, key, value are one."""
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -113,7 +109,7 @@ def resnet_name(match: re.Match[str]) -> str:
 
 #: A piece of a name that only one library uses → its translator.
 CONVERTERS: tuple[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]], ...] = (
-    ("encoder.layers.encoder_layer_", from_torchvision_vit),
+    ("encoder.layers.encoder_layer_", partial(rename, rules=TORCHVISION_VIT)),
     ("embeddings.patch_embeddings.projection", from_transformers_vit),
     ("embedder.embedder.convolution", from_transformers_resnet),
 )

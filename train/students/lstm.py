@@ -133,23 +133,6 @@ def frame_mask(lengths: Tensor, frames: int) -> Tensor:
     return torch.arange(frames, device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
 
 
-def frames_from_pairs(rows: Tensor, frames: int) -> Tensor:
-    """Teacher rows [P, D] of one clip → one row per frame [T, D].
-
-    Qwen2.5-VL encodes frames in pairs (temporal patch 2): frames 2i and 2i+1 share row i, and an odd last
-    frame was paired with itself. Rows that are already one per frame come back unchanged; any other count
-    raises ValueError, because a shifted pairing would teach the wrong frame.
-    """
-    if rows.shape[0] == frames:
-        return rows
-    pairs = (frames + 1) // 2
-    if rows.shape[0] != pairs:
-        raise ValueError(
-            f"clip of {frames} frames needs {frames} teacher rows or {pairs} pairs, got {rows.shape[0]}"
-        )
-    return rows[torch.arange(frames, device=rows.device) // 2]
-
-
 def build_lstm(
     name: StudentName,
     *,
@@ -166,12 +149,9 @@ def build_lstm(
             f"{name} has no option {', '.join(map(repr, options))}: freeze_encoder, attention_pooling"
         )
     hidden = FAMILIES[name.type].sizes[name.size]
-    spec = StudentSpec(
-        name=str(name),
-        type=name.type,
-        size=name.size,
-        task="sequence" if num_classes else "features",
-        num_classes=num_classes,
+    spec = StudentSpec.of(
+        name,
+        num_classes,
         image_size=image_size,
         feature_width=2 * hidden if freeze_encoder else ENCODER_WIDTH,
         feature_kind="sequence",

@@ -30,21 +30,16 @@ class UltralyticsMissingError(TrainError):
     """YOLO students need ultralytics, which is not installed."""
 
 
-def require_ultralytics() -> None:
-    """Raises UltralyticsMissingError, with how to install it, when ultralytics cannot be imported."""
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise UltralyticsMissingError(
-            f"YOLO students need ultralytics, which is not installed: {INSTALL} (license AGPL-3.0)"
-        )
-
-
 def prepare_ultralytics() -> None:
     """Import ultralytics and switch off everything in it that would use the network. Safe to call twice.
 
     `YOLO_OFFLINE` (set above) covers ultralytics that is imported for the first time; the
     switches below also cover a process that had. Only this process is affected, no settings file.
     """
-    require_ultralytics()
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise UltralyticsMissingError(
+            f"YOLO students need ultralytics, which is not installed: {INSTALL} (license AGPL-3.0)"
+        )
     utils: Any = importlib.import_module("ultralytics.utils")
     checks: Any = importlib.import_module("ultralytics.utils.checks")
     events: Any = importlib.import_module("ultralytics.utils.events")

@@ -122,12 +122,9 @@ def build_timm_student(
         # Layers behind the features rest in label-free training; DDP waits for every gradient that is asked for.
         for parameter in unreached:
             model.get_parameter(parameter).requires_grad_(False)
-    spec = StudentSpec(
-        name=str(name),
-        type=name.type,
-        size=name.size,
-        task="classification" if num_classes else "features",
-        num_classes=num_classes,
+    spec = StudentSpec.of(
+        name,
+        num_classes,
         image_size=image_size,
         feature_width=width,
         feature_kind=kind,  # type: ignore[arg-type]

@@ -101,12 +101,9 @@ def build_unet(name: StudentName, *, num_classes: int, image_size: int, **option
     if image_size < STRIDE:
         raise StudentError(f"image_size {image_size} is too small for {name}: at least {STRIDE}")
     width = FAMILIES[name.type].sizes[name.size]
-    spec = StudentSpec(
-        name=str(name),
-        type=name.type,
-        size=name.size,
-        task="segmentation" if num_classes else "features",
-        num_classes=num_classes,
+    spec = StudentSpec.of(
+        name,
+        num_classes,
         image_size=image_size,
         feature_width=width * 16,
         feature_kind="map",

@@ -101,12 +101,9 @@ def build_yolo(name: StudentName, *, num_classes: int, image_size: int, **option
 
 def student_spec(network: Any, size: str, num_classes: int, image_size: int) -> StudentSpec:
     """The spec of a YOLOv8 student around `network`."""
-    return StudentSpec(
-        name=str(StudentName("yolov8", size)),
-        type="yolov8",
-        size=size,
-        task="detection" if num_classes else "features",
-        num_classes=num_classes,
+    return StudentSpec.of(
+        StudentName("yolov8", size),
+        num_classes,
         image_size=image_size,
         feature_width=level_widths(network)[P5],
         feature_kind="map",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any, TypedDict
 
 from console.cores import SHARE_VARIABLE, available_cores
 from processes.ending import signal_on_parent_death, stop_group
+from processes.spawning import child_environment
 from train.run_folder import CONFIG, METRICS, SUMMARY, RunFolder, write_json
 
 POLL_S = 0.25
@@ -130,15 +130,8 @@ def try_lock(descriptor: int) -> bool:
 
 def command(order: Order, folder: Path, resumed: bool) -> list[str]:
     return [
-        *(
-            sys.executable,
-            "-m",
-            "cli",
-            "train",
-            order["store"],
-            "--student",
-            str(order["options"]["student"]),
-        ),
+        *(sys.executable, "-m", "cli", "train", order["store"]),
+        *("--student", str(order["options"]["student"])),
         *("--out", str(folder / RUN_FOLDER), "--config", str(folder / OPTIONS_FILE)),
         "--resume" if resumed else "--overwrite",
     ]
@@ -146,9 +139,7 @@ def command(order: Order, folder: Path, resumed: bool) -> list[str]:
 
 def environment(cores: int | None, thread_variables: Mapping[str, str]) -> dict[str, str]:
     """The child's: this checkout or installation on its path, its share of the cores, and what the user set."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-    values = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    values = child_environment(PYTHONUNBUFFERED="1")
     if cores is not None:
         values |= {"OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
         values[SHARE_VARIABLE] = str(max(1, available_cores() // cores))
