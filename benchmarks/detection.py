@@ -28,7 +28,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
+from benchmarks.stores import extract_features
 from tests.assets import asset
 from train.report.runs import mean_with_interval
 
@@ -119,23 +119,8 @@ def write_data_set(folder: Path, photos: Sequence[Photo], step: int) -> dict[str
 
 def extract(data: Path, store: Path) -> None:
     """The teacher's pooled features and 8×8 grids of every tile."""
-    from extract.config import ExtractConfig
-    from extract.run import run_extraction
-
-    run_extraction(
-        ExtractConfig(
-            data=str(data),
-            out=str(store),
-            source="yolo",
-            teacher=PRETRAINED_TEACHER,
-            teacher_path=str(pretrained_teacher_weights()),
-            image_size=TEACHER_SIZE,
-            grid="8",
-            images="jpeg",
-            device="cpu",
-            workers=1,
-        )
-    )
+    options: dict[str, Any] = {"source": "yolo", "image_size": TEACHER_SIZE, "grid": "8", "images": "jpeg"}
+    extract_features(data, store, device="cpu", workers=1, **options)
 
 
 def train(

@@ -10,7 +10,6 @@ medians is printed. Noise images and random features: only the cost is measured.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import statistics
 import sys
@@ -27,58 +26,29 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.stores import WIDTH, encoded, write_random_store
 from console.output import print_json, print_table
 
-WIDTH, GRID, BATCH, ROWS = 1280, 16, 8, 32
+GRID, BATCH, ROWS = 16, 8, 32
 LEVELS = ("none", "P5", "P4,P5", "P3,P4,P5")
 
 
 def make_store(path: Path) -> Path:
     """A detection store of noise images with two boxes each and random 16×16 grids, 1280 wide."""
-    from store.create import create_store
-    from store.finalize import finalize_store
-    from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
-    from store.keys import Plan
-    from store.writer import StoreWriter
 
-    manifest = Manifest(
-        teacher=TeacherSpec(name="random", fingerprint="0", layer="none", width=WIDTH, random_weights=True),
-        preprocessing=Preprocessing(image_size=224),
-        class_names=("thing",),
-        task="detection",
-        grid=GRID,
-        images="jpeg",
-    )
-    keys = {split: [f"{split}/{row}.jpg" for row in range(ROWS)] for split in ("train", "val")}
-    arrays = feature_arrays(WIDTH, grid=GRID) + target_arrays(boxes=True) + image_arrays("jpeg", 0)
-    create_store(path, manifest, Plan(keys), arrays)
-    generator = np.random.default_rng(0)
-    for split in keys:
-        with StoreWriter(path, split) as writer:
-            for start, stop in writer.batches():
-                writer.append(rows(generator, stop - start), valid=[True] * (stop - start))
-    finalize_store(path)
-    return path
+    def rest(generator: np.random.Generator, count: int) -> dict[str, Any]:
+        box = np.array([[20, 20, 200, 180], [300, 100, 420, 400]], np.float32)
+        noise = [Image.fromarray(generator.integers(0, 255, (480, 480, 3), np.uint8)) for _ in range(count)]
+        return {
+            "sizes": np.full((count, 2), 480, np.int32),
+            "content": np.zeros((count, 16), np.uint8),
+            "images/encoded/values": [encoded(image, quality=75) for image in noise],
+            "targets/boxes/values": [box] * count,
+            "targets/boxes/classes": [np.zeros(2, np.int32)] * count,
+        }
 
-
-def rows(generator: np.random.Generator, count: int) -> dict[str, Any]:
-    grids = generator.normal(size=(count, GRID, GRID, WIDTH)).astype(np.float32)
-    box = np.array([[20, 20, 200, 180], [300, 100, 420, 400]], np.float32)
-    return {
-        "features/pooled": grids.mean((1, 2)),
-        "features/grid": grids,
-        "sizes": np.full((count, 2), 480, np.int32),
-        "content": np.zeros((count, 16), np.uint8),
-        "images/encoded/values": [noise(generator) for _ in range(count)],
-        "targets/boxes/values": [box] * count,
-        "targets/boxes/classes": [np.zeros(2, np.int32)] * count,
-    }
-
-
-def noise(generator: np.random.Generator) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(generator.integers(0, 255, (480, 480, 3), np.uint8)).save(buffer, "JPEG")
-    return np.frombuffer(buffer.getvalue(), np.uint8)
+    kind: dict[str, Any] = {"grid": GRID, "images": "jpeg", "side": 0, "boxes": True}
+    return write_random_store(path, {"train": ROWS, "val": ROWS}, rest, class_names=("thing",), **kind)
 
 
 def set_up(

@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
+from benchmarks.stores import extract_features
+
 KINDS = ("ultralytics", "control", "distilled")
 METRICS = {"map50": "metrics/mAP50(B)", "map50_95": "metrics/mAP50-95(B)"}
 
@@ -37,28 +39,10 @@ def make_store(arguments: argparse.Namespace, work: Path) -> Path:
     """The given store, or one extracted from the given folder: grids of 16×16 and images."""
     if (arguments.data / "zarr.json").exists():
         return Path(arguments.data)
-    from extract.config import ExtractConfig
-    from extract.run import run_extraction
-
-    teacher: dict[str, Any] = {"teacher": "qwen2.5-vl", "teacher_path": str(arguments.teacher_path)}
-    if arguments.teacher_path is None:
-        from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
-
-        teacher = {"teacher": PRETRAINED_TEACHER, "teacher_path": str(pretrained_teacher_weights())}
-    size = 224 if arguments.teacher_path is not None else 512
-    store = work / "store.zarr"
-    run_extraction(
-        ExtractConfig(
-            **teacher,
-            data=str(arguments.data),
-            out=str(store),
-            image_size=size,
-            grid="16",
-            images="jpeg",
-            device=arguments.device,
-        )
-    )
-    return store
+    options = {"grid": "16", "images": "jpeg", "device": arguments.device, "image_size": 512}
+    if arguments.teacher_path is not None:
+        options |= {"teacher": "qwen2.5-vl", "teacher_path": str(arguments.teacher_path), "image_size": 224}
+    return extract_features(arguments.data, work / "store.zarr", **options)
 
 
 def write_yolo_folder(store: Path, folder: Path, image_size: int) -> Path:

@@ -10,50 +10,29 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.gpu_tower import make_checkpoint
+from benchmarks.stores import write_random_store
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Settings
 
-WIDTH, CLASSES = 1280, 10
+CLASSES = 10
 KINDS = ("classes", "masks", "boxes", "clips")
 
 
 def make_step_store(path: Path, rows: int, side: int, grid: int) -> Path:
     """Images of `side` pixels and grids in memory-mapped shards, random: for the time of a step, not for its result."""
-    from store.create import create_store
-    from store.finalize import finalize_store
-    from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
-    from store.keys import Plan
-    from store.writer import StoreWriter
 
-    arrays = feature_arrays(WIDTH, grid=grid) + target_arrays(label=True) + image_arrays("raw", side)
-    manifest = Manifest(
-        teacher=TeacherSpec(name="random", fingerprint="0", layer="none", width=WIDTH, random_weights=True),
-        preprocessing=Preprocessing(image_size=side),
-        class_names=tuple(f"class{index}" for index in range(CLASSES)),
-        grid=grid,
-        images="raw",
-    )
-    keys = {"train": [f"train/{row}" for row in range(rows)], "val": [f"val/{row}" for row in range(32)]}
-    create_store(path, manifest, Plan(keys, batch_rows=32), arrays)
-    generator = np.random.default_rng(0)
-    for split in keys:
-        with StoreWriter(path, split) as writer:
-            for start, stop in writer.batches():
-                count = stop - start
-                grids = generator.standard_normal((count, grid, grid, WIDTH), np.float32)
-                writer.append(
-                    {
-                        "features/pooled": grids.mean(axis=(1, 2)),
-                        "features/grid": grids,
-                        "sizes": np.full((count, 2), side, np.int32),
-                        "content": generator.integers(0, 255, (count, 16)).astype(np.uint8),
-                        "targets/label": generator.integers(0, CLASSES, count).astype(np.int32),
-                        "images/raw": generator.integers(0, 255, (count, side, side, 3)).astype(np.uint8),
-                    }
-                )
-    finalize_store(path)
-    return path
+    def rest(generator: np.random.Generator, count: int) -> dict[str, Any]:
+        return {
+            "sizes": np.full((count, 2), side, np.int32),
+            "content": generator.integers(0, 255, (count, 16)).astype(np.uint8),
+            "targets/label": generator.integers(0, CLASSES, count).astype(np.int32),
+            "images/raw": generator.integers(0, 255, (count, side, side, 3)).astype(np.uint8),
+        }
+
+    names = tuple(f"class{index}" for index in range(CLASSES))
+    kind: dict[str, Any] = {"grid": grid, "images": "raw", "side": side, "image_size": side}
+    return write_random_store(path, {"train": rows, "val": 32}, rest, class_names=names, **kind)
 
 
 def extract_small(settings: Settings, kind: str) -> Path:

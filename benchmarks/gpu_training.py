@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.gpu_data import KINDS, extract_small, make_step_store
 from benchmarks.gpu_tower import open_tower, synchronize
+from benchmarks.steps import build_parts, endless, loop_step
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Note, Settings
@@ -94,17 +95,7 @@ def measure_steps(settings: Settings, note: Note) -> None:
 
 def build(settings: Settings, options: dict[str, Any], name: str) -> Any:
     """The parts of a training, with the decoded images of its first batches kept in memory."""
-    from console.stop import StopRequest
-    from store.reader import open_store
-    from train.config import load_config
-    from train.data.splits import resolve_data, resolve_task
-    from train.loop.assemble import build_training
-    from train.loop.machine import build_accelerator
-
-    config = load_config({"out": settings.work / "runs" / name, "workers": 0, "augment": "none", **options})
-    opened: Any = open_store(config.store)
-    data = resolve_data(config, opened, resolve_task(config))
-    built = build_training(config, opened, data, build_accelerator(config), StopRequest())
+    built = build_parts({"out": settings.work / "runs" / name, "workers": 0, "augment": "none", **options})
     loader = built.parts.train_loader
     loader.batches.epoch, loader.batches.start = 0, 0
     loader.loader = InMemory(list(loader.loader))
@@ -123,28 +114,6 @@ class InMemory:
         return iter(
             [dict(batch) for batch in itertools.chain.from_iterable(itertools.repeat(self.batches, 50))]
         )
-
-
-def endless(loader: Any) -> Iterator[Any]:
-    for epoch in itertools.count():
-        yield from loader.epoch(epoch)
-
-
-def loop_step(built: Any, change: Callable[[Any], None] | None) -> Callable[[], None]:
-    """One step of our loop, reading the stored features included; `change` may alter the batch before."""
-    from train.loop.loop import Loop
-
-    loop = Loop(built.parts)
-    batches = endless(built.parts.train_loader)
-    built.parts.wrapped.train()
-
-    def step() -> None:
-        batch = next(batches)
-        if change is not None:
-            change(batch)
-        loop.step([batch])
-
-    return step
 
 
 def bare_step(built: Any) -> Callable[[], None]:

@@ -30,7 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.learning_data import write_emoji_table, write_scenes
-from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
+from benchmarks.stores import extract_features
 
 SIDE = 64
 TEACHER_SIDE = 160
@@ -69,26 +69,12 @@ def make_store(study: Study, work: Path) -> Path:
     path, data = work / f"{study.source}.zarr", work / study.source
     if (path / "complete").exists():
         return path
-    from extract.config import ExtractConfig
-    from extract.run import run_extraction
-
     if study.source == "table":
         write_emoji_table(data, None, unlabeled=False, draw=0, every=1)
     else:
         merge_classes(write_scenes(data, SCENES))
     shutil.rmtree(path, ignore_errors=True)
-    run_extraction(
-        ExtractConfig(
-            data=str(data),
-            out=path,
-            source=study.source,
-            teacher=PRETRAINED_TEACHER,
-            teacher_path=str(pretrained_teacher_weights()),
-            image_size=TEACHER_SIDE,
-            grid="native",
-            workers=0,
-        )
-    )
+    extract_features(data, path, source=study.source, image_size=TEACHER_SIDE, grid="native", workers=0)
     (path / "complete").touch()
     return path
 

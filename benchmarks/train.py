@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.train_data import SIDE, jpeg, make_store
+from benchmarks.steps import build_parts, endless, loop_step
+from benchmarks.train_data import SIDE, make_store, smooth_jpeg
 from console.output import print_json, print_table
-from console.stop import StopRequest
 from train.loop.machine import peak_resident_mb
 
 BATCH = 32
@@ -36,28 +36,8 @@ BATCH = 32
 
 def build(store: Path, out: Path, workers: int = 0, **options: Any) -> Any:
     """The loop's parts for resnet18, without starting it."""
-    from store.reader import open_store
-    from train.config import load_config
-    from train.data.splits import resolve_data, resolve_task
-    from train.loop.assemble import build_training
-    from train.loop.machine import build_accelerator
-
-    settings = {
-        "student": "resnet18",
-        "image_size": SIDE,
-        "batch_size": BATCH,
-        "device": "cpu",
-        "epochs": 100,
-    }
-    config = load_config({"store": store, "out": out, "workers": workers, **settings, **options})
-    opened: Any = open_store(config.store)
-    data = resolve_data(config, opened, resolve_task(config))
-    return build_training(config, opened, data, build_accelerator(config), StopRequest())
-
-
-def endless(loader: Any) -> Iterator[Any]:
-    for epoch in range(1_000_000):
-        yield from loader.epoch(epoch)
+    kind = {"student": "resnet18", "image_size": SIDE, "batch_size": BATCH, "device": "cpu", "epochs": 100}
+    return build_parts({"store": store, "out": out, "workers": workers, **kind, **options})
 
 
 def interleave(steps: dict[str, Callable[[], None]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -75,22 +55,6 @@ def interleave(steps: dict[str, Callable[[], None]], rounds: int, warmup: int = 
             if number >= warmup:
                 times[name].append(time.process_time() - started)
     return times
-
-
-def loop_step(built: Any, change: Callable[[Any], None] = lambda batch: None) -> Callable[[], None]:
-    """One step of our loop, loading included; `change` may alter the batch before."""
-    from train.loop.loop import Loop
-
-    loop = Loop(built.parts)
-    batches = endless(built.parts.train_loader)
-    built.parts.wrapped.train()
-
-    def step() -> None:
-        batch = next(batches)
-        change(batch)
-        loop.step([batch])
-
-    return step
 
 
 def bare_step(built: Any) -> Callable[[], None]:
@@ -196,7 +160,7 @@ def measure_loading(folder: Path, quick: bool) -> list[dict[str, Any]]:
     for number in range(count):
         path = root / f"class{number % 2}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(rng, 480))
+        path.write_bytes(smooth_jpeg(rng, 480))
     theirs = create_loader(
         create_dataset("", root=str(root)), (3, 224, 224), BATCH, is_training=True, use_prefetcher=False,
         num_workers=0, color_jitter=0.4, scale=(0.35, 1.0), interpolation="bilinear", hflip=0.5,
