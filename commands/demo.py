@@ -17,7 +17,7 @@ import typer
 from commands.assets import PRETRAINED_TEACHER
 from commands.extract import SUGGESTIONS, Suggestion, option_words
 from console.stop import Stopped
-from files.writing import check_writable, writing
+from files.writing import check_writable
 from processes.spawning import child_environment
 
 IMAGE_SIDE = 64
@@ -74,8 +74,10 @@ def demo(
     started = time.monotonic()
     check_disk(out)
     task = "classification" if data is None else task_of(data)  # before anything is written
-    with writing(out):
+    try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {out}: cannot be created: {error.strerror}") from None
     images = data or write_digits(out / "digits", size.images)
     weights = fetch_pretrained_weights() if teacher_path is None else None
     for number, step in enumerate(list_steps(out, images, task, teacher_path, weights, size), start=1):
