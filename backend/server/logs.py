@@ -46,7 +46,8 @@ async def follow(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     rest, skip_first, idle = "", position > 0, 0.0
     while True:
-        over = is_over()  # before reading: what was written until the end is then read below
+        # Before reading: what was written until the end is then read below.
+        over = await asyncio.to_thread(is_over)
         data = await asyncio.to_thread(read_from, path, position)
         position += len(data)
         *lines, rest = (rest + decoder.decode(data)).split("\n")

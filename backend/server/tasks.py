@@ -48,6 +48,8 @@ ACTIVE = (TaskState.QUEUED, TaskState.RUNNING, TaskState.STOPPING)
 # From these a task can be started (again); the training process resumes what is in its folder.
 STARTABLE = (TaskState.CREATED, TaskState.STOPPED, TaskState.FAILED, TaskState.LOST)
 FIELDS = tuple(TaskFields.model_fields)
+# Beside the tasks' folders; the training process names it (backend/task/request.py).
+CACHE_FOLDER = "feature_cache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class Tasks:
         task_id = fields.task_id or uuid.uuid4().hex[:12]
         place = self.place(task_id, requested_devices(fields) or "cpu")
         request = self.check(fields, place)
-        if place.output_dir.exists():
+        if task_id == CACHE_FOLDER or place.output_dir.exists():
             raise ConflictError(f"taskId: {place.output_dir} exists already: choose another id")
         with self.writing() as session:
             if session.scalar(sa.select(Task.id).where(Task.task_id == task_id)) is not None:

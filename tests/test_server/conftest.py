@@ -67,12 +67,15 @@ def settings_of(root: Path, **changes: Any) -> Settings:
 class LiveServer:
     """The application in a thread of this process, listening on a real port."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, prepare: Callable[[Tasks], None] | None = None) -> None:
+        """`prepare` is called before the queue starts."""
         import uvicorn
 
         self.settings = settings
         self.app: FastAPI = create_app(settings)
         self.tasks: Tasks = self.app.state.tasks
+        if prepare is not None:
+            prepare(self.tasks)
         config = uvicorn.Config(
             self.app, port=settings.port, log_config=None, access_log=False, timeout_graceful_shutdown=1
         )

@@ -14,8 +14,10 @@ import pytest
 
 from backend.server.app import create_app
 from backend.server.errors import ServerError
-from backend.server.security import LARGEST_BODY
+from backend.server.security import LARGEST_BODY, Guard, RefusedError
 from backend.server.settings import Settings, load_settings
+from backend.task.calls import TaskCalls
+from backend.task.http_client import Delivery, HttpClient
 from tests.test_server.conftest import TOKEN, LiveServer
 from tests.test_server.server_process import content, wait_until
 
@@ -90,6 +92,35 @@ def test_a_platform_s_client(live: LiveServer) -> None:
     assert (done["state"], done["bestAccuracy"], done["modelUrl"]) == ("COMPLETED", 50.0, "file:///x")
     assert content(http.delete("/tasks/a")) is None
     refused(http.get("/tasks/a"), 404, "there is no task 'a'")
+
+
+def test_every_call_of_the_training_process_is_accepted(live: LiveServer) -> None:
+    """Built, sent and judged by the training process's own code."""
+    live.http.post("/tasks", json=TASK)
+    calls, client = TaskCalls("a"), HttpClient(live.settings.api_base_url)
+    unknown = float("nan")
+    sent = [
+        calls.progress(epoch=0, total_epochs=3, message="extracting\n花\0"),
+        calls.progress(epoch=3, total_epochs=3, train_loss=0.5, val_loss=unknown, val_accuracy=0.123456),
+        calls.history(epoch=3, values={"trainLoss": 0.5, "valAccuracy": 12.3456, "gpuUsage": unknown}),
+        calls.model_path(live.settings.output_root / "a" / "花 best_model.pt"),
+        calls.evaluations(
+            values={"precision": 0.5, "map95": None},
+            dataset_id="花 two",
+            dataset_name="花 two",
+            samples=3,
+            details={"student": "花", "name": "\ud800"},
+        ),
+        calls.error("bad\nimages " + "x" * 1000),
+        calls.complete(),
+    ]
+    for call in sent:
+        assert client.deliver(call, 10.0) == Delivery(True), call.kind
+    done = content(live.http.get("/tasks/a"))
+    assert (done["accuracy"], done["trainLoss"], done["valLoss"]) == (12.3456, 0.5, None)
+    assert done["modelUrl"].endswith("/a/%E8%8A%B1%20best_model.pt")
+    details = content(live.http.get("/tasks/a/evaluations"))[0]["detailedResults"]
+    assert json.loads(details) == {"student": "花", "name": "\ud800"}
 
 
 def test_errors_name_what_is_wrong(live: LiveServer) -> None:
@@ -203,6 +234,22 @@ def test_browsers_sign_in(guarded: LiveServer) -> None:
         assert "SameSite=Strict" in cookie
         assert TOKEN not in cookie
         assert browser.get("/docs").status_code == 200
+
+
+@pytest.mark.parametrize("host", ["10.0.0.7", "[fe80::1]:8080", socket.gethostname(), "proxy.example:443"])
+def test_a_server_for_other_machines_has_their_names_for_it(
+    settings: Settings, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_DISTILL_TOKEN", TOKEN)
+    monkeypatch.setenv("QWEN_DISTILL_HOSTS", "Proxy.example, other.example")
+    guard = Guard(no_app, load(settings, host="0.0.0.0"))
+    guard.check_host({"host": host})
+    with pytest.raises(RefusedError):
+        guard.check_host({"host": "evil.example"})
+
+
+async def no_app(*_: Any) -> None:
+    raise AssertionError("not reached")
 
 
 def load(settings: Settings, **changes: Any) -> Settings:

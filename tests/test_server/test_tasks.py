@@ -91,8 +91,9 @@ def test_an_id_is_used_once(tasks: Tasks, settings: Settings) -> None:
         tasks.create(new(task_id="a"))
     tasks.create(new(task_id="A"))  # another id, in every database
     (settings.output_root / "left").mkdir()
-    with pytest.raises(ConflictError, match="exists already"):
-        tasks.create(new(task_id="left"))
+    for name in ("left", "feature_cache"):
+        with pytest.raises(ConflictError, match="exists already"):
+            tasks.create(new(task_id=name))
 
 
 def test_only_a_task_that_was_not_started_can_be_changed(tasks: Tasks) -> None:
