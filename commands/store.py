@@ -1,4 +1,4 @@
-"""`cli inspect`, `cli verify`, `cli convert`."""
+"""`cli inspect`, `cli verify`, `cli copy`, `cli convert`."""
 
 from __future__ import annotations
 
@@ -304,6 +304,45 @@ def print_audit(audit: dict[str, Any]) -> None:
         value for value in (audit["pooled_standardised"], audit["grid_standardised"]) if value is not None
     )
     print(f"{line}; {least:.5f} standardized")
+
+
+def copy(
+    source: Annotated[str, typer.Argument(help="A complete store: a folder or a URL.", metavar="FROM")],
+    target: Annotated[str, typer.Argument(help="Where the copy goes: a folder or a URL.", metavar="TO")],
+    arrays: Annotated[
+        str | None,
+        typer.Option(help="Only these arrays, e.g. features/pooled,targets,logits.", metavar="NAMES"),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """cli copy flowers.zarr s3://features/flowers.zarr
+
+    Copy a store between folders and URLs. Every file is compared with the store's checksums. Running the same
+    command again continues a copy that was interrupted.
+
+    cli copy s3://features/flowers.zarr flowers.zarr --arrays features/pooled,targets
+    """
+    from console.progress import PhaseProgress
+    from console.stop import Stopped, StopRequest
+    from store.replicate import replicate_store
+
+    names = None if arrays is None else [name.strip() for name in arrays.split(",")]
+    with StopRequest() as stop, PhaseProgress("files") as shown:
+        copied = replicate_store(
+            source,
+            target,
+            names,
+            lambda done, total: shown.progress(done, total, "copying"),
+            lambda: stop.requested,
+        )
+        if copied is None:
+            raise Stopped("stopped: the same command continues the copy", stop.exit_code)
+    result = {"source": source, "target": target, **copied._asdict()}
+    if json:
+        print_json(result)
+        return
+    again = f", {copied.skipped} files were there" if copied.skipped else ""
+    print(f"{target}: {copied.files} files, {copied.bytes / 1e6:,.1f} MB copied{again}")
 
 
 def convert(

@@ -72,7 +72,8 @@ def track_progress(
 class PhaseProgress:
     """Shows the progress of each phase (encoding, scoring); a display starts when its total is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "images") -> None:
+        self.unit = unit
         self.display: Progress | None = None
         self.phase: tuple[str, int] | None = None
         self.done = 0
@@ -80,7 +81,7 @@ class PhaseProgress:
     def progress(self, done: int, total: int, message: str) -> None:
         if (message, total) != self.phase or done < self.done:
             self.close()
-            self.display = track_progress(total, message, "images", done)
+            self.display = track_progress(total, message, self.unit, done)
             self.phase = message, total
         elif self.display is not None:
             self.display.advance(done - self.done)

@@ -1,4 +1,5 @@
-"""Files at a URL, through fsspec: read in parts, tried again after a failure, with one line for what goes wrong.
+"""Files at a URL, through fsspec: read in parts, written whole and compared, tried again after a failure, with one line
+for what goes wrong.
 
 Credentials are those of each provider's own tools (environment variables, profiles, roles of the machine). fsspec takes
 further settings, such as the endpoint of another S3 server, from its configuration (`FSSPEC_S3_ENDPOINT_URL`).
@@ -6,6 +7,8 @@ further settings, such as the endpoint of another S3 server, from its configurat
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -62,20 +65,74 @@ class RemoteFiles:
             for request in pending:
                 yield request.result()
 
+    def size(self, key: str) -> int | None:
+        """Bytes of a file; None where there is none. Raises StoreError."""
+        try:
+            return self._try(key, PAUSES_S, lambda files, path: int(files.info(path)["size"]), fresh=True)
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        """The keys below a folder, where the file system can list; else none."""
+
+        def find(files: Any, path: str) -> list[str]:
+            root = path.removesuffix(folder)
+            return [name.removeprefix(root) for name in files.find(path)]
+
+        try:
+            return self._try(folder, FIRST_PAUSES_S, find)
+        except (FileNotFoundError, StoreError):
+            return []
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write a whole file, which appears under its name when it is complete, and compare what has arrived.
+
+        Raises StoreError.
+        """
+
+        def put(files: Any, path: str) -> None:
+            if not hasattr(files, "_s3"):  # object stores have no folders
+                files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            files.pipe_file(path, data)
+            files.invalidate_cache(path.rpartition("/")[0])
+            if not arrived(files, path, data):
+                raise OSError("what arrived is not what was sent")
+
+        try:
+            self._try(key, PAUSES_S, put)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{self.url}/{key}: cannot be written: {error}; check the address: is there such a bucket?"
+            ) from error
+
+    def delete(self, key: str) -> None:
+        """Delete a file, if there is one. Raises StoreError."""
+        with contextlib.suppress(FileNotFoundError):
+            self._try(key, PAUSES_S, lambda files, path: files.rm_file(path))
+
     def _range(self, key: str, start: int, stop: int) -> bytes:
         return self._try(
             key, PAUSES_S, lambda files, path: bytes(files.cat_file(path, start=start, end=stop))
         )
 
-    def _try(self, key: str, pauses_s: tuple[float, ...], read: Callable[[Any, str], Value]) -> Value:
-        """What `read` returns, tried again where that can help."""
+    def _try(
+        self,
+        key: str,
+        pauses_s: tuple[float, ...],
+        work: Callable[[Any, str], Value],
+        *,
+        fresh: bool = False,
+    ) -> Value:
+        """What `work` returns, tried again where that can help. `fresh`: not from a listing that was kept."""
         where = f"{self.url}/{key}"
         for pause in (*pauses_s, None):
             try:
                 import fsspec
 
                 files, path = fsspec.core.url_to_fs(where)
-                return read(files, path)
+                if fresh:
+                    files.invalidate_cache(path.rpartition("/")[0])
+                return work(files, path)
             except FileNotFoundError:
                 raise
             except (
@@ -87,11 +144,22 @@ class RemoteFiles:
                 text = " ".join(str(error).split()) or type(error).__name__
                 if pause is None:
                     raise StoreError(
-                        f"{where}: cannot be read: {text[:300]}; check address and network, then run the same command again"
+                        f"{where}: does not work: {text[:300]}; check address and network, then run the same command again"
                     ) from error
                 log.warning("%s: %s; trying again in %g s", where, text[:200], pause)
                 time.sleep(pause)
         raise AssertionError("unreachable")
+
+
+def arrived(files: Any, path: str, data: bytes) -> bool:
+    """Whether a file that was written has this content: by the provider's checksum where it has one, else read back."""
+    info = files.info(path)
+    if int(info["size"]) != len(data):
+        return False
+    etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    # The MD5 of an object in one part; with some encryptions it is something else.
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    return etag == digest or bytes(files.cat_file(path)) == data
 
 
 def reason_of(error: Exception) -> str | None:
@@ -113,5 +181,5 @@ def reason_of(error: Exception) -> str | None:
             "AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true)"
         )
     if isinstance(error, PermissionError) or status in (401, 403):
-        return "no permission to read it: check the credentials, whether they have expired, and their rights"
+        return "no permission: check the credentials, whether they have expired, and their rights"
     return None

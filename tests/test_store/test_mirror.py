@@ -272,8 +272,8 @@ def test_wrong_bytes_are_never_read(serve: Serve, own_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
-        (403, "no permission to read it: check the credentials"),
-        (503, "cannot be read: .*check address and network"),
+        (403, "no permission: check the credentials"),
+        (503, "does not work: .*check address and network"),
     ],
 )
 def test_a_fault_that_stays_is_one_line(serve: Serve, fault: int, problem: str) -> None:
@@ -291,7 +291,7 @@ def test_what_is_no_store_is_one_line(serve: Serve, monkeypatch: pytest.MonkeyPa
     serve()
     for url, problem in [
         (f"s3://{BUCKET}/none.zarr", "no such store"),
-        ("http://127.0.0.1:9/x.zarr", "cannot be read: .*check address and network"),
+        ("http://127.0.0.1:9/x.zarr", "does not work: .*check address and network"),
         ("nonsense://x.zarr", "Protocol not known: nonsense: expected s3://"),
         ("s3://user:***@bucket/x.zarr", "the password was left out"),
     ]:
