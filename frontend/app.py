@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from nicegui import Client, ui
+from nicegui import app as pages
 
 from backend.server.errors import NotFoundError
 from backend.server.tasks import Tasks
@@ -21,6 +22,7 @@ FAVICON = (
     '<circle cx="9" cy="12" r="6.5"/><circle cx="18.5" cy="12" r="3.2" fill="#3358d4" stroke="none"/></svg>'
 )
 REPORT_NAME = re.compile(r"[0-9a-f]{16}")
+API = "/model-distillation/"
 BUILD_TIMEOUT_S = 30.0
 
 
@@ -60,6 +62,7 @@ def mount(app: FastAPI) -> None:
     def show_compare(client: Client) -> None:
         compare_page.build(client, tasks)
 
+    add_missing_page()
     logging.getLogger("nicegui").setLevel(logging.WARNING)
     ui.run_with(
         app,
@@ -70,6 +73,19 @@ def mount(app: FastAPI) -> None:
         reconnect_timeout=30.0,
         show_welcome_message=False,
     )
+
+
+def add_missing_page() -> None:
+    """What has no page: a page with a link for a browser, the platform's JSON for everything else."""
+
+    @pages.exception_handler(404)
+    async def show_missing(request: Request, error: Exception) -> Response:
+        if request.url.path.startswith(API) or "text/html" not in request.headers.get("accept", ""):
+            answer = {"code": 404, "message": f"there is no {request.url.path[:200]}", "data": None}
+            return JSONResponse(answer, 404)
+        with Client(ui.page(""), request=request) as client:
+            task_page.build_missing(client)
+        return client.build_response(request, 404)
 
 
 @contextmanager

@@ -234,6 +234,8 @@ class ProgressBar:
         done, total = task.current_epoch or 0, task.planned_epochs
         waiting = task.state == TaskState.RUNNING and not done
         words = self.texts("extracting") if waiting else self.texts("epoch", done=done, total=total or "?")
+        if task.state == TaskState.QUEUED and task.queue_position:
+            words = self.texts("queued", place=task.queue_position)
         if task.state == TaskState.RUNNING and total and done >= total:
             words = f"{words} · {self.texts('finishing')}"
         self.words.set_text(words)

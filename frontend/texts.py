@@ -26,10 +26,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "retry": ("Try again", "重试"),
     "working": ("Working …", "处理中 …"),
     "none": ("–", "–"),
-    "page.missing": ("There is no such task", "没有这个任务"),
+    "page.missing": ("This page does not exist", "页面不存在"),
     "page.missing.next": (
-        "It may have been deleted. Go back to the list of tasks.",
-        "它可能已被删除。请返回任务列表。",
+        "The task may have been deleted. Go back to the list of tasks.",
+        "该任务可能已被删除。请返回任务列表。",
     ),
     # Tasks
     "tasks.title": ("Tasks", "任务"),
@@ -85,6 +85,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "done.saved": ("“{name}” was saved", "“{name}”已保存"),
     "epoch": ("epoch {done} of {total}", "第 {done} 轮，共 {total} 轮"),
     "finishing": ("last steps", "收尾"),
+    "queued": ("place {place} in the queue", "排队第 {place} 位"),
     "extracting": ("preparing features", "正在准备特征"),
     "duration.s": ("{s} s", "{s} 秒"),
     "duration.m": ("{m} min {s} s", "{m} 分 {s} 秒"),

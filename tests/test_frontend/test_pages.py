@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import expect
 
@@ -294,3 +295,15 @@ def test_tasks_are_searched_started_edited_and_deleted(site: Site, visit: Visit,
     page.get_by_role("button", name="Clear the filter").click()
     expect(page.locator("tbody tr")).to_have_count(20)
     window.keep("tasks-many-en-light")
+
+
+def test_an_address_without_a_page_is_answered_with_404(site: Site, visit: Visit) -> None:
+    answer = httpx.get(f"{site.url}/model-distillation/nothing")
+    assert (answer.status_code, answer.json()["code"], answer.json()["data"]) == (404, 404, None)
+    window = visit(language="zh")
+    page = window.page
+    assert page.goto(f"{site.url}/nothing").status == 404
+    expect(page.locator(".empty")).to_contain_text("页面不存在")
+    page.get_by_role("button", name="任务").click()
+    expect(page).to_have_url(f"{site.url}/")
+    window.troubles.clear()  # the console reports the 404
