@@ -272,7 +272,8 @@ def compare(bench: Bench, study: Study, options: dict[str, Any], seeds: int) -> 
 # Variants of the distilled side. `NOT_STANDARDIZED` trains from a store whose statistics say mean 0 and spread 1.
 NOT_STANDARDIZED = "not standardized"
 ABLATION: dict[str, dict[str, Any]] = {
-    "defaults (mse, feature weight 20, hybrid)": {},
+    "defaults (mse, weight found, hybrid)": {},
+    "feature weight 20": {"feature_weight": 20.0},
     "feature weight 1": {"feature_weight": 1.0},
     "cosine": {"feature_loss_type": "cosine"},
     "smooth_l1": {"feature_loss_type": "smooth_l1"},

@@ -202,9 +202,19 @@ class TrainConfig(BaseModel):
     )
     hard_label_weight: float = _distillation(0.5, "Weight of the task loss.", ge=0)
     soft_label_weight: float = _distillation(0.5, "Weight of the distillation loss.", ge=0)
-    feature_weight: float = _distillation(1.0, "Of the feature term in the distillation loss.", ge=0)
+    feature_weight: float | None = _distillation(
+        None,
+        "Of the feature term in the distillation loss.",
+        ge=0,
+        shown_default="found from gradients in the first steps",
+    )
     logit_weight: float = _distillation(
         1.0, "Of the logit term in the distillation loss.", ge=0, needs="logits", not_for=_NO_LOGITS
+    )
+    distill_until: Literal["auto", "end"] = _distillation(
+        "auto",
+        "auto: the distillation terms end when the student is better than a probe of the teacher's features.",
+        not_for={"yolov8": "there is no probe of boxes to compare with"},
     )
     feature_loss_type: Literal["mse", "cosine", "smooth_l1", "relation"] = _distillation(
         "mse", "Feature term."

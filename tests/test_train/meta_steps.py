@@ -168,11 +168,13 @@ def make_loop(student: Any, objective: Objective, plan: DistillationPlan | None,
         "out": "run",
         "epochs": 3,
         "batch_size": 6,
+        "feature_weight": 1.0,  # measuring one reads from the device
         **options,
     }
     config = load_config(settings)
     accelerator: Any = PlainAccelerator()
-    loader: Any = SimpleNamespace(batches=SimpleNamespace(slices=[slice(0, 6)] * 4))
+    batches = SimpleNamespace(slices=[slice(0, 6)] * 4, rows=range(24), balance=None)
+    loader: Any = SimpleNamespace(batches=batches)
     loop = Loop(
         Parts(
             config=config,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class _WeightedSum(torch.autograd.Function):
     Here one tensor stays, the gradient in the student's own dtype.
     """
 
+    repeatable = False  # see repeatable_backward
+
     @staticmethod
     def forward(ctx: Any, kind: str, student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """`student`, `target` [N, D], `weight` float32 [N] → scalar float32."""
@@ -95,8 +97,20 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
+        if _WeightedSum.repeatable:
+            return None, gradient * factor, None, None
         # In place: the memory's peak is here, and autograd refuses a second pass over what was changed.
         return None, gradient.mul_(factor), None, None
+
+
+@contextlib.contextmanager
+def repeatable_backward() -> Iterator[None]:
+    """Inside, the backward pass of `feature_loss` leaves what it needs for another one."""
+    _WeightedSum.repeatable = True
+    try:
+        yield
+    finally:
+        _WeightedSum.repeatable = False
 
 
 def weighted_mean(

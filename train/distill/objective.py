@@ -144,7 +144,7 @@ class Objective:
         cell_shapes: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.task, self.plan = task, plan or DistillationPlan()
-        self.weights = weights or {"hard_loss": 1.0}
+        self.weights = dict(weights or {"hard_loss": 1.0})
         self.loss_type, self.temperature = loss_type, temperature
         self.standardizers = standardizers or {}
         self.teacher_views = teacher_views
@@ -262,8 +262,11 @@ class Objective:
                 )
             )
             terms["logit_loss"] = mix(divergence, targets.logits, targets.logit_weight, mixing)
-        loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
-        return {"loss": loss, **terms}
+        return {"loss": self.total(terms), **terms}
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the named terms; scalar float32."""
+        return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
 
 
 def grid_shape(grid: Tensor) -> tuple[int, int]:

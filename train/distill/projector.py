@@ -166,7 +166,7 @@ class DistilledStudent(nn.Module):
         self.wants_cells, self.wants_pooled = cells, pooled
         # In a list, and so out of the module tree: compiling must not change the names in state dicts.
         self.compiled: list[Callable[..., StudentOutput]] = []
-        self.compiled_batch = 0
+        self.compiled_batch, self.runs_compiled = 0, True
 
     def compile_student(self, batch_size: int) -> None:
         """From now on run batches of `batch_size` through torch.compile.
@@ -178,7 +178,7 @@ class DistilledStudent(nn.Module):
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> DistilledOutput:
         """`images` float [B, 3, S, S], clips [B, T, 3, S, S] with `lengths` int64 [B]."""
-        compiled = self.compiled and len(images) == self.compiled_batch
+        compiled = self.compiled and self.runs_compiled and len(images) == self.compiled_batch
         run = self.compiled[0] if compiled else self.student
         logits, features, maps = run(images) if lengths is None else run(images, lengths)
         if self.projector is None:

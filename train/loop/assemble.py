@@ -24,6 +24,7 @@ from train.data.splits import TrainingData
 from train.data.views import AUGMENTATIONS, Augmentation
 from train.distill.objective import DistillationPlan, Objective, build_standardizers
 from train.distill.projector import DistilledStudent, build_projector, take_over_head
+from train.distill.reference import teacher_reference
 from train.distill.resolve import check_mixing, resolve_augmentation, resolve_features
 from train.distill.transport import resize_matrices
 from train.errors import ConfigError
@@ -31,6 +32,7 @@ from train.loop.loop import Parts, TrainingState, build_normalizer, derive_seed
 from train.loop.optimizer import WeightAverage, build_optimizer
 from train.loop.saving import StepGuard
 from train.lora import apply_lora_options
+from train.metrics import TASK_METRICS
 from train.students.base import Student
 from train.students.build import build_student
 from train.students.weights import load_phase_one
@@ -150,7 +152,12 @@ def build_training(
         progress=TrainingState(),
         average=WeightAverage(module.student, config.ema_decay) if config.ema_decay is not None else None,
         stop=stop,
+        validation_samples=data.validation_samples,
     )
+    if config.distill_until == "auto" and learned.anything:
+        metric = TASK_METRICS[data.task].best
+        parts.reference = teacher_reference(store, store[config.train_split], metric, learned.logits)
+        parts.labeled_alone = balance_rows(config, data, teaches_all=False)
     return Built(parts, student, plan, name, data.validation_samples, notes, lora)
 
 
@@ -249,7 +256,8 @@ def build_objective(
         plan,
         weights={
             "hard_loss": config.hard_label_weight,
-            "feature_loss": soft * config.feature_weight,
+            # Without a number, the loop finds one in its first steps.
+            "feature_loss": soft * (1.0 if config.feature_weight is None else config.feature_weight),
             "logit_loss": soft * config.logit_weight,
         },
         loss_type=config.feature_loss_type,

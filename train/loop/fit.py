@@ -90,6 +90,7 @@ class LoopTrainer:
                 "batch_size": config.batch_size,
                 "grad_accum_steps": config.grad_accum_steps,
                 "notes": built.notes,
+                **({} if request.control else {"distillation": describe_distillation(built)}),
             },
         )
 
@@ -120,6 +121,22 @@ class LoopTrainer:
             "initial_weights": built.student.initial_weights.origin,
             "notes": built.notes,
         }
+
+
+def describe_distillation(built: Built) -> dict[str, Any]:
+    """What became of the distillation terms, for summary.json.
+
+    `feature_weight`: given, or as it was found; `teacher`: the task's metric of a probe of the teacher's features;
+    `ended_after_epoch`: the student was better than that.
+    """
+    parts = built.parts
+    given, progress = parts.config.feature_weight, parts.progress
+    found = progress.calibration.weight if given is None else given
+    return {
+        "feature_weight": found if built.plan.features else None,
+        "teacher": None if parts.reference is None else {parts.reference.metric: parts.reference.value},
+        "ended_after_epoch": progress.distilled_epochs,
+    }
 
 
 def phase_one_of(folder: RunFolder) -> dict[str, Any] | None:

@@ -19,10 +19,12 @@ from console.progress import Progress
 from console.stop import Stopped, StopRequest
 from train.checkpoint import normalization
 from train.config import TrainConfig
-from train.data.batches import Batch, BatchLoader
+from train.data.batches import Balance, Batch, BatchLoader
+from train.distill.calibration import Calibration, CalibrationState, other_terms
 from train.distill.mixing import draw_mixing, mix_images
 from train.distill.objective import Objective, Targets
 from train.distill.projector import DistilledStudent
+from train.distill.reference import TeacherReference
 from train.errors import TrainError
 from train.fit import is_validated, validation_interval
 from train.loop.evaluate import evaluate
@@ -62,6 +64,8 @@ class TrainingState:
     best_metrics: dict[str, float] = field(default_factory=dict)
     best_details: dict[str, float] = field(default_factory=dict)
     stale_epochs: int = 0
+    calibration: CalibrationState = field(default_factory=CalibrationState)
+    distilled_epochs: int | None = None  # after which the distillation terms ended; None: they have not
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def add_losses(self, losses: Mapping[str, float], samples: float) -> None:
@@ -99,8 +103,9 @@ class TrainingState:
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Become what `to_dict` gave; names that this version does not know are ignored."""
-        known = {item.name for item in fields(self)}
+        known = {item.name for item in fields(self)} - {"calibration"}
         self.__dict__.update({name: value for name, value in values.items() if name in known})
+        self.calibration = CalibrationState(**values.get("calibration", {}))
 
 
 @dataclass
@@ -121,6 +126,10 @@ class Parts:
     progress: TrainingState
     average: WeightAverage | None
     stop: StopRequest
+    #: What the teacher knows, where the terms may end, and the batches of labeled rows from then on.
+    reference: TeacherReference | None = None
+    labeled_alone: Balance | None = None
+    validation_samples: int = 0
 
     @property
     def evaluated(self) -> Student:
@@ -152,6 +161,7 @@ class Loop:
             train_samples=len(parts.train_loader.batches.rows),
             val_samples=len(parts.val_loader.batches.rows),
         )
+        self.calibration = self.build_calibration()
         self.stop_seen = False
         self.lap_started = 0.0
         self.unread: list[StepLosses] = []
@@ -163,6 +173,7 @@ class Loop:
         A resumed run starts within an epoch, with the step after the last finished one.
         """
         parts, progress, patience = self.parts, self.parts.progress, self.parts.config.early_stopping_patience
+        self.set_weights()
         while progress.epoch < parts.config.epochs:
             if patience is not None and progress.stale_epochs >= patience:
                 return
@@ -199,10 +210,14 @@ class Loop:
         targets = [parts.objective.prepare(batch) for batch in group]
         counts = add_counts([target.counts for target in targets])
         totals: dict[str, Tensor] = {}
+        calibration = self.calibration if self.calibration and self.calibration.measures else None
+        parts.module.runs_compiled = calibration is None  # compiled code can be differentiated once
         for index, batch in enumerate(group):
             last = index == len(group) - 1
             with contextlib.nullcontext() if last else parts.accelerator.no_sync(parts.wrapped):
                 terms = self.forward(batch, targets[index], counts, index)
+                if calibration and "feature_loss" in terms:
+                    calibration.add(terms["feature_loss"], other_terms(terms, self.unweighted))
                 parts.accelerator.backward(terms["loss"] * world_size())
             for name, value in terms.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
@@ -219,6 +234,9 @@ class Loop:
             parts.optimizer.zero_grad()
             if parts.average is not None:
                 parts.average.update(parts.module.student)
+            if calibration:
+                calibration.finish()
+                self.set_weights()
             progress.step += 1
             progress.global_step += 1
             progress.seconds += self.lap()
@@ -229,6 +247,47 @@ class Loop:
                 self.settle(leave=1)
         if self.display is not None:
             self.display.advance(int(samples) * parts.accelerator.num_processes)
+
+    def build_calibration(self) -> Calibration | None:
+        """What finds the feature term's weight; None where it was given, or nothing else is learned."""
+        parts = self.parts
+        if not parts.objective.plan.features or parts.config.feature_weight is not None:
+            return None
+        student = parts.module.student
+        prefixes = student.head_prefixes
+        body = [p for name, p in student.named_parameters() if not is_of_head(name, prefixes)]
+        # The state is looked up at each use: resuming replaces it.
+        return Calibration(lambda: parts.progress.calibration, body, self.total_steps)
+
+    def unweighted(self, name: str) -> float:
+        """A term's weight relative to the task's, with hard_label_weight and soft_label_weight left out."""
+        return self.parts.config.logit_weight if name == "logit_loss" else 1.0
+
+    def set_weights(self) -> None:
+        """Use what the calibration has found so far; once the distillation terms have ended, weights of 0."""
+        parts, changed = self.parts, dict[str, float]()
+        if self.calibration is not None:
+            changed["feature_loss"] = parts.config.soft_label_weight * parts.progress.calibration.weight
+        if parts.progress.distilled_epochs is not None:
+            changed = {"feature_loss": 0.0, "logit_loss": 0.0}
+            # The rows without labels have nothing to teach any more.
+            parts.train_loader.batches.balance = parts.labeled_alone or parts.train_loader.batches.balance
+        for objective in (parts.objective, parts.val_objective):
+            objective.weights |= changed
+
+    def end_distillation_when_beaten(self, metrics: Mapping[str, float]) -> bool:
+        """End the distillation terms, from the next epoch on, once the student is better than the teacher's probe.
+
+        The decision depends on metrics alone and is part of the run's state. Call it before `finish_epoch`.
+        """
+        reference, progress = self.parts.reference, self.parts.progress
+        if reference is None or progress.distilled_epochs is not None or reference.metric not in metrics:
+            return False
+        if not reference.is_beaten(metrics[reference.metric], self.parts.validation_samples):
+            return False
+        progress.distilled_epochs = progress.epoch + 1
+        self.set_weights()
+        return True
 
     def forward(
         self, batch: Batch, targets: Targets, counts: Mapping[str, Tensor], index: int
@@ -332,6 +391,7 @@ class Loop:
             **means,
             "val_loss": metrics.pop("val_loss", None),
             **metrics,
+            **({"feature_weight": progress.calibration.weight} if self.calibration is not None else {}),
             "learning_rate": self.learning_rate(progress.global_step - 1),
             "epoch_time_s": round(seconds, 3),
         }
@@ -369,6 +429,11 @@ class StepLosses(NamedTuple):
         for value in norm:
             check_finite({"gradient norm": value}, self.where)
         return values, samples, stop > 0
+
+
+def is_of_head(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to the task head; wrappers and LoRA put names in front."""
+    return any(name.startswith(prefix) or f".{prefix}" in name for prefix in prefixes)
 
 
 def check_finite(values: Mapping[str, float], where: str) -> None:

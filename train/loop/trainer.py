@@ -38,6 +38,7 @@ NOT_METRICS = frozenset(
         "logit_loss",
         "val_loss",
         "learning_rate",
+        "feature_weight",
         "epoch_time_s",
     ]
 )
@@ -148,12 +149,21 @@ class Trainer:
             is_best = self.loop.validates() and progress.note_value(
                 -record["val_loss"] if value is None else value, record["epoch"], metrics, details
             )
+            ended = self.loop.end_distillation_when_beaten(metrics)
             progress.finish_epoch(record)
             if is_best and self.is_main:
                 adapters = self.adapters() if self.config.lora_rank else None
                 self.writer.note_best(self.student_content(record), adapters, record["epoch"])
         if not self.is_main:
             return
+        if ended and self.parts.reference is not None:
+            metric = self.parts.reference.metric
+            log.info(
+                "epoch %d: %s %s, better than a probe of the teacher's features (%s): the distillation terms end, the "
+                "labels teach alone (--distill-until end keeps them)",
+                *(record["epoch"], label_of(metric), text_of(metric, metrics[metric])),
+                text_of(metric, self.parts.reference.value),
+            )
         RunFolder(self.folder).append_record(record)
         warn_of_zero_metric(self.config, self.folder, self.parts.progress.history)
         self.save_when_due(after_epoch=True)

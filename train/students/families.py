@@ -12,11 +12,6 @@ from typing import Any
 
 from train.errors import ConfigError
 
-# Distances are means over 1280 standardized channels, so their gradient is small compared with a cross-entropy's: at
-# weight 1 a classifier learns little of the features (benchmarks/learning.py --ablation).
-FEATURE_WEIGHT = 20.0
-
-
 # Of timm's classifiers, and of the networks of our own.
 _TIMM: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -24,7 +19,6 @@ _TIMM: dict[str, Any] = {
     "batch_size": 32,
     "weight_decay": 0.01,
     "distillation_type": "hybrid",
-    "feature_weight": FEATURE_WEIGHT,
     "image_size": 224,
 }
 _OWN: dict[str, Any] = {

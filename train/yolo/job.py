@@ -238,10 +238,14 @@ def attach_teacher(
         {level: targets.standardizer.gain.numel() for level, targets in train.by_level.items()},
         kind=config.feature_loss_type,
         hard_weight=config.hard_label_weight,
-        soft_weight=config.soft_label_weight * config.feature_weight,
+        soft_weight=config.soft_label_weight
+        * (1.0 if config.feature_weight is None else config.feature_weight),
         foreground=config.foreground_weight,
         align=config.align_feature,
         align_head=config.align_head,
+        batches=0
+        if config.feature_weight is not None
+        else config.epochs * -(-len(splits["train"].records) // config.batch_size),
     )
     network.attach(distillation, (train, val))
 

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
+from train.distill.calibration import (
+    SHARE,
+    STEPS_PER_MEASUREMENT,
+    Calibration,
+    CalibrationState,
+    measurements_of,
+)
 from train.distill.losses import feature_loss
 from train.distill.projector import build_projector, channels_last_rows
 from train.yolo.targets import LevelTargets, foreground_weights
@@ -22,6 +29,8 @@ DISTILLATION_ITEM = "dis_loss"
 class Distillation(nn.Module):
     """The distance between the student's maps and the teacher's grid: alignment heads and the settings of it."""
 
+    calibration: Tensor
+
     def __init__(
         self,
         widths: dict[str, int],
@@ -33,9 +42,19 @@ class Distillation(nn.Module):
         foreground: float,
         align: bool,
         align_head: str,
+        batches: int = 0,
     ) -> None:
-        """`widths`, `teacher_widths`: level (P3, P4, P5) → channels of the student's map there, and of what it learns."""
+        """`widths`, `teacher_widths`: level (P3, P4, P5) → channels of the student's map there, and of what it learns.
+
+        `batches`: of the whole training, where the term's weight is found in the first ones (`train.distill.calibration`) and
+        multiplied with `soft_weight`; 0: it was given.
+        """
         super().__init__()
+        self.wanted = measurements_of(batches) if batches else 0
+        self.measured: int | None = None  # known once training has begun, or gone on
+        if batches:
+            # Number and sum of the logarithms of what was measured: in the state that a run is resumed from.
+            self.register_buffer("calibration", torch.zeros(2, dtype=torch.float64))
         self.kind, self.foreground = kind, foreground
         self.hard_weight, self.soft_weight = hard_weight, soft_weight
         self.heads = nn.ModuleDict(
@@ -44,6 +63,32 @@ class Distillation(nn.Module):
                 for level, width in widths.items()
             }
         )
+
+    @property
+    def weight(self) -> Tensor | float:
+        """The weight of the term in the loss."""
+        if not self.wanted:
+            return self.soft_weight
+        count, logarithms = self.calibration.float()
+        found = SHARE * (logarithms / count.clamp_min(1)).exp()
+        return self.soft_weight * torch.where(count > 0, found, 1.0)
+
+    def calibrate(self, parameters: list[nn.Parameter], term: Tensor, others: Tensor) -> None:
+        """Measure a batch, unless there are enough of them. `parameters`: of backbone and neck, in their order."""
+        count, logarithms = self.calibration.tolist()
+        state = CalibrationState(int(count), logarithms)
+        calibration = Calibration(lambda: state, parameters, self.wanted * STEPS_PER_MEASUREMENT)
+        calibration.add(term, others)
+        calibration.finish()
+        self.measured = state.count
+        self.calibration.copy_(torch.tensor([state.count, state.log_ratio]))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the next batch is to be measured."""
+        if self.measured is None and self.wanted:
+            self.measured = int(self.calibration[0])
+        return self.wanted > (self.measured or 0)
 
     def forward(self, maps: list[Tensor], batch: dict[str, Any], targets: LevelTargets) -> Tensor:
         """The mean over the levels of the weighted mean distance; scalar float32.
@@ -89,7 +134,12 @@ class DistilledDetectionModel(DetectionModel):  # type: ignore[misc]
         raw = preds[1] if isinstance(preds, tuple) else preds
         term = self.distillation(raw["feats"], batch, self.targets[0 if self.training else 1])
         items[DISTILLATION_ITEM] = term.detach()
-        scaled = term * self.distillation.soft_weight * batch["img"].shape[0]
+        images = batch["img"].shape[0]
+        if self.training and torch.is_grad_enabled() and self.distillation.calibrates:
+            layers: Any = self.model
+            body = [p for layer in layers[:-1] for p in layer.parameters()]
+            self.distillation.calibrate(body, term, loss.sum() / images)
+        scaled = term * self.distillation.weight * images
         return torch.cat([loss * self.distillation.hard_weight, scaled.reshape(1).to(loss)]), items
 
 

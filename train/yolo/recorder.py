@@ -26,7 +26,7 @@ from train.loop.trackers import Tracker, open_trackers
 from train.metrics import warn_of_zero_metric
 from train.run_folder import RunFolder
 from train.yolo.job import TrainingJob
-from train.yolo.model import DISTILLATION_ITEM
+from train.yolo.model import DISTILLATION_ITEM, is_distilled
 
 log = get_logger("train")
 STATE_VERSION = 1
@@ -118,13 +118,14 @@ class Recorder:
         measured = trainer.metrics if trainer.validated else {}
         values = {name: float(value) for name, value in measured.items()}
         validation = {n.removeprefix("val/"): v for n, v in values.items() if n.startswith("val/")}
+        weight = weight_of_term(trainer)
         record = {
             "epoch": trainer.epoch + 1,
-            "train_loss": self.weighted(train),
+            "train_loss": self.weighted(train, weight),
             "hard_loss": hard_sum(train),
             "feature_loss": train.get(DISTILLATION_ITEM),
             "logit_loss": None,
-            "val_loss": self.weighted(validation) if trainer.validated else None,
+            "val_loss": self.weighted(validation, weight) if trainer.validated else None,
             "val_hard_loss": hard_sum(validation) if trainer.validated else None,
             "val_feature_loss": validation.get(DISTILLATION_ITEM),
             "learning_rate": float(trainer.optimizer.param_groups[0]["lr"]),
@@ -136,12 +137,11 @@ class Recorder:
         self.started = now
         return record
 
-    def weighted(self, items: Mapping[str, float]) -> float:
-        """The loss that is minimized, per image."""
+    def weighted(self, items: Mapping[str, float], weight: float) -> float:
+        """The loss that is minimized, per image. `weight`: of the distillation term."""
         if self.config.distillation_type == "none":
             return hard_sum(items)
-        soft = self.config.soft_label_weight * self.config.feature_weight * items.get(DISTILLATION_ITEM, 0.0)
-        return self.config.hard_label_weight * hard_sum(items) + soft
+        return self.config.hard_label_weight * hard_sum(items) + weight * items.get(DISTILLATION_ITEM, 0.0)
 
     def keep(self, trainer: Any, record: Mapping[str, Any]) -> None:
         """Copy the state after this epoch to the host, for the next time that it is written."""
@@ -207,6 +207,14 @@ def student_state(network: Any) -> dict[str, Tensor]:
         for name, value in network.state_dict().items()
         if not name.startswith("distillation.")
     }
+
+
+def weight_of_term(trainer: Any) -> float:
+    """The weight of the distillation term in the loss; 0 without one."""
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    network: Any = unwrap_model(trainer.model)
+    return float(network.distillation.weight) if is_distilled(network) else 0.0
 
 
 def hard_sum(items: Mapping[str, float]) -> float:
