@@ -233,7 +233,7 @@ class ExtractTask:
 
 
 def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> ExtractTask:
-    """The task of a new store; resuming puts its rows in the stored order, see `resume.py`.
+    """The task of a new store; resuming puts its rows in the stored order, see `adopt_rows`.
 
     Raises:
         ConfigError: for options that this data set or teacher cannot follow.

@@ -86,7 +86,14 @@ def create_store(
         }
     )
     with new_folder(target) as building:
-        lay_out(building, manifest, job, plan.tables)
+        for split, table in plan.tables.items():
+            write_group(building / split)
+            write_keys(building, split, table)
+            for spec in job.direct:
+                layout = job.layout(spec, len(table))
+                write_array_metadata(building / split, spec.name, layout, job.attributes(spec.name))
+        job.save_in(job_folder(building, job.name))
+        write_manifest(building, manifest)
 
 
 @contextmanager
@@ -99,7 +106,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     building = target.with_name(f"{begun}{os.getpid()}")
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target.parent, begun)
+        for path in list(target.parent.iterdir()):  # what processes that are gone had begun
+            pid = path.name.removeprefix(begun)
+            ours = path.name.startswith(begun) and pid.isdigit()
+            if ours and (int(pid) == os.getpid() or process_start(int(pid)) is None):
+                shutil.rmtree(path)
         building.mkdir()
         try:
             yield building
@@ -108,14 +119,6 @@ def new_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(building, ignore_errors=True)
             raise
         sync_folder(target.parent)
-
-
-def remove_abandoned(folder: Path, begun: str) -> None:
-    """Delete what processes that are gone had begun. The name's end is the process id."""
-    for path in list(folder.iterdir()):
-        name, pid = path.name[: len(begun)], path.name[len(begun) :]
-        if name == begun and pid.isdigit() and (int(pid) == os.getpid() or process_start(int(pid)) is None):
-            shutil.rmtree(path)
 
 
 def check_free(target: Path) -> None:
@@ -168,18 +171,6 @@ def complete_scales(
             raise StoreError(f"scale of {spec.name}: expected {width} powers of two, got shape {scale.shape}")
         complete[spec.name] = tuple(float(value) for value in scale)
     return complete
-
-
-def lay_out(folder: Path, manifest: Manifest, job: Job, tables: Mapping[str, KeyTable]) -> None:
-    """Write everything of a new store but its rows."""
-    for split, table in tables.items():
-        write_group(folder / split)
-        write_keys(folder, split, table)
-        for spec in job.direct:
-            layout = job.layout(spec, len(table))
-            write_array_metadata(folder / split, spec.name, layout, job.attributes(spec.name))
-    job.save_in(job_folder(folder, job.name))
-    write_manifest(folder, manifest)
 
 
 # -- more for a complete store -------------------------------------------------------------------------------------

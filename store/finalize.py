@@ -79,7 +79,13 @@ def finalize_store(
     store = Path(path)
     manifest = parse_manifest(read_root(store), str(store))
     if not job_folder(store, job).exists() and manifest.complete:
-        remove_published(store, manifest)  # Killed during the last step, or called twice.
+        # Killed during the last step, or called twice: arrays have their names, a job may still be there.
+        named = {spec.name for spec in manifest.arrays}
+        for name in pending_jobs(store):
+            with contextlib.suppress(StoreError):  # locked, or gone by now: another process is at that step
+                if {spec.name for spec in load_job(store, name).arrays} <= named:
+                    drop_job(store, name)
+        remove_done(store)
         return
     work = load_job(store, job)
     lock = RowLock(job_folder(store, job), None, 0, 0, break_lock=break_lock)
@@ -134,10 +140,18 @@ class Finishing:
 
     def run(self, statistics: bool) -> None:
         write_group(self.folder)
-        self.replace_keys()
+        appended = keys_folder(job_folder(self.store, self.job.name))  # of a job that appended rows
+        if appended.exists():
+            write_keys(self.store, self.split, open_keys(appended / self.split))
         record = commit_record(self.store, self.split)
-        for spec in self.job.direct:
-            record[spec.name] = self.finish_direct(spec, record.get(spec.name, []))
+        finished = [commits[-1].finished for commits in self.shards]
+        whole = -(-self.kept // self.job.shard_rows)
+        for spec in self.job.direct:  # the shard files are there already
+            self.write_metadata(spec, self.job.layout(spec, self.rows))
+            for stray in (self.folder / spec.name).rglob(f"*{PARTIAL}"):
+                stray.unlink()  # Killed between a commit record and this clean-up.
+            sums = [item[spec.name] for item in finished if item]
+            record[spec.name] = record.get(spec.name, [])[:whole] + sums
         for name, specs in ragged_groups(self.job.arrays).items():
             for spec in specs:
                 entries = self.kept_entries(name)
@@ -147,22 +161,9 @@ class Finishing:
             if not spec.ragged:
                 record[spec.name] = self.compact(spec, self.kept, record.get(spec.name, []))
         write_json(self.store / COMMITS_FOLDER / f"{self.split}.json", dict(sorted(record.items())))
-        if statistics:
-            self.add_statistics()
-
-    def replace_keys(self) -> None:
-        """The key arrays of a job that appended rows."""
-        folder = keys_folder(job_folder(self.store, self.job.name))
-        if folder.exists():
-            write_keys(self.store, self.split, open_keys(folder / self.split))
-
-    def finish_direct(self, spec: ArraySpec, before: Checksums) -> Checksums:
-        """The shard files are there already: their checksums, and the array's length."""
-        self.write_metadata(spec, self.job.layout(spec, self.rows))
-        for stray in (self.folder / spec.name).rglob(f"*{PARTIAL}"):
-            stray.unlink()  # Killed between a commit record and this clean-up.
-        finished = [commits[-1].finished for commits in self.shards]
-        return before[: -(-self.kept // self.job.shard_rows)] + [item[spec.name] for item in finished if item]
+        for spec in self.job.arrays if statistics else ():
+            if spec.scaled and spec.encoding == "plain":
+                write_statistics(self.store, self.split, spec, self.job.scale_of(spec.name))
 
     def kept_entries(self, offsets: str) -> int:
         """How many ragged entries belong to kept rows. An interrupted run left the same prefix."""
@@ -221,12 +222,6 @@ class Finishing:
 
     def write_metadata(self, spec: ArraySpec, layout: Layout) -> None:
         write_array_metadata(self.folder, spec.name, layout, self.job.attributes(spec.name))
-
-    def add_statistics(self) -> None:
-        """Mean and standard deviation a channel, true units, valid rows, into the array's attributes."""
-        for spec in self.job.arrays:
-            if spec.scaled and spec.encoding == "plain":
-                write_statistics(self.store, self.split, spec, self.job.scale_of(spec.name))
 
 
 def write_statistics(store: Path, split: str, spec: ArraySpec, scale: np.ndarray | None) -> None:
@@ -325,16 +320,6 @@ def digest_of(store: Path, splits: list[str]) -> str:
                 for start in range(0, len(array), 1 << 20):
                     state.update(byte_view(array.slice(start, start + (1 << 20))))
     return state.hexdigest()
-
-
-def remove_published(store: Path, manifest: Manifest) -> None:
-    """Finish what was killed between its last two steps: the arrays have their names, the job is still there."""
-    named = {spec.name for spec in manifest.arrays}
-    for name in pending_jobs(store):
-        with contextlib.suppress(StoreError):  # locked, or gone by now: another process is at those two steps
-            if {spec.name for spec in load_job(store, name).arrays} <= named:
-                drop_job(store, name)
-    remove_done(store)
 
 
 def drop_job(store: Path, name: str) -> None:

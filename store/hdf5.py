@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from files.writing import replacing
-from store.arrays import RowArray
 from store.errors import StoreError, disk_errors
 from store.format import FORMAT_VERSION, KEY_OFFSETS, KEY_VALUES, ArraySpec, Manifest
 from store.hdf5_file import MAX_ROW_BYTES, Hdf5Error, find_dataset, open_hdf5_file
 from store.keys import KEY_SPECS, KeyTable
-from store.reader import Split, Store, open_store
+from store.reader import Store, open_store
 from store.shards import blocks
 from store.transfer import Columns, copy_store
 
@@ -51,29 +50,18 @@ def write_hdf5(store: Store, path: Path) -> None:
     with h5py.File(path, "w") as out:
         out.attrs["manifest"] = store.manifest.model_dump_json()
         out.attrs["fingerprint"] = store.fingerprint
-        for name, split in store.items():
-            for array in [*split.names, *KEY_SPECS]:
-                copy_array(split.array(array), out, f"{name}/{array}", attributes_of(split, array))
-
-
-def attributes_of(split: Split, name: str) -> dict[str, np.ndarray]:
-    """Scale and statistics of an array, as HDF5 attributes."""
-    found: dict[str, np.ndarray] = {}
-    if name in split.scale:
-        found["scale"] = split.scale[name]
-    if name in split.statistics:
-        found |= {"mean": split.statistics[name].mean, "std": split.statistics[name].std}
-    return found
-
-
-def copy_array(array: RowArray, out: Any, name: str, attributes: dict[str, np.ndarray]) -> None:
-    """One contiguous data set."""
-    layout = array.layout
-    dataset = out.create_dataset(name, shape=layout.shape, dtype=layout.dtype)
-    for start, stop in blocks(0, len(array), layout.row_bytes):
-        dataset[start:stop] = array.slice(start, stop)
-    for key, value in attributes.items():
-        dataset.attrs[key] = value
+        for split in store.values():
+            for name in [*split.names, *KEY_SPECS]:
+                array = split.array(name)
+                layout = array.layout
+                dataset = out.create_dataset(f"{split.name}/{name}", shape=layout.shape, dtype=layout.dtype)
+                for start, stop in blocks(0, len(array), layout.row_bytes):
+                    dataset[start:stop] = array.slice(start, stop)
+                if name in split.scale:
+                    dataset.attrs["scale"] = split.scale[name]
+                if name in split.statistics:
+                    dataset.attrs["mean"] = split.statistics[name].mean
+                    dataset.attrs["std"] = split.statistics[name].std
 
 
 def hdf5_to_store(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
@@ -91,14 +79,10 @@ def hdf5_to_store(file: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     with opened:
         rows = Hdf5Rows(opened, source)
         copy_store(rows, Path(path), rows.manifest.arrays)
-    check_fingerprint(path, source, rows.fingerprint)
-
-
-def check_fingerprint(path: str | os.PathLike[str], file: Path, expected: str) -> None:
     found = open_store(path).fingerprint
-    if found != expected:
+    if found != rows.fingerprint:
         raise StoreError(
-            f"{path}: fingerprint {found}, but {file} was made from {expected}; the file is damaged"
+            f"{path}: fingerprint {found}, but {source} was made from {rows.fingerprint}; the file is damaged"
         )
 
 

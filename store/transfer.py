@@ -106,7 +106,15 @@ def copy_store(
         for split in manifest.splits:
             copy_split(source, building, split, convert)
         finalize_store(building)
-        write_manifest(building, with_added(building, manifest))
+        made = parse_manifest(read_root(building), str(building))
+        names = {spec.name for spec in made.arrays}
+        # The digest is the original's: the data are the same, whichever version of this program made it.
+        update = {
+            "added": tuple(name for name in manifest.added if name in names),
+            "software": manifest.software,
+            "digest": manifest.digest or made.digest,
+        }
+        write_manifest(building, made.model_copy(update=update))
         if finish is not None:
             finish(building)
 
@@ -127,18 +135,6 @@ def copy_split(
                     f"{target} {split}: row {start + lost[0]} has features that are not finite, or too large in "
                     "the new form; check the source with `cli verify`, or choose another form"
                 )
-
-
-def with_added(store: Path, original: Manifest) -> Manifest:
-    """The new store's manifest, with the original's memory of arrays that were added later.
-
-    The digest is the original's: the data are the same, whichever version of this program made it.
-    """
-    manifest = parse_manifest(read_root(store), str(store))
-    names = {spec.name for spec in manifest.arrays}
-    added = tuple(name for name in original.added if name in names)
-    update = {"added": added, "software": original.software, "digest": original.digest or manifest.digest}
-    return manifest.model_copy(update=update)
 
 
 # -- smaller encodings ---------------------------------------------------------------------------------------------
@@ -186,7 +182,11 @@ def pack_store(
     coders = (
         {spec.name: make_coder(store, spec, int8, pca) for spec in features(store)} if int8 or pca else {}
     )
-    specs = [new for spec in store.manifest.arrays for new in new_specs(spec, coders.get(spec.name), zstd)]
+    specs = [
+        new.model_copy(update={"codec": "zstd" if zstd else "none"}) if new.direct else new
+        for spec in store.manifest.arrays
+        for new in (coders[spec.name].specs(spec) if spec.name in coders else [spec])
+    ]
 
     def convert(block: Columns) -> Columns:
         for name, coder in coders.items():
@@ -208,12 +208,6 @@ def pack_store(
 def features(store: Store) -> list[ArraySpec]:
     """The arrays that can be packed: fixed-width, scaled float16."""
     return [spec for spec in store.manifest.arrays if spec.scaled and spec.direct]
-
-
-def new_specs(spec: ArraySpec, coder: Coder | None, zstd: bool) -> list[ArraySpec]:
-    specs = [spec] if coder is None else coder.specs(spec)
-    codec = "zstd" if zstd else "none"
-    return [item.model_copy(update={"codec": codec}) if item.direct else item for item in specs]
 
 
 class StoreRows:

@@ -24,7 +24,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +200,7 @@ class SplitVersion:
         self.stays = (version.source == self.own) & (version.row == np.arange(self.rows)) & ~self.invalid
         self.before: dict[str, Checksums] = {} if self.old is None else commit_record(store.path, name)
         self.record: dict[str, Checksums] = {}
+        self.offsets_read: dict[tuple[int, str], np.ndarray] = {}
 
     def write(self) -> None:
         write_group(self.folder)
@@ -339,35 +339,32 @@ class SplitVersion:
                 yield first, end
 
     def new_entries(self, offsets: str, specs: Sequence[ArraySpec], row: int) -> Values:
-        """The entries by array of one row that is not copied."""
-        if self.invalid[row]:
-            return {spec.name: self.invalid_entries(spec, row) for spec in specs}
-        read = self.version.ragged[offsets].read(row)
-        return {spec.name: np.ascontiguousarray(read[spec.name], spec.dtype) for spec in specs}
+        """The entries by array of one row that is not copied.
 
-    def stored_entries(self, spec: ArraySpec, row: int) -> np.ndarray:
-        source, old_row = int(self.version.source[row]), int(self.version.row[row])
-        start, stop = self.offsets(source, spec.offsets_name)[old_row : old_row + 2].tolist()
-        return self.version.sources[source].array(spec.name).slice(start, stop)
-
-    def invalid_entries(self, spec: ArraySpec, row: int) -> np.ndarray:
-        """What a row without features has: its reason, no targets, NaN for each frame."""
-        if spec.name == REASONS:
-            return np.frombuffer(self.version.invalid[row].encode(), np.uint8)
-        if spec.name.startswith(TARGETS) or spec.name == IMAGES_ENCODED:
-            return np.empty((0, *spec.row_shape), spec.dtype)
-        return np.full_like(self.stored_entries(spec, row), np.nan)
+        A row without features has its reason, no targets, NaN for each frame.
+        """
+        if not self.invalid[row]:
+            read = self.version.ragged[offsets].read(row)
+            return {spec.name: np.ascontiguousarray(read[spec.name], spec.dtype) for spec in specs}
+        entries = {}
+        for spec in specs:
+            if spec.name == REASONS:
+                entries[spec.name] = np.frombuffer(self.version.invalid[row].encode(), np.uint8)
+            elif spec.name.startswith(TARGETS) or spec.name == IMAGES_ENCODED:
+                entries[spec.name] = np.empty((0, *spec.row_shape), spec.dtype)
+            else:
+                source, old_row = int(self.version.source[row]), int(self.version.row[row])
+                start, stop = self.offsets(source, offsets)[old_row : old_row + 2].tolist()
+                stored = self.version.sources[source].array(spec.name).slice(start, stop)
+                entries[spec.name] = np.full_like(stored, np.nan)
+        return entries
 
     def offsets(self, source: int, name: str) -> np.ndarray:
         """int64 [n + 1] of a source's ragged group."""
         key = source, name
-        if key not in self._offsets:
-            self._offsets[key] = self.version.sources[source].read(name)
-        return self._offsets[key]
-
-    @cached_property
-    def _offsets(self) -> dict[tuple[int, str], np.ndarray]:
-        return {}
+        if key not in self.offsets_read:
+            self.offsets_read[key] = self.version.sources[source].read(name)
+        return self.offsets_read[key]
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -402,6 +399,10 @@ class SplitVersion:
 
     def write_statistics(self, spec: ArraySpec) -> None:
         """The old version's when the array's files and `valid` are the same, else those of all its values."""
+
+        def as_pairs(checksums: Checksums) -> list[tuple[int, int]]:
+            return [(size, crc) for size, crc in checksums]  # JSON has lists where the writer has tuples
+
         names = [spec.name, VALID, *([spec.offsets_name] if spec.ragged else [])]
         path = self.folder / spec.name / ZARR_JSON
         if all(as_pairs(self.record[name]) == as_pairs(self.before.get(name, [])) for name in names):
@@ -430,11 +431,6 @@ class SplitVersion:
         ]
         kept = self.kept_rows(spec.offsets_name, [spec]) if linked else 0
         return spec.row_bytes * max(0, sum(counts) - self.entries_before(spec.offsets_name, kept))
-
-
-def as_pairs(checksums: Checksums) -> list[tuple[int, int]]:
-    """JSON has lists where the writer has tuples."""
-    return [(size, crc) for size, crc in checksums]
 
 
 def next_folder(store: Path, end: str = "") -> Path:
