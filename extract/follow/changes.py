@@ -431,15 +431,21 @@ class Finder:
         try:
             if boxes:
                 found = boxes_to_store(sample, (width, height))[0] or Boxes.of([], [])
-                stored = stored_boxes(part.split, row)
-                change.boxes[index] = stored is None or not same_boxes(stored, found)
-                stored = stored or Boxes.of([], [])
+                known = names.BOXES in part.split.names
+                stored = Boxes.of([], [])
+                if known:
+                    values, classes = (
+                        part.split.ragged([row], name)[0] for name in (names.BOXES, names.BOX_CLASSES)
+                    )
+                    stored = Boxes(values, classes)
+                change.boxes[index] = not known or not same_boxes(stored, found)
                 mapped = Boxes(stored.values, self.renumbered(part, stored.classes))
                 change.relabeled[index] |= not same_boxes(mapped, found)
             if masks:
-                mask, before = sample.read_mask((width, height)) or b"", stored_mask(part.split, row)
-                change.masks[index] = mask != before
-                change.relabeled[index] |= mask != (before or b"")
+                mask, known = sample.read_mask((width, height)) or b"", names.MASK in part.split.names
+                before = bytes(part.split.ragged([row], names.MASK)[0]) if known else b""
+                change.masks[index] = not known or mask != before
+                change.relabeled[index] |= mask != before
         except AnnotationError as error:
             change.invalid[index] = f"{ANNOTATION_REASON}{error}"
             change.relabeled[index] = True
@@ -472,18 +478,6 @@ class Finder:
         if not in_place.all() or change.boxes.any() or change.masks.any() or change.invalid:
             return True
         return not np.array_equal(part.labels, change.labels) or list(part.split.keys) != change.keys
-
-
-def stored_boxes(split: Split, row: int) -> Boxes | None:
-    """A row's boxes; None in a store without any."""
-    if names.BOXES not in split.names:
-        return None
-    return Boxes(split.ragged([row], names.BOXES)[0], split.ragged([row], names.BOX_CLASSES)[0])
-
-
-def stored_mask(split: Split, row: int) -> bytes | None:
-    """A row's mask; None in a store without any."""
-    return bytes(split.ragged([row], names.MASK)[0]) if names.MASK in split.names else None
 
 
 def same_boxes(one: Boxes, other: Boxes) -> bool:

@@ -29,7 +29,8 @@ def open_coco(
 
     Raises SourceError and AnnotationError; the latter name the file and the annotation's id.
     """
-    root = path if path.is_dir() else _root_of(path)
+    beside = path.parent.name in ("annotations", "labels")  # a JSON file in a folder of its own
+    root = path if path.is_dir() else path.parent.parent if beside else path.parent
     files = find_json(path) if path.is_dir() else {split_of(path) or "train": path}
     if not files:
         raise SourceError(f"no COCO file in {path}: looked for *.json with images, annotations, categories")
@@ -219,8 +220,3 @@ def find_images(content: Mapping[str, Any], file: Path, root: Path) -> Path:
             return folder
     looked = ", ".join(str(folder) for folder in folders if folder.is_dir())
     raise SourceError(f"{file}: image {first!r} not found in {looked}: pass images=FOLDER (from {root})")
-
-
-def _root_of(file: Path) -> Path:
-    """The data set's folder of a JSON file: the parent of `annotations/`, else the file's folder."""
-    return file.parent.parent if file.parent.name in ("annotations", "labels") else file.parent

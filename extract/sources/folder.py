@@ -99,15 +99,19 @@ def class_folders(root: Path, paths: list[str], labelled: bool | None, *, clips:
     by_split = split_paths(paths)
     names, notes = class_names_of(by_split, root, labelled)
     index = {name: number for number, name in enumerate(names)}
+    splits = {}
+    for split, (depth, members) in by_split.items():
+        labels = None
+        if names:
+            folders = (make_key(path.split("/", depth + 1)[depth]) for path in members)
+            labels = np.fromiter((index[folder] for folder in folders), np.int32, len(members))
+        splits[split] = FileSamples(root, members, labels, clips=clips)
     return Source(
         kind="clips" if clips else "folder",
         root=str(root),
         task="sequence" if clips else "classification" if names else "features",
         class_names=names,
-        splits={
-            split: FileSamples(root, members, label_paths(members, depth, index), clips=clips)
-            for split, (depth, members) in by_split.items()
-        },
+        splits=splits,
         notes=notes,
         warnings=split_like_classes(names),
     )
@@ -170,14 +174,6 @@ def class_names_of(
     if len(classes) == 1 and labelled is None:
         return (), (f"one folder of images ({next(iter(classes))!r}) is no class: images taken as unlabeled",)
     return tuple(sorted(classes)), ()
-
-
-def label_paths(paths: list[str], depth: int, index: dict[str, int]) -> npt.NDArray[np.int32] | None:
-    """Class numbers int32 [N] by the folder at `depth`; None when there are no classes."""
-    if not index:
-        return None
-    folders = (make_key(path.split("/", depth + 1)[depth]) for path in paths)
-    return np.fromiter((index[folder] for folder in folders), np.int32, len(paths))
 
 
 def folders_of(files: list[str]) -> list[str]:

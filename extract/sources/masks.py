@@ -176,7 +176,10 @@ def complete_rule(
     if binary is None and rule.colors is not None:
         binary = False
     if names is None or binary is None:
-        found = scan_ids(root, pairs, rule)
+        occurs = np.zeros(256, np.bool_)
+        for _, mask in pairs:
+            occurs[np.unique(rule.decode(root / mask))] = True
+        found = set(np.flatnonzero(occurs).tolist())
         if binary is None:
             binary = found <= {0, IGNORE} and IGNORE in found and not rule.ignore
             notes = ("masks hold only 0 and 255: 255 taken as class 1, not as ignore",) if binary else ()
@@ -400,15 +403,6 @@ def read_class_names(root: Path, given: Sequence[str] | None) -> Names | None:
         if file.exists():
             return parse_class_names(list(filter(None, read_lines(file))), str(file))
     return None
-
-
-def scan_ids(root: Path, pairs: Sequence[Pair], rule: MaskRule) -> set[int]:
-    """All ids that occur in the masks. Raises AnnotationError for a mask that cannot be read."""
-    found = np.zeros(256, np.bool_)
-    for _, mask in pairs:
-        if mask is not None:
-            found[np.unique(rule.decode(root / mask))] = True
-    return set(np.flatnonzero(found).tolist())
 
 
 def _mask_stems(stem: str, suffixes: Sequence[str]) -> list[str]:

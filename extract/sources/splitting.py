@@ -78,11 +78,11 @@ def cut_validation(
     hashes, first, notes = identify(samples, group_copies)
     chosen = hashes < val_fraction * 2.0**64
     fixed = np.zeros(len(samples), np.bool_)
-    train, val = (recorded or {}).get("train", ()), (recorded or {}).get("val", ())
-    known = (
-        1 if key in val else 0 if key in train else -1 for key in samples.keys
-    )  # in a store already, on which side
-    sides = np.fromiter(known, np.int8, len(samples)) if recorded else np.full(len(samples), -1, np.int8)
+    sides = np.full(len(samples), -1, np.int8)  # 0 where a store has the key in `train`, 1 in `val`
+    if recorded:
+        train, val = recorded.get("train", ()), recorded.get("val", ())
+        known = (1 if key in val else 0 if key in train else -1 for key in samples.keys)
+        sides = np.fromiter(known, np.int8, len(samples))
     for row in np.flatnonzero(sides >= 0)[::-1].tolist():  # the first of several copies has the last word
         chosen[first[row]], fixed[first[row]] = bool(sides[row]), True
     balance(chosen, hashes, fixed, class_members(samples, first))
@@ -97,8 +97,8 @@ def identify(samples: Samples, group_copies: bool | None) -> tuple[Hashes, Rows,
     notes: list[str] = []
     if group_copies:
         rows = np.arange(len(samples))
-        digests = each_digest(samples, rows, whole_digest)
-        names = (digest or key for digest, key in zip(digests, keys, strict=True))
+        contents = each_digest(samples, rows, whole_digest)
+        names = (content or key for content, key in zip(contents, keys, strict=True))
         hashes = np.fromiter((split_hash(name) for name in names), np.uint64, len(samples))
         _, index, inverse = np.unique(hashes, return_index=True, return_inverse=True)
         return hashes, rows[index][inverse.ravel()], notes
@@ -180,26 +180,18 @@ def join_splits(sources: Mapping[str, tuple[Source, str]], root: str) -> Source:
     names = unite_names({name: source for name, (source, _) in sources.items()})
     parts = {}
     for name, (source, prefix) in sources.items():
-        samples = samples_of_split(name, source)
+        own = SPLIT_NAMES.get(name, name)
+        if len(source.splits) > 1 and own not in source.splits:
+            raise SourceError(
+                f"split {name!r} at {source.root}: it has other splits of its own: {', '.join(source.splits)}"
+            )
+        samples = source.splits[own if len(source.splits) > 1 else next(iter(source.splits))]
         classes = np.array([names.index(own) for own in source.class_names], np.int32)
         changed = None if source.class_names == names else classes
-        parts[SPLIT_NAMES.get(name, name)] = Selection(samples, np.arange(len(samples)), prefix, changed)
+        parts[own] = Selection(samples, np.arange(len(samples)), prefix, changed)
     notes = tuple(dict.fromkeys(note for source, _ in sources.values() for note in source.notes))
     warnings = tuple(dict.fromkeys(text for source, _ in sources.values() for text in source.warnings))
     return replace(first, root=root, class_names=names, splits=parts, notes=notes, warnings=warnings)
-
-
-def samples_of_split(name: str, source: Source) -> Samples:
-    """What a data set gives for the split `name`: all it has, or its own split of that name. Raises SourceError."""
-    if len(source.splits) == 1:
-        (samples,) = source.splits.values()
-        return samples
-    own = source.splits.get(SPLIT_NAMES.get(name, name))
-    if own is None:
-        raise SourceError(
-            f"split {name!r} at {source.root}: it has other splits of its own: {', '.join(source.splits)}"
-        )
-    return own
 
 
 def unite_names(sources: Mapping[str, Source]) -> tuple[str, ...]:

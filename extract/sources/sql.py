@@ -122,21 +122,15 @@ def open_sql(
         plan = Query(path, text, tuple(sorted(roles.items())))
         if not stored and image_root is None:
             raise SourceError(f"query gives image paths in {roles['image']!r}: pass image_root=FOLDER")
-        return read_source(
-            plan, stored, Path(os.path.abspath(image_root or ".")), Labels(class_names), progress
-        )
-
-
-def read_source(query: Query, stored: bool, root: Path, names: Labels, progress: Progress | None) -> Source:
-    splits, keys = read_splits(query, stored, root, names, progress)
-    where = redact(query.url)
-    if not splits:
-        raise SourceError(f"{where}: the query gives no rows")
-    source = table_source("sql", where, names.finish(where), root, splits, names)
-    if not stored:
+        root, names, where = Path(os.path.abspath(image_root or ".")), Labels(class_names), redact(path)
+        splits, keys = read_splits(plan, stored, root, names, progress)
+        if not splits:
+            raise SourceError(f"{where}: the query gives no rows")
+        source = table_source("sql", where, names.finish(where), root, splits, names)
+        if stored:
+            blobs = {split: BlobSamples(table, plan, keys[split]) for split, table in source.splits.items()}
+            source = replace(source, splits=blobs)
         return source
-    blobs = {split: BlobSamples(table, query, keys[split]) for split, table in source.splits.items()}
-    return replace(source, splits=blobs)
 
 
 def read_splits(
@@ -197,17 +191,10 @@ def inspect_query(url: str, text: str) -> tuple[dict[str, str], bool]:
             raise SourceError(
                 f"the query gives the columns {', '.join(columns)}: expected one named {' or '.join(wanted[role])}"
             )
-    return roles, isinstance(first_image(url, text, roles["image"]), bytes | memoryview)
-
-
-def first_image(url: str, text: str, column: str) -> Any:
-    """An image of the query, to see whether it is a path or a blob; None when there is none."""
-    import sqlalchemy as sa
-
-    image: Any = sa.column(column)
+    image: Any = sa.column(roles["image"])
     statement = sa.select(image).select_from(sa.text(f"({text}) AS q")).where(image.is_not(None)).limit(1)
     with connect(url) as connection:
-        return connection.execute(statement).scalar()
+        return roles, isinstance(connection.execute(statement).scalar(), bytes | memoryview)
 
 
 def stream_rows(query: Query, stored: bool) -> Iterator[Mapping[str, Any]]:

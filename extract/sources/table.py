@@ -137,7 +137,7 @@ def open_tables(
     names = Labels(class_names)
     splits: dict[str, Rows] = {}
     for file, split in list_tables(path):
-        table = open_table(file)
+        table: TableFile = ParquetTable(file) if file.suffix.lower() == ".parquet" else CsvTable(file)
         columns = find_columns(table, image, label)
         if set(CORNERS) <= set(table.columns):
             read_box_rows(table, columns, root, split, names, splits)
@@ -392,23 +392,16 @@ class ParquetTable:
         columns = [name for name in self.columns if name != image or not stored]
         number = 0
         for group in range(self.file.num_row_groups):
-            count = self.file.metadata.row_group(group).num_rows
-            values = self._group_rows(group, columns, count)
-            for row, record in enumerate(values):
+            records: Iterator[Mapping[str, Any]]
+            if columns:
+                batches = self.file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
+                records = (record for batch in batches for record in batch.to_pylist())
+            else:
+                records = ({} for _ in range(self.file.metadata.row_group(group).num_rows))
+            for row, record in enumerate(records):
                 cell = ParquetCell(str(self.path), image, group, row, number) if stored else None
                 yield f"row {number}", record, cell
                 number += 1
-
-    def _group_rows(self, group: int, columns: list[str], count: int) -> Iterator[Mapping[str, Any]]:
-        if not columns:
-            yield from ({} for _ in range(count))
-            return
-        for batch in self.file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-            yield from batch.to_pylist()
-
-
-def open_table(file: Path) -> TableFile:
-    return ParquetTable(file) if file.suffix.lower() == ".parquet" else CsvTable(file)
 
 
 def list_tables(path: Path) -> list[tuple[Path, str | None]]:

@@ -188,14 +188,10 @@ def read_xml(file: Path, difficult: bool, one_based: bool) -> list[tuple[str, Bo
             raise AnnotationError(f"{where}: has no name")
         if not difficult and (item.findtext("difficult") or "0").strip() == "1":
             continue
-        found.append((name, read_box(item, one_based, where)))
+        box = item.find("bndbox")
+        if box is None:
+            raise AnnotationError(f"{where}: has no bndbox")
+        corners = [(box.findtext(corner) or "").strip() for corner in ("xmin", "ymin", "xmax", "ymax")]
+        x1, y1, x2, y2 = check_box(corners, where)
+        found.append((name, (max(0.0, x1 - 1), max(0.0, y1 - 1), x2, y2) if one_based else (x1, y1, x2, y2)))
     return found
-
-
-def read_box(item: ElementTree.Element, one_based: bool, where: str) -> Box:
-    box = item.find("bndbox")
-    if box is None:
-        raise AnnotationError(f"{where}: has no bndbox")
-    corners = [(box.findtext(name) or "").strip() for name in ("xmin", "ymin", "xmax", "ymax")]
-    x1, y1, x2, y2 = check_box(corners, where)
-    return (max(0.0, x1 - 1), max(0.0, y1 - 1), x2, y2) if one_based else (x1, y1, x2, y2)

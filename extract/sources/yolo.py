@@ -137,7 +137,10 @@ def open_yolo(path: Path, *, unlabeled: bool = False, progress: Progress | None 
             continue
         if split in parts:
             raise SourceError(f"{file}: split {split!r} is given twice (as {key!r} again)")
-        paths = [p for item in as_entries(entry, key, file) for p in list_entry(item, root, file, progress)]
+        entries = entry if isinstance(entry, list) else [entry]
+        if not all(isinstance(item, str) for item in entries):
+            raise SourceError(f"{file}: {key}: {entry!r}: expected a folder, a text file, or a list of those")
+        paths = [path for item in entries for path in list_entry(item, root, file, progress)]
         parts[split] = YoloSamples(root, sorted(dict.fromkeys(paths)), len(names), unlabeled)
     parts = {name: samples for name, samples in parts.items() if len(samples)}
     if not parts:
@@ -195,13 +198,6 @@ def read_names(settings: Mapping[str, Any], file: Path) -> tuple[str, ...]:
     if count is not None and count != len(names):
         raise SourceError(f"{file}: nc is {count}, but there are {len(names)} names")
     return names
-
-
-def as_entries(entry: Any, key: str, file: Path) -> list[str]:
-    entries = entry if isinstance(entry, list) else [entry]
-    if not all(isinstance(item, str) for item in entries):
-        raise SourceError(f"{file}: {key}: {entry!r}: expected a folder, a text file, or a list of those")
-    return entries
 
 
 def list_entry(text: str, root: Path, file: Path, progress: Progress | None) -> list[str]:
