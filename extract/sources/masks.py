@@ -178,7 +178,8 @@ def complete_rule(
     if names is None or binary is None:
         occurs = np.zeros(256, np.bool_)
         for _, mask in pairs:
-            occurs[np.unique(rule.decode(root / mask))] = True
+            if mask is not None:
+                occurs[np.unique(rule.decode(root / mask))] = True
         found = set(np.flatnonzero(occurs).tolist())
         if binary is None:
             binary = found <= {0, IGNORE} and IGNORE in found and not rule.ignore
