@@ -84,7 +84,23 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
         f"{summary.get('validation_samples', 'unknown number of')} validation samples, in {out}"
     )
     print_table(rows, columns, title)
+    if phrase := distillation_phrase(summary):
+        print(phrase)
     print(f"next: {next_command(summary, out)}")
+
+
+def distillation_phrase(summary: dict[str, Any]) -> str | None:
+    """What became of the distillation terms where they ended early."""
+    from train.metrics import label_of, shown_text
+
+    described = summary.get("distillation") or {}
+    if described.get("ended_after_epoch") is None:
+        return None
+    ((metric, value),) = described["teacher"].items()
+    return (
+        f"distillation ended after epoch {described['ended_after_epoch']}: the student was better than a probe of the "
+        f"teacher's features ({label_of(metric)} {shown_text(metric, value)}), and learned from labels alone since"
+    )
 
 
 def next_command(summary: dict[str, Any], out: Path) -> str:

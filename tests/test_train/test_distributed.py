@@ -68,6 +68,7 @@ def test_two_processes_equal_one_for_every_loss(tmp_path, make_store):
         "relation": plain | {"feature_loss_type": "relation", "grad_accum_steps": 2},
         "logit": plain | {"distillation_type": "logit", "control": True},
         "features": plain | {"task": "features"},
+        "two phases": plain | {"pretrain_epochs": 1, "epochs": 1, "labeled_share": 0.5},
         "segmentation": plain | {"store": masks, "student": "unet/small", "epochs": 1, "batch_size": 4},
     }
     for processes in (1, 2):

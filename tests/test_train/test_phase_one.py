@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from train.phase_one import phase_one_config, phase_one_key
 from train.run import run_training
 from train.run_folder import RunFolder
 from train.students.build import build_student
+from train.sweep.config import SweepConfig
 
 TWO_PHASES = {"pretrain_epochs": 2, "epochs": 2, "seed": 3}
 
@@ -249,3 +251,26 @@ def test_yolo_learns_backbone_and_neck_without_boxes(tmp_path, make_store, yolo_
 
     started = yolo_config(yolo_store, tmp_path / "three", epochs=1, student_path=free / "best.pt")
     assert run_training(started)["epochs_done"] == 1
+
+
+def test_trials_of_a_sweep_share_phase_one(tmp_path):
+    from train.sweep.config import Trial
+    from train.sweep.driver import Cores, order
+
+    config = SweepConfig(store="s.zarr", out=tmp_path / "sweep", students=["resnet18"])
+    cores = Cores(1, {})
+    with_phase_one = order(config, Trial("a", {"pretrain_epochs": 3}, False, None), cores)
+    assert with_phase_one["options"]["pretrain_cache"] == str(tmp_path / "sweep/pretrain")
+    for options in ({}, {"pretrain_epochs": 0}):
+        assert "pretrain_cache" not in order(config, Trial("b", options, False, None), cores)["options"]
+
+
+def test_a_detection_store_without_labels_names_the_next_step(tmp_path, yolo_store, monkeypatch):
+    pytest.importorskip("ultralytics")
+    from tests.test_train.yolo_runs import make_config as yolo_config
+
+    monkeypatch.setattr(
+        "train.yolo.dataset.unlabeled_rows", lambda split, kind: np.ones(len(split), dtype=bool)
+    )
+    with pytest.raises(TrainError, match="no image of split 'train' is labeled: use --task features"):
+        run_training(yolo_config(yolo_store, tmp_path / "out", epochs=1))

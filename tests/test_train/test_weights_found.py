@@ -230,3 +230,13 @@ def test_a_module_keeps_its_gradients_when_it_is_measured():
     Calibration(lambda: state, [], steps=1).add(loss, student.sum())
     loss.backward()
     assert student.grad.isfinite().all()
+
+
+def test_the_printed_summary_says_that_the_terms_ended():
+    from commands.train import distillation_phrase
+
+    ended = {"distillation": {"ended_after_epoch": 4, "teacher": {"top1": 0.66}}}
+    assert "ended after epoch 4" in distillation_phrase(ended)
+    assert "top-1 accuracy 66.00%" in distillation_phrase(ended)
+    assert distillation_phrase({"distillation": {"ended_after_epoch": None}}) is None
+    assert distillation_phrase({}) is None

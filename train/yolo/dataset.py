@@ -221,10 +221,15 @@ def open_split(
     if BOXES not in split.names:
         raise TrainError(
             f"{store.location}: the store has no boxes: YOLO students need a detection data set (cli extract --source "
-            "yolo, coco or voc)"
+            "yolo, coco or voc), or --task features to learn from the teacher alone"
         )
     reader = ImageReader(split, data_root or root_of(store), store.manifest.preprocessing)
     records = detection_records(store, split, raw=reader.kind == "raw")
+    if not records and unlabeled_rows(split, "boxes").any():
+        raise TrainError(
+            f"{store.location}: no image of split {name!r} is labeled: use --task features to learn from the teacher alone, "
+            "or extract a data set that has boxes"
+        )
     if not records:
         raise TrainError(f"{store.location}: split {name!r} has no valid images")
     targets = None
