@@ -6,6 +6,7 @@ checkpoints). The tower itself runs on `vision_tower.py` and is held to transfor
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ class Family:
     model_types: of config.json. tower: the parts, and the values that config.json may leave out. keys: those of
     `vision_config` that describe the tower. mean, std, max_pixels: preprocessor_config.json of the published
     checkpoints; used when the folder has none. model: transformers' name of the whole model, without its ending.
-    licenses: of the published checkpoints by the width of their language model; None: of all others.
+    reference: its class of the tower, "module:class". licenses: of the published checkpoints by the width of their language model; None: of all others.
     """
 
     title: str
@@ -91,6 +92,7 @@ class Family:
     std: tuple[float, ...]
     max_pixels: int
     model: str
+    reference: str
     licenses: Mapping[int | None, str]
 
 
@@ -118,6 +120,7 @@ FAMILIES = {
         std=(0.26862954, 0.26130258, 0.27577711),
         max_pixels=28 * 28 * 16384,
         model="Qwen2_5_VL",
+        reference="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
         licenses={
             2048: "qwen-research",
             3584: "apache-2.0",
@@ -135,6 +138,7 @@ FAMILIES = {
         std=(0.5, 0.5, 0.5),
         max_pixels=4096 * 4096,
         model="Qwen3VL",
+        reference="transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
         licenses={None: "apache-2.0"},
     ),
     "qwen3.5": Family(
@@ -147,6 +151,7 @@ FAMILIES = {
         std=(0.5, 0.5, 0.5),
         max_pixels=4096 * 4096,
         model="Qwen3_5",
+        reference="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5VisionModel",
         licenses={None: "apache-2.0"},
     ),
 }
@@ -467,11 +472,11 @@ def transformers_encoder(path: str, teacher: QwenVLTeacher) -> tuple[str, Callab
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would list the language model's tensors
     folder = checkpoint_folder(path, TENSOR_PREFIXES)
     try:
-        whole = transformers.AutoConfig.from_pretrained(folder)
-        tower_class = type(transformers.AutoModel.from_config(shallow(whole.vision_config)))
+        module, name = kind.reference.split(":")
+        tower_class: Any = getattr(importlib.import_module(module), name)
         tower, report = tower_class.from_pretrained(
             folder,
-            config=whole.vision_config,
+            config=tower_class.config_class.from_dict(read_json(folder / "config.json")["vision_config"]),
             dtype=torch.float32,
             key_mapping={r"^(model\.)?visual\.": ""},
             output_loading_info=True,
@@ -515,15 +520,6 @@ def transformers_encoder(path: str, teacher: QwenVLTeacher) -> tuple[str, Callab
         return grid.view(1, h, w, -1)
 
     return f"transformers {transformers.__version__}", encode
-
-
-def shallow(vision_config: Any) -> Any:
-    """The configuration with one block: to ask transformers for its class without building the tower twice."""
-    from copy import deepcopy
-
-    config = deepcopy(vision_config)
-    config.depth = 1
-    return config
 
 
 def load_zero_shot(

@@ -27,6 +27,7 @@ from extract.teachers.base import (
 from extract.teachers.checkpoint import endpoint, hub_client, one_line
 from extract.teachers.devices import CompiledModel, device_error, pick_device, pick_dtype, warn_of_compiler
 from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, pooled_mean
+from extract.teachers.timm_rows import TIMM_ROWS
 from files.weights import WeightsError, read_weights
 from store.format import Preprocessing, TeacherSpec
 
@@ -328,6 +329,10 @@ def build(model_name: str, image_size: int, *, pretrained: bool, **options: Any)
     known = timm.list_models()
     architecture = model_name.partition(".")[0]
     if architecture not in known:
+        if any(architecture == row.name.partition(".")[0] for row in TIMM_ROWS):
+            raise TeacherError(
+                f"timm {timm.__version__} has no model {model_name!r}: a newer one has (pip install -U timm)"
+            )
         near = difflib.get_close_matches(architecture, known, n=5, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`timm.list_models()` lists the valid names"
         raise TeacherError(f"timm has no model {model_name!r}: {hint}")
