@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,17 @@ def add_counts(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {}
     local = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts]).sum(0)
     return dict(zip(names, sum_over_ranks(local).unbind(), strict=True))
+
+
+def leave_at_exit() -> None:
+    """Leave the group of ranks when this process ends: NCCL warns about a process that just disappears."""
+    atexit.unregister(leave)  # several trainings in one process: once is enough
+    atexit.register(leave)
+
+
+def leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def barrier() -> None:

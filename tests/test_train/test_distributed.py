@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # Several runs in one process (group): starting Python and torch costs more than they do.
 SCRIPT = """
-import json, sys
+import atexit, json, sys
 from types import SimpleNamespace
 sys.path.insert(0, {root!r})
 import torch
@@ -27,6 +27,7 @@ from train.run import run_training
 
 # Batch norm sees a rank's own samples only, so the comparison needs students without it.
 unet.nn = SimpleNamespace(**{{**vars(nn), "BatchNorm2d": lambda width: nn.GroupNorm(1, width)}})
+atexit.register(lambda: print("group left:", not torch.distributed.is_initialized()))  # runs last
 for options in json.loads(sys.argv[1]):
     run_training(load_config(options))
 """
@@ -47,6 +48,7 @@ def run_all(runs: list[dict[str, Any]], processes: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("group left: True") == processes
 
 
 def curves(folder: Path) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from console.devices import find_device
 from train.config import TrainConfig
 from train.errors import TrainError
+from train.ranks import leave_at_exit
 
 MEMORY_ADVICE = (
     "out of memory: in this order, try half the --batch-size with twice the --grad-accum-steps (--auto-batch does "
@@ -76,6 +77,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.device.type == "cuda" and accelerator.device.index is not None:
         # Streams and events that name no device belong to the current one.
         torch.cuda.set_device(accelerator.device)
+    leave_at_exit()
     return accelerator
 
 
