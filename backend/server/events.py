@@ -82,6 +82,7 @@ class Broadcast:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.subscriptions: set[Subscription] = set()
+        self.closed = False
 
     @contextmanager
     def subscribe(self, task_id: str | None = None) -> Iterator[Subscription]:
@@ -100,6 +101,7 @@ class Broadcast:
 
     def close(self) -> None:
         """End all subscriptions: the server is closing."""
+        self.closed = True
         self.for_each(Subscription.close)
 
     def for_each(self, action) -> None:  # type: ignore[no-untyped-def]

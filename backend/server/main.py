@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import uvicorn
+
 from backend.server.errors import ServerError
+from backend.server.events import Broadcast
 from backend.server.settings import Settings
 from console.log import get_logger
+from console.stop import StopRequest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 log = get_logger("server")
 
 LOCK_FILE = ".server.lock"
-# Event streams never end by themselves: how long the end of the server waits for them.
+# How long the end of the server waits for requests and pages.
 CLOSE_S = 2
 
 
@@ -31,8 +35,6 @@ def run_server(settings: Settings, add_pages: Callable[[FastAPI], None]) -> None
     Raises:
         ServerError: when it cannot start: the address is in use, the database does not answer.
     """
-    import uvicorn
-
     from backend.server.app import create_app
 
     with only_server(settings.output_root), listening_socket(settings) as listener:
@@ -48,9 +50,21 @@ def run_server(settings: Settings, add_pages: Callable[[FastAPI], None]) -> None
             proxy_headers=False,
             timeout_graceful_shutdown=CLOSE_S,
         )
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+        with StopRequest(patient=True):  # uvicorn passes the signal on when it has ended
+            ClosingServer(config, app.state.tasks.broadcast).run(sockets=[listener])
         log.info("the server has ended; tasks that run continue, and are found again at the next start")
+
+
+class ClosingServer(uvicorn.Server):
+    """Ends the event streams first, which would otherwise never end by themselves."""
+
+    def __init__(self, config: uvicorn.Config, broadcast: Broadcast) -> None:
+        super().__init__(config)
+        self.broadcast = broadcast
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.broadcast.close()
+        await super().shutdown(sockets)
 
 
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ async def follow_log(tasks: Service, task_id: Id) -> StreamingResponse:
 
     def is_over() -> bool:
         try:
-            return tasks.read(task_id).state not in ACTIVE
+            return tasks.broadcast.closed or tasks.read(task_id).state not in ACTIVE
         except NotFoundError:
             return True
 
@@ -286,7 +286,7 @@ def file_response(path: FilePath, media_type: str, save_as: str | None) -> Respo
                 left -= len(data)
                 yield data
 
-    headers = {"Content-Length": str(size), "X-Content-Type-Options": "nosniff"}
+    headers = {"Content-Length": str(size)}
     if save_as is not None:
         headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(save_as, safe='')}"
     return StreamingResponse(chunks(), media_type=media_type, headers=headers)

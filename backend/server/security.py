@@ -29,6 +29,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LARGEST_BODY = 4_000_000
 COOKIE = "qwen_distill_session"
 LOGIN = "/login"
+# Of every answer: nothing is guessed to be a script, and no page of another site shows ours in a frame.
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"SAMEORIGIN"),
+    (b"referrer-policy", b"same-origin"),
+)
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 LOGIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>qwen-distill</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -59,6 +65,7 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        send = with_headers(send)
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
@@ -173,6 +180,17 @@ def read_cookie(header: str) -> str:
     except CookieError:
         return ""
     return found.value if found else ""
+
+
+def with_headers(send: Send) -> Send:
+    """A `send` that adds HEADERS."""
+
+    async def send_with(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
+        await send(message)
+
+    return send_with
 
 
 async def read_body(headers: MutableMapping[str, str], receive: Receive) -> Receive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -195,6 +196,28 @@ def test_pages_of_other_sites_change_nothing(live: LiveServer) -> None:
     assert live.http.post("/tasks", json=TASK, headers=allowed).status_code == 200
     # Links from elsewhere may be followed: they change nothing, and the other page sees no answer.
     assert live.http.get("/tasks", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
+
+
+def test_sockets_are_checked_too(settings: Settings) -> None:
+    """They see everything and take commands, and browsers let any page open them."""
+    guard, sent = Guard(no_app, settings), []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    host = (b"host", b"127.0.0.1")
+    for headers in ([host, (b"origin", b"http://evil.example")], [(b"host", b"evil.example")]):
+        asyncio.run(guard({"type": "websocket", "path": "/x", "headers": headers}, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}] * 2
+
+
+def test_no_other_site_shows_the_pages_in_a_frame(live: LiveServer) -> None:
+    for path in ("/tasks", "/none"):
+        headers = live.http.get(path).headers
+        assert (headers["x-frame-options"], headers["x-content-type-options"]) == ("SAMEORIGIN", "nosniff")
 
 
 def test_large_requests_are_refused(live: LiveServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,10 +10,11 @@ from typing import Any
 
 import psutil
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from backend.server.command import command_line
-from backend.server.database import Task, TaskState
+from backend.server.database import Task, TaskState, create_engine
 from backend.server.schemas import NewTask
 from backend.server.settings import Settings
 from backend.server.tasks import Tasks
@@ -107,3 +109,29 @@ def test_a_process_that_was_started_just_before_the_server_was_killed(
         wait_until(lambda: server.tasks.read("a").state == TaskState.STOPPED, 10)
     finally:
         started[0].kill()
+
+
+def test_a_database_that_fails_for_a_while(live: LiveServer) -> None:
+    """Requests get a 500, which training processes repeat; the queue continues when it is back."""
+    tasks, http = live.tasks, live.http
+    tasks.create(NewTask(task_id="a", **FIELDS))
+    engine = create_engine(live.settings.database)
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE md_training_task RENAME TO away"))
+    answer = http.put("/tasks/a/progress", params={"currentEpoch": 1})
+    assert (answer.status_code, answer.json()["code"]) == (500, 500)
+    assert "away" not in answer.text
+    assert "no such table" not in answer.text
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("qwen_distill.server").addHandler(handler)
+    tasks.wake()
+    wait_until(lambda: any("cannot go on, trying again" in record.getMessage() for record in records), 10)
+    logging.getLogger("qwen_distill.server").removeHandler(handler)
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE away RENAME TO md_training_task"))
+    engine.dispose()
+    tasks.start("a")
+    (live.settings.datasets_root / "flowers").rename(live.settings.datasets_root / "other")
+    wait_until(lambda: tasks.read("a").exit_code == 2, 30)

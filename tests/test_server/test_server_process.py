@@ -104,9 +104,23 @@ def test_queue_and_a_process_that_does_not_stop(serve: Serve) -> None:
     assert (failed["state"], failed["exitCode"]) == ("FAILED", -9)
     assert server.http.delete(f"/tasks/{second}", params={"files": True}).status_code == 200
     assert not (server.root / "output" / second).exists()
-    server.end()  # an ordinary end of the server
+
+
+@pytest.mark.slow
+def test_an_ordinary_end_of_the_server(serve: Serve) -> None:
+    """Clients that follow events do not hold it up."""
+    server = serve()
+    server.create(taskId="a")
+    with server.http.stream("GET", "/events") as events:
+        assert next(events.iter_lines()) == "event: task"
+        started = time.monotonic()
+        server.end()
+        assert time.monotonic() - started < 10
     assert server.process is not None
-    assert "Traceback" not in server.log.read_text()
+    assert server.process.returncode == 0
+    text = server.log.read_text()
+    assert "Traceback" not in text
+    assert "the server has ended; tasks that run continue" in text
 
 
 def test_one_server_for_an_output_root_and_a_port(settings: Settings) -> None:
