@@ -44,6 +44,7 @@ class Comparison:
         names = {
             task.task_id: f"{task.task_name or task.task_id} · {task.student_model}" for task in completed
         }
+        self.names = names
         with panel(), element("div", "line compare-choice"):
             self.chosen = ui.select(
                 names, label=texts("compare.choose"), multiple=True, value=list(names)[:4]
@@ -66,7 +67,10 @@ class Comparison:
     def show(self, url: str) -> Any:
         with self.result:
             with element("div", "line"):
-                element("div", "grow")
+                # The report names a run by its folder, which is the task's id.
+                with element("div", "chips grow"):
+                    for task_id in self.chosen.value:
+                        text(f"{task_id} = {self.names[task_id]}", "span", "chip name")
                 with link(url, "small").props('target="_blank" rel="noopener"'):
                     text(self.texts("compare.open"), "span")
             frame_element = element("iframe", "report-frame").props(f'src="{url}" sandbox="allow-scripts"')

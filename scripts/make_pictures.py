@@ -36,6 +36,8 @@ EMOJI_STUDENTS = "timm:resnet10t,timm:mobilenetv3_small_100"
 EMOJI_SETTINGS = ("epochs=8", "image-size=32", "learning-rate=3e-3", "augment=mild", "batch-size=32")
 EXAMPLE = "example"  # the task that `make serve` makes
 TASK_VIEW = {"width": 1280, "height": 720}  # pixels
+FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig>
+<include ignore_missing="yes">/etc/fonts/fonts.conf</include><dir>{folder}</dir></fontconfig>"""
 MOST_SECONDS = 3600
 PAGE_WIDTH, PAGE_HEIGHT = 1200, 2150  # pixels: the table, the gains and the charts of quality
 
@@ -55,7 +57,7 @@ def main() -> int:
         if arguments.work is not None and arguments.only in (None, "report"):
             save(photograph_page(sweep_emoji(arguments.work.resolve()), Path(scratch)), "report")
         if arguments.work is not None and arguments.only in (None, "server"):
-            save(photograph_task(arguments.work.resolve() / "serve"), "server")
+            save(photograph_task(arguments.work.resolve() / "serve", Path(scratch)), "server")
     return 0
 
 
@@ -108,7 +110,7 @@ def run_cli(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "cli", *arguments], cwd=ROOT, check=True)
 
 
-def photograph_task(root: Path) -> Image.Image:
+def photograph_task(root: Path, scratch: Path) -> Image.Image:
     """The page of the example task of `make serve`, after its training."""
     from playwright.sync_api import sync_playwright
 
@@ -123,7 +125,9 @@ def photograph_task(root: Path) -> Image.Image:
     try:
         train_example(f"http://127.0.0.1:{port}/model-distillation/tasks/{EXAMPLE}")
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+            browser = playwright.chromium.launch(
+                executable_path=find_chromium(), args=["--no-sandbox"], env=with_chinese_font(scratch)
+            )
             page = browser.new_page(viewport=TASK_VIEW, locale="en-US")
             page.goto(f"http://127.0.0.1:{port}/tasks/{EXAMPLE}")
             page.wait_for_selector(".chart svg")
@@ -134,6 +138,15 @@ def photograph_task(root: Path) -> Image.Image:
     finally:
         server.terminate()
         server.wait()
+
+
+def with_chinese_font(folder: Path) -> dict[str, str]:
+    """An environment in which the browser finds the font of the extra `fonts`, beside those of the system."""
+    import manimgx_fonts_cjk
+
+    file = folder / "fonts.conf"
+    file.write_text(FONTS.format(folder=Path(str(manimgx_fonts_cjk.__file__)).parent))
+    return os.environ | {"FONTCONFIG_FILE": str(file)}
 
 
 def train_example(task: str) -> None:

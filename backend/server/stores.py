@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from backend.server.tools import run_command
-from backend.task.safety import inside
 from console.redaction import redact
 from store.errors import StoreError
 from store.format import MEASURED_FILE
@@ -102,11 +101,6 @@ def read_accuracies(path: Path) -> dict[str, float]:
         for name, value in measured.items()
         if isinstance(value, float) and 0 <= value <= 1 and name not in ("extraction_s", "encoded")
     }
-
-
-def store_path(output_root: Path, name: str) -> Path:
-    """The folder of a store by its name in the list. Raises OptionError for one that leads out of the output root."""
-    return inside("store", output_root, name)
 
 
 async def describe_store(path: Path) -> dict[str, Any]:

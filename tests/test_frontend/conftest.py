@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
+from scripts.make_pictures import with_chinese_font
 from tests.test_frontend.browser import DESKTOP, Site, Visitor
 
 CHROMIUM = Path("/usr/bin/chromium")
 TEACHER = "Qwen2.5-VL-tiny"
-FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd"><fontconfig>
-<include ignore_missing="yes">/etc/fonts/fonts.conf</include><dir>{folder}</dir></fontconfig>"""
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +50,11 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Debian's Chromium without a window; skips where it is not installed."""
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not installed")
-    import manimgx_fonts_cjk
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=20_000)  # other tests run beside these
 
-    fonts = tmp_path_factory.mktemp("fonts") / "fonts.conf"
-    fonts.write_text(FONTS.format(folder=Path(str(manimgx_fonts_cjk.__file__)).parent))
-    environment = os.environ | {"FONTCONFIG_FILE": str(fonts)}
+    environment = with_chinese_font(tmp_path_factory.mktemp("fonts"))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], env=environment
