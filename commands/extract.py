@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +155,23 @@ def probe(
     store: Annotated[
         Path, typer.Argument(help="A complete store with labels, masks or boxes.", metavar="STORE")
     ],
-    seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="Also train this student without the teacher for a twentieth of its epochs, and compare."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of the training that is planned; default: cli train's.", min=1)
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the student's input; default: cli train's.", min=8)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the short control; default: cli train's.", min=0)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to fit and train: auto, cpu, cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the folds and of the control.")] = 0,
     json: AsJson = False,
 ) -> None:
     """cli probe photos.zarr
@@ -164,21 +181,38 @@ def probe(
     classes for boxes. Writes the probe's predictions for every row, labeled or not: class logits to
     `logits/probe`, or where the store has masks soft class maps to `maps/probe`. The predictions for a row come from a
     probe that was not fitted on it.
+
+    cli probe photos.zarr --student resnet18 --epochs 60
+
+    Will the teacher help this student? Compares the teacher's ceiling with a short control and says so.
     """
     from extract.logits import probe_store
-    from extract.metadata import note_probe
+    from extract.metadata import note_probe, note_verdict
     from store.format import RANDOM_WEIGHTS_NOTICE
     from store.reader import open_store
 
-    result = probe_store(store, seed=seed)
+    began = time.monotonic()
+    result = probe_store(store, seed=seed, device=device)
     note_probe(store, result)
+    verdict = None
+    if student is not None:
+        from commands.verdict import judge_student, verdict_lines
+
+        options = {"epochs": epochs, "image_size": image_size, "learning_rate": learning_rate}
+        judged = judge_student(
+            store, student, result, time.monotonic() - began, {**options, "device": device, "seed": seed}
+        )
+        verdict = {**vars(judged), "text": verdict_lines(vars(judged))}
+        note_verdict(store, judged.student, verdict)
     if open_store(store).manifest.teacher.random_weights:
         get_logger("extract").warning("%s: teacher of %s", store, RANDOM_WEIGHTS_NOTICE)
     if json:
-        print_json({"store": str(store), **result})
+        print_json({"store": str(store), **result, "verdict": verdict})
     else:
         print_probe(result)
         print(f"{store}: {result['array']} written" if result["array"] else f"{store}: nothing written")
+        for line in verdict["text"] if verdict else ():
+            print(line)
 
 
 def teachers(

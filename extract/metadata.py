@@ -79,10 +79,15 @@ def note_probe(store: Path, result: Mapping[str, Any]) -> None:
     note(store, **{name: result[name] for name in PROBED if name in result})
 
 
+def note_verdict(store: Path, student: str, verdict: Mapping[str, Any]) -> None:
+    """Keep whether the teacher is expected to help a student (`commands.verdict`): the report repeats it."""
+    note(store, verdicts={**(read_measured(store).get("verdicts") or {}), student: verdict})
+
+
 def forget_probe(store: Path) -> None:
     """Drop what was found out about features or labels that have changed since."""
     measured = read_measured(store)
-    if known := set(PROBED) & measured.keys():
+    if known := {*PROBED, "verdicts"} & measured.keys():
         note(store, **dict.fromkeys(known))
 
 

@@ -36,8 +36,12 @@ from train.run_folder import make_folder, read_json
 
 logger = get_logger("report")
 
-# Metrics that the teacher's own features have, too.
-ACCURACIES = ("top1", "probe_top1", "knn_top1")
+# Metric → what `cli probe` measured of the teacher's own features in the same unit, and its name in the report.
+_ACCURACIES = {"probe_top1": "teacher, linear probe", "knn_top1": "teacher, k-NN"}
+CEILINGS: dict[str | None, dict[str, str]] = {
+    **dict.fromkeys(("top1", "probe_top1", "knn_top1"), _ACCURACIES),
+    "miou": {"probe_miou": "teacher, probe of cells"},
+}
 # Curves beside the metric's, each term on an axis of its own.
 LOSSES = ("val_hard_loss", "hard_loss", "val_feature_loss", "feature_loss", "val_logit_loss", "logit_loss")
 FEW_SAMPLES = 100
@@ -128,7 +132,7 @@ def task_sections(
     sections = [
         Section(
             f"What distillation gained{task}",
-            gain_text(collection),
+            " ".join(filter(None, (gain_text(collection), verdict_text(collection, stores)))),
             [figures.gain_bars(differences(collection), metric)],
         ),
         Section(
@@ -156,16 +160,28 @@ def gain_text(collection: Collection) -> str:
     )
 
 
+def verdict_text(collection: Collection, stores: dict[str, Store]) -> str:
+    """What `cli probe STORE --student S` expected of the students that were trained since; empty without it."""
+    words = []
+    for path in stores:
+        verdicts = (read_json(Path(path) / MEASURED_FILE) or {}).get("verdicts") or {}
+        trained = {run.summary.get("student") for run in collection.runs if run.store_path == path}
+        words += [
+            f"Before training, `cli probe` said of {student}: {'; '.join(verdict['text'])}."
+            for student, verdict in verdicts.items()
+            if student in trained
+        ]
+    return " ".join(words)
+
+
 def teacher_ceilings(collection: Collection, stores: dict[str, Store]) -> dict[str, float]:
-    """Accuracy of the teacher's own features, as `cli probe` recorded it; none beside metrics of another kind."""
-    if collection.headline not in ACCURACIES:
-        return {}
+    """What the teacher's own features reach, as `cli probe` recorded it; none beside metrics of another kind."""
     paths = [path for path in stores if any(run.store_path == path for run in collection.runs)]
     ceilings: dict[str, float] = {}
     for path in paths:
         quality = measured_of(path)
         where = "" if len(paths) == 1 else f" ({Path(path).name})"
-        for name, words in (("probe_top1", "teacher, linear probe"), ("knn_top1", "teacher, k-NN")):
+        for name, words in CEILINGS.get(collection.headline, {}).items():
             if quality.get(name) is not None:
                 ceilings[words + where] = float(quality[name])
     return ceilings
@@ -212,8 +228,8 @@ def marks_text(collection: Collection, ceilings: dict[str, float], machine: str)
             f"{name} {text_of(collection.headline, value)}" for name, value in ceilings.items()
         )
         words.append(f"Dashed: the teacher's own features ({values}).")
-    elif collection.headline in ACCURACIES:
-        words.append("`cli probe STORE` adds the accuracy of the teacher's own features.")
+    elif collection.headline in CEILINGS:
+        words.append("`cli probe STORE` adds what the teacher's own features reach.")
     if any(run.summary.get("latency_ms") for run in collection.runs):
         words.append(
             f"Latency: one image (or clip) at a time, each architecture measured alone for this report on {machine}."
