@@ -118,7 +118,7 @@ def test_a_signal_stops_within_four_seconds_and_the_printed_command_goes_on(
     psutil.wait_procs(children, timeout=5)
     assert not [child for child in children if child.is_running()]
     again = start(["cli.py", *command[1:]], cwd=ROOT)
-    assert again.communicate(timeout=120)[0].startswith(f"{out}: complete, 480 images")
+    assert again.communicate(timeout=patience(120))[0].startswith(f"{out}: complete, 480 images")
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_a_signal_stops_the_processes_of_all_devices(slow_options: dict[str, Any
     psutil.wait_procs(children, timeout=10)
     assert not [child for child in children if child.is_running()]
     again = start(command, cwd=ROOT)
-    assert again.communicate(timeout=120)[0].startswith(f"{out}: complete, 480 images")
+    assert again.communicate(timeout=patience(120))[0].startswith(f"{out}: complete, 480 images")
 
 
 @pytest.mark.slow
@@ -163,7 +163,8 @@ def test_a_teacher_that_hangs_cannot_hold_up_the_stop(
 ) -> None:
     """What it had encoded is committed nevertheless."""
     flag = tmp_path / "flag"
-    process = start(["-c", HANGING, str(flag), "4", *arguments({**extract_options, "workers": 1})], cwd=ROOT)
+    # Two answers for loading the teacher, one for the scales, two for the first batches; the next ones hang.
+    process = start(["-c", HANGING, str(flag), "5", *arguments({**extract_options, "workers": 1})], cwd=ROOT)
     while not flag.with_name("flag.hanging").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
