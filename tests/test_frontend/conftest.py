@@ -45,9 +45,12 @@ def site(tmp_path_factory: pytest.TempPathFactory, material: Path) -> Iterator[S
     made.kill(signal.SIGTERM)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Debian's Chromium without a window; skips where it is not installed."""
+    """Debian's Chromium without a window; skips where it is not installed.
+
+    Not for the session: Playwright keeps an event loop running, and other modules' tests start their own.
+    """
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not installed")
     from playwright.sync_api import expect, sync_playwright
