@@ -17,6 +17,7 @@ from train.checkpoint import load_checkpoint
 from train.config import load_config
 from train.errors import ConfigError, TrainError
 from train.phase_one import phase_one_config, phase_one_key
+from train.report.build import build_report
 from train.run import run_training
 from train.run_folder import RunFolder
 from train.students.build import build_student
@@ -49,6 +50,8 @@ def test_both_phases_are_in_one_run(make_store, make_config):
     control = lines(config.out / "control")
     assert [line["epoch"] for line in control] == [1, 2], "as many epochs on the labels, and no phase one"
     assert list((config.out / "pretrain/tensorboard").iterdir())
+    page = build_report([config.out], config.out / "report.html", samples=0).path.read_text()
+    assert "Phase one: the teacher" in page
 
 
 def test_phase_two_starts_from_what_phase_one_learned(make_store, make_config):

@@ -146,17 +146,33 @@ def task_sections(
             [figures.curves(collection, name) for name in (metric, *LOSSES)],
         ),
     ]
+    if any(run.phase_one for run in collection.runs):
+        learned = [figures.curves(collection, name, phase_one=True) for name in ("cosine", "feature_loss")]
+        sections.append(Section(f"Phase one: the teacher's features{task}", PHASE_ONE_TEXT, learned))
     if gallery is not None:
         sections.append(gallery)
     return [section for section in sections if section.text or any(section.figures) or section.pictures]
 
 
+PHASE_ONE_TEXT = (
+    "Before the task, the student learned the stored features of all samples, labeled or not (--pretrain-epochs). Controls "
+    "have no phase one."
+)
+
+
 def gain_text(collection: Collection) -> str:
     if not any(run.is_control or run.summary.get("control") for run in collection.runs):
         return "No control was trained, so nothing is claimed (train with --control, sweep without --no-control)."
+    ended = [run for run in collection.runs if ended_after(run) is not None]
+    names = ", ".join(f"{run.name} after epoch {ended_after(run)}" for run in ended)
     return (
         "Distilled less control: the same student, initial weights, data order and schedule on the task loss alone. "
         "Whiskers: 95 % confidence interval of the mean over seeds (Student's t); none with a single seed."
+        + (
+            f" The student was better than a probe of the teacher, and distillation ended: {names}."
+            if ended
+            else ""
+        )
     )
 
 
@@ -172,6 +188,12 @@ def verdict_text(collection: Collection, stores: dict[str, Store]) -> str:
             if student in trained
         ]
     return " ".join(words)
+
+
+def ended_after(run: FinishedRun) -> int | None:
+    """The epoch after which the distillation terms ended; None where they did not."""
+    found: int | None = (run.summary.get("distillation") or {}).get("ended_after_epoch")
+    return found
 
 
 def teacher_ceilings(collection: Collection, stores: dict[str, Store]) -> dict[str, float]:

@@ -107,7 +107,7 @@ def value_range(metric: str, values: Sequence[float]) -> list[float]:
     return [max(low - room, -0.02), min(high + room, 1.02)] if is_share(metric) else [low - room, high + room]
 
 
-def curves(collection: Collection, name: str) -> go.Figure | None:
+def curves(collection: Collection, name: str, *, phase_one: bool = False) -> go.Figure | None:
     """One value of metrics.jsonl over the epochs, a line a run; repetitions and their controls share a color."""
     figure = go.Figure()
     several = len({run.group for run in collection.runs}) > 1
@@ -117,9 +117,11 @@ def curves(collection: Collection, name: str) -> go.Figure | None:
     bases = dict.fromkeys(name.removesuffix(CONTROL_SUFFIX) for name in names.values())
     colors = {base: color(index) for index, base in enumerate(bases)}
     seen: set[str] = set()
-    epochs = max((len(run.records) for run in collection.runs), default=0)
+    lines = {run.folder: run.phase_one if phase_one else run.records for run in collection.runs}
+    epochs = max((len(records) for records in lines.values()), default=0)
     for run in collection.runs:
-        points = [(record["epoch"], record[name]) for record in run.records if record.get(name) is not None]
+        records = lines[run.folder]
+        points = [(record["epoch"], record[name]) for record in records if record.get(name) is not None]
         if not points:
             continue
         label = names[run.folder]

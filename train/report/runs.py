@@ -24,7 +24,7 @@ from store.errors import DistillError
 from train.checkpoint import load_student_from_run
 from train.errors import ReportError
 from train.metrics import HEADLINE_METRICS, headline_of
-from train.run_folder import CONFIG, LATENCY, METRICS, SUMMARY, RunFolder, read_json
+from train.run_folder import CONFIG, LATENCY, METRICS, PRETRAIN, SUMMARY, RunFolder, read_json
 from train.students.catalog import measure_latency
 from train.sweep.config import DISTILLATION_OPTIONS
 from train.sweep.driver import PLAN_FILE
@@ -36,7 +36,18 @@ NAMED = 12  # runs and sweeps found below a folder, in the log
 STORE_FILE = "zarr.json"
 LATENCY_RUNS = 20  # more than training measures: a report compares architectures
 MEASURED_OF_THE_RUN = frozenset(
-    ["control", "metrics", "best_epoch", "wall_time_s", "images_per_second", "peak_rss_mb", "peak_gpu_mb"]
+    [
+        *(
+            "control",
+            "metrics",
+            "best_epoch",
+            "wall_time_s",
+            "images_per_second",
+            "peak_rss_mb",
+            "peak_gpu_mb",
+        ),
+        *("pretrain", "distillation"),
+    ]
 )
 
 
@@ -51,6 +62,7 @@ class FinishedRun(NamedTuple):
     records: list[dict[str, Any]]
     is_control: bool
     varied: dict[str, Any]  # the options that the sweep varied
+    phase_one: tuple[dict[str, Any], ...] = ()  # the curve of phase one, where there is one
 
     @property
     def store_path(self) -> str:
@@ -228,7 +240,8 @@ def read_run(
 ) -> FinishedRun:
     files = RunFolder(folder)
     config, records = files.read_config(), files.read_records()
-    return FinishedRun(group, name, folder, summary, config, records, is_control, varied)
+    phase_one = tuple(files.read_records(PRETRAIN))
+    return FinishedRun(group, name, folder, summary, config, records, is_control, varied, phase_one)
 
 
 # Summary fields that the table, results.csv and results.parquet carry beside the metrics.
