@@ -12,7 +12,13 @@ the teacher's features, fitted on the same labels, as the ceiling.
     python benchmarks/learning.py [--studies few,all,scenes,mixed] [--seeds 5] [--ablation] [--fidelity]
                                   [--work DIR] [--quick] [--json]
 
-Finished trainings are kept in --work and not repeated.
+    python benchmarks/learning.py --data DIR --work DIR [--studies clothing-few,camvid-few,bccd-few,…]
+
+With --data: clothing photos, CamVid street scenes and BCCD blood cells (docs/benchmarks.md), with few labels and all
+other images unlabeled, or with all labels. The control is `cli train --control-only` on the same store: as many updates
+on the labels. Each seed gets another selection of labeled images.
+
+Finished trainings are kept in --work and not repeated, so a run that was interrupted continues.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +41,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.learning_data import write_emoji_table, write_scenes
+from benchmarks.learning_sets import DATA_SETS, lay_out
 from benchmarks.learning_teacher import TEACHER_SIZE, fidelity, probe_ceiling
 from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
 
@@ -46,6 +53,7 @@ REPEAT = 8  # a control on few images: as many steps, but not ten times the vali
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 CONTROL: dict[str, Any] = {"distillation_type": "none", "hard_label_weight": 1.0}
+CONTROL_ONLY: dict[str, Any] = {"control_only": True}
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Study:
     """One comparison. `distilled`: options of that side beyond the product's defaults; `common`: of both sides.
 
     `labels_per_class`, `unlabeled`: see `write_emoji_table`. `control_unlabeled`: the control trains on the labeled
-    images alone (the others teach it nothing), for as many steps.
+    images alone (the others teach it nothing), for as many steps. `data`, `labels`: a folder of --data, and how many of
+    its training images are labeled, see `benchmarks.learning_sets.lay_out`.
     """
 
     name: str
@@ -66,6 +75,8 @@ class Study:
     labels_per_class: int | None = None
     unlabeled: bool = False
     scenes: bool = False
+    data: str = ""
+    labels: int | None = None
 
 
 EMOJI = {"image_size": 32, "batch_size": 32, "augment": "mild"}
@@ -92,14 +103,74 @@ STUDIES = {
 }
 USUAL = "few,all,scenes"
 
+PHOTOS = {"image_size": 64, "batch_size": 32}
+STREETS = {"image_size": 96, "batch_size": 8}
+CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
+STREETS_FIRST, CELLS_FIRST = {"pretrain_epochs": 10}, {"pretrain_epochs": 20}
+DATA_STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "clothing-few",
+            "clothing, 10 labels a class, the rest unlabeled",
+            SMALL,
+            "top1",
+            18,
+            PHOTOS,
+            data="clothing",
+            labels=10,
+        ),
+        Study("clothing-all", "clothing, all labels", SMALL, "top1", 18, PHOTOS, data="clothing"),
+        Study(
+            "camvid-few",
+            "CamVid, 30 labeled, the rest unlabeled",
+            "unet/small",
+            "miou",
+            15,
+            STREETS,
+            STREETS_FIRST,
+            data="camvid",
+            labels=30,
+        ),
+        Study(
+            "camvid-all",
+            "CamVid, all labels",
+            "unet/small",
+            "miou",
+            15,
+            STREETS,
+            STREETS_FIRST,
+            data="camvid",
+        ),
+        Study(
+            "bccd-few",
+            "BCCD, 30 labeled, the rest unlabeled",
+            "yolov8n",
+            "map50_95",
+            60,
+            CELLS,
+            CELLS_FIRST,
+            data="bccd",
+            labels=30,
+        ),
+        Study("bccd-all", "BCCD, all labels", "yolov8n", "map50_95", 12, CELLS, CELLS_FIRST, data="bccd"),
+    )
+}
+DATA_RATES = (1e-3, 3e-3)
+
 
 class Bench:
     """Stores and finished trainings in one folder."""
 
     def __init__(
-        self, work: Path, quick: bool, rates: tuple[float, ...] = LEARNING_RATES, draws: int | None = None
+        self,
+        work: Path,
+        quick: bool,
+        rates: tuple[float, ...] = LEARNING_RATES,
+        draws: int | None = None,
+        data: Path | None = None,
     ) -> None:
-        self.work, self.quick, self.rates, self.draws = work, quick, rates, draws
+        self.work, self.quick, self.rates, self.draws, self.data = work, quick, rates, draws, data
         self.results = work / "results.jsonl"
         self.done: dict[str, dict[str, Any]] = {}
         if self.results.exists():
@@ -108,6 +179,8 @@ class Bench:
 
     def store(self, study: Study, draw: int, *, unlabeled: bool) -> Path:
         """The extracted store of a study (a draw of labels), made on first use."""
+        if study.data:
+            return self.data_store(study, draw)
         draw = draw if study.labels_per_class else 0
         kind = (
             "scenes"
@@ -128,12 +201,30 @@ class Bench:
             (path / "complete").touch()
         return path
 
+    def data_store(self, study: Study, draw: int) -> Path:
+        """The same of a folder of --data."""
+        assert self.data is not None
+        kind = f"{study.data}-{study.labels}-{draw}" if study.labels else f"{study.data}-all"
+        path = self.work / f"{kind}.zarr"
+        if not (path / "complete").exists():
+            every = 12 if self.quick else 1
+            labels = study.labels and (study.labels if every == 1 else max(2, study.labels // 2))
+            found = lay_out(study.data, self.data, self.work / kind, labels, draw, every=every)
+            # Every image is encoded once: a selection of labels is a copy of the store of all labels that follows it.
+            base = self.data_store(replace(study, labels=None), 0) if study.labels else None
+            options = DATA_SETS[study.data].options
+            extract_as(found, path, DATA_SETS[study.data].source, base=base, **options)
+            (path / "complete").touch()
+        return path
+
     def draw(self, seed: int) -> int:
         """Which selection of labeled images a seed gets."""
         return seed % TUNING_SEED % (self.draws or TUNING_SEED)
 
     def test_store(self, study: Study) -> Path:
-        """The store that holds the study's test split."""
+        """The store that holds the study's test split, which is the same for every draw."""
+        if study.data:
+            return self.store(study, 0, unlabeled=True)
         return self.store(STUDIES["scenes" if study.scenes else "all"], 0, unlabeled=False)
 
     def train(
@@ -143,11 +234,13 @@ class Bench:
 
         `raw`: from targets that are not standardized.
         """
-        control = options.get("distillation_type") == "none"
+        control = options in (CONTROL, CONTROL_ONLY)
         unlabeled = study.unlabeled and not control
         draw = self.draw(seed)
         chosen = {**study.common, **options, "learning_rate": learning_rate, "seed": seed}
         chosen["epochs"] = 1 if self.quick else study.epochs
+        if self.quick and "pretrain_epochs" in chosen:
+            chosen["pretrain_epochs"] = 1
         if study.unlabeled and control:
             # The same number of steps: fewer images make shorter epochs.
             chosen["epochs"] = round(
@@ -155,7 +248,15 @@ class Bench:
             )
         identity = hashlib.sha256(
             json.dumps(
-                [study.name, study.student, study.labels_per_class, draw, self.quick, raw, chosen],
+                [
+                    study.name,
+                    study.student,
+                    study.labels_per_class or study.labels,
+                    draw,
+                    self.quick,
+                    raw,
+                    chosen,
+                ],
                 sort_keys=True,
             ).encode()
         ).hexdigest()[:16]
@@ -163,7 +264,7 @@ class Bench:
             record = {
                 "id": identity,
                 "study": study.name,
-                "labels": study.labels_per_class,
+                "labels": study.labels_per_class or study.labels,
                 "control": control,
                 "raw": raw,
                 **chosen,
@@ -196,23 +297,29 @@ class Bench:
 
 
 def extract(data: Path, out: Path, *, scenes: bool) -> None:
-    """Stage one, as `cli extract` does it."""
+    """Stage one of emoji or scenes."""
+    options = {"grid": "native", "logits": "none"} if scenes else {"grid": 0, "logits": "probe"}
+    extract_as(data, out, "masks" if scenes else "table", image_size=TEACHER_SIZE, **options)
+
+
+def extract_as(data: Path, out: Path, source: str, base: Path | None = None, **options: Any) -> None:
+    """Stage one, as `cli extract` does it; `base`: a store to start from, of the same images with other labels."""
     from extract.config import ExtractConfig
     from extract.run import run_extraction
 
     if out.exists():
         shutil.rmtree(out)
+    if base is not None:
+        shutil.copytree(base, out, ignore=shutil.ignore_patterns("complete"))
     run_extraction(
         ExtractConfig(
             data=str(data),
             out=out,
-            source="masks" if scenes else "table",
+            source=source,  # type: ignore[arg-type]
             teacher=PRETRAINED_TEACHER,
             teacher_path=str(pretrained_teacher_weights()),
-            image_size=TEACHER_SIZE,
-            grid="native" if scenes else 0,
-            logits="none" if scenes else "probe",
             workers=0,
+            **options,
         )
     )
 
@@ -225,7 +332,7 @@ def run(store: Path, test_store: Path, study: Study, options: dict[str, Any], ou
 
     start = time.perf_counter()
     settings = {**options, "workers": 0, "device": "cpu", "overwrite": True}
-    summary = run_training(TrainConfig(store=store, student=study.student, out=out, **settings))
+    summary = run_training(TrainConfig(store=str(store), student=study.student, out=out, **settings))
     tested = evaluate_run(out, test_store, split="test", workers=0, device="cpu")
     return {
         "val": summary["metrics"][study.metric],
@@ -245,13 +352,15 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 def compare(bench: Bench, study: Study, options: dict[str, Any], seeds: int) -> dict[str, Any]:
     """Distilled against control, each with its own learning rate, over the same seeds."""
-    rates = {"distilled": bench.tune(study, options), "control": bench.tune(study, CONTROL)}
+    alone = CONTROL_ONLY if study.data else CONTROL
+    rates = {"distilled": bench.tune(study, options), "control": bench.tune(study, alone)}
     distilled, control = [], []
     for seed in range(seeds):
         distilled.append(bench.train(study, options, rates["distilled"], seed)["test"])
-        control.append(bench.train(study, CONTROL, rates["control"], seed)["test"])
+        control.append(bench.train(study, alone, rates["control"], seed)["test"])
     mean, half = interval([a - b for a, b in zip(distilled, control, strict=True)])
-    draws = sorted({bench.draw(seed) for seed in range(seeds)}) if study.labels_per_class else [0]
+    drawn = study.labels_per_class or study.labels
+    draws = sorted({bench.draw(seed) for seed in range(seeds)}) if drawn else [0]
     ceilings = [probe_ceiling(bench, study, draw) for draw in draws]
     return {
         "study": study.title,
@@ -263,7 +372,9 @@ def compare(bench: Bench, study: Study, options: dict[str, Any], seeds: int) -> 
         "difference": mean,
         "low": mean - half,
         "high": mean + half,
-        "probe": float(np.mean(ceilings)),
+        "probe": float(np.mean([value for value in ceilings if value is not None]))
+        if any(ceilings)
+        else None,
         "learning_rates": rates,
         "draws": len(draws),
     }
@@ -323,7 +434,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--studies", default=USUAL, help="a list of: " + ", ".join(STUDIES))
+    parser.add_argument("--data", type=Path, help="folder of clothing, camvid and bccd: their studies")
+    parser.add_argument(
+        "--studies", help="a list of: " + ", ".join([*STUDIES, "or with --data", *DATA_STUDIES])
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--learning-rates", help="another grid; a single one is not tuned")
     parser.add_argument("--draws", type=int, help="selections of labeled images; default: one a seed")
@@ -348,9 +462,16 @@ def report(arguments: argparse.Namespace, work: Path) -> None:
     """Run what was asked for and print it."""
     work.mkdir(parents=True, exist_ok=True)
     grid = arguments.learning_rates
-    rates = tuple(float(text) for text in grid.split(",")) if grid else LEARNING_RATES
-    bench = Bench(work, arguments.quick, rates, arguments.draws)
-    studies = [STUDIES[name] for name in arguments.studies.split(",")]
+    known, usual = STUDIES, USUAL
+    rates: tuple[float, ...] = LEARNING_RATES
+    if arguments.data is not None:
+        known, usual, rates = DATA_STUDIES, ",".join(DATA_STUDIES), DATA_RATES
+    rates = tuple(float(text) for text in grid.split(",")) if grid else rates
+    bench = Bench(work, arguments.quick, rates, arguments.draws, arguments.data)
+    names = (arguments.studies or usual).split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--studies {','.join(unknown)}: unknown; known are {', '.join(known)}")
+    studies = [known[name] for name in names]
     seeds = 2 if arguments.quick else arguments.seeds
     result: dict[str, Any] = {"comparison": [compare(bench, s, s.distilled, seeds) for s in studies]}
     if arguments.ablation:
@@ -368,7 +489,7 @@ def print_tables(result: dict[str, Any]) -> None:
     print("| study | student | metric | control | distilled | difference (95 %) | probe | seeds |")
     print("|---|---|---|---|---|---|---|---|")
     for row in result["comparison"]:
-        ceiling = f"{100 * row['probe']:.1f}"
+        ceiling = "–" if row["probe"] is None else f"{100 * row['probe']:.1f}"
         gap = f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} … {100 * row['high']:+.1f})"
         print(
             f"| {row['study']} | {row['student']} | {row['metric']} | {100 * row['control']:.1f} "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.learning_sets import probe_figure
 from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
 
 if TYPE_CHECKING:
@@ -16,8 +17,13 @@ TEACHER_SIZE = 160
 PROBE_STRENGTH = 0.003  # of the per-cell probe's regularization (scikit-learn's C), on standardized features
 
 
-def probe_ceiling(bench: Bench, study: Study, draw: int) -> float:
-    """The study's metric on the test split, of a linear probe on the teacher's features and the study's labels."""
+def probe_ceiling(bench: Bench, study: Study, draw: int) -> float | None:
+    """The study's metric on the test split, of a linear probe on the teacher's features and the study's labels.
+
+    Of the studies of --data: `cli probe`'s figure on the validation split; None for boxes.
+    """
+    if study.data:
+        return probe_figure(bench.store(study, draw, unlabeled=True), study.metric)
     if study.scenes:
         return cell_probe_ceiling(bench, study)
     from store.format import LABEL, POOLED

@@ -1,0 +1,122 @@
+"""Public data sets for benchmarks/learning.py --data DIR, with the labels of some training images hidden.
+
+DIR has the folders `clothing`, `camvid` and `bccd`, as docs/benchmarks.md describes. Images are links to DIR.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a folder of DIR is extracted: options of `cli extract` beyond the benchmark's."""
+
+    source: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+UNLABELED = {"source_options": {"unlabeled": True}}
+DATA_SETS = {
+    "clothing": DataSet("table", {"image_size": 160, "grid": 0, "logits": "probe"}),
+    "camvid": DataSet("masks", {"image_size": 384, "grid": "native", "logits": "probe", **UNLABELED}),
+    "bccd": DataSet("voc", {"image_size": 384, "grid": "native", **UNLABELED}),
+}
+
+
+def lay_out(name: str, data: Path, folder: Path, labels: int | None, draw: int, *, every: int = 1) -> Path:
+    """What `cli extract` reads: all images of DIR/`name`, and the labels of `labels` training images.
+
+    labels: of each class (clothing) or in all; None: all. draw: which selection. every: take each n-th image only.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    source = (data / name).resolve()
+    if not source.is_dir():
+        raise SystemExit(
+            f"{source} does not exist: --data DIR needs the folder {name}, see docs/benchmarks.md"
+        )
+    generator = np.random.default_rng([4, draw])
+    return {"clothing": clothing, "camvid": camvid, "bccd": bccd}[name](
+        source, folder, labels, generator, every
+    )
+
+
+def pick(files: list[Path], labels: int | None, generator: np.random.Generator) -> set[Path]:
+    """`labels` of the files at random, None: all."""
+    return set(files if labels is None else [files[i] for i in generator.permutation(len(files))[:labels]])
+
+
+def clothing(
+    source: Path, folder: Path, labels: int | None, generator: np.random.Generator, every: int
+) -> Path:
+    """Class folders as a table of images, in which only some training images have a label."""
+    (folder / "images").symlink_to(source, target_is_directory=True)
+    rows = []
+    for split in SPLITS:
+        for kind in sorted(path for path in (source / split).iterdir() if path.is_dir()):
+            files = sorted(kind.iterdir())[::every]
+            chosen = pick(files, labels if split == "train" else None, generator)
+            for file in files:
+                image = f"images/{split}/{kind.name}/{file.name}"
+                rows.append({"image": image, "label": kind.name if file in chosen else "", "split": split})
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as table:
+        writer = csv.DictWriter(table, ["image", "label", "split"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "table.csv"
+
+
+def camvid(
+    source: Path, folder: Path, labels: int | None, generator: np.random.Generator, every: int
+) -> Path:
+    """`images/SPLIT` and `masks/SPLIT`, of which some training images have no mask."""
+    for split in SPLITS:
+        images = sorted((source / "images" / split).iterdir())[::every]
+        chosen = pick(images, labels if split == "train" else None, generator)
+        for image in images:
+            link(image, folder / "images" / split / image.name)
+            if image in chosen:
+                mask = f"{image.stem}.png"
+                link(source / "masks" / split / mask, folder / "masks" / split / mask)
+    shutil.copyfile(source / "classes.txt", folder / "classes.txt")
+    return folder
+
+
+def bccd(source: Path, folder: Path, labels: int | None, generator: np.random.Generator, every: int) -> Path:
+    """Pascal VOC, of which some training images have no XML file."""
+    for split in SPLITS:
+        stems = (source / f"ImageSets/Main/{split}.txt").read_text(encoding="utf-8").split()[::every]
+        files = [source / f"Annotations/{stem}.xml" for stem in stems]
+        chosen = pick(files, labels if split == "train" else None, generator)
+        for stem, file in zip(stems, files, strict=True):
+            image = next(source.glob(f"JPEGImages/{stem}.*"))
+            link(image, folder / "JPEGImages" / image.name)
+            if file in chosen:
+                link(file, folder / "Annotations" / file.name)
+        listed = folder / f"ImageSets/Main/{split}.txt"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("\n".join(stems) + "\n", encoding="utf-8")
+    return folder
+
+
+def link(target: Path, name: Path) -> None:
+    name.parent.mkdir(parents=True, exist_ok=True)
+    os.symlink(target, name)
+
+
+def probe_figure(store: Path, metric: str) -> float | None:
+    """What `cli probe` measures of a store in a student's metric, on validation rows; None where it has none (boxes)."""
+    from extract.logits import probe_store
+
+    result = probe_store(store)
+    return {"top1": result.get("probe_top1"), "miou": result.get("probe_miou")}.get(metric)
