@@ -163,8 +163,8 @@ def test_a_teacher_that_hangs_cannot_hold_up_the_stop(
 ) -> None:
     """What it had encoded is committed nevertheless."""
     flag = tmp_path / "flag"
-    # Two answers for loading the teacher, one for the scales, two for the first batches; the next ones hang.
-    process = start(["-c", HANGING, str(flag), "5", *arguments({**extract_options, "workers": 1})], cwd=ROOT)
+    # Two answers for loading the teacher, one for the scales, three for the first batches; the next ones hang.
+    process = start(["-c", HANGING, str(flag), "6", *arguments({**extract_options, "workers": 1})], cwd=ROOT)
     while not flag.with_name("flag.hanging").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
