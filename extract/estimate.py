@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -65,19 +65,19 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     per_sample = max(encode_s, decode_s / workers) / len(config.devices)
     total = int(sum(arrays.values()) * task.rows)
     free = free_bytes(config.out)
-    left = what_is_left(config, task, total)
+    to_encode, needed, changes = what_is_left(config, task, total)
     figures: dict[str, Any] = {
         "batch_size": batch_size,
         "bytes_per_sample": {name: round(size, 1) for name, size in arrays.items()},
         "total_bytes": total,
         "free_bytes": free,
-        "needed_bytes": left.needed_bytes,
-        "fits": left.needed_bytes < free,
-        "to_encode": left.to_encode,
+        "needed_bytes": needed,
+        "fits": needed < free,
+        "to_encode": to_encode,
         "encode_ms_per_image": 1000 * encode_s,
         "decode_ms_per_image_and_core": 1000 * decode_s,
         "decoding_workers": workers,
-        "estimated_seconds": per_sample * left.to_encode,
+        "estimated_seconds": per_sample * to_encode,
         "images_per_second": 1 / per_sample,
         "timed_samples": len(samples),
         **check_samples(task),
@@ -91,39 +91,35 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         estimate=figures,
         warnings=warn_of_copies(source),
     )
-    if left.changes is not None:
-        result.note_changes(left.changes.summary())
+    if changes is not None:
+        result.note_changes(changes.summary())
     return result
 
 
-class Left(NamedTuple):
-    """What a run would do: samples to encode, bytes it needs on the disk, what changed since a complete store."""
+def what_is_left(
+    config: ExtractConfig, task: ExtractTask, total_bytes: int
+) -> tuple[int, int, Changes | None]:
+    """Samples that a run would encode, bytes that it needs on the disk, what changed since a complete store.
 
-    to_encode: int
-    needed_bytes: int
-    changes: Changes | None = None
-
-
-def what_is_left(config: ExtractConfig, task: ExtractTask, total_bytes: int) -> Left:
-    """All of a new store, the rest of an incomplete one, the changes of a complete one.
+    All of a new store, the rest of an incomplete one, the changes of a complete one.
 
     Raises:
         DifferentStore: when the store was made with other options.
     """
     path = config.out
     if config.overwrite or not (path / ZARR_JSON).exists():
-        return Left(task.rows, total_bytes)
+        return task.rows, total_bytes, None
     check_same(path, task, open_store(path, allow_incomplete=True).manifest, config.grid == "auto")
     folder = work_path(path)
     job = features_job(folder)
     if job is not None:
         planned = sum(end - first for _, first, end in job.units())
         left = planned - count_committed(folder, job)
-        return Left(left, total_bytes * left // max(1, task.rows))
+        return left, total_bytes * left // max(1, task.rows), None
     changes = changes_of(config, task)
     if not changes.any:
-        return Left(0, 0, changes)
-    return Left(changes.counts.encode, bytes_needed(task, open_store(path), changes, linked=True), changes)
+        return 0, 0, changes
+    return changes.counts.encode, bytes_needed(task, open_store(path), changes, linked=True), changes
 
 
 def check_samples(task: ExtractTask) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from files.writing import replace_file
 from store import format as names
 from store.errors import DistillError
 from store.format import NOTES_FOLDER
-from store.job import count_committed, features_job
+from store.job import features_job, progress
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 from store.summary import store_warnings
@@ -189,10 +189,8 @@ def stop_message(config: ExtractConfig) -> str:
     elif (job := features_job(rows_of := work_path(path))) is None:
         done = f"all images are committed in {path}"
     else:
-        total = sum(split.rows for split in job.splits.values())
-        planned = sum(end - first for _, first, end in job.units())  # less than all when new images are added
+        rows, total = (sum(counts) for counts in zip(*progress(rows_of, job).values(), strict=True))
         new = "" if rows_of == path else "new "
-        rows = total - planned + count_committed(rows_of, job)
         done = f"{rows:,} of {total:,} {new}images are committed in {path}"
     return f"stopped: {done}. Go on with: {resume_command(config)}"
 

@@ -206,21 +206,17 @@ def compare(
             std = np.maximum(statistics.std, 1e-6 * np.abs(statistics.mean) + 1e-12)
             stored, fresh = (stored - statistics.mean) / std, (fresh - statistics.mean) / std
         standardized = cosines(stored, fresh)
-        note(audit, name, plain, standardized)
+        field_name = "pooled" if name in (names.POOLED, names.VIEWS_POOLED) else "grid"
+        for suffix, values in (("", plain), ("_standardised", standardized)):
+            before: Any = getattr(audit, field_name + suffix)
+            least_value = float(values.min())
+            setattr(audit, field_name + suffix, least_value if before is None else min(before, least_value))
         for row, least, least_standardized in zip(rows, plain, standardized, strict=True):
             if least < LEAST_COSINE or least_standardized < LEAST_STANDARDIZED:
                 audit.findings.append(
                     f"{split.name} {split.keys[row]}: {name} differs from the teacher's answer: cosine {least:.5f} "
                     f"(standardized {least_standardized:.4f}), expected at least {LEAST_COSINE} ({LEAST_STANDARDIZED})"
                 )
-
-
-def note(audit: Audit, name: str, plain: Floats, standardized: Floats) -> None:
-    field_name = "pooled" if name in (names.POOLED, names.VIEWS_POOLED) else "grid"
-    for suffix, values in (("", plain), ("_standardised", standardized)):
-        before: Any = getattr(audit, field_name + suffix)
-        least = float(values.min())
-        setattr(audit, field_name + suffix, least if before is None else min(before, least))
 
 
 def cosines(a: Floats, b: Floats) -> Floats:

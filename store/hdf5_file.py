@@ -77,21 +77,12 @@ def find_dataset(group: Any, name: str) -> Any | None:
     import h5py
 
     dataset = find_object(group, name)
-    if dataset is not None and not isinstance(dataset, h5py.Dataset):
+    if dataset is None:
+        return None
+    if not isinstance(dataset, h5py.Dataset):
         raise Hdf5Error(f"{name} is not a data set")
-    if dataset is not None:
-        _check_storage(dataset)
-        _check_filters(dataset)
-        _check_sizes(dataset)
-    return dataset
-
-
-def _check_storage(dataset: Any) -> None:
-    import h5py
-
-    layout = (
-        dataset.id.get_create_plist().get_layout()
-    )  # asked first: the shape of a virtual one opens its sources
+    properties = dataset.id.get_create_plist()
+    layout = properties.get_layout()  # asked first: the shape of a virtual one opens its sources
     reason = None
     if layout == h5py.h5d.VIRTUAL:
         reason = "is a virtual data set, made of parts of other files"
@@ -99,23 +90,19 @@ def _check_storage(dataset: Any) -> None:
         reason = f"has its values in another file, {dataset.external[0][0]!r}"
     if reason:
         raise Hdf5Error(f"{dataset.name} {reason}: other files are not read; copy the data into this file")
-
-
-def _check_filters(dataset: Any) -> None:
-    import h5py
-
-    properties = dataset.id.get_create_plist()
     for place in range(properties.get_nfilters()):
-        number, _, _, name = properties.get_filter(place)
+        number, _, _, text = properties.get_filter(place)
         if not h5py.h5z.filter_avail(number):
-            shown = name.decode("utf-8", "replace") or "without a name"
+            shown = text.decode("utf-8", "replace") or "without a name"
             raise Hdf5Error(
                 f"{dataset.name} is compressed by filter {number} ({shown}), which is not available here: "
                 "rewrite the file with `h5repack -f GZIP=4`"
             )
+    _check_sizes(dataset, layout)
+    return dataset
 
 
-def _check_sizes(dataset: Any) -> None:
+def _check_sizes(dataset: Any, layout: int) -> None:
     """Compare the shape with the limits and with what is stored."""
     import h5py
 
@@ -129,7 +116,6 @@ def _check_sizes(dataset: Any) -> None:
             f"the limit is {MAX_ROW_BYTES:,}"
         )
     values = math.prod(dataset.shape)
-    layout = dataset.id.get_create_plist().get_layout()
     if layout == h5py.h5d.CHUNKED:
         chunk = math.prod(dataset.chunks)
         if chunk * itemsize > MAX_CHUNK_BYTES:

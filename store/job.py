@@ -245,17 +245,12 @@ def _scan(file: BinaryIO, size: int) -> Iterator[Commit]:
             header = json.loads(file.read(header_bytes))
         except ValueError:
             return
-        yield _commit(header, position, position + len(head) + header_bytes, end)
+        (start, stop), parts, payload = header["rows"], {}, position + len(head) + header_bytes
+        for name, length in header["parts"]:
+            parts[name] = (payload, length)
+            payload += length
+        yield Commit(start, stop, header["prefix"], header["finished"], parts, position, end)
         position = end
-
-
-def _commit(header: dict[str, Any], begin: int, payload: int, end: int) -> Commit:
-    parts = {}
-    for name, length in header["parts"]:
-        parts[name] = (payload, length)
-        payload += length
-    start, stop = header["rows"]
-    return Commit(start, stop, header["prefix"], header["finished"], parts, begin, end)
 
 
 def _is_intact(file: BinaryIO, commit: Commit) -> bool:

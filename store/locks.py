@@ -86,21 +86,17 @@ def process_start(pid: int) -> str | None:
     """When a process of this host started, in whatever unit; None when it is gone."""
     stat = Path(f"/proc/{pid}/stat")
     if not Path("/proc/self/stat").exists():
-        return _portable_process_start(pid)
+        import psutil
+
+        try:
+            return str(round(psutil.Process(pid).create_time()))
+        except psutil.NoSuchProcess:
+            return None
     try:
         fields = stat.read_text().rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
-
-
-def _portable_process_start(pid: int) -> str | None:
-    import psutil
-
-    try:
-        return str(round(psutil.Process(pid).create_time()))
-    except psutil.NoSuchProcess:
-        return None
 
 
 class RowLock:

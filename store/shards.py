@@ -233,10 +233,6 @@ class ShardFile:
         publish(self.partial, self.final)
         return self.written, self.crc
 
-    def discard_partial(self) -> None:
-        """Once the shard's last commit is recorded, nothing needs its uncompressed rows."""
-        self.partial.unlink(missing_ok=True)
-
     def _finish_compressed(self) -> tuple[int, int]:
         """Compress chunk by chunk into a second file. The partial one stays until the commit is recorded."""
         from numcodecs.zstd import Zstd

@@ -237,17 +237,6 @@ class StoreRows:
         }
 
 
-class Coder(Protocol):
-    """Turns stored float16 values [..., D] into another encoding of the same features."""
-
-    scale: np.ndarray
-    center: np.ndarray
-    components: np.ndarray | None
-
-    def specs(self, spec: ArraySpec) -> list[ArraySpec]: ...
-    def encode(self, name: str, stored: np.ndarray) -> Columns: ...
-
-
 class Int8Coder:
     """true = int8 × token scale × channel scale + center; scale and center are the channel's std and mean."""
 
@@ -294,6 +283,11 @@ class PcaCoder:
 
     def encode(self, name: str, stored: np.ndarray) -> Columns:
         return {name: to_stored(self.project(stored), self.scale, np.dtype(np.float16))}
+
+
+Coder = (
+    Int8Coder | PcaCoder
+)  # turns stored float16 values [..., D] into another encoding of the same features
 
 
 def make_coder(store: Store, spec: ArraySpec, int8: bool, pca: int | None) -> Coder:

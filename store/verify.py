@@ -108,7 +108,13 @@ def repair_store(path: str | os.PathLike[str]) -> list[str]:
 
 def leftovers(folder: Path) -> Iterator[Finding]:
     """Temporary files that belong to no job in progress, and locks of dead writers."""
-    owned = partial_files_of_jobs(folder)
+    owned: set[Path] = set()  # the open shard files of jobs that can be resumed
+    for name in pending_jobs(folder):
+        job = load_job(folder, name)
+        for split in job.splits:
+            for spec in job.direct:
+                owned |= set((folder / split / spec.name).rglob(f"*{PARTIAL}"))
+        owned |= set(unfinished(job_folder(folder, name)))
     versions = [folder / WORK_FOLDER / name for name in (ROWS_STORE, NEXT, f"{NEXT}{CREATING}")]
     for path in unfinished(folder):
         if path not in owned and not any(version in path.parents for version in versions):
@@ -136,18 +142,6 @@ def lock_files(folder: Path) -> Iterator[tuple[Path, Owner]]:
         owner = read_owner(path)
         if owner is not None:
             yield path, owner
-
-
-def partial_files_of_jobs(folder: Path) -> set[Path]:
-    """The open shard files of jobs that can be resumed: not leftovers."""
-    owned: set[Path] = set()
-    for name in pending_jobs(folder):
-        job = load_job(folder, name)
-        for split in job.splits:
-            for spec in job.direct:
-                owned |= set((folder / split / spec.name).rglob(f"*{PARTIAL}"))
-        owned |= set(unfinished(job_folder(folder, name)))
-    return owned
 
 
 def check_metadata(folder: Path, nodes: dict[str, Any]) -> Iterator[Finding]:

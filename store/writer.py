@@ -326,7 +326,7 @@ class OpenShard:
         self._record(self.end, finished, dict.fromkeys(self._logged, b""))
         os.fsync(self._log_fd)
         for file in self.files.values():
-            file.discard_partial()
+            file.partial.unlink(missing_ok=True)  # nothing needs the rows of a compressed shard any more
         self.close()
 
     def _record(

@@ -283,20 +283,13 @@ def sample_views(key: str, count: int, seed: int, width: int, height: int) -> Ma
     views = np.empty((count, 2, 3), np.float64)
     for index in range(count):
         digest = hashlib.blake2b(f"{seed}\0{index}\0{key}".encode(errors="surrogatepass"), digest_size=16)
-        views[index] = sample_view(
-            np.random.default_rng(np.frombuffer(digest.digest(), np.uint32)), width, height
-        )
+        generator = np.random.default_rng(np.frombuffer(digest.digest(), np.uint32))
+        crop_width, crop_height = sample_crop_size(generator, width, height)
+        left, top = generator.uniform(0, 1 - crop_width), generator.uniform(0, 1 - crop_height)
+        flipped = generator.random() < 0.5
+        across = [-crop_width, 0, left + crop_width] if flipped else [crop_width, 0, left]
+        views[index] = [across, [0, crop_height, top]]
     return views
-
-
-def sample_view(generator: np.random.Generator, width: int, height: int) -> Matrix:
-    """One crop with flip, float64 [2, 3]."""
-    crop_width, crop_height = sample_crop_size(generator, width, height)
-    left = generator.uniform(0, 1 - crop_width)
-    top = generator.uniform(0, 1 - crop_height)
-    if generator.random() < 0.5:
-        return np.array([[-crop_width, 0, left + crop_width], [0, crop_height, top]])
-    return np.array([[crop_width, 0, left], [0, crop_height, top]])
 
 
 def sample_crop_size(generator: np.random.Generator, width: int, height: int) -> tuple[float, float]:

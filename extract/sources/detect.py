@@ -144,22 +144,16 @@ def read_options(kind: str, opener: Any, options: Mapping[str, Any]) -> dict[str
             near = get_close_matches(name, valid, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(valid) or 'none'}"
             raise SourceError(f"source {kind!r} has no option {name!r}: {hint}")
-        settings[name] = read_value(name, value, str(parameters[name].annotation))
+        annotation = str(parameters[name].annotation) if isinstance(value, str) else ""
+        if annotation.startswith("bool"):
+            word = value.strip().lower()
+            if word not in SWITCHES:
+                raise SourceError(f"source option {name}: got {value!r}, expected true or false")
+            value = SWITCHES[word]
+        elif annotation.startswith("Sequence"):
+            value = [item.strip() for item in value.split(",")]
+        settings[name] = value
     return settings
-
-
-def read_value(name: str, value: Any, annotation: str) -> Any:
-    """`true`, `no`, … for a switch; names separated by commas for a list. Raises SourceError."""
-    if not isinstance(value, str):
-        return value
-    if annotation.startswith("bool"):
-        word = value.strip().lower()
-        if word not in SWITCHES:
-            raise SourceError(f"source option {name}: got {value!r}, expected true or false")
-        return SWITCHES[word]
-    if annotation.startswith("Sequence"):
-        return [item.strip() for item in value.split(",")]
-    return value
 
 
 def detect_kind(path: Path | str) -> str:

@@ -150,11 +150,19 @@ def open_masks(
     if masks is None:
         pairs = pair_files(path, files, suffixes, members, unlabeled)
     else:
-        pairs = pair_with_folder(
-            path, files, folder_option(path, "masks", masks), suffixes, members, unlabeled
-        )
+        folder = Path(os.path.normpath(path / masks))  # from the data set's root, or as it is written
+        if not folder.is_dir():
+            raise SourceError(f"source option masks={masks}: {folder} is not a folder")
+        pairs = pair_with_folder(path, files, folder, suffixes, members, unlabeled)
     splits = split_pairs(pairs, members)
-    table = None if colors is None else read_colors(file_option(path, "colors", colors))
+    table = None
+    if colors is not None:
+        places = [file for file in (path / colors, Path(colors)) if file.is_file()]
+        if not places:
+            raise SourceError(
+                f"source option colors={colors}: no such file in {path} or in the working folder"
+            )
+        table = read_colors(places[0])
     names = read_class_names(path, class_names) if table is None or class_names is not None else table[0]
     rule = MaskRule(0, False, ignored_ids(ignore, names), None if table is None else table[1])
     names, binary, notes = complete_rule(path, pairs, names, binary, rule)
@@ -204,22 +212,6 @@ def ignored_ids(values: Sequence[str], names: Names | None) -> tuple[int, ...]:
             )
         ids.append(number)
     return tuple(ids)
-
-
-def folder_option(root: Path, name: str, text: str) -> Path:
-    """The folder that a source option names, from the data set's root or as it is written. Raises SourceError."""
-    folder = Path(os.path.normpath(root / text))
-    if not folder.is_dir():
-        raise SourceError(f"source option {name}={text}: {folder} is not a folder")
-    return folder
-
-
-def file_option(root: Path, name: str, text: str) -> Path:
-    """The file that a source option names, from the data set's root or from the working folder. Raises SourceError."""
-    found = next((file for file in (root / text, Path(text)) if file.is_file()), None)
-    if found is None:
-        raise SourceError(f"source option {name}={text}: no such file in {root} or in the working folder")
-    return found
 
 
 def pair_with_folder(

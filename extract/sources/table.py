@@ -83,18 +83,14 @@ class Rows:
         boxes: list[tuple[float, float, float, float]] | None,
         classes: list[str | int],
     ) -> None:
-        self.keys.append(key)
-        self.images.append(image)
-        self.labels.append(label)
-        self.boxes.append(boxes)
-        self.classes.append(classes)
+        for column, value in zip(vars(self).values(), (key, image, label, boxes, classes), strict=True):
+            column.append(value)
 
     def sort(self) -> list[int]:
         """Put the samples in the order of their keys; returns where each was before."""
         order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
-        columns: list[list[Any]] = [self.keys, self.images, self.labels, self.boxes, self.classes]
-        for values in columns:
-            values[:] = [values[row] for row in order]
+        for column in vars(self).values():
+            column[:] = [column[row] for row in order]
         return order
 
 
