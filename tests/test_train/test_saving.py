@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from train.checkpoint import BEST, FORMAT, LAST, CheckpointError, load_checkpoint
+from train.events import CheckpointSaved
 from train.loop import loop, saving
-from train.loop.saving import NEXT_BEST, CheckpointWriter, Saved, adopt_best
+from train.loop.saving import NEXT_BEST, CheckpointWriter, adopt_best
 from train.run import run_training
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def test_best_is_that_of_its_epoch_however_late_it_is_written(make_store, make_c
     assert any(not torch.equal(states[1][name], states[3][name]) for name in states[1])
 
 
-def wait_for(gate: threading.Event) -> list[Saved]:
+def wait_for(gate: threading.Event) -> list[CheckpointSaved]:
     assert gate.wait(10)
     return []
 
