@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from backend.server.command import Order
 from backend.server.database import Task
 from backend.server.errors import ServerError
-from backend.server.processes import KILL_AFTER_S, Order, Waiting, start_training
+from backend.server.processes import KILL_AFTER_S, Waiting, start_training
 from backend.server.settings import Settings
 from console.log import get_logger
 from console.redaction import redact
@@ -108,7 +108,7 @@ class DaskRunner:
         name = future_name(order.task_id, order.attempt)
         future = self.client.submit(
             run_on_worker,
-            {"words": list(order.words), "folder": str(order.output_dir), "attempt": order.attempt},
+            order,
             self.token,
             stop_name(name),
             key=name,
@@ -137,18 +137,15 @@ def stop_name(name: str) -> str:
     return f"stop-{name}"
 
 
-def run_on_worker(order: Mapping[str, Any], token: str | None, stop: str) -> int:
+def run_on_worker(order: Order, token: str | None, stop: str) -> int:
     """What dask calls on a worker: the training process, until it ends or the event named `stop` is set; its exit code."""
     from distributed import Event
 
     event = Event(stop)
     if event.is_set():
         return STOPPED
-    local = Order(
-        task_id="", words=order["words"], output_dir=Path(order["folder"]), attempt=order["attempt"]
-    )
     # With this worker's end the training stops, too: another worker then resumes it.
-    process = start_training(local, token, preexec_fn=signal_on_parent_death)
+    process = start_training(order, token, preexec_fn=signal_on_parent_death)
     while process.poll() is None:
         if event.is_set():
             stop_process(process)

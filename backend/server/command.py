@@ -52,6 +52,15 @@ class Place(NamedTuple):
     devices: str
 
 
+class Order(NamedTuple):
+    """One process to start: the options, the folder that gets its log, and how often the task was started."""
+
+    task_id: str
+    attempt: int
+    words: list[str]
+    output_dir: Path
+
+
 def training_words(fields: TaskFields, place: Place, settings: Settings) -> list[str]:
     """The options of one task, `--name=value` each, in the order of the training process's help.
 

@@ -9,14 +9,12 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from backend.server.command import command_line
+from backend.server.command import Order, command_line
 from backend.server.database import Task
 from backend.server.logs import LOG_FILE
 from backend.server.settings import DATABASE_VARIABLE, TOKEN_VARIABLE, Settings
@@ -33,16 +31,6 @@ class Waiting(NamedTuple):
 
     task_id: str
     devices: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """One process to start: the options, the folder that gets its log, and how often the task was started."""
-
-    task_id: str
-    words: Sequence[str]
-    output_dir: Path
-    attempt: int
 
 
 class LocalProcess:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from backend.server.command import Order
 from backend.server.database import Task, TaskState
-from backend.server.processes import Order, Waiting
+from backend.server.processes import Waiting
 from backend.server.tasks import Tasks, requested_devices
 from backend.server.undelivered import apply_undelivered
 from backend.task.errors import OptionError
@@ -66,21 +67,26 @@ class Runner(Protocol):
         """Let go of what runs, without ending it."""
 
 
+class Running(NamedTuple):
+    """A task's process and the devices that it occupies."""
+
+    handle: Handle
+    devices: str
+
+
 class TaskQueue:
     """Starts with `open`, ends with `close`; processes that run then go on without it."""
 
     def __init__(self, tasks: Tasks, runner: Runner) -> None:
         self.tasks, self.runner = tasks, runner
-        self.handles: dict[str, Handle] = {}
-        self.devices: dict[str, str] = {}
+        self.running: dict[str, Running] = {}
         self.wake = threading.Event()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.run, name="task-queue", daemon=True)
 
     def open(self) -> None:
         self.tasks.wake = self.wake.set
-        self.recover()
-        self.wake.set()  # tasks may be waiting
+        self.wake.set()  # an earlier server may have left tasks that run or wait
         self.thread.start()
 
     def close(self) -> None:
@@ -93,66 +99,60 @@ class TaskQueue:
     def run(self) -> None:
         failing = False
         while not self.closing.is_set():
-            self.wake.wait(POLL_S if self.handles or failing else None)
+            self.wake.wait(POLL_S if self.running or failing else None)
             self.wake.clear()
             try:
                 self.step()
                 failing = False
-            except (
-                Exception
-            ) as error:  # a database that does not answer: processes go on, the next step repeats
+            except Exception as error:
+                # A database or cluster that does not answer: processes go on, and the next step does what is left.
                 if not failing:
                     log.exception("the queue cannot go on, trying again: %s", error)
                 failing = True
                 self.closing.wait(PAUSE_S)
 
-    def recover(self) -> None:
-        """Find the processes of an earlier server; a task whose process has ended gets its final state."""
-        for task in self.tasks.in_states(TaskState.RUNNING, TaskState.STOPPING):
-            handle = None
-            if task.runner == self.runner.name:
-                handle = self.runner.find(task, self.tasks.words_of(task))
-            if handle is None:
-                self.finish(task.task_id, None)
-                continue
-            log.info("task %s: found again", task.task_id)
-            self.handles[task.task_id] = handle
-            self.devices[task.task_id] = task.devices or "cpu"
-
     def step(self) -> None:
-        for task_id, handle in list(self.handles.items()):
-            if handle.ended():
-                self.finish(task_id, handle.exit_code, handle)
-                del self.handles[task_id], self.devices[task_id]
-        for task in self.tasks.in_states(TaskState.STOPPING):
-            stopping = self.handles.get(task.task_id)
-            if stopping is not None:
-                stopping.stop()
+        for task_id, running in list(self.running.items()):
+            if running.handle.ended():
+                self.finish(task_id, running.handle.exit_code, running.handle.reason)
+                del self.running[task_id]
+        for task in self.tasks.in_states(TaskState.RUNNING, TaskState.STOPPING):
+            if task.task_id not in self.running:
+                self.recover(task)
+            elif task.state == TaskState.STOPPING:
+                self.running[task.task_id].handle.stop()
         waiting = [Waiting(task.task_id, requested_devices(task)) for task in self.tasks.waiting()]
-        for start in self.runner.choose(waiting, list(self.devices.values())):
+        occupied = [running.devices for running in self.running.values()]
+        for start in self.runner.choose(waiting, occupied):
             self.start(start.task_id, start.devices or "cpu")
+
+    def recover(self, task: Task) -> None:
+        """Find the process that an earlier server started, or give the task its final state."""
+        handle = None
+        if task.runner == self.runner.name:
+            handle = self.runner.find(task, self.tasks.words_of(task))
+        if handle is None:
+            self.finish(task.task_id, None)
+        else:
+            log.info("task %s: found again", task.task_id)
+            self.running[task.task_id] = Running(handle, task.devices or "cpu")
 
     def start(self, task_id: str, devices: str) -> None:
         """Mark the task as running, then start its process: after a crash in between there is no second one."""
         try:
-            begun = self.tasks.begin(task_id, self.runner.name, devices)
-        except OptionError as error:
-            self.tasks.refuse(task_id, str(error))
-            return
-        if begun is None:
-            return
-        order = Order(task_id=task_id, words=begun[0], output_dir=begun[1], attempt=begun[2])
-        try:
+            order = self.tasks.begin(task_id, self.runner.name, devices)
+            if order is None:
+                return
             handle = self.runner.start(order)
-        except OSError as error:
+        except (OptionError, OSError) as error:
             self.tasks.refuse(task_id, f"the process cannot be started: {error}")
             return
-        self.handles[task_id], self.devices[task_id] = handle, devices
+        self.running[task_id] = Running(handle, devices)
         if handle.identity is not None:
             self.tasks.set_process(task_id, *handle.identity)
         log.info("task %s: started on %s", task_id, devices)
 
-    def finish(self, task_id: str, exit_code: int | None, handle: Handle | None = None) -> None:
+    def finish(self, task_id: str, exit_code: int | None, reason: str | None = None) -> None:
         apply_undelivered(self.tasks, task_id)
-        self.tasks.finish(task_id, exit_code, handle.reason if handle else None)
+        self.tasks.finish(task_id, exit_code, reason)
         log.info("task %s: %s", task_id, self.tasks.read(task_id).state)

@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from pydantic.alias_generators import to_camel
 from sqlalchemy.orm import Session
 
-from backend.server.command import FIELD_OF_OPTION, Place, command_line, training_words
+from backend.server.command import FIELD_OF_OPTION, Order, Place, command_line, training_words
 from backend.server.database import Evaluation, History, Task, TaskState
 from backend.server.errors import ConflictError, NotFoundError, TaskError
 from backend.server.events import Broadcast, Change, Subscription
@@ -339,13 +339,11 @@ class Tasks:
             statement = sa.select(Task).where(Task.state.in_(states), Task.runner.is_not(None))
             return list(session.scalars(statement.order_by(Task.id)))
 
-    def begin(self, task_id: str, runner: str, devices: str) -> tuple[list[str], Path, int] | None:
-        """Mark a waiting task as running, before its process exists; its options, output folder and attempt.
-
-        None when it is no longer waiting.
+    def begin(self, task_id: str, runner: str, devices: str) -> Order | None:
+        """Mark a waiting task as running, before its process exists; None when it is no longer waiting.
 
         Raises:
-            OptionError: when a path is not below the models root any more.
+            OptionError: when a path is not below the models root any more; the task still waits.
         """
         with self.changing(task_id) as (_, task):
             if task.state != TaskState.QUEUED:
@@ -360,7 +358,8 @@ class Tasks:
             task.attempt += 1
             task.started_at = utc_now()
             place = Place(task.task_id, Path(task.output_dir), devices)
-            return training_words(fields_of(task), place, self.settings), place.output_dir, task.attempt
+            words = training_words(fields_of(task), place, self.settings)
+            return Order(task.task_id, task.attempt, words, place.output_dir)
 
     def words_of(self, task: Task) -> list[str]:
         """The options that a running task was started with; none when a root has changed since."""
@@ -522,7 +521,7 @@ def settle(task: Task, exit_code: int | None) -> None:
     """The final state of a task whose process has ended.
 
     The exit code decides: 0 is success, 143 and 130 are stops. Where it is not known (the server was restarted
-    meanwhile), the process's own last call does; without one, nobody knows how it ended.
+    meanwhile), the process's own last call does; without one, the end is unknown.
     """
     stopped = exit_code in (143, 130, -15, -9) and task.state == TaskState.STOPPING
     if exit_code == 0 or (exit_code is None and task.reported_end == "complete"):

@@ -1,6 +1,6 @@
 """Calls that a training process could not deliver: it ended while this server was not running.
 
-The process keeps them in `undelivered.jsonl` of its output folder; they are made up for when its end is noticed.
+The process keeps them in `undelivered.jsonl` of its output folder; they are applied when its end is noticed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGEST_FILE = 50_000_000
 
 
 def apply_undelivered(tasks: Tasks, task_id: str) -> None:
-    """Make up for the calls that the latest attempt could not deliver. All of them may be repeated."""
+    """Apply the calls that the latest attempt could not deliver. All of them may be repeated."""
     try:
         folder, since = tasks.output_dir(task_id), tasks.read(task_id).started_at
         records = read_records(folder / UNDELIVERED)

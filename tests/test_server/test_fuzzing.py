@@ -12,9 +12,7 @@ import pytest
 from tests.test_server.server_process import ServerProcess
 from tests.test_server.test_api import TASK
 
-CHECKS = (
-    "not_a_server_error,status_code_conformance,response_schema_conformance,unsupported_method,use_after_free"
-)
+CHECKS = "not_a_server_error,status_code_conformance,response_schema_conformance,use_after_free"
 # Event streams have no end; test_api.py reads them.
 STREAMS = "events$"
 EXAMPLES = "20"

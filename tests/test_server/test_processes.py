@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +82,7 @@ def test_processes_that_are_gone_are_lost(serve_after: Callable[..., LiveServer]
         was_running(tasks, "done", reported_end="complete")
 
     tasks = serve_after(prepare).tasks
+    wait_until(lambda: not tasks.in_states(TaskState.RUNNING, TaskState.STOPPING), 10)
     lost = [tasks.read(name) for name in ("gone", "reused", "unknown", "elsewhere")]
     assert {task.state for task in lost} == {TaskState.LOST}
     assert "left no result: start it again" in (lost[0].error_message or "")
@@ -102,6 +104,7 @@ def test_a_process_that_was_started_just_before_the_server_was_killed(
 
     server = serve_after(prepare)
     try:
+        time.sleep(1)
         assert server.tasks.read("a").state == TaskState.RUNNING
         server.http.post("/tasks/a/stop")
         started[0].kill()

@@ -210,7 +210,7 @@ def test_a_process_of_this_server_ends_with_its_exit_code_not_with_its_call(task
     tasks.start("a")
     begun = tasks.begin("a", "local", "cpu")
     assert begun is not None
-    assert begun[2] == 1
+    assert (begun.task_id, begun.attempt, begun.output_dir.name) == ("a", 1, "a")
     tasks.report_end("a", "complete")
     assert tasks.read("a").state == S.RUNNING
     tasks.finish("a", 0)
@@ -255,7 +255,7 @@ def test_final_state(
     assert task.process_id is None
 
 
-def test_what_a_process_could_not_deliver_is_made_up_for(tasks: Tasks, settings: Settings) -> None:
+def test_what_a_process_could_not_deliver_is_applied(tasks: Tasks, settings: Settings) -> None:
     tasks.create(new(task_id="a", total_epochs=2))
     tasks.start("a")
     tasks.begin("a", "local", "cpu")
