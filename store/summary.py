@@ -161,19 +161,23 @@ def class_warnings(
 ) -> list[str]:
     """A sentence for each split that lacks some of the store's classes; splits without any label are left out."""
     names = store.manifest.class_names
-    warnings = []
-    for split in splits:
-        samples = count_classes(store[split], len(names), kind).get("samples")
-        if samples is None or not samples.any():
-            continue
-        absent = [name for name, count in zip(names, samples, strict=False) if not count]
-        if absent:
-            more = f" and {len(absent) - SHOWN_CLASSES} more" if len(absent) > SHOWN_CLASSES else ""
-            listed = ", ".join(absent[:SHOWN_CLASSES]) + more
-            warnings.append(
-                f"{split} has no sample of {len(absent)} of {len(names)} classes ({listed}): {consequence}"
-            )
-    return warnings
+    counts = {split: count_classes(store[split], len(names), kind).get("samples") for split in splits}
+    return [
+        text
+        for split, samples in counts.items()
+        if samples is not None
+        for text in absent_warnings(split, names, samples, consequence)
+    ]
+
+
+def absent_warnings(split: str, names: Sequence[str], samples: np.ndarray, consequence: str) -> list[str]:
+    """A sentence when some classes have no sample (`samples` int64 [C]) and others have; of masks, training counts them."""
+    absent = [name for name, count in zip(names, samples, strict=False) if not count]
+    if not absent or not samples.any():
+        return []
+    more = f" and {len(absent) - SHOWN_CLASSES} more" if len(absent) > SHOWN_CLASSES else ""
+    listed = ", ".join(absent[:SHOWN_CLASSES]) + more
+    return [f"{split} has no sample of {len(absent)} of {len(names)} classes ({listed}): {consequence}"]
 
 
 def split_warnings(store: Store, train: str, val: str, kind: str | None) -> list[str]:
