@@ -27,7 +27,6 @@ from extract.cells import (
     FitPlan,
     Rows,
     blocks_of,
-    choose_device,
     fit_folds,
     labeled_rows_of,
     measured_split,
@@ -35,6 +34,7 @@ from extract.cells import (
     predict_rows,
     sample_cells,
 )
+from extract.teachers.devices import pick_device
 from imaging.geometry import resize_view
 from store import format as names
 from store.reader import Split, open_store
@@ -75,7 +75,7 @@ def measure_boxes(path: Path | str, *, seed: int = 0, device: str = "auto") -> B
         NoTargets: without a stored grid, or with fewer labeled rows than classes.
     """
     store = open_store(path)
-    plan, place = plan_fit(store, "boxes", seed), choose_device(device)
+    plan, place = plan_fit(store, "boxes", seed), pick_device(device)
     cells = sample_cells(
         plan,
         lambda rows: cell_classes(plan, plan.train, rows).unsqueeze(-1),

@@ -263,8 +263,3 @@ def predict_rows(
     for number, values in parts.items():
         result[fold == number] = values
     return result
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto`: a GPU where there is one."""
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")

@@ -80,7 +80,7 @@ def add_logits(
 
             add_zero_shot(config, observers, stop, deadline)
             return None
-        return probe_store(config.out, seed=config.seed)
+        return probe_store(config.out, seed=config.seed, device=config.devices[0])
 
 
 def array_of(logits: str, store: Store) -> str:

@@ -30,7 +30,6 @@ from extract.cells import (
     FitPlan,
     Rows,
     blocks_of,
-    choose_device,
     fit_folds,
     interpolate,
     labeled_rows_of,
@@ -39,6 +38,7 @@ from extract.cells import (
     predict_rows,
     sample_cells,
 )
+from extract.teachers.devices import pick_device
 from files.writing import check_writable
 from imaging.geometry import resize_view
 from imaging.masks import IGNORE, decode_mask
@@ -85,7 +85,7 @@ def add_maps(path: Path | str, *, seed: int = 0, device: str = "auto") -> MapRes
     """
     store = open_store(path)
     check_writable(store.path, "store")
-    plan, place = plan_fit(store, "mask", seed), choose_device(device)
+    plan, place = plan_fit(store, "mask", seed), pick_device(device)
     cells = sample_cells(
         plan, lambda rows: class_shares_of(plan, plan.train, rows), lambda goal: goal.sum(-1) > 0
     )

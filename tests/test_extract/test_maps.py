@@ -16,8 +16,13 @@ from extract.logits import probe_store
 from extract.maps import class_shares, confusion, encode_maps, mean_iou, read_masks
 from extract.run import run_extraction
 from store import format as names
+from store.errors import DistillError
+from store.hdf5 import hdf5_to_store, store_to_hdf5
 from store.reader import open_store
+from store.summary import describe_store
+from store.transfer import pack_store
 from store.verify import verify_store
+from tests.test_extract.extractions import files_of
 
 SIDE = 64
 
@@ -122,6 +127,26 @@ def test_a_killed_probe_resumes_to_the_same_maps(
     monkeypatch.setattr(maps, "finalize_store", finish)
     probe_store(mask_options["out"])
     np.testing.assert_array_equal(log_p(mask_options["out"], "train"), expected)
+
+
+def test_maps_go_with_the_store_into_other_forms(mask_options: dict[str, Any], tmp_path: Path) -> None:
+    """HDF5 and back: the same files; compressed and int8 copies: the same maps. `cli inspect` lists them."""
+    extract(mask_options, data=str(write_scenes(tmp_path / "scenes", 12)), logits="probe")
+    store = Path(mask_options["out"])
+    store_to_hdf5(store, tmp_path / "store.h5")
+    hdf5_to_store(tmp_path / "store.h5", tmp_path / "back.zarr")
+    assert files_of(tmp_path / "back.zarr") == files_of(store)
+    pack_store(store, tmp_path / "small.zarr", zstd=True, int8=True)
+    for split in ("train", "val"):
+        np.testing.assert_array_equal(log_p(tmp_path / "small.zarr", split), log_p(store, split))
+    entry = describe_store(store)["splits"]["train"]["arrays"]["maps/probe"]
+    assert (entry["dtype"], entry["shape"][0], entry["shape"][-1]) == ("uint8", 9, 2)
+
+
+def test_an_unknown_device_is_an_error(mask_options: dict[str, Any], tmp_path: Path) -> None:
+    extract(mask_options, data=str(write_scenes(tmp_path / "scenes", 12)))
+    with pytest.raises(DistillError, match="unknown device 'gpu'"):
+        probe_store(mask_options["out"], device="gpu")
 
 
 def test_a_changed_data_set_drops_the_maps(
