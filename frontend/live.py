@@ -1,4 +1,4 @@
-"""How an open page hears of changes: one subscription a page, ended with the page."""
+"""Live updates of an open page: one subscription a page, ended with the page."""
 
 from __future__ import annotations
 

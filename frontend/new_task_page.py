@@ -107,6 +107,7 @@ class TaskForm:
         self, texts: Texts, client: Client, tasks: Tasks, document: dict[str, Any], edited: str | None
     ) -> None:
         self.texts, self.client, self.tasks, self.edited = texts, client, tasks, edited
+        self.families = {family.type: family for family in student_families()}
         self.task_id = edited or uuid.uuid4().hex[:12]
         self.document = document
         self.student_type = FIRST_STUDENT.partition("/")[0]
@@ -155,7 +156,7 @@ class TaskForm:
                     text(self.texts("new.teacher.none", root=self.tasks.settings.models_root), "p", "small")
 
     def make_student(self) -> None:
-        families = {family.type: family.type for family in student_families()}
+        families = {kind: kind for kind in self.families}
         with panel(self.texts("new.student")):
             with element("div", "fields"):
                 self.family = ui.select(families, label=self.texts("new.family"))
@@ -270,7 +271,7 @@ class TaskForm:
     def choose_family(self, event: Any) -> None:
         if self.showing or not event.value:
             return
-        family = next(family for family in student_families() if family.type == event.value)
+        family = self.families[event.value]
         self.choose(family.type, family.sizes[0].name if family.sizes else "resnet10t")
 
     def choose_size(self, event: Any) -> None:
@@ -324,7 +325,7 @@ class TaskForm:
         return name != "clip_frames" or self.student_type == "lstm"
 
     def show_student(self) -> None:
-        family = next(family for family in student_families() if family.type == self.student_type)
+        family = self.families[self.student_type]
         self.family.set_value(family.type)
         self.size.set_visibility(bool(family.sizes))
         self.model.set_visibility(not family.sizes)
@@ -412,7 +413,7 @@ class TaskForm:
                     text(name, "span", "chip")
                 if len(found.class_names) > SHOWN_CLASSES:
                     text(f"+{len(found.class_names) - SHOWN_CLASSES}", "span", "chip")
-            family = next(family for family in student_families() if family.type == self.student_type)
+            family = self.families[self.student_type]
             suits = {found.task, "features"} | ({"classification"} if found.task == "sequence" else set())
             if family.task not in suits:
                 with notice("note"):

@@ -376,7 +376,7 @@ class Teacher:
 
 
 def list_teachers(models_root: Path) -> list[Teacher]:
-    """What lies in the models root, by name; empty where there is no such folder."""
+    """The checkpoints in the models root, by name; empty where there is no such folder."""
     return sorted(find_teachers(models_root), key=lambda teacher: teacher.name.lower())
 
 

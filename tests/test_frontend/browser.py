@@ -89,14 +89,14 @@ class Visitor:
         self.page = self.context.new_page()
         self.page.set_default_timeout(20_000)
         self.page.on("pageerror", lambda error: self.troubles.append(f"script: {error}"))
-        self.page.on("console", self.hear)
+        self.page.on("console", self.note_console)
         self.page.on("request", self.watch)
 
     def watch(self, request: Any) -> None:
         if not request.url.startswith((self.site.url, "data:", "blob:", "about:")):
             self.troubles.append(f"request to another host: {request.url}")
 
-    def hear(self, message: Any) -> None:
+    def note_console(self, message: Any) -> None:
         # A server that is away is part of some tests.
         if message.type == "error" and "ERR_CONNECTION_REFUSED" not in message.text:
             self.troubles.append(f"console: {message.text}")

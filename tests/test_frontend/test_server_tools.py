@@ -104,7 +104,7 @@ def test_a_store_is_verified_and_drawn_by_the_commands(tmp_path: Path) -> None:
     assert asyncio.run(verify_store(path))["findings"]
 
 
-def test_teachers_and_data_sets_are_what_lies_below_the_roots(tmp_path: Path) -> None:
+def test_teachers_and_data_sets_are_found_below_the_roots(tmp_path: Path) -> None:
     (tmp_path / "qwen").mkdir()
     (tmp_path / "qwen" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     (tmp_path / "qwen" / "model.safetensors").write_bytes(b"0" * 100)
