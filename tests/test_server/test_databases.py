@@ -20,6 +20,7 @@ from backend.server.schemas import EvaluationResult, HistoryPoint, NewTask, Prog
 from backend.server.settings import Settings
 from backend.server.tasks import TaskFilter, Tasks
 from tests.test_extract.database_servers import mariadb, postgresql
+from tests.test_server.server_process import ServerProcess
 
 SERVERS = ("mariadb", "postgresql")
 FIELDS: dict[str, Any] = {"teacher_model": "tiny", "student_model": "resnet18", "dataset_id": "花 two"}
@@ -40,12 +41,14 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield found
 
 
-def test_tables_and_tasks(url: str, settings: Settings) -> None:
+def test_tables_and_tasks(url: str, settings: Settings, folders: Path) -> None:
     """One test for all: starting a database server takes seconds."""
     engine = open_database(url)
     try:
         check_migration(engine)
         check_tasks(Tasks(engine, replace(settings, database_url=url)))
+        if not url.startswith("sqlite"):  # the other tests of server processes use that
+            check_server_process(url, folders)
         check_reopening(url)
     finally:
         engine.dispose()  # a database server waits for its clients to leave
@@ -97,6 +100,33 @@ def check_tasks(tasks: Tasks) -> None:
     assert (tasks.read("a").state, tasks.read("a").error_message) == (TaskState.FAILED, "花" * 500)
     tasks.delete("a")
     assert [task.task_id for task in tasks.read_all()] == ["A"]
+
+
+def check_server_process(url: str, folders: Path) -> None:
+    """`cli serve` on this database: a training reports, the server is started again, everything is there."""
+    server = ServerProcess(folders, QWEN_DISTILL_DATABASE_URL=url).start()
+    try:
+        fields = {
+            "taskName": "花 🌸",
+            "studentModel": "resnet18",
+            "teacherModel": "tiny",
+            "datasetId": "flowers",
+        }
+        task_id = server.post("/tasks", fields)["taskId"]
+        server.put(f"/tasks/{task_id}/progress", {"totalEpochs": 2}, currentEpoch=1, accuracy=50.5)
+        server.post(f"/tasks/{task_id}/history", {"epoch": 1, "valAccuracy": 50.5})
+        server.put(f"/tasks/{task_id}/error", errorMessage="no more 花")
+        before = server.get(f"/tasks/{task_id}")
+        server.end()
+        server.start()
+        assert server.get(f"/tasks/{task_id}") == before
+        assert (before["state"], before["bestAccuracy"], before["taskName"]) == ("FAILED", 50.5, "花 🌸")
+        assert server.get(f"/tasks/{task_id}/history")[0]["valAccuracy"] == 50.5
+        assert server.get("/tasks", text="🌸", state="FAILED")["total"] == 1
+        server.http.delete(f"/tasks/{task_id}")
+    finally:
+        server.close()
+    assert "s3cret" not in server.log.read_text()
 
 
 def check_reopening(url: str) -> None:
