@@ -157,9 +157,7 @@ def probe(
     ],
     student: Annotated[
         str | None,
-        typer.Option(
-            help="Also train this student without the teacher for a twentieth of its epochs, and compare."
-        ),
+        typer.Option(help="Also train this student without the teacher for 4 % of its epochs, and compare."),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of the training that is planned; default: cli train's.", min=1)

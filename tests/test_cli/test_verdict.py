@@ -58,6 +58,7 @@ def test_the_lines_have_the_numbers() -> None:
         "3 of 60 epochs",
         "1,000 samples",
         "will the teacher help: likely",
+        "took 5.0%",
         "30.0 points",
     ):
         assert part in text, text
