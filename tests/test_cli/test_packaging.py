@@ -20,6 +20,7 @@ OURS = {
     "console",
     "extract",
     "files",
+    "frontend",
     "imaging",
     "processes",
     "store",
@@ -55,6 +56,7 @@ def test_wheel_has_our_names_only(wheel: Path) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == OURS
     assert not [name for name in names if "test" in name.split("/")[-1].split(".")[0].split("_")]
     assert "train/report/page.html.j2" in names
+    assert "frontend/style.css" in names
     assert {"backend/server/migrations/env.py", "backend/server/migrations/versions/0001_tasks.py"} <= set(
         names
     )
