@@ -253,11 +253,17 @@ def verify(
     refuse_url(store, "verify")
     repaired = repair_store(store) if repair else []
     findings = verify_store(store)
-    audit, sound = None, not findings
+    audit, fidelity, sound = None, [], not findings
     if teacher_path is not None and sound:
-        from extract.verify import audit_store
+        from commands.fidelity import view_fidelity
+        from extract.verify import audit_store, teacher_of
+        from store.reader import open_store
 
-        audit = audit_store(Path(store), teacher_path, samples=samples, data=data, device=device)
+        opened = open_store(store)
+        teacher = teacher_of(opened, teacher_path, device)
+        audit = audit_store(Path(store), teacher_path, samples=samples, data=data, teacher=teacher)
+        if not audit.findings:
+            fidelity = [vars(found) for found in view_fidelity(opened, teacher, samples=samples, data=data)]
         findings = [Finding(store, problem) for problem in audit.findings]
     compared = None
     if sound:
@@ -270,10 +276,12 @@ def verify(
         report = {"store": store, "ok": not findings, "findings": listed, "repaired": repaired}
         skipped = "the store itself is damaged or incomplete" if compared is None else compared.skipped
         report["data"] = {"compared": skipped is None, "skipped": skipped}
-        print_json({**report, "teacher": None if audit is None else vars(audit)})
+        teacher_report = None if audit is None else {**vars(audit), "fidelity": fidelity}
+        print_json({**report, "teacher": teacher_report})
     else:
         if audit is not None:
             print_audit(vars(audit))
+            print_fidelity(fidelity)
         for path in repaired:
             print(f"deleted {path}")
         if compared is not None and compared.skipped:
@@ -304,6 +312,25 @@ def print_audit(audit: dict[str, Any]) -> None:
         value for value in (audit["pooled_standardised"], audit["grid_standardised"]) if value is not None
     )
     print(f"{line}; {least:.5f} standardized")
+
+
+def print_fidelity(fidelity: list[dict[str, Any]]) -> None:
+    """What each augmentation costs, where a store has grids."""
+    if not fidelity:
+        return
+    print(
+        "\ngrids moved with the image, against the teacher's answer to the moved image (standardized cosine):"
+    )
+    rows = [
+        {
+            "view": found["view"],
+            "cells": found["cells"],
+            "mean": f"{found['mean']:.3f}",
+            "1st percentile": f"{found['first_percentile']:.3f}",
+        }
+        for found in fidelity
+    ]
+    print_table(rows, ["view", "cells", "mean", "1st percentile"])
 
 
 def copy(

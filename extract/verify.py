@@ -50,20 +50,10 @@ class Audit:
     findings: list[str] = field(default_factory=list)
 
 
-def audit_store(
-    path: str | Path, teacher_path: str, *, samples: int = 16, data: str | None = None, device: str = "auto"
-) -> Audit:
-    """Encode `samples` valid rows, spread over the store, with the teacher at `teacher_path`.
-
-    The images come from the data set (`data`, or where it was when the store was made), or from the store itself.
-
-    Raises:
-        NoImages: when neither has them. TeacherError: when the teacher does not load.
-    """
-    store = open_store(path)
-    audit = Audit()
+def teacher_of(store: Store, teacher_path: str, device: str = "auto") -> Teacher:
+    """The teacher at `teacher_path`, set up as the store's was. Raises TeacherError when it does not load."""
     manifest = store.manifest
-    teacher = load_teacher(
+    return load_teacher(
         manifest.teacher.name,
         teacher_path,
         device=device,
@@ -73,6 +63,30 @@ def audit_store(
         pool=manifest.teacher.options.get("pool", "mean"),
         layers=",".join(manifest.options.get(names.LAYERS, {})),
     )
+
+
+def audit_store(
+    path: str | Path,
+    teacher_path: str,
+    *,
+    samples: int = 16,
+    data: str | None = None,
+    device: str = "auto",
+    teacher: Teacher | None = None,
+) -> Audit:
+    """Encode `samples` valid rows, spread over the store, with the teacher at `teacher_path`.
+
+    teacher: that of `teacher_of`, where it is loaded already.
+
+    The images come from the data set (`data`, or where it was when the store was made), or from the store itself.
+
+    Raises:
+        NoImages: when neither has them. TeacherError: when the teacher does not load.
+    """
+    store = open_store(path)
+    audit = Audit()
+    manifest = store.manifest
+    teacher = teacher or teacher_of(store, teacher_path, device)
     stored, given = manifest.teacher.model_dump(), teacher.spec.model_dump()
     audit.findings += [
         f"teacher: {name} is {stored[name]} in the store, {given[name]} at {teacher_path}"
@@ -220,10 +234,14 @@ def compare(
 
 
 def cosines(a: Floats, b: Floats) -> Floats:
-    """float32 [n]: the least cosine over each sample's tokens of a and b [n, ..., D]."""
+    """float32 [n]: the least cosine over each sample's tokens of a and b [n, ..., D]; 1 for two that are 0.
+
+    A teacher that ends in a ReLU says 0 in every channel of some cells.
+    """
     product = (a * b).sum(axis=-1, dtype=np.float64)
-    norms = np.sqrt((a.astype(np.float64) ** 2).sum(-1) * (b.astype(np.float64) ** 2).sum(-1))
-    cosine = product / np.maximum(norms, 1e-30)
+    squares = [(part.astype(np.float64) ** 2).sum(-1) for part in (a, b)]
+    cosine = product / np.maximum(np.sqrt(squares[0] * squares[1]), 1e-30)
+    cosine = np.where((squares[0] == 0) & (squares[1] == 0), 1.0, cosine)
     return np.asarray(cosine.reshape(len(a), -1).min(axis=1), np.float32)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from commands.pictures import principal_colors, write_pictures
 from extract.config import load_config
 from extract.run import run_extraction
-from extract.verify import NoImages, audit_store
+from extract.verify import NoImages, audit_store, cosines
 from store.errors import StoreError
 
 
@@ -29,6 +29,16 @@ def made(extract_options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def audit(options: dict[str, Any], **changes: Any) -> Any:
     arguments = {"samples": 12, "device": "cpu", **changes}
     return audit_store(options["out"], str(options["teacher_path"]), **arguments)
+
+
+def test_cells_that_are_zero_in_both_agree() -> None:
+    """A teacher that ends in a ReLU has such cells; beside any other value, zero is a difference."""
+    zero, one = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 3), np.float32)
+    assert cosines(zero, zero) == 1
+    assert cosines(one, zero) == 0
+    mixed = np.concatenate([zero[:, :1], one[:, :1]], axis=1)
+    assert cosines(mixed, mixed) == pytest.approx(1)
+    assert cosines(mixed, one) == 0
 
 
 class TestAudit:
