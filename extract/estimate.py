@@ -29,7 +29,6 @@ from extract.plan import (
     spread,
 )
 from extract.result import ExtractResult
-from extract.sources.base import Source
 from extract.sources.splitting import count_shared
 from extract.teachers import Teacher
 from store import format as names
@@ -82,6 +81,14 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         "timed_samples": len(samples),
         **check_samples(task),
     }
+    splits = source.splits
+    warnings = [
+        f"{count:,} of {len(splits[other]):,} samples of {other} are exact copies of samples of {first}: "
+        f"results on {other} will be too optimistic"
+        for (first, other), count in count_shared(splits).items()
+    ]
+    for text in warnings:
+        log.warning("%s", text)
     result = ExtractResult(
         store=str(config.out),
         rows=task.rows,
@@ -89,7 +96,7 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         batch_size=batch_size,
         random_weights=teacher.spec.random_weights,
         estimate=figures,
-        warnings=warn_of_copies(source),
+        warnings=warnings,
     )
     if changes is not None:
         result.note_changes(changes.summary())
@@ -139,19 +146,6 @@ def check_samples(task: ExtractTask) -> dict[str, Any]:
                 bad.append({"split": name, "key": sample.key, "reason": result.reason})
         checked += len(rows)
     return {"checked_samples": checked, "bad_samples": bad}
-
-
-def warn_of_copies(source: Source) -> list[str]:
-    """A warning for each pair of splits that share images, logged and returned."""
-    splits = source.splits
-    warnings = [
-        f"{count:,} of {len(splits[other]):,} samples of {other} are exact copies of samples of {first}: "
-        f"results on {other} will be too optimistic"
-        for (first, other), count in count_shared(splits).items()
-    ]
-    for text in warnings:
-        log.warning("%s", text)
-    return warnings
 
 
 def timed_encoding(task: ExtractTask, teacher: Teacher, batch: DecodedBatch) -> tuple[float, int]:

@@ -213,9 +213,9 @@ class Split:
         Packed arrays (int8, PCA) have none here: read those with `gather_features`.
         """
         return {
-            name: self._scale(name)
-            for name in self._metadata
-            if not self.packed(name) and self._has_scale(name)
+            name: np.array(metadata["attributes"]["scale"], np.float32)
+            for name, metadata in self._metadata.items()
+            if not self.packed(name) and "scale" in metadata["attributes"]
         }
 
     @cached_property
@@ -285,10 +285,11 @@ class Split:
         attributes = self._metadata[name]["attributes"]
         if name + TOKEN_SCALE in self._metadata:
             stored *= self.gather(rows, [name + TOKEN_SCALE])[name + TOKEN_SCALE][..., None]
-        if self._has_scale(name):
-            stored *= self._scale(name)
+        if "scale" in attributes:
+            stored *= np.array(attributes["scale"], np.float32)
         if name + COMPONENTS in self._metadata:
-            stored = stored @ self._components(name)
+            components = self.array(name + COMPONENTS)  # [k, D]: the projection back to the teacher's width
+            stored = stored @ components.slice(0, len(components))
         if "center" in attributes:
             stored += np.array(attributes["center"], np.float32)
         return stored
@@ -366,17 +367,6 @@ class Split:
                 f"gather {name}: buffer is {target.shape} {target.dtype}, expected {shape} {dtype}"
             )
         return target
-
-    def _has_scale(self, name: str) -> bool:
-        return "scale" in self._metadata[name]["attributes"]
-
-    def _scale(self, name: str) -> np.ndarray:
-        return np.array(self._metadata[name]["attributes"]["scale"], np.float32)
-
-    def _components(self, name: str) -> np.ndarray:
-        """[k, D] float32: the projection back to the teacher's width."""
-        array = self.array(name + COMPONENTS)
-        return array.slice(0, len(array))
 
     def __getstate__(self) -> dict[str, Any]:
         cached = ("keys", "valid")  # Large or memory-mapped: read again on the other side.

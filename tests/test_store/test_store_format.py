@@ -103,7 +103,7 @@ def test_paths_that_are_no_store(tmp_path: Path) -> None:
         create_store(tmp_path, small_manifest(), Plan({}), small_arrays())
     with pytest.raises(StoreError, match="no such store"):
         open_store("memory://nothing.zarr")
-    with pytest.raises(StoreError, match="cannot be read: Protocol not known: nonsense"):
+    with pytest.raises(StoreError, match="Protocol not known: nonsense: expected s3:"):
         open_store("nonsense://nothing.zarr")
 
 
