@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NamedTuple
@@ -187,56 +186,43 @@ def list_steps(
     Without `teacher_path`, a random Qwen2.5-VL shows the steps, and a teacher with pretrained `weights` teaches.
     """
     suggestion = SUGGESTIONS[task]
-    qwen_store, store = out / "qwen.zarr", out / "features.zarr"
+    kept = ["--images", "jpeg"] if suggestion.images else []
+
+    def extract(title: str, store: Path, image_size: str, teacher: list[str]) -> Step:
+        words = ["extract", str(images), "--out", str(store), *kept, "--val-fraction", str(VAL_FRACTION)]
+        return Step(title, [*words, *teacher, "--image-size", image_size, "--grid", GRID])
+
+    def extract_qwen(weights: Path) -> Step:
+        title = "Stage one with Qwen2.5-VL's vision tower: every image is seen once"
+        return extract(title, qwen_store, QWEN_SIZE, ["--teacher-path", str(weights)])
+
+    def probe(store: Path, whose: str) -> list[Step]:
+        probed = Step(f"Accuracy of {whose} features", ["probe", str(store)])
+        return [probed] if suggestion.classes else []
+
+    qwen_store, store, tiny = out / "qwen.zarr", out / "features.zarr", out / "tiny-qwen"
     if teacher_path is not None:
         return [
-            extract_qwen(images, qwen_store, teacher_path, suggestion),
-            *probe_steps(qwen_store, "the teacher's", suggestion),
+            extract_qwen(teacher_path),
+            *probe(qwen_store, "the teacher's"),
             *train_and_report(out, qwen_store, suggestion, size),
         ]
-    tiny = out / "tiny-qwen"
+    pretrained = ["--teacher", PRETRAINED_TEACHER, "--teacher-path", str(weights)]
+    pretrained += ["--logits", "probe"] if suggestion.classes else []
     return [
         Step(
             "A small Qwen2.5-VL checkpoint with random weights: it shows the steps and teaches nothing",
             ["make-tiny-teacher", str(tiny)],
         ),
-        extract_qwen(images, qwen_store, tiny, suggestion),
-        extract_pretrained(images, store, weights, suggestion),
-        *probe_steps(qwen_store, "the random teacher's", suggestion),
-        *probe_steps(store, "the pretrained teacher's", suggestion),
+        extract_qwen(tiny),
+        extract(
+            "Stage one with a pretrained teacher (EfficientNet-Lite2, ImageNet, also 1280 wide)",
+            *(store, PRETRAINED_SIZE, pretrained),
+        ),
+        *probe(qwen_store, "the random teacher's"),
+        *probe(store, "the pretrained teacher's"),
         *train_and_report(out, store, suggestion, size),
     ]
-
-
-def extract_qwen(images: Path, store: Path, teacher_path: Path, suggestion: Suggestion) -> Step:
-    return Step(
-        "Stage one with Qwen2.5-VL's vision tower: every image is seen once",
-        extract_words(images, store, QWEN_SIZE, ["--teacher-path", str(teacher_path)], suggestion),
-    )
-
-
-def extract_pretrained(images: Path, store: Path, weights: Path | None, suggestion: Suggestion) -> Step:
-    teacher = ["--teacher", PRETRAINED_TEACHER, "--teacher-path", str(weights)]
-    logits = ["--logits", "probe"] if suggestion.classes else []
-    return Step(
-        "Stage one with a pretrained teacher (EfficientNet-Lite2, ImageNet, also 1280 wide)",
-        extract_words(images, store, PRETRAINED_SIZE, [*teacher, *logits], suggestion),
-    )
-
-
-def extract_words(
-    images: Path, store: Path, image_size: str, teacher: list[str], suggestion: Suggestion
-) -> list[str]:
-    kept = ["--images", "jpeg"] if suggestion.images else []
-    return [
-        *("extract", str(images), "--out", str(store), *kept, "--val-fraction", str(VAL_FRACTION)),
-        *(*teacher, "--image-size", image_size, "--grid", GRID),
-    ]
-
-
-def probe_steps(store: Path, whose: str, suggestion: Suggestion) -> Iterator[Step]:
-    if suggestion.classes:
-        yield Step(f"Accuracy of {whose} features", ["probe", str(store)])
 
 
 def train_and_report(out: Path, store: Path, suggestion: Suggestion, size: Size) -> list[Step]:

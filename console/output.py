@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from console.redaction import redact, redact_values
@@ -42,7 +43,7 @@ def print_table(
     """
     headings = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
     cells = [[cell(row.get(name)) for name in headings] for row in rows]
-    numeric = [is_numeric([row.get(name) for row in rows]) for name in headings]
+    numeric = [all(isinstance(row.get(name), (int, float, NoneType)) for row in rows) for name in headings]
     if sys.stdout.isatty():
         print_rich_table(cells, list(headings.values()), numeric, title)
     else:
@@ -55,10 +56,6 @@ def cell(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return printable(redact(str(value)))
     return f"{value:,.0f}" if isinstance(value, int) or 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
-
-
-def is_numeric(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, (int, float)) or value is None for value in values)
 
 
 def print_plain_table(

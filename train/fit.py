@@ -1,4 +1,4 @@
-"""What `train.run` gives to a trainer (`train.loop.fit`, `train.yolo.fit`), and what it gets back."""
+"""What `train.run` gives to a trainer (`train.loop.trainer`, `train.yolo.fit`), and what it gets back."""
 
 from __future__ import annotations
 

@@ -80,13 +80,11 @@ def phase_one_config(config: TrainConfig, epochs: int) -> TrainConfig:
 
 def learn_features(
     config: TrainConfig, store: Store, task: str, deadline: StopDeadline, is_main: bool
-) -> dict[str, Any] | None:
-    """Phase one of a run, or what is left of it; returns the summary's `pretrain`, None for a run without phase one.
+) -> dict[str, Any]:
+    """Phase one of a run, or what is left of it; returns the summary's `pretrain`.
 
     Raises ConfigError where there is nothing to learn, and what training raises.
     """
-    if not config.pretrain_epochs or config.control_only:
-        return None
     check(config, store, task)
     run = RunFolder(config.out)
     folder = RunFolder(config.out / PRETRAIN)
@@ -123,7 +121,7 @@ def train_features(
     is_main: bool,
 ) -> None:
     """Train phase one in `folder`; its epochs go to `run`'s metrics.jsonl as well."""
-    from train.loop.fit import LoopTrainer
+    from train.loop.trainer import LoopTrainer
     from train.run import fit_in_memory
 
     ours = phase_one_config(config, config.pretrain_epochs)

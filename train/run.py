@@ -57,7 +57,7 @@ def build_trainer(config: TrainConfig) -> Trainer:
         from train.yolo.fit import YoloTrainer
 
         return YoloTrainer(config)
-    from train.loop.fit import LoopTrainer
+    from train.loop.trainer import LoopTrainer
 
     use_cache(config.cache_dir, config.cache_gb)
     if config.student_type == "yolov8":
@@ -81,7 +81,9 @@ def train_with_control(
     if config.resume and folder.is_complete(config):
         log.info("%s is complete: nothing left to do", config.out)
         return folder.read_summary() or {}
-    pretrain = learn_features(config, store, trainer.task, deadline, is_main)
+    pretrain = None
+    if config.pretrain_epochs and not config.control_only:
+        pretrain = learn_features(config, store, trainer.task, deadline, is_main)
     request = FitRequest(config, config, folder, events, deadline, config.control_only)
     main = fit_in_memory(trainer, request)
     summary = summarize(main, trainer.task, store)

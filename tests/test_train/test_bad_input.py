@@ -15,8 +15,8 @@ from store.reader import open_store
 from train.checkpoint import CheckpointError, load_checkpoint, load_student_from_run, save_checkpoint
 from train.errors import ConfigError, TrainError
 from train.events import Event, TrainingFailed
-from train.loop import fit as loop_fit
 from train.loop import loop
+from train.loop import trainer as loop_trainer
 from train.loop.machine import is_out_of_memory
 from train.run import OutOfMemoryError, run_training
 
@@ -206,7 +206,7 @@ def test_auto_batch_halves_until_it_fits_and_keeps_the_steps(make_store, make_co
 
 def test_auto_batch_lets_go_of_what_ran_out_of_memory(make_store, make_config, monkeypatch):
     exhaust_memory_above(2, monkeypatch)
-    plain, built = loop_fit.build_training, []
+    plain, built = loop_trainer.build_training, []
 
     def build(*arguments: Any, **options: Any) -> Any:
         assert [module() for module in built] == [None] * len(built), "an earlier attempt is still in memory"
@@ -214,7 +214,7 @@ def test_auto_batch_lets_go_of_what_ran_out_of_memory(make_store, make_config, m
         built.append(weakref.ref(result.parts.module))
         return result
 
-    monkeypatch.setattr(loop_fit, "build_training", build)
+    monkeypatch.setattr(loop_trainer, "build_training", build)
     run_training(make_config(make_store(), auto_batch=True, epochs=1))
     assert len(built) == 3
 

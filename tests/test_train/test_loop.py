@@ -118,7 +118,7 @@ def test_a_snapshot_has_the_buffers_of_the_last_finished_step():
 
 def test_a_snapshot_waits_for_a_checkpoint_that_is_being_written(make_store, make_config, monkeypatch):
     """A signal while a slow disk takes last.pt: two writers of one file would leave a mixture."""
-    plain_run, plain_save = trainer.Trainer.fit, saving.save_checkpoint
+    plain_run, plain_save = trainer.Training.fit, saving.save_checkpoint
     trainers, writers, most, snapshots = [], [], [], []
 
     def run(self):
@@ -142,7 +142,7 @@ def test_a_snapshot_waits_for_a_checkpoint_that_is_being_written(make_store, mak
         if path.name == "last.pt":
             writers.remove(path)
 
-    monkeypatch.setattr(trainer.Trainer, "fit", run)
+    monkeypatch.setattr(trainer.Training, "fit", run)
     monkeypatch.setattr(saving, "save_checkpoint", save)
     config = make_config(make_store())
     run_training(config)

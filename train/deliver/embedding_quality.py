@@ -92,7 +92,9 @@ def embed_split(
         images, real = batch.images.cpu().numpy(), batch.weight.cpu().numpy() > 0  # others fill the batch up
         for chosen, frames in equal_lengths(batch.lengths, real):
             some = images[chosen] if frames is None else images[chosen, :frames]
-            outputs = run_checked(model, some)
+            if isinstance(model, OnnxModel) and some.ndim == 5:
+                check_frames(model, some.shape[1])
+            outputs = model.outputs(model.card.normalize(some))
             parts.append(SplitEmbeddings(batch.rows[chosen], outputs["embedding"], outputs.get("aligned")))
     rows, embedding, aligned_parts = zip(*parts, strict=True)
     return SplitEmbeddings(np.concatenate(rows), np.concatenate(embedding), joined(aligned_parts))
@@ -108,13 +110,6 @@ def equal_lengths(
     values = lengths.numpy()
     for length in np.unique(values[real]).tolist():
         yield np.flatnonzero(real & (values == length)), length
-
-
-def run_checked(model: TrainedModel, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-    """The model's outputs for images as they were shown, uint8 [B, S, S, 3] or clips [B, T, S, S, 3]."""
-    if isinstance(model, OnnxModel) and images.ndim == 5:
-        check_frames(model, images.shape[1])
-    return model.outputs(model.card.normalize(images))
 
 
 def joined(parts: Iterable[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:

@@ -34,7 +34,6 @@ from train.loop.evaluate import evaluate
 from train.loop.loop import build_normalizer
 from train.loop.machine import build_accelerator
 from train.metrics import name_classes
-from train.students.base import Student
 from train.tasks import build_task
 
 
@@ -82,7 +81,9 @@ def evaluate_run(
     warn_of_measured_split(str(store), opened, split, data.task)
     accelerator = build_accelerator(config)
     if data.task == "features":
-        model = onnx or label_free_model(student, content, accelerator.device)
+        model = onnx or TorchModel(
+            label_free_student(student, content), ModelCard.of_checkpoint(content), accelerator.device
+        )
         metrics = measure_embeddings(model, config, opened, data, accelerator)
     else:
         metrics = measure(student.to(accelerator.device), config, opened, data, accelerator)
@@ -90,8 +91,11 @@ def evaluate_run(
     return {
         **measured,
         "samples": data.validation_samples,
+        # The task loss is the only one without a teacher, and the split need not be that of validation.
         "metrics": {
-            name_of_loss(k): v for k, v in metrics.items() if k not in details and k != "val_hard_loss"
+            "loss" if k == "val_loss" else k: v
+            for k, v in metrics.items()
+            if k not in details and k != "val_hard_loss"
         },
         "per_class": name_classes(details, content["class_names"]),
         **where,
@@ -114,15 +118,6 @@ def about(card: ModelCard) -> dict[str, Any]:
         "class_names": list(card.class_names),
         "preprocessing": card.preprocessing,
     }
-
-
-def label_free_model(student: Student, content: dict[str, Any], device: torch.device) -> TorchModel:
-    return TorchModel(label_free_student(student, content), ModelCard.of_checkpoint(content), device)
-
-
-def name_of_loss(name: str) -> str:
-    """The task loss is the only one without a teacher, and the split need not be that of validation."""
-    return "loss" if name == "val_loss" else name
 
 
 def data_to_evaluate(

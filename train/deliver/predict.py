@@ -72,10 +72,6 @@ class Sampling(NamedTuple):
     every: int | None = None
     frames_per_second: float | None = None
 
-    @property
-    def is_default(self) -> bool:
-        return self.every is None and self.frames_per_second is None
-
 
 def predict_files(
     run: Path,
@@ -110,7 +106,7 @@ def predict_files(
     model = open_model(run, device)
     clips = model.card.takes_clips
     files = find_clips(inputs) if clips else find_images(inputs, videos=True)
-    if not sampling.is_default and (clips or not any(map(is_video, files))):
+    if sampling != Sampling() and (clips or not any(map(is_video, files))):
         option = "--fps" if sampling.every is None else "--every"
         why = "this student takes clips, whose frames it chooses itself" if clips else "no input is a video"
         raise DeliveryError(f"{option}: chooses frames of videos, and {why}: leave it out")

@@ -34,7 +34,7 @@ from train.distill.transport import (
 )
 from train.errors import TrainError
 from train.ranks import gather_rows, world_size
-from train.tasks.base import Task
+from train.tasks import Task
 
 #: The student's cells where it has no feature map: only their mean is used then, as the pooled target.
 CELLS_OF_A_MEAN = (4, 4)

@@ -36,8 +36,7 @@ from train.metrics import TASK_METRICS
 from train.students.base import Student
 from train.students.build import build_student
 from train.students.weights import load_phase_one
-from train.tasks import build_task
-from train.tasks.base import Task
+from train.tasks import Task, build_task
 
 #: Least share of labeled samples in a batch by default.
 LABELED_SHARE = 0.25

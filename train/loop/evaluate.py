@@ -12,7 +12,7 @@ from train.data.batches import Batch
 from train.distill.objective import Objective, Targets
 from train.distill.projector import DistilledOutput, DistilledStudent
 from train.ranks import add_counts, sum_over_ranks
-from train.tasks.base import Meter
+from train.tasks import Meter
 
 
 @torch.no_grad()

@@ -24,13 +24,13 @@ def feature_quality(
 ) -> dict[str, float]:
     """k-NN and linear-probe accuracy of a label-free student's pooled features, both fitted on the training split.
 
-    Of the student in `best`, which is loaded. Empty for other tasks, without labels, and on ranks other than 0.
+    Of the student in `best`, which is loaded. Empty without labels, and on ranks other than 0.
     """
     from store.quality import knn_accuracy, probe_accuracy
 
     labeled = data.train_labels is not None and data.val_labels is not None
     # Only rank 0 writes the summary, and another machine may not have best.pt.
-    if data.task != "features" or not labeled or not built.parts.accelerator.is_main_process:
+    if not labeled or not built.parts.accelerator.is_main_process:
         return {}
     built.student.load_state_dict(load_checkpoint(best)["model_state_dict"])
     arguments = []

@@ -34,6 +34,10 @@ def construct_student(
         raise StudentError(
             f"pretrained: no weights are published for {parsed}: give a local file with --student-path"
         )
+    unknown = [] if family.options is None else [name for name in options if name not in family.options]
+    if unknown:
+        valid = f": {', '.join(family.options)}" if family.options else ""
+        raise StudentError(f"{parsed} has no option {', '.join(map(repr, unknown))}{valid}")
     module, function = family.builder.split(":")
     builder = getattr(importlib.import_module(module), function)
     size = image_size if image_size is not None else family.recipe["image_size"]

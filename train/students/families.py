@@ -39,6 +39,7 @@ class Family:
         sizes: the names after `type/`, and what the builder makes each of: the name of timm's model, or the width of the
             first (U-Net) or hidden (LSTM) layer; none for timm, whose models are open-ended.
         classes: of the usual public data set, which students are counted with (`cli students`).
+        options: of the builder, besides; None: those of timm's `create_model`.
         published: whether timm has published weights of it (of the LSTM's frame encoder), for `--pretrained`.
         adapters: names of the layers that get LoRA adapters by default; None: every layer that can carry one.
         recipe: defaults of `cli train` that replace the general ones.
@@ -48,6 +49,7 @@ class Family:
     task: str
     classes: int
     sizes: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] | None = ()
     published: bool = True
     adapters: tuple[str, ...] | None = None
     recipe: Mapping[str, Any]
@@ -56,6 +58,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "resnet": Family(
         builder="train.students.timm_student:build_timm_student",
+        options=None,
         task="classification",
         classes=1000,
         sizes={name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
@@ -64,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "vit": Family(
         builder="train.students.timm_student:build_timm_student",
+        options=None,
         task="classification",
         classes=1000,
         sizes={
@@ -82,6 +86,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "timm": Family(
         builder="train.students.timm_student:build_timm_student",
+        options=None,
         task="classification",
         classes=1000,
         recipe={**_TIMM, "feature_loss_type": "mse"},
@@ -122,6 +127,7 @@ FAMILIES: dict[str, Family] = {
         task="sequence",
         classes=400,
         sizes={"small": 256, "medium": 512, "large": 1024},
+        options=("freeze_encoder", "attention_pooling"),
         adapters=("conv1", "conv2", "conv3"),
         recipe={**_OWN, "batch_size": 32, "feature_loss_type": "cosine", "image_size": 224},
     ),

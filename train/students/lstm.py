@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from train.data.prefetch import to_device
 from train.distill.losses import full_precision
-from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
+from train.students.base import InitialWeights, Student, StudentOutput, StudentSpec
 from train.students.families import FAMILIES, StudentName
 from train.students.timm_student import create_timm_model
 
@@ -141,13 +141,8 @@ def build_lstm(
     pretrained: bool = False,
     freeze_encoder: bool = False,
     attention_pooling: bool = False,
-    **options: Any,
 ) -> ClipLSTM:
     """Build `lstm/small|medium|large`; `pretrained` fetches the frame encoder's weights from timm's hub."""
-    if options:
-        raise StudentError(
-            f"{name} has no option {', '.join(map(repr, options))}: freeze_encoder, attention_pooling"
-        )
     hidden = FAMILIES[name.type].sizes[name.size]
     spec = StudentSpec.of(
         name,

@@ -6,8 +6,6 @@ Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -94,10 +92,8 @@ def _pad_to(maps: Tensor, reference: Tensor) -> Tensor:
     return functional.pad(maps, (0, columns, 0, rows)) if rows or columns else maps
 
 
-def build_unet(name: StudentName, *, num_classes: int, image_size: int, **options: Any) -> UNet:
-    """Build `unet/small|medium|large`; StudentError for unknown options, images under 16 pixels."""
-    if options:
-        raise StudentError(f"{name} has no option {', '.join(map(repr, options))}")
+def build_unet(name: StudentName, *, num_classes: int, image_size: int) -> UNet:
+    """Build `unet/small|medium|large`; StudentError for images under 16 pixels."""
     if image_size < STRIDE:
         raise StudentError(f"image_size {image_size} is too small for {name}: at least {STRIDE}")
     width = FAMILIES[name.type].sizes[name.size]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from console.log import get_logger
 from files.weights import WeightsError, read_weights
@@ -140,12 +140,14 @@ def unpickle(path: Path) -> Any:
         raise StudentError(f"student_path {path}: weights cannot be read: {error}") from error
 
 
-def find_tensors(content: Any) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: the content itself, or one of CONTAINERS."""
+def find_tensors(content: Any, containers: Sequence[str] = CONTAINERS) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint: of a pickled model, in one of the containers, or the content itself."""
+    if isinstance(content, nn.Module):
+        return dict(content.state_dict())
     if not isinstance(content, Mapping):
         return {}
     # Containers first: a checkpoint may hold other tensors beside its weights (random state, counters).
-    inside = (find_tensors(content[key]) for key in CONTAINERS if isinstance(content.get(key), Mapping))
+    inside = (find_tensors(content.get(key), containers) for key in containers)
     own = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     return next((found for found in inside if found), own)
 

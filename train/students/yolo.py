@@ -27,7 +27,10 @@ from train.students.base import (
 )
 from train.students.families import FAMILIES, StudentName
 from train.students.offline import prepare_ultralytics
+from train.students.weights import find_tensors
 
+# Where a checkpoint holds the model or its tensors; ultralytics pickles whole models, the averaged one first.
+CONTAINERS = ("ema", "model", "model_state_dict", "student_state_dict", "state_dict")
 ULTRALYTICS_ERROR = "ERROR ❌️ "
 P5_STRIDE = 32
 P5 = 2  # index among the Detect head's inputs P3, P4, P5
@@ -91,10 +94,8 @@ class NeckOutput(nn.Module):
         return maps
 
 
-def build_yolo(name: StudentName, *, num_classes: int, image_size: int, **options: Any) -> YoloStudent:
+def build_yolo(name: StudentName, *, num_classes: int, image_size: int) -> YoloStudent:
     """A YOLOv8 student with random weights; without classes its backbone and neck. Raises StudentError."""
-    if options:
-        raise StudentError(f"YOLO students take no options {', '.join(options)}")
     network = build_network(name.size, num_classes or 1)
     return YoloStudent(network, student_spec(network, name.size, num_classes, image_size))
 
@@ -184,7 +185,7 @@ def read_yolo_weights(path: Path) -> dict[str, Tensor]:
             else why_unreadable(path, error)
         )
         raise StudentError(f"student_path {path} is not a readable YOLO checkpoint: {reason}") from error
-    tensors = tensors_in(content)
+    tensors = find_tensors(content, CONTAINERS)
     if not tensors:
         raise StudentError(f"student_path {path} holds no weights")
     return {key.removeprefix("network."): value.float() for key, value in tensors.items()}
@@ -206,16 +207,3 @@ def read_safely(path: Path) -> Any:
         # It leaves its classes allowed; outside of it their constructors can run code.
         with only_plain_classes():
             return torch_safe_load(path, safe_only=True)[0]
-
-
-def tensors_in(content: Any) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint's content: of a pickled model (its EMA first), or as tensors."""
-    if isinstance(content, nn.Module):
-        return dict(content.state_dict())
-    if not isinstance(content, dict):
-        return {}
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if tensors:
-        return tensors
-    inner = ("ema", "model", "model_state_dict", "student_state_dict", "state_dict")
-    return next((found for key in inner if (found := tensors_in(content.get(key)))), {})

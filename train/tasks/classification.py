@@ -12,7 +12,7 @@ from train.data.batches import Batch
 from train.distill.losses import cross_entropy
 from train.distill.mixing import Mixing, mix
 from train.distill.projector import DistilledOutput
-from train.tasks.base import Meter, count_classes
+from train.tasks import Meter, count_classes
 
 
 class Classification:

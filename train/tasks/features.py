@@ -10,7 +10,7 @@ from torch import Tensor
 from train.data.batches import Batch
 from train.distill.mixing import Mixing
 from train.distill.projector import DistilledOutput
-from train.tasks.base import Meter
+from train.tasks import Meter
 
 
 class Features:

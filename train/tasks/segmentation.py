@@ -16,7 +16,7 @@ from train.distill.losses import full_precision
 from train.distill.mixing import Mixing
 from train.distill.projector import DistilledOutput
 from train.ranks import differentiable_sum, world_size
-from train.tasks.base import Meter, count_classes
+from train.tasks import Meter, count_classes
 
 IGNORE_INDEX = 255
 

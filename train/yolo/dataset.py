@@ -223,7 +223,8 @@ def open_split(
             f"{store.location}: the store has no boxes: YOLO students need a detection data set (cli extract --source "
             "yolo, coco or voc), or --task features to learn from the teacher alone"
         )
-    reader = ImageReader(split, data_root or root_of(store), store.manifest.preprocessing)
+    root = data_root or store.manifest.data_root
+    reader = ImageReader(split, Path(root) if root else None, store.manifest.preprocessing)
     records = detection_records(store, split, raw=reader.kind == "raw")
     if not records and unlabeled_rows(split, "boxes").any():
         raise TrainError(
@@ -241,10 +242,6 @@ def open_split(
         }
         targets = LevelTargets({level: by_layer[layer] for level, layer in layers.items()})
     return DetectionSplit(records, SourceImages(reader, image_size), targets)
-
-
-def root_of(store: Store) -> Path | None:
-    return Path(store.manifest.data_root) if store.manifest.data_root else None
 
 
 def detection_records(store: Store, split: Split, *, raw: bool) -> list[DetectionRecord]:
