@@ -106,7 +106,8 @@ USUAL = "few,all,scenes"
 PHOTOS = {"image_size": 64, "batch_size": 32}
 STREETS = {"image_size": 96, "batch_size": 8}
 CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
-STREETS_FIRST, CELLS_FIRST = {"pretrain_epochs": 10}, {"pretrain_epochs": 20}
+STREETS_FIRST = {"pretrain_epochs": 10, "distillation_type": "hybrid"}
+CELLS_FIRST = {"pretrain_epochs": 20}
 DATA_STUDIES = {
     study.name: study
     for study in (

@@ -198,7 +198,7 @@ class TrainConfig(BaseModel):
     )
 
     distillation_type: Literal["feature", "logit", "hybrid", "none"] | None = _distillation(
-        None, "Default: hybrid for classes and masks, feature for boxes."
+        None, "Default: hybrid for classes, feature for masks and boxes."
     )
     hard_label_weight: float = _distillation(0.5, "Weight of the task loss.", ge=0)
     soft_label_weight: float = _distillation(0.5, "Weight of the distillation loss.", ge=0)

@@ -115,7 +115,7 @@ class TestMixedStore:
         self, make_store: Any, make_config: Any, train_log: pytest.LogCaptureFixture
     ) -> None:
         store = make_store(masks=True, maps=True, labels=False, unmasked=keys(4, 24))
-        config = make_config(store, **self.options())
+        config = make_config(store, **self.options(distillation_type="hybrid"))
         summary = run_training(config)
         assert summary["complete"]
         assert "have no mask: they are learned from the teacher alone" in train_log.text

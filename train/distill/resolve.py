@@ -19,7 +19,7 @@ def resolve_features(
     config: TrainConfig, split: Split, task: str, spec: StudentSpec, notes: list[str]
 ) -> DistillationPlan:
     """What is distilled. Raises ConfigError for options that the store cannot serve (and what to extract)."""
-    kind = config.distillation_type or ("feature" if task == "detection" else "hybrid")
+    kind = config.distillation_type or ("hybrid" if task in CLASS_TASKS else "feature")
     if task == "features":
         if config.distillation_type in ("none", "logit"):
             raise ConfigError(

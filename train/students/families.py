@@ -116,7 +116,7 @@ FAMILIES: dict[str, Family] = {
         published=False,
         recipe={
             **_OWN,
-            "distillation_type": "hybrid",
+            "distillation_type": "feature",
             "batch_size": 8,
             "feature_loss_type": "mse",
             "image_size": 512,
