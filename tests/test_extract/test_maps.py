@@ -107,6 +107,7 @@ def test_a_second_run_gives_the_same(mask_options: dict[str, Any], tmp_path: Pat
     np.testing.assert_array_equal(log_p(mask_options["out"], "train"), before)
 
 
+@pytest.mark.slow
 def test_a_killed_probe_resumes_to_the_same_maps(
     mask_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_killed_probe_resumes_to_the_same_maps(
     np.testing.assert_array_equal(log_p(mask_options["out"], "train"), expected)
 
 
+@pytest.mark.slow
 def test_maps_go_with_the_store_into_other_forms(mask_options: dict[str, Any], tmp_path: Path) -> None:
     """HDF5 and back: the same files; compressed and int8 copies: the same maps. `cli inspect` lists them."""
     extract(mask_options, data=str(write_scenes(tmp_path / "scenes", 12)), logits="probe")

@@ -123,6 +123,7 @@ class TestMixedStore:
         assert last["logit_loss"] > 0
         assert last["val_logit_loss"] > 0
 
+    @pytest.mark.slow
     def test_a_map_teaches_what_no_mask_does(self, make_store: Any, make_config: Any, tmp_path: Path) -> None:
         """One labeled row, which lacks two of three classes: only the maps know them."""
         store = make_store(
