@@ -1,8 +1,7 @@
 """What the stored grids of a data set with boxes are worth: objects found and told apart by a probe of every grid cell.
 
 The probe learns which class of object has its middle in a cell, or none, from the cell's features (`extract.cells`). It
-measures whether the features know where objects are and of what class. It predicts no boxes: a head that also learned the
-sides of the boxes from the cells was far less exact than a student trained on the same few labels.
+measures whether the features know where objects are and of what class. It predicts no boxes.
 
 Coordinates are fractions of the teacher's view. Shapes: `s` side of the interpolated grid, `C` classes.
 """
