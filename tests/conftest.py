@@ -46,6 +46,16 @@ def cache_of_remote_stores(tmp_path_factory: pytest.TempPathFactory):  # type: i
         yield
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):  # type: ignore[no-untyped-def]
+    """What a test logs about file names that are not UTF-8 must not end the worker that sends its report."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
 
 

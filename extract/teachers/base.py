@@ -204,16 +204,24 @@ def load_teacher(
         options["family"] = name
     module, function = TEACHERS[key].target.split(":")
     loader = getattr(importlib.import_module(module), function)
-    teacher: Teacher = loader(
-        path,
-        device=device,
-        dtype=dtype,
-        image_size=image_size,
-        resize=resize,
-        pool=pool,
-        layers=layers,
-        **options,
-    )
+    import torch
+
+    try:
+        teacher: Teacher = loader(
+            path,
+            device=device,
+            dtype=dtype,
+            image_size=image_size,
+            resize=resize,
+            pool=pool,
+            layers=layers,
+            **options,
+        )
+    except torch.OutOfMemoryError:
+        raise TeacherError(
+            f"out of memory on {device} with one image of {image_size} pixels: use a smaller --image-size, "
+            "--dtype bfloat16 or a device with more memory"
+        ) from None
     return teacher
 
 

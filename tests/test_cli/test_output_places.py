@@ -54,6 +54,7 @@ def make_small_store(path: Path) -> None:
         "labels": True,
         "masks": False,
         "logits": False,
+        "maps": 0,
         "images": "jpeg",
         "one_class": None,
         "unlabelled": (),

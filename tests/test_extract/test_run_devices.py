@@ -80,7 +80,7 @@ def test_a_failed_gpu_is_not_called_a_wrong_image_size(
 
     explain = timm_encoder.device_error
     monkeypatch.setattr(timm_encoder, "device_error", lambda error, device: explain(error, CUDA))
-    monkeypatch.setattr(timm_encoder.TimmTeacher, "forward_features", fails)
+    monkeypatch.setattr(timm_encoder.TimmTeacher, "run_model", fails)
     with pytest.raises(TeacherError, match="cuda:1 failed"):
         extract(extract_options)
 

@@ -140,11 +140,28 @@ class TestOutOfMemory:
         from extract.encode import OutOfMemory
         from extract.teachers.timm_encoder import TimmTeacher
 
+        plain = TimmTeacher.encode
+
         def full(self: Any, images: Any, **kwargs: Any) -> Any:
+            if isinstance(images, torch.Tensor) and not images.any():  # the black image of loading
+                return plain(self, images, **kwargs)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(TimmTeacher, "encode", full)
         with pytest.raises(OutOfMemory, match=r"one image of 64 pixels.*smaller --image-size"):
+            extract(extract_options)
+
+    def test_a_teacher_that_does_not_fit_is_an_error_with_advice(
+        self, extract_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from extract.teachers import TeacherError
+        from extract.teachers.timm_encoder import TimmTeacher
+
+        def full(self: Any, values: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(TimmTeacher, "run_model", full)
+        with pytest.raises(TeacherError, match=r"one image of 64 pixels.*smaller --image-size"):
             extract(extract_options)
 
 

@@ -21,6 +21,7 @@ from tests.test_train.yolo_runs import (
     metrics_of,
 )
 from train.checkpoint import load_checkpoint, load_student_from_run
+from train.distill.calibration import SHARE
 
 pytest.importorskip("ultralytics")
 
@@ -79,7 +80,11 @@ def test_the_distillation_term_has_its_own_column_everywhere(yolo_run: tuple[Pat
         assert value == pytest.approx(record["feature_loss"], rel=1e-5)
         parts = record["box_loss"] + record["cls_loss"] + record["dfl_loss"]
         assert record["hard_loss"] == pytest.approx(parts)
-        assert record["train_loss"] == pytest.approx(0.5 * parts + 0.5 * record["feature_loss"])
+    # The weight of the term was found in the first batches.
+    count, logarithms = load_checkpoint(folder / "last.pt")["training"]["model"]["distillation.calibration"]
+    weight = 0.5 * SHARE * float((logarithms / count).exp())
+    expected = 0.5 * records[-1]["hard_loss"] + weight * records[-1]["feature_loss"]
+    assert records[-1]["train_loss"] == pytest.approx(expected, rel=1e-5)
     assert [record["epoch"] for record in records] == [1, 2, 3]
 
 
@@ -107,7 +112,7 @@ def test_the_control_learns_the_task_alone(yolo_run: tuple[Path, Listener]) -> N
 def test_heads_train_and_are_kept_for_resume_but_not_exported(yolo_run: tuple[Path, Listener]) -> None:
     folder, _ = yolo_run
     content = load_checkpoint(folder / "last.pt")
-    heads = {n: v for n, v in content["training"]["model"].items() if n.startswith("distillation.")}
+    heads = {n: v for n, v in content["training"]["model"].items() if n.startswith("distillation.heads.")}
     assert {name.split(".")[2] for name in heads} == {"P4", "P5"}
     momentum = content["training"]["optimizer"]["state"]
     # One entry for each trained tensor: those of the heads are among them.
