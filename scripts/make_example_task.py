@@ -14,6 +14,7 @@ from backend.server.settings import load_settings
 from backend.server.tasks import Tasks
 from commands.assets import PRETRAINED_TEACHER, AssetError, pretrained_teacher_weights
 from commands.demo import write_digits
+from console.log import configure_logging
 from files.writing import replace_file
 
 IMAGES = 500
@@ -22,6 +23,7 @@ WEIGHTS = "efficientnet-lite2.pth"
 
 
 def main(root: Path) -> None:
+    configure_logging()
     for name in ("datasets", "models", "output"):
         (root / name).mkdir(parents=True, exist_ok=True)
     if not (root / "datasets" / "digits").exists():
