@@ -27,7 +27,7 @@ from train.run import run_training
 
 # Batch norm sees a rank's own samples only, so the comparison needs students without it.
 unet.nn = SimpleNamespace(**{{**vars(nn), "BatchNorm2d": lambda width: nn.GroupNorm(1, width)}})
-atexit.register(lambda: print("group left:", not torch.distributed.is_initialized()))  # runs last
+atexit.register(lambda: print(f"group left: {{not torch.distributed.is_initialized()}}\\n", end=""))  # runs last
 for options in json.loads(sys.argv[1]):
     run_training(load_config(options))
 """

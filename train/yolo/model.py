@@ -54,7 +54,7 @@ class Distillation(nn.Module):
         self.measured: int | None = None  # known once training has begun, or gone on
         if batches:
             # Number and sum of the logarithms of what was measured: in the state that a run is resumed from.
-            self.register_buffer("calibration", torch.zeros(2, dtype=torch.float64))
+            self.register_buffer("calibration", torch.zeros(2))  # float32, as checkpoints keep it
         self.kind, self.foreground = kind, foreground
         self.hard_weight, self.soft_weight = hard_weight, soft_weight
         self.heads = nn.ModuleDict(
