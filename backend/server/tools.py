@@ -7,15 +7,13 @@ ended.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from console.redaction import redact
 from processes.ending import kill_group
+from processes.spawning import child_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 AT_A_TIME = 2
 _slots = asyncio.Semaphore(AT_A_TIME)
 
@@ -41,7 +39,8 @@ async def run_module(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
-            env=tool_environment(),
+            # These run beside trainings: one thread each.
+            env=child_environment(PYTHONUTF8="1", OMP_NUM_THREADS="1"),
         )
         try:
             output, errors = await asyncio.wait_for(process.communicate(), timeout_s)
@@ -54,12 +53,6 @@ async def run_module(
     if process.returncode not in accept:
         raise ToolError(error_line(errors, process.returncode or 0))
     return output.decode("utf-8", "replace")
-
-
-def tool_environment() -> dict[str, str]:
-    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
-    # These run beside trainings: one thread each.
-    return os.environ | {"PYTHONUTF8": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def error_line(errors: bytes, code: int) -> str:
