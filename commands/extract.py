@@ -182,7 +182,7 @@ def probe(
 
     cli probe photos.zarr --student resnet18 --epochs 60
 
-    Will the teacher help this student? Compares the teacher's ceiling with a short control and says so.
+    Will the teacher help this student? Compares the teacher's ceiling with a short control and prints a verdict.
     """
     from extract.logits import probe_store
     from extract.metadata import note_probe, note_verdict

@@ -223,7 +223,7 @@ class SwitchField(Field):
 
 
 class PickerField(Field):
-    """One of the things that were found; another name can be typed where `free` says so."""
+    """One of the things that were found; another name can be typed where `free` is true."""
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ def target_kind(split: Split) -> str | None:
 def labeled_rows(split: Split, kind: str | None) -> np.ndarray:
     """[N] bool: rows with a class label, at least one box, or a mask.
 
-    Of the others in a detection data set, `unlabeled_rows` are those that nobody has labeled, the rest is background.
+    Of the others in a detection data set, `unlabeled_rows` are those without labels, the rest is background.
     """
     if kind is None or TARGET_ARRAYS[kind] not in split.names:
         return np.zeros(len(split), dtype=bool)

@@ -55,7 +55,7 @@ class Boxes(NamedTuple):
 
     @classmethod
     def unlabeled(cls) -> Boxes:
-        """An image whose objects nobody has marked, which is not one without objects (see `store.format.BOX_CLASSES`)."""
+        """An image whose objects are not marked, which is not one without objects (see `store.format.BOX_CLASSES`)."""
         return cls.of([(0, 0, 0, 0)], [NO_LABEL])
 
 

@@ -37,7 +37,7 @@ print(peak.split()[1], loaded)
 def lay_out_full_size(folder: Path, family: str) -> int:
     """The published layout of the 7B (Qwen2.5-VL) or 8B (Qwen3-VL) model as sparse files: 5 shards with an index.
 
-    As published, the tower lies in the first shard, together with language-model tensors; the rest holds none. The
+    As published, the tower is in the first shard, together with language-model tensors; the rest holds none. The
     language model has the sizes of Qwen2.5's 7B in both. Returns the apparent size in bytes.
     """
     from extract.teachers.qwen_vl import FAMILIES

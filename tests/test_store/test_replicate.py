@@ -51,7 +51,7 @@ def bucket() -> Iterator[str]:
     options = {"endpoint_url": f"http://{host}:{port}", "key": "somebody", "secret": "something"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fsspec.config.conf, "s3", options)
-        patch.setenv("FSSPEC_S3", json.dumps(options))  # for processes that start anew
+        patch.setenv("FSSPEC_S3", json.dumps(options))  # for spawned processes
         files = fsspec.filesystem("s3")
         files.mkdir("stores")
         yield "s3://stores"

@@ -112,7 +112,7 @@ def bucket(stores: dict[str, Any]) -> Iterator[str]:
     with object_server(folder) as endpoint, pytest.MonkeyPatch.context() as patch:
         options = {"endpoint_url": endpoint, "key": "somebody", "secret": "something"}
         patch.setitem(fsspec.config.conf, "s3", options)
-        patch.setenv("FSSPEC_S3", json.dumps(options))  # for processes that start anew
+        patch.setenv("FSSPEC_S3", json.dumps(options))  # for spawned processes
         yield f"s3://{BUCKET}"
 
 
