@@ -117,36 +117,46 @@ def test_a_snapshot_has_the_buffers_of_the_last_finished_step():
 
 
 def test_a_snapshot_waits_for_a_checkpoint_that_is_being_written(make_store, make_config, monkeypatch):
-    """A signal while a slow disk takes last.pt: two writers of one file would leave a mixture."""
-    plain_run, plain_save = trainer.Training.fit, saving.save_checkpoint
-    trainers, writers, most, snapshots = [], [], [], []
+    """A signal while a slow disk takes last.pt: two writers of one file would leave a mixture.
 
-    def run(self):
-        trainers.append(self)
-        return plain_run(self)
+    The main thread waits in a listener meanwhile, since it must not be inside a step when the run continues afterwards:
+    a snapshot puts buffers back that the step's backward pass needs.
+    """
+    plain_fit, plain_save = trainer.Training.fit, saving.save_checkpoint
+    trainings, writers, most = [], [], []
+    begun, may_end = threading.Event(), threading.Event()
 
-    def snapshot():
-        """What the watching thread does; there the process ends, here the run may go on."""
-        trainers[0].snapshot()
-        trainers[0].parts.guard.lock.release()
+    def fit(self):
+        trainings.append(self)
+        return plain_fit(self)
 
     def save(path, content):
         if path.name == "last.pt":
             writers.append(path)
             most.append(len(writers))
-            if not snapshots:
-                snapshots.append(threading.Thread(target=snapshot))
-                snapshots[0].start()
-                snapshots[0].join(0.5)
+            begun.set()
+            assert may_end.wait(60)
         plain_save(path, content)
         if path.name == "last.pt":
             writers.remove(path)
 
-    monkeypatch.setattr(trainer.Training, "fit", run)
+    def listener(event):
+        if not isinstance(event, EpochEnded) or may_end.is_set():
+            return
+        assert begun.wait(60)  # the background thread writes last.pt of the first epoch
+        snapshot = threading.Thread(target=trainings[0].snapshot)
+        snapshot.start()
+        snapshot.join(0.5)
+        assert snapshot.is_alive()
+        may_end.set()
+        snapshot.join()
+        trainings[0].parts.guard.lock.release()  # in the product the process ends here
+
+    monkeypatch.setattr(trainer.Training, "fit", fit)
     monkeypatch.setattr(saving, "save_checkpoint", save)
     config = make_config(make_store())
-    run_training(config)
-    snapshots[0].join()
+    run_training(config, [listener])
+    assert may_end.is_set()
     assert set(most) == {1}
     assert load_checkpoint(config.out / "last.pt")["epoch"] == 2
 
