@@ -59,7 +59,7 @@ class Comparison:
             return
         folders = [self.folders[task_id] for task_id in self.chosen.value]
         page = await with_spinner(
-            self.result, self.texts("compare.making"), build_report(folders, self.reports)
+            self.texts, self.result, "compare.making", build_report(folders, self.reports)
         )
         if page is not None:
             self.show(f"{REPORT_PATH}/{page.parent.name}")

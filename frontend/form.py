@@ -12,6 +12,7 @@ from nicegui import ui
 from backend.server.catalog import Setting
 from backend.task.errors import OptionError
 from frontend.layout import element, text
+from frontend.messages import translate
 from frontend.texts import Texts
 
 #: Without a value the training or the server decides on them.
@@ -49,7 +50,7 @@ def problem_of(texts: Texts, setting: Setting, value: Any) -> str:
         for name, limit in setting.limits.items():
             if breaks(name, float(limit), value):
                 return texts(f"error.{name}", limit=f"{limit:.10g}")
-        return texts(f"error.{setting.kind}") if setting.kind == "integer" else str(error)
+        return texts(f"error.{setting.kind}") if setting.kind == "integer" else translate(texts, str(error))
     return ""
 
 

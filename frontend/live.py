@@ -12,6 +12,8 @@ from backend.server.events import Change
 from backend.server.tasks import Tasks
 from backend.server.tools import ToolError
 from frontend.layout import notice, text
+from frontend.messages import translate
+from frontend.texts import Texts
 
 
 def follow(client: Client, tasks: Tasks, task_id: str | None, apply: Callable[[Change], Any]) -> None:
@@ -32,18 +34,18 @@ def follow(client: Client, tasks: Tasks, task_id: str | None, apply: Callable[[C
     client.on_delete(running.cancel)
 
 
-async def with_spinner(container: ui.element, words: str, work: Awaitable[Any]) -> Any:
-    """The result of a slow piece of work, with a spinner in its container; None when it failed, which is shown there."""
+async def with_spinner(texts: Texts, container: ui.element, name: str, work: Awaitable[Any]) -> Any:
+    """The result of slow work, with a spinner and the text of that name meanwhile; None when it failed, which is shown."""
     container.clear()
     with container, ui.element("div").classes("empty").props('role="status"'):
         ui.spinner(size="28px")
-        ui.label(words).classes("muted small")
+        ui.label(texts(name)).classes("muted small")
     try:
         result = await work
     except ToolError as error:
         container.clear()
         with container, notice("bad"):
-            text(str(error), "p")
+            text(translate(texts, str(error)), "p")
         return None
     container.clear()
     return result

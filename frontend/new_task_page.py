@@ -42,6 +42,7 @@ from frontend.layout import (
     size_text,
     text,
 )
+from frontend.messages import translate
 from frontend.texts import Texts
 
 TRAINING = ("epochs", "batch_size", "learning_rate", "image_size", "optimizer", "lr_scheduler")
@@ -397,7 +398,7 @@ class TaskForm:
         with self.data_facts:
             if found.problem:
                 with notice("bad"):
-                    text(found.problem, "p", "small")
+                    text(translate(texts, found.problem), "p", "small")
                 return
             with element("dl", "facts data-facts"):
                 fact(texts("data.kind"), texts.or_word(f"kind.{found.kind}", found.kind))
@@ -421,7 +422,7 @@ class TaskForm:
                     text(texts("data.mismatch", task=other, own=own), "p", "small")
             for warning in found.warnings:
                 with notice("note"):
-                    text(warning, "p", "small")
+                    text(translate(texts, warning), "p", "small")
 
     def show_preview(self) -> None:
         """The command as it will be started, or what is missing or wrong."""
@@ -440,12 +441,12 @@ class TaskForm:
             if preview.problems and not wrong and (chosen or settings.problems):
                 with notice("bad", self.texts("new.problems")):
                     for problem in preview.problems:
-                        text(problem, "p", "small")
+                        text(translate(self.texts, problem), "p", "small")
             notes = dict.fromkeys((*preview.notes, *(() if preview.command else settings.warnings)))
             if notes:
                 with notice("note", self.texts("new.notes")):
                     for note in notes:
-                        text(note, "p", "small")
+                        text(translate(self.texts, note), "p", "small")
             if wrong:
                 text(self.texts("new.invalid"), "p", "small problem")
         for made in (self.save, self.start):
@@ -460,14 +461,14 @@ class TaskForm:
     def submit(self, *, start: bool) -> None:
         preview = preview_task(self.tasks, self.document, self.task_id)
         if preview.fields is None:
-            ui.notify("; ".join(preview.problems), type="negative", multi_line=True)
+            ui.notify(translate(self.texts, "; ".join(preview.problems)), type="negative", multi_line=True)
             return
         try:
             self.keep(preview)
             if start:
                 self.tasks.start(self.task_id)
         except TaskError as error:
-            ui.notify(str(error), type="negative", multi_line=True, timeout=8000)
+            ui.notify(translate(self.texts, str(error)), type="negative", multi_line=True, timeout=8000)
             return
         ui.navigate.to(f"/tasks/{self.task_id}")
 

@@ -107,7 +107,7 @@ class StoreCard:
 
     async def run(self, words: str, work: Awaitable[Any]) -> Any:
         self.result.set_visibility(True)
-        return await with_spinner(self.result, self.texts(words), work)
+        return await with_spinner(self.texts, self.result, words, work)
 
     async def show_pictures(self) -> None:
         folder = self.output_root / ".pages" / "stores" / digest(self.store.name)

@@ -50,6 +50,7 @@ from frontend.layout import (
     text,
 )
 from frontend.live import follow, with_spinner
+from frontend.messages import translate
 from frontend.new_task_page import command_text
 from frontend.tasks_page import STOPPABLE, ProgressBar, TaskActions
 from frontend.texts import Texts
@@ -227,7 +228,7 @@ class TaskPage:
         self.failure.set_visibility(failed)
         if failed:
             with self.failure, notice("bad", self.texts("task.failed")):
-                text(str(self.task.error_message), "p", "small")
+                text(translate(self.texts, str(self.task.error_message)), "p", "small")
                 if self.task.attempt and read_records(self.folder):
                     text(self.texts("task.resumes"), "p", "small muted")
 
@@ -351,7 +352,7 @@ class TaskPage:
 
     async def draw(self) -> None:
         work = draw_predictions(self.folder)
-        if await with_spinner(self.predictions, self.texts("pred.drawing"), work) is not None:
+        if await with_spinner(self.texts, self.predictions, "pred.drawing", work) is not None:
             self.fill_predictions()
 
     def fill_files(self, files: list[tuple[str, int]]) -> None:
@@ -387,7 +388,7 @@ class TaskPage:
         return f"/model-distillation/tasks/{quote(self.task.task_id)}/files/{quote(name)}"
 
     async def make_onnx(self) -> None:
-        made = await with_spinner(self.export, self.texts("files.exporting"), export_onnx(self.folder))
+        made = await with_spinner(self.texts, self.export, "files.exporting", export_onnx(self.folder))
         if made is not None:
             self.show()
 
@@ -407,7 +408,7 @@ class TaskPage:
                         "content_copy",
                     )
             except TaskError as error:
-                text(str(error), "p", "muted")
+                text(translate(self.texts, str(error)), "p", "muted")
 
 
 def metric_text(name: str, value: Any) -> str:

@@ -26,6 +26,7 @@ from frontend.layout import (
     text,
 )
 from frontend.live import follow
+from frontend.messages import translate
 from frontend.texts import Texts
 
 PAGE_SIZE = 20
@@ -186,7 +187,7 @@ class Row:
     def show(self, task: TaskView) -> None:
         self.task = task
         self.name.set_text(task.task_name or task.task_id)
-        self.message.set_text(short_message(task))
+        self.message.set_text(short_message(self.texts, task))
         self.student.set_text(task.student_model)
         self.data.set_text(task.dataset_id)
         self.progress.show(task)
@@ -241,9 +242,9 @@ class ProgressBar:
         self.words.set_text(words)
 
 
-def short_message(task: TaskView) -> str:
+def short_message(texts: Texts, task: TaskView) -> str:
     """Why a task failed, or what it is doing before its first epoch."""
-    content = task.error_message or task.message or ""
+    content = translate(texts, task.error_message or task.message or "")
     return content if len(content) <= 90 else f"{content[:90]}…"
 
 
@@ -261,7 +262,7 @@ class TaskActions:
         try:
             action()
         except TaskError as error:
-            ui.notify(str(error), type="negative", multi_line=True, timeout=8000)
+            ui.notify(translate(self.texts, str(error)), type="negative", multi_line=True, timeout=8000)
         else:
             ui.notify(self.texts(said, name=self.name), type="positive", timeout=3000)
             self.done()

@@ -54,10 +54,10 @@ def blank_as_none(value: Any) -> Any:
     return None if isinstance(value, str) and not value.strip() else value
 
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(plain)]
-Word = Annotated[Text, Field(max_length=50)]
-Name = Annotated[Text, Field(max_length=200)]
-PathText = Annotated[Text, Field(max_length=500)]
+Word = Annotated[str, StringConstraints(strip_whitespace=True, max_length=50), AfterValidator(plain)]
+Name = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200), AfterValidator(plain)]
+Devices = Annotated[str, StringConstraints(strip_whitespace=True, max_length=100), AfterValidator(plain)]
+PathText = Annotated[str, StringConstraints(strip_whitespace=True, max_length=500), AfterValidator(plain)]
 TaskId = Annotated[str, Field(pattern=TASK_ID)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -113,8 +113,8 @@ class TaskFields(Model):
     lora_rank: Count | None = None
     lora_alpha: Number | None = None
     lora_dropout: Number | None = None
-    gpu_devices: Annotated[Annotated[Text, Field(max_length=100)] | None, BeforeValidator(blank_as_none)] = (
-        Field(None, description="0 or 0,1 or cpu; none: the next free GPU, the CPU on a machine without one.")
+    gpu_devices: Annotated[Devices | None, BeforeValidator(blank_as_none)] = Field(
+        None, description="0 or 0,1 or cpu; none: the next free GPU, the CPU on a machine without one."
     )
     training_config: Annotated[dict[str, Any], AfterValidator(config_object)] = Field(
         default_factory=dict, description="Further settings, camelCase; the fields above have priority."

@@ -117,8 +117,7 @@ class Tasks:
         with self.changing(task_id) as (session, task):
             if task.state != TaskState.CREATED:
                 raise ConflictError(
-                    f"task {task_id} is {task.state}: only a task that has not been started can be changed; "
-                    "create another one"
+                    f"task {task_id} is {task.state} and can no longer be changed: create another one"
                 )
             place = self.place(task_id, requested_devices(fields) or "cpu")
             fill(task, fields, self.check(fields, place))

@@ -142,6 +142,17 @@ def test_form_and_json_hold_the_same_settings(visit: Visit) -> None:
     window.keep("new-en-light")
 
 
+def test_what_the_server_refuses_is_explained_in_chinese_on_the_chinese_pages(visit: Visit) -> None:
+    window = visit(language="zh")
+    page = window.open("/new")
+    document = {"studentModel": "resnet18", "teacherModel": TEACHER, "datasetId": "digits"}
+    write_json(page, {**document, "gpuDevices": "0,0"})
+    expect(page.locator(".notice")).to_contain_text("gpuDevices：应为 cpu，或每块 GPU 各一次，实际为 '0,0'")
+    write_json(page, {**document, "optimizer": "lion"})
+    expect(page.locator(".q-field--error")).to_contain_text("可选值为 adamw, adam, sgd，实际为 'lion'")
+    window.keep("new-refused-zh-light")
+
+
 @pytest.mark.parametrize(("language", "theme"), [("zh", "light"), ("en", "dark")])
 def test_every_page_fits_a_phone(visit: Visit, completed: str, language: str, theme: str) -> None:
     window = visit(PHONE, language, theme)
