@@ -165,7 +165,7 @@ class Mirror:
             got = (0, 0)
             try:
                 with partial.open("wb") as file:
-                    for block in self.remote.blocks(key):
+                    for block in self.remote.blocks(key, expected[0] if expected else None):
                         file.write(block)
                         got = (got[0] + len(block), crc32c(block, got[1]))
                 if expected is None or got == expected:

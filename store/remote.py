@@ -31,6 +31,8 @@ CREDENTIAL_ERRORS = (
     "DefaultCredentialsError",  # of Google's client
     "ClientAuthenticationError",  # of Azure's
 )
+EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+CLOCK_CODES = ("RequestTimeTooSkewed", "RequestInTheFuture")
 
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)
@@ -44,14 +46,16 @@ class RemoteFiles:
 
     def read(self, key: str, pauses_s: tuple[float, ...] | None = None) -> bytes:
         """A whole small file. Raises FileNotFoundError, or StoreError for everything else."""
-        return self._try(
-            key, PAUSES_S if pauses_s is None else pauses_s, lambda files, path: bytes(files.cat_file(path))
-        )
+        return self._range(key, 0, None, PAUSES_S if pauses_s is None else pauses_s)
 
-    def blocks(self, key: str) -> Iterator[bytes]:
-        """A file's bytes in order, several requests under way at once. Raises as `read`."""
-        size = self._try(key, PAUSES_S, lambda files, path: int(files.info(path)["size"]))
-        first = self._range(key, 0, min(size, BLOCK_BYTES))
+    def blocks(self, key: str, size: int | None = None) -> Iterator[bytes]:
+        """A file's bytes in order, several requests under way at once. Raises as `read`.
+
+        size: of the file, where it is known, which saves a request. A shorter file ends earlier.
+        """
+        if size is None:
+            size = self._try(key, PAUSES_S, lambda files, path: int(files.info(path)["size"]))
+        first = self._range(key, 0, min(size, BLOCK_BYTES), PAUSES_S)
         yield first
         if len(first) >= size:  # also from a server that answers every range with the whole file
             return
@@ -59,7 +63,7 @@ class RemoteFiles:
         with ThreadPoolExecutor(CONNECTIONS, "store-download") as pool:
             pending: list[Any] = []
             for start in starts:
-                pending.append(pool.submit(self._range, key, start, min(size, start + BLOCK_BYTES)))
+                pending.append(pool.submit(self._range, key, start, min(size, start + BLOCK_BYTES), PAUSES_S))
                 if len(pending) == CONNECTIONS:  # bounds the memory
                     yield pending.pop(0).result()
             for request in pending:
@@ -110,10 +114,18 @@ class RemoteFiles:
         with contextlib.suppress(FileNotFoundError):
             self._try(key, PAUSES_S, lambda files, path: files.rm_file(path))
 
-    def _range(self, key: str, start: int, stop: int) -> bytes:
-        return self._try(
-            key, PAUSES_S, lambda files, path: bytes(files.cat_file(path, start=start, end=stop))
-        )
+    def _range(self, key: str, start: int, stop: int | None, pauses_s: tuple[float, ...]) -> bytes:
+        """One request: without a range s3fs asks for the size first, whose refusal has no reason in it."""
+
+        def get(files: Any, path: str) -> bytes:
+            try:
+                return bytes(files.cat_file(path, start=start, end=stop))
+            except Exception as error:
+                if code_of(error) in ("InvalidRange", "416"):  # the file is empty or shorter
+                    return b""
+                raise
+
+        return self._try(key, pauses_s, get)
 
     def _try(
         self,
@@ -162,9 +174,16 @@ def arrived(files: Any, path: str, data: bytes) -> bool:
     return etag == digest or bytes(files.cat_file(path)) == data
 
 
+def code_of(error: Exception) -> str:
+    """The error code of S3's answer, or its HTTP status; empty where there was no answer."""
+    answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
+    found = next((answer for answer in answers if isinstance(answer, dict)), {})
+    return str(found.get("Error", {}).get("Code") or getattr(error, "status", None) or "")
+
+
 def reason_of(error: Exception) -> str | None:
     """What is wrong and what to do, for an error that another try does not help against; None for others."""
-    status = getattr(error, "status", None)
+    code = code_of(error)
     names = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ImportError):
         what = (
@@ -180,6 +199,10 @@ def reason_of(error: Exception) -> str | None:
             "no credentials: set them as for the provider's own tools (for S3 AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true)"
         )
-    if isinstance(error, PermissionError) or status in (401, 403):
+    if code in EXPIRED_CODES:
+        return "the credentials have expired: renew them"
+    if code in CLOCK_CODES:
+        return "the server refuses requests because of this machine's clock: set the clock (NTP)"
+    if isinstance(error, PermissionError) or code in ("401", "403"):
         return "no permission: check the credentials, whether they have expired, and their rights"
     return None

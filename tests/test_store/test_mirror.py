@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,35 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from object_server import BUCKET, Faults, object_server
 from test_store_backends import write_store
 
 from store import mirror, remote
 from store.errors import StoreError
 from store.mirror import cached_files
 from store.reader import Split, open_store
+from tests.fault_proxy import (
+    ACCESS_DENIED,
+    CLOCK_SKEW,
+    EXPIRED,
+    INTERNAL_ERROR,
+    SLOW_DOWN,
+    Fault,
+    Proxy,
+    Request,
+    Rule,
+    cut,
+    dropped,
+    fault_proxy,
+    lost,
+    slow,
+    wrong_bytes,
+)
+from tests.s3_servers import SECRET, moto_server, upload, use_endpoint
 
 POOLED, GRID = "features/pooled", "features/grid"
+BUCKET = "bucket"
 URL = f"s3://{BUCKET}/plain.zarr"
-Serve = Callable[..., Faults]
+Serve = Callable[..., Proxy]
 
 
 @pytest.fixture(scope="module")
@@ -43,54 +60,53 @@ def folder(memory_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QWEN_DISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "PAUSES_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(mirror, "FIRST_PAUSES_S", (0.01,))
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """serve(answer) → the faults and requests of a server of the bucket, at s3://bucket."""
-    from contextlib import ExitStack
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    """moto's S3 server with the folder's files in a bucket."""
+    with moto_server() as endpoint:
+        upload(endpoint, folder, BUCKET)
+        yield endpoint
 
+
+@pytest.fixture
+def serve(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """serve(rule) → the proxy before the server of s3://bucket, whose faults the rule makes."""
     with ExitStack() as stack:
 
-        def start(answer: Any = None) -> Faults:
-            faults = Faults(answer)
-            endpoint = stack.enter_context(object_server(folder, faults))
-            options = {
-                "endpoint_url": endpoint,
-                "key": "somebody",
-                "secret": "something",
-                "config_kwargs": {"retries": {"max_attempts": 1}},
-            }
-            monkeypatch.setitem(fsspec.config.conf, "s3", options)
-            monkeypatch.setenv("FSSPEC_S3", json.dumps(options))
-            fsspec.get_filesystem_class("s3").clear_instance_cache()
-            return faults
+        def start(rule: Rule | None = None) -> Proxy:
+            proxy = stack.enter_context(fault_proxy(server, rule))
+            use_endpoint(monkeypatch, proxy.url)
+            return proxy
 
         yield start
 
 
-def gets(faults: Faults) -> Counter[str]:
-    return Counter(key for method, key in faults.requests if method == "GET" and key)
+def gets(proxy: Proxy) -> Counter[str]:
+    """How often each object was asked for."""
+    return Counter(path for method, path in proxy.requests if method == "GET" and "/" in path)
 
 
 def shard(array: str, number: int = 0) -> str:
-    return f"plain.zarr/train/{array}/c/{number}/" + "/".join("0" * (3 if array == GRID else 1))
+    return f"{BUCKET}/plain.zarr/train/{array}/c/{number}/" + "/".join("0" * (3 if array == GRID else 1))
 
 
 def test_each_shard_is_fetched_once_and_only_what_is_read(serve: Serve) -> None:
-    faults = serve()
+    proxy = serve()
     train = open_store(URL)["train"]
-    assert not [key for key in gets(faults) if "/c/" in key]
+    assert not [key for key in gets(proxy) if "/c/" in key]
     for _ in range(3):
         train.gather([1, 2, 100], [POOLED])
-    assert gets(faults)[shard(POOLED, 0)] == 1
-    assert gets(faults)[shard(POOLED, 1)] == 0  # rows 128:150 were not asked for
+    assert gets(proxy)[shard(POOLED, 0)] == 1
+    assert gets(proxy)[shard(POOLED, 1)] == 0  # rows 128:150 were not asked for
     train.gather([149], [POOLED])
     again = open_store(URL)["train"]  # another reader, or the next training
     again.gather(range(150), [POOLED])
-    assert gets(faults)[shard(POOLED, 0)] == gets(faults)[shard(POOLED, 1)] == 1
-    assert not any(GRID in key for key in gets(faults))
+    assert gets(proxy)[shard(POOLED, 0)] == gets(proxy)[shard(POOLED, 1)] == 1
+    assert not any(GRID in key for key in gets(proxy))
 
 
 def test_a_mirrored_array_has_the_speed_of_a_map(serve: Serve, folder: Path) -> None:
@@ -108,7 +124,7 @@ def gather_all(split: Split, results: Any) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_share_one_download(serve: Serve, folder: Path, method: str) -> None:
-    faults = serve()
+    proxy = serve()
     train = open_store(URL)["train"]
     context: Any = multiprocessing.get_context(method)
     results = context.Queue()
@@ -119,11 +135,11 @@ def test_processes_share_one_download(serve: Serve, folder: Path, method: str) -
     assert [results.get(timeout=60) for _ in workers] == [want] * 3
     for worker in workers:
         worker.join()
-    assert gets(faults)[shard(GRID, 0)] == 1
+    assert gets(proxy)[shard(GRID, 0)] == 1
 
 
 def test_threads_share_one_download(serve: Serve) -> None:
-    faults = serve()
+    proxy = serve()
     train = open_store(URL)["train"]
     failed: list[BaseException] = []
 
@@ -139,19 +155,19 @@ def test_threads_share_one_download(serve: Serve) -> None:
     for thread in threads:
         thread.join()
     assert not failed
-    assert gets(faults)[shard(GRID, 1)] == 1
+    assert gets(proxy)[shard(GRID, 1)] == 1
 
 
 def test_a_fork_while_another_thread_downloads(serve: Serve) -> None:
     """The child does not wait for a lock of a thread that it does not have."""
     holding, done = threading.Event(), threading.Event()
 
-    def answer(method: str, key: str, count: int) -> None:
-        if key == shard(POOLED, 0) and count == 1:
+    def hold(request: Request) -> None:
+        if request.path == shard(POOLED, 0) and request.count == 1:
             holding.set()
             done.wait(20)
 
-    serve(answer)
+    serve(hold)
     train = open_store(URL)["train"]
     thread = threading.Thread(target=lambda: train.gather([0], [POOLED]))
     thread.start()
@@ -167,22 +183,22 @@ def test_a_fork_while_another_thread_downloads(serve: Serve) -> None:
 
 
 def test_what_a_training_needs_is_downloaded_in_its_order(serve: Serve) -> None:
-    faults = serve()
+    proxy = serve()
     train = open_store(URL)["train"]
     names = [POOLED, "targets/boxes/values"]
     mirror.download_ahead(train, names, np.array([149, 0, 3, 130]), 128)
     (thread,) = [item for item in threading.enumerate() if item.name == "store-download-ahead"]
     thread.join(20)
-    got = [key for key in gets(faults) if "/c/" in key]
+    got = [key for key in gets(proxy) if "/c/" in key]
     pooled = [shard(POOLED, 1), shard(POOLED, 0)]
     assert [key for key in got if "pooled" in key] == pooled
-    assert got.index("plain.zarr/train/targets/boxes/offsets/c/0") < got.index(
-        "plain.zarr/train/targets/boxes/values/c/0/0"
+    assert got.index(f"{BUCKET}/plain.zarr/train/targets/boxes/offsets/c/0") < got.index(
+        f"{BUCKET}/plain.zarr/train/targets/boxes/values/c/0/0"
     )
-    before = len(faults.requests)
+    before = len(proxy.requests)
     train.gather([0, 149], [POOLED])
     train.ragged([0, 149], "targets/boxes/values")
-    assert len(faults.requests) == before
+    assert len(proxy.requests) == before
 
 
 # -- room ------------------------------------------------------------------------------------------------
@@ -248,19 +264,22 @@ def test_the_cache_can_be_chosen(serve: Serve, tmp_path: Path, monkeypatch: pyte
 # -- faults ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [503, 500, "cut", b"\0" * 4096])
-def test_a_fault_that_passes_is_not_noticed(serve: Serve, folder: Path, fault: Any) -> None:
-    faults = serve(
-        lambda method, key, count: fault if method == "GET" and "pooled" in key and count == 1 else None
-    )
+def of_pooled(fault: Fault, times: int) -> Rule:
+    """A fault of the first requests for each of the pooled features' shards."""
+    return lambda request: fault if "pooled/c" in request.path and request.count <= times else None
+
+
+@pytest.mark.parametrize("fault", [SLOW_DOWN, INTERNAL_ERROR, cut, dropped, lost, wrong_bytes, slow(0.3)])
+def test_a_fault_that_passes_is_not_noticed(serve: Serve, folder: Path, fault: Fault) -> None:
+    proxy = serve(of_pooled(fault, 2))
     got = open_store(URL)["train"].gather(range(150), [POOLED])
     want = open_store(folder / "plain.zarr")["train"].gather(range(150), [POOLED])
     np.testing.assert_array_equal(got[POOLED], want[POOLED])
-    assert gets(faults)[shard(POOLED, 0)] > 1
+    assert gets(proxy)[shard(POOLED, 0)] >= 1
 
 
 def test_wrong_bytes_are_never_read(serve: Serve, own_cache: Path) -> None:
-    serve(lambda method, key, count: b"\0" * 9000 if method == "GET" and "pooled" in key else None)
+    serve(lambda request: wrong_bytes if request.method == "GET" and "pooled/c" in request.path else None)
     with pytest.raises(
         StoreError,
         match=r"pooled/c/0/0 \(rows 0:128\): the shard is damaged: .* crc32c .*copy the store again",
@@ -272,19 +291,25 @@ def test_wrong_bytes_are_never_read(serve: Serve, own_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
-        (403, "no permission: check the credentials"),
-        (503, "does not work: .*check address and network"),
+        (ACCESS_DENIED, "no permission: check the credentials, whether"),
+        (EXPIRED, "the credentials have expired: renew them"),
+        (CLOCK_SKEW, "the server refuses requests because of this machine's clock: set the clock"),
+        (SLOW_DOWN, "does not work: .*check address and network"),
+        (INTERNAL_ERROR, "does not work: .*check address and network"),
+        (dropped, "does not work: .*check address and network"),
+        (cut, "does not work: .*check address and network"),
     ],
 )
-def test_a_fault_that_stays_is_one_line(serve: Serve, fault: int, problem: str) -> None:
-    state: dict[str, Any] = {"fault": None}
-    serve(lambda method, key, count: state["fault"])
-    train = open_store(URL)["train"]
-    state["fault"] = fault
-    with pytest.raises(StoreError, match=problem) as caught:
-        train.gather([0], [POOLED])
-    assert "\n" not in str(caught.value)
-    assert "something" not in str(caught.value)  # the secret key
+def test_a_fault_that_stays_is_one_line(
+    serve: Serve, fault: Fault, problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it begins with the first request or later."""
+    for first in ("zarr.json", "/c/"):
+        serve(lambda request, first=first: fault if first in request.path else None)
+        with pytest.raises(StoreError, match=problem) as caught:
+            open_store(URL)["train"].gather([0], [POOLED])
+        assert "\n" not in str(caught.value)
+        assert SECRET not in str(caught.value) + caplog.text
 
 
 def test_what_is_no_store_is_one_line(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,9 +384,9 @@ def test_a_store_behind_a_plain_web_server(
 def test_blocks_arrive_in_order(serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several requests are under way at once."""
     monkeypatch.setattr(remote, "BLOCK_BYTES", 1000)
-    faults = serve()
+    proxy = serve()
     got = open_store(URL)["train"].gather(range(150), [GRID])
     want = open_store(folder / "plain.zarr")["train"].gather(range(150), [GRID])
     np.testing.assert_array_equal(got[GRID], want[GRID])
-    size = (folder / shard(GRID, 0)).stat().st_size
-    assert gets(faults)[shard(GRID, 0)] == -(-size // 1000)
+    size = (folder / shard(GRID, 0).removeprefix(f"{BUCKET}/")).stat().st_size
+    assert gets(proxy)[shard(GRID, 0)] == -(-size // 1000)

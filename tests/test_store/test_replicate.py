@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import subprocess
@@ -24,6 +22,7 @@ from store.errors import StoreError
 from store.reader import open_store
 from store.replicate import MARKER, LocalFiles, replicate_store
 from store.verify import verify_store
+from tests.s3_servers import moto_server, use_endpoint
 
 ROOT = Path(__file__).parents[2]
 POOLED, GRID = "features/pooled", "features/grid"
@@ -42,21 +41,11 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """The URL of an empty bucket of moto's S3 server."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = {"endpoint_url": f"http://{host}:{port}", "key": "somebody", "secret": "something"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fsspec.config.conf, "s3", options)
-        patch.setenv("FSSPEC_S3", json.dumps(options))  # for spawned processes
-        files = fsspec.filesystem("s3")
-        files.mkdir("stores")
+    with moto_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+        use_endpoint(patch, endpoint)
+        fsspec.filesystem("s3").mkdir("stores")
         yield "s3://stores"
         fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
 
 
 def test_a_store_goes_to_a_bucket_and_back(source: Path, bucket: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from object_server import BUCKET, object_server
 from store_conformance import ROWS, StoreConformance
 from store_samples import small_arrays, small_block, small_manifest
 
@@ -21,6 +19,7 @@ from store.finalize import finalize_store
 from store.keys import Plan
 from store.reader import Split, open_store
 from store.writer import StoreWriter
+from tests.s3_servers import moto_server, upload, use_endpoint
 
 
 def write_store(path: Path, *, shard_rows: int, codec: str = "none") -> Path:
@@ -108,12 +107,10 @@ class TestRemoteFolder(StoreConformance):
 @pytest.fixture(scope="module")
 def bucket(stores: dict[str, Any]) -> Iterator[str]:
     """The stores' folder as a bucket."""
-    folder = Path(stores["one map"]).parent
-    with object_server(folder) as endpoint, pytest.MonkeyPatch.context() as patch:
-        options = {"endpoint_url": endpoint, "key": "somebody", "secret": "something"}
-        patch.setitem(fsspec.config.conf, "s3", options)
-        patch.setenv("FSSPEC_S3", json.dumps(options))  # for spawned processes
-        yield f"s3://{BUCKET}"
+    with moto_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+        upload(endpoint, Path(stores["one map"]).parent, "bucket")
+        use_endpoint(patch, endpoint)
+        yield "s3://bucket"
 
 
 class TestObjectStore(StoreConformance):

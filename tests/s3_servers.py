@@ -1,0 +1,69 @@
+"""Real S3 servers for tests, and the settings with which this process and those that it starts use one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+KEY, SECRET = "somebody", "something"
+
+
+@contextmanager
+def moto_server() -> Iterator[str]:
+    """The URL of moto's server."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    reset_moto()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+def reset_moto() -> None:
+    """All of moto's servers in one process share their buckets."""
+    from moto.s3.models import s3_backends
+
+    s3_backends.reset()
+
+
+def use_endpoint(patch: pytest.MonkeyPatch, endpoint: str, **options: Any) -> None:
+    """s3:// is this server, here and in processes that are started; without the client's own repetitions."""
+    settings = {
+        "endpoint_url": endpoint,
+        "key": KEY,
+        "secret": SECRET,
+        "config_kwargs": {"retries": {"max_attempts": 1}},
+        **options,
+    }
+    patch.setitem(fsspec.config.conf, "s3", settings)
+    patch.setenv("FSSPEC_S3", json.dumps(settings))
+    files = fsspec.get_filesystem_class("s3")
+    patch.setattr(files, "retries", 1)
+    files.clear_instance_cache()
+
+
+def upload(endpoint: str, folder: Path, bucket: str) -> None:
+    """Make a bucket with the files of the folder."""
+    files = fsspec.filesystem(
+        "s3",
+        endpoint_url=endpoint,
+        key=KEY,
+        secret=SECRET,
+        skip_instance_cache=True,
+        use_listings_cache=False,
+    )
+    files.mkdir(bucket)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files.pipe_file(f"{bucket}/{path.relative_to(folder).as_posix()}", path.read_bytes())
