@@ -28,7 +28,10 @@ class DataSet:
 UNLABELED = {"source_options": {"unlabeled": True}}
 DATA_SETS = {
     "clothing": DataSet("table", {"image_size": 160, "grid": 0, "logits": "probe"}),
-    "camvid": DataSet("masks", {"image_size": 384, "grid": "native", "logits": "probe", **UNLABELED}),
+    "camvid": DataSet(
+        "masks",
+        {"image_size": 384, "grid": "native", "layers": "3,last", "logits": "probe", **UNLABELED},
+    ),
     "bccd": DataSet("voc", {"image_size": 384, "grid": "native", **UNLABELED}),
 }
 

@@ -3,8 +3,8 @@
 A probe is fitted on the labeled rows of the training split, a fold at a time, so that no prediction for a row comes from a
 probe that saw the row or a copy of its file. Rows that are not labeled get the mean of all folds' predictions.
 
-Shapes: `N` rows, `n` cells, `g` side of the stored grid, `s` side of the interpolated grid, `D` width of the features,
-`C` classes, `K` outputs of a probe.
+Shapes: `N` rows, `n` cells, `g` side of a stored grid, `s` side of the interpolated grids, `D` width of the features (`ΣD`: of
+all layers), `C` classes, `K` outputs of a probe.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def plan_fit(store: Store, kind: str, seed: int) -> FitPlan:
         fold=folds_of_copies(groups, train.name, fold),
         folds=int(fold.max()) + 1,
         classes=classes,
-        side=fine_side(train.specs[names.GRID].row_shape[0]),
+        side=fine_side(*(train.specs[name].row_shape[0] for name in grids_of(train))),
         seed=seed,
     )
 
@@ -116,14 +116,30 @@ def measured_split(store: Store, train: Split, kind: str) -> Split | None:
     return next((split for split in others if len(labeled_rows_of(split, kind))), None)
 
 
-def fine_side(grid: int) -> int:
-    """The side that a grid is interpolated to: finer than the grid where that is coarse."""
-    return grid * max(1, min(4, MOST_SIDE // grid))
+def grids_of(split: Split) -> list[str]:
+    """The arrays that a probe sees: the last layer's grid, then those of further layers, by number.
+
+    Earlier layers of a convolutional teacher have finer cells: the last one knows what a cell shows, they where it ends.
+    """
+    return [names.GRID, *map(names.layer_grid, sorted(names.stored_layers(split.names)))]
 
 
-def read_grids(split: Split, rows: Rows) -> Tensor:
-    """Grids float32 [n, g, g, D] in true units; zeros for bad rows."""
-    return torch.from_numpy(np.nan_to_num(split.true_values(rows, names.GRID)))
+def fine_side(grid: int, *further: int) -> int:
+    """The side that grids are interpolated to: a multiple of the last layer's, finer than it where it is coarse.
+
+    further: sides of other layers' grids; up to MOST_SIDE they are not made coarser.
+    """
+    finest = min(max((grid, *further)), MOST_SIDE)
+    return grid * max(1, min(4, MOST_SIDE // grid), -(-finest // grid))
+
+
+def read_cells(split: Split, rows: Rows, side: int, device: torch.device | str = "cpu") -> Tensor:
+    """Features float32 [n, side, side, ΣD] of all stored layers, in true units; zeros for bad rows."""
+    parts = []
+    for name in grids_of(split):
+        grid = torch.from_numpy(np.nan_to_num(split.true_values(rows, name)))
+        parts.append(interpolate(grid.to(device), side))
+    return torch.cat(parts, -1)
 
 
 def interpolate(values: Tensor, side: int) -> Tensor:
@@ -163,7 +179,7 @@ def sample_cells(
     each = min(plan.side**2, FIT_CELLS // len(rows))
     parts: list[Cells] = []
     for block in blocks_of(rows):
-        fine = interpolate(read_grids(plan.train, block), plan.side).flatten(1, 2)
+        fine = read_cells(plan.train, block, plan.side).flatten(1, 2)
         targets = targets_of(block).flatten(1, 2)
         for row, cells, goal in zip(block.tolist(), fine, targets, strict=True):
             some = torch.randperm(len(cells), generator=generator)[:each]
@@ -252,7 +268,7 @@ def predict_rows(
 
     mean: outputs of several probes [P, …, K] → [..., K].
     """
-    fine = interpolate(read_grids(split, rows).to(device), plan.side)
+    fine = read_cells(split, rows, plan.side, device)
     fold = torch.from_numpy(plan.fold[split.name][rows])
     parts: dict[int, Tensor] = {}
     for number in fold.unique().tolist():

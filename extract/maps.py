@@ -4,7 +4,7 @@ The probe learns which share of a cell's pixels each class has (soft labels) fro
 Two forms are fitted, linear and with one hidden layer; the one with the lower cross-entropy on the rows that it did not
 see is kept.
 
-Shapes: `g` side of the stored grid, `s` side of the maps, `C` classes.
+Shapes: `g` side of the last layer's grid, `s` side of the maps, `C` classes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.cells import NoTargets, fine_side, plan_fit
+from extract.cells import NoTargets, fine_side, grids_of, plan_fit, read_cells
 from extract.config import load_config
 from extract.logits import probe_store
 from extract.maps import class_shares, confusion, encode_maps, mean_iou, read_masks
@@ -27,8 +27,13 @@ from tests.test_extract.extractions import files_of
 SIDE = 64
 
 
-def write_scenes(root: Path, count: int, *, random_labels: bool = False, unlabeled: int = 0) -> Path:
-    """Noise with a bright half on one of four sides, class 1; `random_labels`: whole masks of a random class instead."""
+def write_scenes(
+    root: Path, count: int, *, random_labels: bool = False, spots: bool = False, unlabeled: int = 0
+) -> Path:
+    """Noise with a bright half on one of four sides, class 1.
+
+    `random_labels`: whole masks of a random class instead; `spots`: six bright squares of 8 pixels instead of a half.
+    """
     generator = np.random.default_rng(0)
     for number in range(count):
         split = "train" if number < 0.75 * count else "val"
@@ -39,8 +44,12 @@ def write_scenes(root: Path, count: int, *, random_labels: bool = False, unlabel
             half = tuple(
                 slice(SIDE // 2, None) if part != slice(None) else part for part in np.index_exp[half]
             )
-        pixels[half] += 130
-        mask[half] = 1
+        places = [half] if not spots else []
+        for y, x in generator.integers(0, SIDE - 8, (6 * spots, 2)):
+            places.append(np.s_[y : y + 8, x : x + 8])
+        for place in places:
+            pixels[place] = np.maximum(pixels[place], pixels[place] % 90 + 130)
+            mask[place] = 1
         if random_labels:
             mask[:] = generator.integers(2)
         for kind, picture in (("images", pixels), ("masks", mask)):
@@ -89,6 +98,33 @@ def test_maps_are_written_for_every_row_and_the_grids_are_measured(
         np.testing.assert_allclose(np.exp(maps).sum(-1), 1, atol=0.04)  # a step of 1/16 in log p
     assert verify_store(mask_options["out"]) == []
     assert store.manifest.added == ("maps/probe",)
+
+
+def test_the_probe_sees_every_stored_layer(mask_options: dict[str, Any], tmp_path: Path) -> None:
+    """Cells of the last layer are 32 pixels wide, an object of a few pixels is found in an earlier layer's."""
+    data = write_scenes(tmp_path / "scenes", 40, spots=True)
+    last = extract(mask_options, data=str(data), logits="probe").probe
+    options = {**mask_options, "out": tmp_path / "layers", "layers": "2,last"}
+    both = extract(options, data=str(data), logits="probe").probe
+    assert last is not None
+    assert both is not None
+    assert both["out_of_fold_miou"] > last["out_of_fold_miou"] + 0.05
+    split = open_store(options["out"])["train"]
+    assert grids_of(split) == [names.GRID, names.layer_grid(2)]
+    widths = [split.specs[name].row_shape[-1] for name in grids_of(split)]
+    cells = read_cells(split, np.arange(3), both["side"])
+    assert cells.shape == (3, both["side"], both["side"], sum(widths))
+    assert split.read("maps/probe").shape[1] == both["side"]
+
+
+@pytest.mark.parametrize(
+    ("grids", "side"),
+    [((12,), 24), ((12, 24), 24), ((12, 48), 36), ((4,), 16), ((16, 16), 32), ((40, 40), 40)],
+)
+def test_maps_are_a_multiple_of_the_last_grid_and_not_coarser_than_the_others(
+    grids: tuple[int, ...], side: int
+) -> None:
+    assert fine_side(*grids) == side
 
 
 def test_no_rows_map_knows_its_mask(mask_options: dict[str, Any], tmp_path: Path) -> None:
