@@ -20,8 +20,8 @@ from extract.encode import resample_grid
 from extract.plan import encoding_of
 from extract.verify import choose_rows, find_samples
 from imaging.decode import MOST_PIXELS, decode
-from imaging.geometry import View, resize_view
-from store.format import GRID
+from imaging.geometry import View, flips_horizontally, resize_view
+from store.format import GRID, VIEWS_GRID
 from train.data.views import AUGMENTATIONS, draw_crop, render_image
 from train.distill.projector import TargetStandardizer
 from train.distill.transport import apply_transport, relate_views, transport_weights
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from extract.teachers import Teacher
-    from store.reader import Store
+    from store.reader import Split, Store
 
 ROTATION_DEGREES = 15.0
 # The mosaic shows four whole images, each in a quarter: what of it an image's view must look at.
@@ -42,21 +42,35 @@ WHOLE = 0.999
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One kind of view: cosine of standardized features, carried against encoded, over `cells` grid cells."""
+    """One kind of view: cosine of standardized features, carried against encoded, over `cells` grid cells.
+
+    exact: the store has the teacher's answer to this view, and nothing is carried.
+    """
 
     view: str
     cells: int
     mean: float
     first_percentile: float
+    exact: bool = False
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An image of the store with its grid float32 [1, g, g, D] in true units, and the view that the teacher had of it."""
+    """An image of the store with its grid float32 [1, g, g, D] in true units, and the view that the teacher had of it.
+
+    mirrored: the grid of its mirror image, where that is stored.
+    """
 
     image: Image
     grid: Tensor
     base: View
+    mirrored: Tensor | None = None
+
+    def shown_by(self, view: View) -> tuple[Tensor, View]:
+        """The stored grid that training uses for a view of the image, and the view that the grid shows."""
+        if self.mirrored is None or not flips_horizontally(view.matrix):
+            return self.grid, self.base
+        return self.mirrored, self.base.compose(View.flip())
 
 
 def view_fidelity(
@@ -91,7 +105,12 @@ def view_fidelity(
         cosines = [compare(teacher, standardize, parts, views) for parts, views in pictures]
         values = np.concatenate(cosines) if cosines else np.empty(0)
         if len(values):
-            found.append(Fidelity(kind, len(values), float(values.mean()), float(np.quantile(values, 0.01))))
+            exact = kind == "flip" and subjects[0].mirrored is not None
+            found.append(
+                Fidelity(
+                    kind, len(values), float(values.mean()), float(np.quantile(values, 0.01)), exact=exact
+                )
+            )
     return found
 
 
@@ -103,16 +122,26 @@ def load_subjects(store: Store, count: int, data: str | None) -> list[Subject]:
     found = find_samples(store, chosen, data)
     subjects = []
     for split, rows in chosen.items():
-        grids = store[split].true_values(np.asarray(rows), GRID)
-        for row, grid in zip(rows, grids, strict=True):
+        grids = read_grids(store[split], rows, GRID)
+        exact = manifest.exact_flip and VIEWS_GRID in store[split].names
+        mirrored = (
+            [grid[:, 0] for grid in read_grids(store[split], rows, VIEWS_GRID)]
+            if exact
+            else [None] * len(rows)
+        )
+        for row, grid, mirror in zip(rows, grids, mirrored, strict=True):
             decoded = decode(
                 found[split][row].read(), max_pixels=MOST_PIXELS, bit_depth=manifest.preprocessing.bit_depth
             )
             base = resize_view(policy, decoded.image.size, size)
-            subjects.append(
-                Subject(decoded.image, torch.from_numpy(np.asarray(grid, np.float32))[None], base)
-            )
+            subjects.append(Subject(decoded.image, grid, base, mirror))
     return subjects
+
+
+def read_grids(split: Split, rows: list[int], name: str) -> list[Tensor]:
+    """The rows' grids in true units, each float32 [1, ...]."""
+    values = np.asarray(split.true_values(np.asarray(rows), name), np.float32)
+    return list(torch.from_numpy(values)[:, None])
 
 
 def compare(
@@ -128,8 +157,9 @@ def compare(
         # Of several parts, each fills its own area of the picture.
         shown = view.inside(size, size) if len(parts) > 1 else np.ones((size, size), np.bool_)
         picture[shown] = render_image(part.image, seen, size)[shown]
-        geometry = relate_views(seen.matrix[None], part.base.matrix[None])
-        moved = apply_transport(part.grid, transport_weights(geometry, side, side, (side, side)))
+        grid, base = part.shown_by(seen)
+        geometry = relate_views(seen.matrix[None], base.matrix[None])
+        moved = apply_transport(grid, transport_weights(geometry, side, side, (side, side)))
         whole = moved.weight[0] >= WHOLE
         carried[whole] = moved.cells[0][whole]
         covered[whole] = 1

@@ -323,7 +323,7 @@ def print_fidelity(fidelity: list[dict[str, Any]]) -> None:
     )
     rows = [
         {
-            "view": found["view"],
+            "view": found["view"] + (" (exact)" if found["exact"] else ""),
             "cells": found["cells"],
             "mean": f"{found['mean']:.3f}",
             "1st percentile": f"{found['first_percentile']:.3f}",
@@ -331,6 +331,10 @@ def print_fidelity(fidelity: list[dict[str, Any]]) -> None:
         for found in fidelity
     ]
     print_table(rows, ["view", "cells", "mean", "1st percentile"])
+    if any(found["exact"] for found in fidelity):
+        print(
+            "exact: the store has the teacher's answer to mirror images; what is left is the renderer's part"
+        )
 
 
 def copy(

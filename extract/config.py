@@ -90,7 +90,9 @@ class ExtractConfig(BaseModel):
     images: Literal["none", "jpeg", "raw"] = _stored(
         "none", "Images kept in the store, which is then all that training needs."
     )
-    views: int = _stored(0, "Recorded augmented views per image.", ge=0, le=64)
+    views: int | Literal["flip"] = _stored(
+        0, "flip: the mirror image too, exactly; a number: recorded augmented views per image."
+    )
     logits: Literal["none", "probe", "zero-shot", "zero-shot-calibrated"] = _stored(
         "none", "The teacher's logits: of a probe of its features, or of the language model."
     )
@@ -140,6 +142,13 @@ class ExtractConfig(BaseModel):
     def check_grid(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 0 <= value <= 256:
             raise ValueError("must be auto, native, 0 (no grid) or a side between 1 and 256")
+        return value
+
+    @field_validator("views")
+    @classmethod
+    def check_views(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 0 <= value <= 64:
+            raise ValueError("must be flip, 0 (no views) or a number of views between 1 and 64")
         return value
 
     @field_validator("bit_depth")

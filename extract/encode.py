@@ -207,14 +207,15 @@ class Encoder:
         return self.copies.to_device(torch.from_numpy(np.stack(cells)))
 
     def encode_images(self, pixels: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
-        """pixels: uint8 [B, 1 + K, 3, S, S]."""
-        tensors = self.forward(pixels[:, 0], inside)
-        views = [self.forward(pixels[:, 1 + view], None) for view in range(self.encoding.views)]
+        """pixels: uint8 [B, 1 + K, 3, S, S]; [B, 1, 3, S, S] where the one view is the mirror image."""
+        images = pixels[:, 0]
+        tensors = self.forward(images, inside)
+        if self.encoding.flip:
+            views = [self.forward(images.flip(-1), None if inside is None else inside.flip(-1))]
+        else:
+            views = [self.forward(pixels[:, 1 + view], None) for view in range(self.encoding.views)]
         stacked = {name: torch.stack([view[name] for view in views], dim=1) for name in tensors if views}
-        return {
-            **tensors,
-            **{name.replace("features/", "views/", 1): values for name, values in stacked.items()},
-        }
+        return tensors | {names.view_array(name): values for name, values in stacked.items()}
 
     def encode_clips(self, pixels: Tensor, inside: Tensor | None) -> dict[str, Tensor]:
         """pixels: uint8 [B, T, 3, S, S]; one row of frames for each temporal patch of the teacher."""

@@ -333,7 +333,11 @@ def make_manifest(
     if bit_depth != FULL_DEPTH:
         changes["bit_depth"] = bit_depth
     preprocessing = teacher.preprocessing
-    options: dict[str, Any] = {"seed": config.seed} if config.views else {}
+    options: dict[str, Any] = {}
+    if config.views == names.FLIP:
+        options[names.EXACT_VIEW] = names.FLIP
+    elif config.views:
+        options["seed"] = config.seed
     if teacher.layers:
         sides = layer_sides(teacher, config.image_size, grid)
         options[names.LAYERS] = {str(number): side for number, side in sides.items()}
@@ -350,7 +354,7 @@ def make_manifest(
         source=source.kind,
         data_root=printable(source.root),
         grid=grid or None,
-        views=config.views,
+        views=1 if config.views == names.FLIP else config.views,
         images=config.images,
         software=software_versions(),
         license=teacher.license,
@@ -368,6 +372,7 @@ def encoding_of(manifest: Manifest) -> Encoding:
         exact=bool(preprocessing.options.get("exact", False)),
         bit_depth=preprocessing.bit_depth,
         views=manifest.views,
+        flip=manifest.exact_flip,
         seed=int(options.get("seed", 0)),
         frames=int(options.get("frames", 0)),
         pair=int(options.get("frames_per_row", 1)),

@@ -177,6 +177,17 @@ class View:
         return _render_by_transform(self, image, (width, height), fill, resample, reducing_gap)
 
 
+def flips_horizontally(matrices: ArrayLike) -> NDArray[np.bool_]:
+    """Bool [...]: which views [..., 2, 3] show the source mirrored left to right, turned by less than a quarter.
+
+    A view that mirrors top to bottom is not among them: it is a horizontal flip that is upside down besides.
+    """
+    across, down = np.asarray(matrices, dtype=np.float64)[..., 0, :2], np.asarray(matrices)[..., 1, :2]
+    mirrors = across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0] < 0
+    flips: NDArray[np.bool_] = mirrors & (across[..., 0] < 0)
+    return flips
+
+
 def cell_centers(height: int, width: int) -> FloatArray:
     """Normalized centers (x, y) of a grid's cells, float64 [height, width, 2], raster order."""
     grid = np.empty((height, width, 2), dtype=np.float64)

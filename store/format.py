@@ -62,6 +62,9 @@ GRID_RULE = "grid_resampling"
 # In the manifest's options where further layers are stored: {number: side of the grid}.
 LAYERS = "layers"
 AREA = "area"
+# In the manifest's options where the one stored view of each image is its mirror image (`cli extract --views flip`).
+EXACT_VIEW = "exact_view"
+FLIP = "flip"
 
 # Soft class maps: 255 stands for a probability of at most exp(-255 / 16) = 1.2e-7. The step is a relative error of 3 %.
 MAP_STEPS = 16
@@ -186,6 +189,16 @@ class Manifest(Model):
     batch_rows: int = 0
     added: tuple[str, ...] = ()  # arrays of later jobs: they go when rows are appended
     digest: str | None = None
+
+    @property
+    def exact_flip(self) -> bool:
+        """Whether the one stored view of each image is what the teacher saw of it, mirrored left to right."""
+        return self.options.get(EXACT_VIEW) == FLIP
+
+
+def view_array(name: str) -> str:
+    """The array of recorded views [N, K, ...] that belongs to an array of features [N, ...]."""
+    return name.replace("features/", "views/", 1)
 
 
 def layer_grid(number: int | None, grid: str = GRID) -> str:

@@ -236,7 +236,7 @@ class TrainConfig(BaseModel):
     align_head: Literal["linear", "mlp"] = _distillation("linear", "Form of the alignment head.")
     views: Literal["auto", "random", "recorded"] = _distillation(
         "auto",
-        "auto: recorded views where stored.",
+        "auto: recorded views, or the features of mirror images, where stored; random: neither.",
         distills=False,  # decides on the images that the control sees as well
         not_for={"yolov8": "ultralytics' own augmentations are used, recorded views cannot be replayed"},
     )

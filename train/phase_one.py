@@ -203,7 +203,14 @@ def phase_one_key(config: TrainConfig, store: Store) -> str:
         if path is None
         else [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(path)]
     )
-    text = json.dumps([options, store_reference(store)["fingerprint"], initial], sort_keys=True, default=str)
+    # The same data may be stored with another grid, other layers, or with mirror images.
+    stored = [
+        spec.model_dump(mode="json")
+        for spec in store.manifest.arrays
+        if spec.name.startswith(("features/", "views/"))
+    ]
+    fingerprint = store_reference(store)["fingerprint"]
+    text = json.dumps([options, fingerprint, stored, initial], sort_keys=True, default=str)
     return f"{ours.student.replace('/', '-').replace(':', '-')}-{blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 

@@ -47,7 +47,8 @@ class Encoding:
     frame with its successor, else 1. `grid`: side of the stored grid, 0 for none. `area`: a smaller grid whose side
     does not divide the teacher's is averaged exactly by area. False is adaptive pooling, whose cells overlap: the rule
     of stores that record no `grid_resampling`. `cli verify` needs it for them. `layers`: (number, side of the stored
-    grid) of further layers, which are always averaged by area.
+    grid) of further layers, which are always averaged by area. `views`: recorded views of each image; `flip`: the one
+    view is the mirror image of what the teacher sees, made on the teacher's device, so that it takes no plane.
     """
 
     image_size: int
@@ -55,6 +56,7 @@ class Encoding:
     interpolation: str = "bicubic"
     exact: bool = False
     views: int = 0
+    flip: bool = False
     frames: int = 0
     pair: int = 1
     seed: int = 0
@@ -68,7 +70,12 @@ class Encoding:
     @property
     def planes(self) -> int:
         """Pixel planes a sample takes in a buffer."""
-        return self.clip_frames or 1 + self.views
+        return self.clip_frames or 1 + self.augmented_views
+
+    @property
+    def augmented_views(self) -> int:
+        """Views that are drawn from the image: random crops and flips."""
+        return 0 if self.flip else self.views
 
     @property
     def clip_frames(self) -> int:
@@ -136,12 +143,15 @@ def boxes_to_store(sample: Sample, size: tuple[int, int]) -> tuple[Boxes | None,
 
 def decode_still(encoding: Encoding, sample: Sample, data: bytes, planes: Pixels) -> DecodedSample:
     """One image: the base plane, then a plane for each augmented view."""
-    needed = encoding.image_size * (LARGEST_ZOOM if encoding.views else 1)
+    needed = encoding.image_size * (LARGEST_ZOOM if encoding.augmented_views else 1)
     target = None if encoding.exact else DRAFT_MARGIN * needed
     decoded = decode(data, target_size=target, max_pixels=encoding.max_pixels, bit_depth=encoding.bit_depth)
     planes[0] = resize_pixels(decoded, encoding.image_size, encoding.resize, encoding.interpolation)
     geometry = None
-    if encoding.views:
+    if encoding.flip:
+        shown = resize_view(encoding.resize, decoded.size, encoding.image_size)
+        geometry = shown.compose(View.flip()).matrix[None]
+    elif encoding.views:
         geometry = sample_views(sample.key, encoding.views, encoding.seed, *decoded.size)
         for plane, matrix in zip(planes[1:], geometry, strict=True):
             plane[...] = np.asarray(View(matrix).render(decoded.image, encoding.image_size)).transpose(

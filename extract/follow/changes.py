@@ -222,8 +222,8 @@ class Finder:
     ) -> None:
         self.parts, self.samples, self.class_names, self.targets = parts, samples, class_names, targets
         self.check_content, self.between = check_content, between
-        # A recorded view is a function of the key: under another key it would be another view.
-        self.key_matters = store.manifest.views > 0
+        # A random view is a function of the key: under another key it would be another view.
+        self.key_matters = store.manifest.views > 0 and not store.manifest.exact_flip
         self.old = {part.split.name: number for number, part in enumerate(parts) if not part.fresh}
         self.used: dict[int, set[int]] = {number: set() for number in range(len(parts))}
         self.fate: dict[str, list[str]] = {}  # split → what happened to the sample of each new row

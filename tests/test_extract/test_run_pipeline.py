@@ -126,11 +126,14 @@ class TestStore:
 
 
 class TestResume:
-    def test_an_interrupted_run_ends_up_bit_identical(self, extract_options: dict[str, Any]) -> None:
-        extract(extract_options, shard_rows=16, grid="native", views=1, images="jpeg")
+    @pytest.mark.parametrize("views", [1, "flip"])
+    def test_an_interrupted_run_ends_up_bit_identical(
+        self, extract_options: dict[str, Any], views: int | str
+    ) -> None:
+        extract(extract_options, shard_rows=16, grid="native", views=views, images="jpeg")
         whole = files_of(extract_options["out"])
         shutil.rmtree(extract_options["out"])
-        options = {**extract_options, "shard_rows": 16, "grid": "native", "views": 1, "images": "jpeg"}
+        options = {**extract_options, "shard_rows": 16, "grid": "native", "views": views, "images": "jpeg"}
         stopped = interrupt(options, rows=24)
         assert stopped.exit_code == 143
         assert f"cli extract {options['data']} --out {options['out']}" in str(stopped)

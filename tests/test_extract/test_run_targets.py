@@ -158,7 +158,11 @@ class TestClips:
 
     @pytest.mark.parametrize(
         ("changes", "text"),
-        [({"views": 2}, "--views needs images"), ({"images": "raw"}, "--images jpeg stores their frames")],
+        [
+            ({"views": 2}, "--views needs images"),
+            ({"views": "flip"}, "--views needs images"),
+            ({"images": "raw"}, "--images jpeg stores their frames"),
+        ],
     )
     def test_what_clips_cannot_have_is_refused(
         self, extract_options: dict[str, Any], clips: Path, changes: dict[str, Any], text: str

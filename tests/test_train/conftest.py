@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imaging.geometry import View
 from store.create import create_store
 from store.finalize import finalize_store
 from store.format import (
+    EXACT_VIEW,
+    FLIP,
     Manifest,
     Preprocessing,
     TeacherSpec,
@@ -31,6 +34,7 @@ from store.reader import open_store
 from store.writer import StoreWriter
 
 WIDTH = 24
+MIRROR_SHIFT = np.linspace(0.5, 30.0, WIDTH)
 CLASSES = ("red", "green", "blue")
 COLOURS = np.array([[210, 60, 60], [60, 210, 60], [60, 60, 210]])
 MEMORY_DISK = Path("/dev/shm")
@@ -98,7 +102,9 @@ def make_rows(
         features = teacher_grid(pixels, grid)
         put("features/pooled", features.mean(axis=(0, 1)))
         put("sizes", [side * settings["aspect"], side])
-        if settings["views"]:
+        if settings["exact_flip"]:
+            put_mirror(put, features, settings)
+        elif settings["views"]:
             put_views(put, pixels, grid, settings)
         put("content", np.frombuffer(blake2b(data, digest_size=16).digest(), np.uint8))
         if settings["grid"]:
@@ -150,6 +156,15 @@ def put_views(
         put("views/grid", np.stack(grids))
 
 
+def put_mirror(put: Callable[[str, Any], None], features: np.ndarray, settings: dict[str, Any]) -> None:
+    """A teacher that sees mirror images otherwise: `MIRROR_SHIFT` more than the plain grid, mirrored."""
+    mirrored = features[:, ::-1] + MIRROR_SHIFT
+    put("views/geometry", View.flip().matrix[None])
+    put("views/pooled", mirrored.mean(axis=(0, 1))[None])
+    if settings["grid"]:
+        put("views/grid", mirrored[None])
+
+
 @pytest.fixture
 def make_store(tmp_path: Path) -> MakeStore:
     """make_store(train=24, val=8, grid=4, labels=True, masks=False, logits=False, images="jpeg") → path."""
@@ -170,11 +185,14 @@ def make_store(tmp_path: Path) -> MakeStore:
         one_class: bool | None = None,
         unlabelled: tuple[int, ...] = (),
         views: int = 0,
+        exact_flip: bool = False,
+        scales: dict[str, np.ndarray] | None = None,
         seed: int = 0,
         random_teacher: bool = False,
         resize: str = "squash",
         aspect: int = 1,
     ) -> Path:
+        views = 1 if exact_flip else views
         settings = locals() | {}
         path, root = tmp_path / name, tmp_path / f"{name}.images" if images == "none" else None
         arrays = feature_arrays(WIDTH, grid=grid or None, views=views) + target_arrays(
@@ -196,6 +214,7 @@ def make_store(tmp_path: Path) -> MakeStore:
             grid=grid or None,
             views=views,
             images=images,
+            options={EXACT_VIEW: FLIP} if exact_flip else {},
         )
         counts = {"train": train, "val": val}
         keys = {
@@ -203,7 +222,7 @@ def make_store(tmp_path: Path) -> MakeStore:
             for split, count in counts.items()
             if count
         }
-        create_store(path, manifest, Plan(keys, batch_rows=8, shard_rows=64), arrays)
+        create_store(path, manifest, Plan(keys, batch_rows=8, shard_rows=64), arrays, scales=scales)
         for split in keys:
             write_split(path, split, counts[split], settings, root)
         finalize_store(path)

@@ -233,11 +233,11 @@ class StopAfter(StopRequest):
         return super().requested
 
 
-@pytest.mark.parametrize("workers", [2])
-def test_stopped_again_and_again_equals_uninterrupted(tmp_path, make_store, make_config, workers):
+@pytest.mark.parametrize(("workers", "exact_flip"), [(2, False), (0, True)])
+def test_stopped_again_and_again_equals_uninterrupted(tmp_path, make_store, make_config, workers, exact_flip):
     """In one process: dropout, batch norm, augmentation, EMA, a ragged last group, stops at odd places."""
     options = {
-        "store": make_store(train=27, val=8, logits=True),
+        "store": make_store(train=27, val=8, logits=True, exact_flip=exact_flip),
         "batch_size": 6,
         "grad_accum_steps": 2,
         "ema_decay": 0.9,

@@ -41,7 +41,9 @@ def make_targets(**options: Any) -> Any:
 
     generator = np.random.default_rng(0)
     return TeacherTargets(
-        lambda rows, _: torch.from_numpy(generator.normal(size=(len(rows), 4, 4, WIDTH)).astype(np.float16)),
+        lambda rows, _flipped, _device: torch.from_numpy(
+            generator.normal(size=(len(rows), 4, 4, WIDTH)).astype(np.float16)
+        ),
         np.array([[64, 48]] * 9),
         TargetStandardizer(np.zeros(WIDTH), np.ones(WIDTH)),
         resize="letterbox",
@@ -80,7 +82,7 @@ def on_meta(batch: dict[str, Any], targets: Any) -> dict[str, Any]:
     from train.yolo.targets import PENDING
 
     targets.to(torch.device("meta"))
-    read = targets.read(batch["source_rows"].numpy())
+    read = targets.read(batch["source_rows"].numpy(), batch["source_placements"].numpy())
     assert {tensor.device.type for tensor in read.tensors} == {"meta"}
     moved = {name: value.to("meta") for name, value in batch.items()}
     moved[PENDING] = Future()
@@ -109,7 +111,7 @@ def test_each_array_of_a_batch_is_copied_once() -> None:
     targets, batch = make_targets(), make_batch()
     targets.to(torch.device("meta"))
     with Crossings() as counter:
-        read = targets.read(batch["source_rows"].numpy())
+        read = targets.read(batch["source_rows"].numpy(), batch["source_placements"].numpy())
     assert counter.copies == len(read.tensors) == 4
     assert counter.reads == 0
 
@@ -240,12 +242,12 @@ def test_grids_are_gathered_into_buffers_that_are_used_in_turn(tmp_path: Path) -
 
     split = open_store(make_store(tmp_path / "store.zarr"))["train"]
     read, device = GridReader(split), torch.device("cpu")
-    read(np.arange(4), device)  # tells the shapes
+    read(np.arange(4), np.zeros(4, np.bool_), device)  # tells the shapes
     for _ in range(BUFFERS - 1):
-        read(np.arange(4), device)
-    seen = [read(np.array([turn, 9, 3]), device) for turn in range(BUFFERS)]
+        read(np.arange(4), np.zeros(4, np.bool_), device)
+    seen = [read(np.array([turn, 9, 3]), np.zeros(3, np.bool_), device) for turn in range(BUFFERS)]
     assert len({grids.data_ptr() for grids in seen}) == BUFFERS
     for turn, grids in enumerate(seen):
         expected = split.gather([turn, 9, 3], ["features/grid"])["features/grid"]
         assert np.array_equal(grids.numpy(), expected)
-    assert read(np.array([0]), device).data_ptr() == seen[0].data_ptr()
+    assert read(np.array([0]), np.zeros(1, np.bool_), device).data_ptr() == seen[0].data_ptr()

@@ -51,11 +51,12 @@ def coordinate_grid(cells: int) -> Callable[[str, int, np.ndarray], np.ndarray]:
     return lambda split, row, image: np.stack([x, y, np.full_like(x, code_of(row))], axis=-1)
 
 
-def make_coordinate_store(path: Path, cells: int) -> Path:
+def make_coordinate_store(path: Path, cells: int, **options: Any) -> Path:
     generator = np.random.default_rng(3)
     box = (np.array([[20, 20, 60, 60]], np.float32), np.zeros(1, np.int32))
     rows = [(coordinate_image(row, generator), *box) for row in range(SOURCES)]
-    return make_store(path, {"train": rows, "val": rows[:20]}, grid_features=coordinate_grid(cells))
+    features = options.pop("grid_features", coordinate_grid(cells))
+    return make_store(path, {"train": rows, "val": rows[:20]}, grid_features=features, **options)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,55 @@ def test_200_samples_of_mixup_with_workers(
     assert found.partly > 500
 
 
+def mean_step(color: Tensor, axis: int) -> Tensor:
+    """By how much a color [B, H, W] grows from pixel to pixel along an axis: the mean in cells of 16 pixels."""
+    padding = (0, 1) if axis == 2 else (0, 0, 0, 1)
+    return functional.avg_pool2d(functional.pad(color.diff(dim=axis), padding), 16)
+
+
+MARK = 3  # the channel that is 1 in the grids of mirror images
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["fliplr=0.5,translate=0.2,scale=0.5", pytest.param(EVERYTHING, marks=pytest.mark.slow)],
+)
+def test_sources_that_are_shown_flipped_get_the_mirror_images_grid(
+    make_trainer: Callable[..., Any], tmp_path: Path, settings: str
+) -> None:
+    """Where they belong, and no others: a cell is flipped where the color that is x falls from left to right."""
+    plain = coordinate_grid(GRID)
+
+    def marked(split: str, row: int, image: np.ndarray) -> np.ndarray:
+        grid = plain(split, row, image)
+        return np.concatenate([grid, np.zeros_like(grid[..., :1])], axis=-1)
+
+    def mirror(grid: np.ndarray) -> np.ndarray:
+        mirrored = grid[:, ::-1].copy()
+        mirrored[..., MARK] = 1
+        return mirrored
+
+    store = make_coordinate_store(tmp_path / "store.zarr", GRID, grid_features=marked, mirror=mirror)
+    trainer = make_trainer(f"mosaic=1,{settings}", workers=0, store=store)
+    targets = trainer.job.splits["train"].targets["P5"]
+    found, marks = Found(), {True: 0, False: 0}
+    for batch in trainer.train_loader:
+        found.add(batch, targets, 16, GRID)
+        target, weight = targets.at(batch, IMAGE_SIZE // 16, IMAGE_SIZE // 16)
+        _, one, _ = shown_cells(batch["img"], 16)
+        red, green = batch["img"][:, 0].float(), batch["img"][:, 1].float()
+        rx, gx = (mean_step(color, 2) for color in (red, green))
+        ry, gy = (mean_step(color, 1) for color in (red, green))
+        flipped = (rx * gy - ry * gx < 0) & (rx < 0)
+        turned = rx.abs() < 0.2  # upright or lying is not told from the pixels' rounded colors
+        whole = one & (weight > 0.999) & ~turned
+        assert torch.equal(target[..., MARK][whole] > 0.5, flipped[whole])
+        for value in marks:
+            marks[value] += int((flipped[whole] == value).sum())
+    assert min(marks.values()) > 500
+    check(found, cells=3_000)
+
+
 @pytest.mark.slow
 def test_200_samples_of_cutmix_with_workers(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer(f"cutmix=1,mosaic=1,{EVERYTHING}")
@@ -246,7 +296,7 @@ def test_a_teacher_with_letterbox_has_its_padding_left_out() -> None:
     wide = np.arange(GRID * GRID, dtype=np.float32).reshape(1, GRID, GRID, 1)
     for policy, first, last in (("letterbox", 2, 5), ("center-crop", 0, GRID - 1), ("squash", 0, GRID - 1)):
         targets = TeacherTargets(
-            lambda rows, _: torch.from_numpy(wide),
+            lambda rows, _flipped, _device: torch.from_numpy(wide),
             np.array([[200, 100]]),
             nn.Identity(),
             resize=policy,

@@ -24,7 +24,7 @@ def one_image_targets(grid: np.ndarray) -> Any:
     from train.yolo.targets import TeacherTargets
 
     return TeacherTargets(
-        lambda rows, _: torch.from_numpy(grid[None].repeat(len(rows), 0)),
+        lambda rows, _flipped, _device: torch.from_numpy(grid[None].repeat(len(rows), 0)),
         np.array([[64, 64]]),
         TargetStandardizer(np.zeros(grid.shape[-1]), np.ones(grid.shape[-1])),
         resize="squash",

@@ -10,9 +10,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imaging.geometry import View
 from store.create import create_store
 from store.finalize import finalize_store
-from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, image_arrays, target_arrays
+from store.format import (
+    EXACT_VIEW,
+    FLIP,
+    Manifest,
+    Preprocessing,
+    TeacherSpec,
+    feature_arrays,
+    image_arrays,
+    target_arrays,
+)
 from store.keys import Plan
 from store.writer import StoreWriter
 
@@ -62,10 +72,11 @@ def make_store(
     grid_features: Callable[[str, int, np.ndarray], np.ndarray] | None = None,
     resize: str = "squash",
     layers: dict[int, tuple[int, int]] | None = None,
+    mirror: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Path:
     """A store of rows (image, boxes, classes) by split; `grid_features(split, row, image)` overrides `grid_of`.
 
-    layers: side and width of further layers, whose features are random.
+    layers: side and width of further layers, whose features are random. mirror: makes of a grid that of the mirror image.
     """
     features = grid_features or (lambda split, row, image: grid_of(image))
     probe = features(next(iter(splits)), 0, next(iter(splits.values()))[0][0])
@@ -79,14 +90,23 @@ def make_store(
         source="yolo",
         grid=probe.shape[0] if grid else None,
         images="jpeg",
+        views=1 if mirror else 0,
+        options={EXACT_VIEW: FLIP} if mirror else {},
     )
     plan = Plan({name: [f"{name}/{i:03}.png" for i in range(len(rows))] for name, rows in splits.items()})
-    arrays = feature_arrays(probe.shape[-1], grid=probe.shape[0] if grid else None, layers=layers)
+    arrays = feature_arrays(
+        probe.shape[-1], grid=probe.shape[0] if grid else None, layers=layers, views=manifest.views
+    )
     create_store(path, manifest, plan, arrays + target_arrays(boxes=boxes) + image_arrays("jpeg", 0))
     for name, rows in splits.items():
         with StoreWriter(path, name) as writer:
             for start, stop in writer.batches():
                 arrays_of_block = block(name, start, rows[start:stop], features, grid, boxes)
+                if mirror:
+                    mirrored = np.stack([mirror(one) for one in arrays_of_block["features/grid"]])
+                    arrays_of_block["views/grid"] = mirrored[:, None]
+                    arrays_of_block["views/pooled"] = mirrored.mean((1, 2))[:, None]
+                    arrays_of_block["views/geometry"] = np.tile(View.flip().matrix, (stop - start, 1, 1, 1))
                 for number, (side, width) in (layers or {}).items():
                     noise = np.random.default_rng(start + number)
                     shape = (stop - start, side, side, width)

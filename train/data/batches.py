@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from console.cores import core_share
+from imaging.geometry import flips_horizontally
 from store.errors import DistillError
-from store.format import VIEWS_GRID, VIEWS_POOLED
+from store.format import VIEWS_GRID, VIEWS_POOLED, view_array
 from store.reader import Split
 from train.data.prefetch import CopyStream, Prefetcher
 
@@ -147,10 +148,11 @@ class Batch:
 
     `rows` int64 [B]; `images` uint8 [B, S, S, 3] (clips [B, T, S, S, 3] with `lengths` int64 [B]);
     `views` float64 [B, 2, 3] into the source image; `recorded` int64 [B], the recorded view shown, else None;
+    `flipped` bool [B], the samples whose features are those of the mirror image, None where the store has none of it;
     `weight` float32 [B], 0 for padding; `labels` int64 [B]; `masks` uint8 [B, S, S], 255 ignored;
     `features`: stored values by array name, of recorded views the one shown; `transport`: how stored grids are
     carried to the student's cells, by name (see `train.distill.transport.TransportWeights`); `samples`: Σ weight, known on the
-    host, so that nothing has to read it from a device. `rows`, `views`, `recorded` and `lengths` stay on the host.
+    host, so that nothing has to read it from a device. `rows`, `views`, `recorded`, `flipped` and `lengths` stay on the host.
     """
 
     rows: NDArray[np.int64]
@@ -162,6 +164,7 @@ class Batch:
     masks: Tensor | None = None
     lengths: Tensor | None = None
     recorded: NDArray[np.int64] | None = None
+    flipped: NDArray[np.bool_] | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
     transport: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -230,18 +233,34 @@ class FeatureGatherer:
     """Gathers stored arrays by row into buffers that are used in turn.
 
     `depth` is how many batches are in use at once: the micro-batches of one step, or those that are being copied to
-    a GPU, for which the buffers are pinned.
+    a GPU, for which the buffers are pinned. `exact_flip`: the store has the features of the mirror images too, which
+    flipped samples get.
     """
 
-    def __init__(self, split: Split, names: Sequence[str], depth: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        split: Split,
+        names: Sequence[str],
+        depth: int,
+        device: torch.device,
+        *,
+        exact_flip: bool = False,
+    ) -> None:
         self.split, self.names, self.device, self.depth = split, list(names), device, depth
+        self.exact_flip = exact_flip
         self.buffers: deque[dict[str, Tensor]] = deque({} for _ in range(depth))
 
-    def gather(self, rows: NDArray[np.int64], recorded: NDArray[np.int64] | None = None) -> dict[str, Tensor]:
+    def gather(
+        self,
+        rows: NDArray[np.int64],
+        recorded: NDArray[np.int64] | None = None,
+        flipped: NDArray[np.bool_] | None = None,
+    ) -> dict[str, Tensor]:
         """Stored values of `rows` [B] by array name (true ones of packed arrays); valid until `depth` more gathers.
 
         `recorded` int64 [B]: of arrays that hold K recorded views a sample, the one to take. It is chosen here, on
-        the host: all K would be copied to the device for one that is used.
+        the host: all K would be copied to the device for one that is used. `flipped` bool [B]: where true, the values
+        are those of the mirror image, in the same units.
         """
         if not self.names:
             return {}
@@ -252,7 +271,13 @@ class FeatureGatherer:
         # A tensor's numpy() shares its memory, but does not know that it is pinned: give out the tensor itself.
         values = {name: buffer[: len(rows)] for name, buffer in buffers.items()}
         out = {name: value.numpy() for name, value in values.items()} or None
-        gathered = self.split.gather_features(rows, self.names, out=out)
+        mirrored = np.flatnonzero(flipped) if flipped is not None else rows[:0]
+        # Rows that are replaced below are not read: the first row takes their place.
+        read = np.where(flipped, rows[0], rows) if len(mirrored) else rows
+        gathered = self.split.gather_features(read, self.names, out=out)
+        for name in self.names if len(mirrored) else ():
+            if (view := view_array(name)) != name:  # class logits and maps have no mirror image of their own
+                gathered[name][mirrored] = self.mirror_values(rows[mirrored], name, view)
         if not buffers:  # the first gather shows shapes and dtypes
             values = {name: torch.from_numpy(gathered[name]) for name in self.names}
             pinned = self.device.type == "cuda"
@@ -261,6 +286,17 @@ class FeatureGatherer:
             return values
         chosen = (torch.arange(len(rows)), torch.from_numpy(recorded))
         return {name: value[chosen] if name in VIEW_ARRAYS else value for name, value in values.items()}
+
+    def mirror_values(self, rows: NDArray[np.int64], name: str, view: str) -> NDArray[Any]:
+        """The values [b, ...] of array `view`, of the rows' mirror images, at the scale of array `name`."""
+        values: NDArray[Any] = self.split.gather_features(rows, [view])[view][:, 0]
+        scale = self.split.scale
+        if name not in scale or np.array_equal(scale[name], scale[view]):
+            return values
+        # Each array's powers of two were chosen on its own values. Nearly all products are exact.
+        largest = np.finfo(values.dtype).max
+        rescaled = values.astype(np.float32) * (scale[view] / scale[name])
+        return rescaled.clip(-largest, largest).astype(values.dtype)
 
 
 class BatchLoader:
@@ -317,19 +353,22 @@ class BatchLoader:
                 raise sample
             rows, recorded = sample["rows"].numpy(), sample["recorded"].numpy()
             shown = recorded if (recorded >= 0).all() else None
-            features = self.gatherer.gather(rows, shown)
+            views = sample["views"].numpy()
+            flipped = flips_horizontally(views) if self.gatherer.exact_flip else None
+            features = self.gatherer.gather(rows, shown, flipped)
             if self.gather_more is not None:
                 features |= self.gather_more(rows, sample["lengths"])
             batch = Batch(
                 rows=rows,
                 images=sample["images"],
-                views=sample["views"].numpy(),
+                views=views,
                 weight=sample["weight"],
                 samples=float(sample["weight"].sum()),
                 labels=None if self.labels is None else torch.from_numpy(self.labels[rows].astype(np.int64)),
                 masks=sample.get("masks"),
                 lengths=sample.get("lengths"),
                 recorded=shown,
+                flipped=flipped,
                 features=features,
             )
             if self.carry is not None:

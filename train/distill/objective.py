@@ -28,6 +28,7 @@ from train.distill.projector import DistilledOutput, TargetStandardizer
 from train.distill.transport import (
     TransportWeights,
     apply_transport,
+    mirrored_views,
     region_mean,
     relate_views,
     transport_weights,
@@ -49,7 +50,8 @@ class DistillationPlan:
     """What is distilled, resolved from options, store and student (`train.distill.resolve`); the defaults: nothing.
 
     `pooled`, `cells`: which features are compared; `grid`: targets are computed from a stored grid, so that they follow
-    the view; `recorded`: recorded views are replayed; `frames`: the samples are clips; `logits`: name of the stored
+    the view; `recorded`: recorded views are replayed; `exact_flip`: flipped samples learn the stored features of the
+    mirror image; `frames`: the samples are clips; `logits`: name of the stored
     logits, or None; `maps`: name of the stored soft class maps, or None.
     """
 
@@ -57,6 +59,7 @@ class DistillationPlan:
     cells: bool = False
     grid: bool = False
     recorded: bool = False
+    exact_flip: bool = False
     frames: bool = False
     logits: str | None = None
     maps: str | None = None
@@ -95,12 +98,14 @@ class DistillationPlan:
         return f"{MAPS}/{self.maps}"
 
     def reduced_to(self, split: Split) -> DistillationPlan:
-        """What of the plan another split has, without recorded views."""
+        """What of the plan another split has, without recorded views and flips."""
         logits = self.logits if f"{LOGITS}/{self.logits}" in split.names else None
         maps = self.maps if self.map_array in split.names else None
         grid = self.grid and GRID in split.names
         cells = self.cells and (grid or self.frames)
-        return replace(self, recorded=False, logits=logits, maps=maps, grid=grid, cells=cells)
+        return replace(
+            self, recorded=False, exact_flip=False, logits=logits, maps=maps, grid=grid, cells=cells
+        )
 
 
 @dataclass
@@ -162,6 +167,10 @@ class Objective:
         if plan.carries_grids:
             tokens = grid_shape(batch.features[plan.grid_array])
             seen = None if plan.recorded else geometry
+            if batch.flipped is not None and self.teacher_views is not None:
+                # These grids are the mirror images' own: a flip moves nothing.
+                teacher = mirrored_views(self.teacher_views[batch.rows], batch.flipped)
+                seen = relate_views(batch.views, teacher)
             weights |= transport_weights(seen, *self.cell_shape, tokens)
             for index, shape in enumerate(self.level_shapes if plan.cells else ()):
                 weights |= prefixed(f"{LEVEL}{index}/", transport_weights(seen, *shape, tokens))

@@ -5,7 +5,9 @@ What the store cannot serve is an error that names what to extract; every choice
 
 from __future__ import annotations
 
-from store.format import FRAMES, GRID, LOGITS, MAPS, POOLED, VIEWS_GRID, VIEWS_POOLED
+from dataclasses import replace
+
+from store.format import FRAMES, GRID, LOGITS, MAPS, POOLED, VIEWS_GRID, VIEWS_POOLED, view_array
 from store.reader import Split
 from train.config import TrainConfig
 from train.data.splits import CLASS_TASKS
@@ -14,11 +16,23 @@ from train.distill.objective import DistillationPlan
 from train.errors import ConfigError
 from train.students.base import StudentSpec
 
+#: Of pooled targets whose mirror images are stored, as in AUGMENTATIONS["full"].
+FLIP_PROBABILITY = 0.5
+
 
 def resolve_features(
-    config: TrainConfig, split: Split, task: str, spec: StudentSpec, notes: list[str]
+    config: TrainConfig,
+    split: Split,
+    task: str,
+    spec: StudentSpec,
+    notes: list[str],
+    *,
+    exact_flip: bool = False,
 ) -> DistillationPlan:
-    """What is distilled. Raises ConfigError for options that the store cannot serve (and what to extract)."""
+    """What is distilled. Raises ConfigError for options that the store cannot serve (and what to extract).
+
+    exact_flip: the stored views are the mirror images.
+    """
     kind = config.distillation_type or ("hybrid" if task in CLASS_TASKS else "feature")
     if task == "features":
         if config.distillation_type in ("none", "logit"):
@@ -39,12 +53,15 @@ def resolve_features(
         )
     if spec.feature_kind == "sequence":
         return DistillationPlan(**resolve_frames(config, names), logits=logits, maps=None)
-    recorded = resolve_recorded(config, names)
+    recorded = resolve_recorded(config, names, exact_flip)
     grid = (VIEWS_GRID if recorded else GRID) in names
     pooled, cells = resolve_target(config, task, spec, grid, notes)
-    return DistillationPlan(
+    plan = DistillationPlan(
         pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits, maps=maps
     )
+    # A copy of some arrays may have left the mirror images out.
+    mirrored = {view_array(name) for name in plan.arrays} - set(plan.arrays)
+    return replace(plan, exact_flip=exact_flip and config.views != "random" and mirrored <= names)
 
 
 def resolve_logits(
@@ -74,9 +91,14 @@ def resolve_logits(
     return {}
 
 
-def resolve_recorded(config: TrainConfig, names: set[str]) -> bool:
+def resolve_recorded(config: TrainConfig, names: set[str], exact_flip: bool) -> bool:
     """Whether recorded views are replayed."""
-    stored = VIEWS_POOLED in names
+    stored = VIEWS_POOLED in names and not exact_flip
+    if config.views == "recorded" and exact_flip:
+        raise ConfigError(
+            f"views recorded: {config.store} has mirror images (--views flip), which --views auto uses: leave the "
+            "option out, or extract with --views K"
+        )
     if config.views == "recorded" and not stored:
         raise ConfigError(f"views recorded: {config.store} has none: extract with --views K")
     return stored and config.views != "random"
@@ -124,6 +146,12 @@ def resolve_augmentation(
     name: str = config.augment
     if name == "auto":
         name = "photometric" if plan.recorded else "mild" if fixed else "full"
+        if fixed and plan.exact_flip:
+            notes.append(
+                "augment mild, with flips, whose targets are stored: without a stored grid, targets cannot follow a "
+                "larger crop (extract with --grid 7 for more)"
+            )
+            return "mild with flips", replace(AUGMENTATIONS[name], flip_probability=FLIP_PROBABILITY)
         if fixed:
             notes.append(
                 "augment mild: without a stored grid, targets cannot follow a crop or flip "

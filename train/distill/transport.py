@@ -64,6 +64,14 @@ def relate_views(student: Matrices, teacher: Matrices) -> Geometry:
     return Geometry(np.concatenate([linear, offset], axis=2), student)
 
 
+def mirrored_views(views: Matrices, flipped: NDArray[np.bool_]) -> Matrices:
+    """The views [B, 2, 3], those of `flipped` samples mirrored left to right: what a flipped image's features show."""
+    mirrored = views.copy()
+    mirrored[:, :, 2] += mirrored[:, :, 0]  # view ∘ (x → 1 − x)
+    mirrored[:, :, 0] *= -1
+    return np.where(flipped[:, None, None], mirrored, views)
+
+
 def transport_weights(
     geometry: Geometry | None, height: int, width: int, tokens: tuple[int, int]
 ) -> TransportWeights:

@@ -14,7 +14,7 @@ from torch import nn
 
 from console.options import options_of
 from console.stop import StopRequest
-from store.format import IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES
+from store.format import IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, view_array
 from store.reader import Store
 from train.config import TrainConfig
 from train.data.batches import Balance, BatchLoader, EpochBatches, FeatureGatherer, default_workers
@@ -78,7 +78,14 @@ def build_training(
     if initial is not None:
         load_phase_one(student, initial)
     lora = apply_lora_options(student, config.model_dump(), trained=False)
-    plan = resolve_features(config, store[config.train_split], data.task, student.spec, notes)
+    plan = resolve_features(
+        config,
+        store[config.train_split],
+        data.task,
+        student.spec,
+        notes,
+        exact_flip=store.manifest.exact_flip,
+    )
     # The control is shown what its distilled counterpart is shown: `plan` decides on the images of both.
     name, augmentation = resolve_augmentation(config, plan, notes)
     learned = DistillationPlan() if control else plan
@@ -337,12 +344,19 @@ def build_loader(
         from store.mirror import download_ahead
 
         stored = (IMAGES_ENCODED, IMAGES_RAW, MASK)
-        names = [*arrays, *(name for name in stored if name in split.names)]
+        mirrored = {view_array(name) for name in arrays} if plan.exact_flip else set()
+        names = [
+            *arrays,
+            *sorted(mirrored.difference(arrays)),
+            *(name for name in stored if name in split.names),
+        ]
         download_ahead(split, names, batches.order()[0], manifest.shard_rows)
     depth = config.grad_accum_steps + 1 if training else 2
     return BatchLoader(
         batches=batches,
-        gatherer=FeatureGatherer(split, arrays, depth, accelerator.device),
+        gatherer=FeatureGatherer(
+            split, arrays, depth, accelerator.device, exact_flip=training and plan.exact_flip
+        ),
         labels=data.train_labels if training else data.val_labels,
         workers=config.workers if config.workers is not None else default_workers(accelerator.device),
         carry=objective.transport,

@@ -19,7 +19,7 @@ from ultralytics.data.dataset import YOLODataset
 
 from console.log import get_logger
 from imaging.geometry import resize_view
-from store.format import BOX_CLASSES, BOXES, GRID, SIZES, layer_grid, stored_layers
+from store.format import BOX_CLASSES, BOXES, GRID, SIZES, layer_grid, stored_layers, view_array
 from store.reader import Split, Store
 from store.summary import unlabeled_rows
 from train.data.batches import FeatureGatherer
@@ -330,6 +330,7 @@ def teacher_targets(
             f"distill_layers: {store.location} has no layer {layer}, it has {', '.join(map(str, [*stored, 'last']))}: "
             f"extract with --layers {layer}"
         )
+    exact_flip = store.manifest.exact_flip and view_array(name) in split.names
     statistics = learned.statistics.get(name)
     if statistics is None:
         raise TrainError(f"{store.location}: no statistics of {name}: run the extraction to its end")
@@ -339,12 +340,13 @@ def teacher_targets(
     # Raw images are the teacher's view already: its grid covers the whole image.
     sizes = np.full((len(split), 2), side) if raw else split.read(SIZES)
     return TeacherTargets(
-        GridReader(split, name),
+        GridReader(split, name, exact_flip=exact_flip),
         sizes,
         standardizer,
         resize="squash" if raw else preprocessing.resize,
         teacher_size=(side, side),
         sources_per_cell=sources_per_cell,
+        exact_flip=exact_flip,
         pending=PENDING if layer is None else f"{PENDING}/{layer}",
     )
 
@@ -352,12 +354,14 @@ def teacher_targets(
 class GridReader:
     """Gathers stored grids by row: for a GPU into pinned buffers that are used in turn, and copied from directly."""
 
-    def __init__(self, split: Split, name: str = GRID) -> None:
-        self.split, self.name = split, name
+    def __init__(self, split: Split, name: str = GRID, *, exact_flip: bool = False) -> None:
+        self.split, self.name, self.exact_flip = split, name, exact_flip
         self.gatherer: FeatureGatherer | None = None
 
-    def __call__(self, rows: NDArray[np.int64], device: torch.device) -> Tensor:
-        """Grids [U, g, g, D] of rows int64 [U], valid until `BUFFERS` more calls."""
+    def __call__(self, rows: NDArray[np.int64], flipped: NDArray[np.bool_], device: torch.device) -> Tensor:
+        """Grids [U, g, g, D] of rows int64 [U], of the mirror images where `flipped`; valid until `BUFFERS` more calls."""
         if self.gatherer is None or self.gatherer.device != device:
-            self.gatherer = FeatureGatherer(self.split, [self.name], BUFFERS, device)
-        return self.gatherer.gather(rows)[self.name]
+            self.gatherer = FeatureGatherer(
+                self.split, [self.name], BUFFERS, device, exact_flip=self.exact_flip
+            )
+        return self.gatherer.gather(rows, flipped=flipped if self.exact_flip else None)[self.name]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from imaging.geometry import View, cell_centers, resize_view
+from imaging.geometry import View, cell_centers, flips_horizontally, resize_view
 from train.data.prefetch import to_device
 from train.distill.losses import full_precision
 from train.distill.projector import TargetStandardizer
@@ -65,25 +65,27 @@ class GatheredGrids:
 class TeacherTargets:
     """Looks up targets for batches of one split.
 
-    `gather(rows, device)` returns the stored grids [U, g, g, D] of rows int64 [U] on the host, for copying to `device`;
-    they stay valid until `BUFFERS` more calls. `sizes` int [N, 2] are the originals' (width, height); `resize` and
+    `gather(rows, flipped, device)` returns the stored grids [U, g, g, D] of rows int64 [U] on the host, for copying to
+    `device`, those of the mirror image where `flipped` [U] is true; they stay valid until `BUFFERS` more calls. `sizes` int [N, 2] are the originals' (width, height); `resize` and
     `teacher_size` (width, height) the teacher's view of them.
-    `sources_per_cell` is 2 where MixUp may blend two images into one cell. `pending`: the key under which a batch
+    `sources_per_cell` is 2 where MixUp may blend two images into one cell. `exact_flip`: the store has the grids of
+    the mirror images, which sources that are shown flipped get. `pending`: the key under which a batch
     carries what is being read.
     """
 
     def __init__(
         self,
-        gather: Callable[[NDArray[np.int64], torch.device], Tensor],
+        gather: Callable[[NDArray[np.int64], NDArray[np.bool_], torch.device], Tensor],
         sizes: NDArray[np.integer[Any]],
         standardizer: TargetStandardizer,
         *,
         resize: str,
         teacher_size: tuple[int, int],
         sources_per_cell: int = 1,
+        exact_flip: bool = False,
         pending: str = PENDING,
     ) -> None:
-        self.gather, self.pending = gather, pending
+        self.gather, self.pending, self.exact_flip = gather, pending, exact_flip
         self.sizes = sizes
         self.standardizer = standardizer
         self.resize = resize
@@ -112,16 +114,24 @@ class TeacherTargets:
     def prefetch(self, batch: dict[str, Any]) -> None:
         """Start reading the batch's grids, unless they are; `at` waits for them. `batch` is still on the CPU."""
         if self.pending not in batch:
-            batch[self.pending] = self.reader.submit(self.read, batch[SOURCE_ROWS].numpy())
+            batch[self.pending] = self.reader.submit(
+                self.read, batch[SOURCE_ROWS].numpy(), batch[SOURCE_PLACEMENTS].numpy()
+            )
 
-    def read(self, rows: NDArray[np.int64]) -> GatheredGrids:
-        """The grids of the batch's sources `rows` int64 [B, K], −1 where there is none."""
-        distinct = np.unique(rows[rows >= 0])
-        inverse = np.searchsorted(distinct, np.where(rows >= 0, rows, distinct[0]))
+    def read(self, rows: NDArray[np.int64], placements: NDArray[np.float32]) -> GatheredGrids:
+        """The grids of the batch's sources `rows` int64 [B, K], −1 where there is none, and their `placements`.
+
+        A source that is shown flipped in one image and not in another has two grids where both are stored.
+        """
+        flipped = shown_flipped(placements) if self.exact_flip else np.zeros(rows.shape, np.bool_)
+        sources = np.where(rows >= 0, 2 * rows + flipped, -1)
+        distinct = np.unique(sources[sources >= 0])
+        inverse = np.searchsorted(distinct, np.where(sources >= 0, sources, distinct[0]))
         if len(self.copying) == BUFFERS:
             self.copying.popleft().synchronize()  # from the buffer that is filled next
-        grids = self.gather(distinct, self.device)
-        views, content = self.teacher_views(distinct, grids.shape[1], grids.shape[2])
+        distinct_rows, distinct_flipped = distinct // 2, distinct % 2 > 0
+        grids = self.gather(distinct_rows, distinct_flipped, self.device)
+        views, content = self.teacher_views(distinct_rows, distinct_flipped, grids.shape[1], grids.shape[2])
         return self.upload(
             GatheredGrids(grids, torch.from_numpy(inverse.reshape(rows.shape)), views, content)
         )
@@ -138,15 +148,18 @@ class TeacherTargets:
         self.copying.append(ready)
         return GatheredGrids(grids, index, views, content, ready)
 
-    def teacher_views(self, rows: NDArray[np.int64], height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Maps float32 [U, 2, 3] source → grid, and the content's cell bounds float32 [U, 4]."""
+    def teacher_views(
+        self, rows: NDArray[np.int64], flipped: NDArray[np.bool_], height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Maps float32 [U, 2, 3] source → grid (of the mirror image where `flipped`), and the content's cell bounds [U, 4]."""
         views = np.empty((len(rows), 2, 3), dtype=np.float32)
         content = np.empty((len(rows), 4), dtype=np.float32)
         for n, row in enumerate(rows):
             # Few distinct sizes, each worked out once: this thread and the trainer's share the interpreter's lock.
-            size = (int(self.sizes[row][0]), int(self.sizes[row][1]), height, width)
+            size = (int(self.sizes[row][0]), int(self.sizes[row][1]), height, width, bool(flipped[n]))
             if size not in self.views_by_size:
                 view = resize_view(self.resize, size[:2], self.teacher_size)
+                view = view.compose(View.flip()) if flipped[n] else view
                 self.views_by_size[size] = (view.inverse().matrix, content_cells(view, height, width))
             views[n], content[n] = self.views_by_size[size]
         return torch.from_numpy(views), torch.from_numpy(content)
@@ -164,7 +177,10 @@ class TeacherTargets:
         """`at`, wherever it is called."""
         pending = batch.get(self.pending)
         rows = batch[SOURCE_ROWS]
-        read = pending.result() if isinstance(pending, Future) else self.read(rows.cpu().numpy())
+        if isinstance(pending, Future):
+            read = pending.result()
+        else:
+            read = self.read(rows.cpu().numpy(), batch[SOURCE_PLACEMENTS].cpu().numpy())
         read = read.wait()
         values = batch[SOURCE_PLACEMENTS].float()
         # As many points a side as teacher cells fall into a student's cell, so that none is skipped.
@@ -244,7 +260,7 @@ def by_cell(values: Tensor, layout: tuple[int, int, int, int]) -> Tensor:
 
 def content_cells(view: View, height: int, width: int) -> tuple[float, float, float, float]:
     """First and last cell (x, y) of a grid whose center shows the source through the teacher's `view`."""
-    low, high = view.inverse().apply(np.array([[0.0, 0.0], [1.0, 1.0]])).clip(0.0, 1.0)
+    low, high = np.sort(view.inverse().apply(np.array([[0.0, 0.0], [1.0, 1.0]])), axis=0).clip(0.0, 1.0)
     count = np.array([width, height])
     first = np.ceil(low * count - 0.5)
     last = np.floor(high * count - 0.5)
@@ -253,6 +269,19 @@ def content_cells(view: View, height: int, width: int) -> tuple[float, float, fl
     middle = np.minimum(np.floor((low + high) / 2 * count), count - 1)
     first, last = np.where(thin, middle, first), np.where(thin, middle, last)
     return float(first[0]), float(first[1]), float(last[0]), float(last[1])
+
+
+def shown_flipped(placements: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Bool [B, K]: which sources of `placements` [B, K, PACKED_WIDTH] are mirrored left to right in the training image.
+
+    A homography (perspective) is judged by its linear part at the middle of the training image.
+    """
+    homography = placements[..., :9].astype(np.float64).reshape(*placements.shape[:-1], 3, 3)
+    middle = homography @ (0.5, 0.5, 1.0)
+    divisor = np.where(np.abs(middle[..., 2:]) < 1e-9, 1e-9, middle[..., 2:])
+    point = middle[..., :2] / divisor
+    jacobian = (homography[..., :2, :2] - point[..., None] * homography[..., 2:, :2]) / divisor[..., None]
+    return flips_horizontally(jacobian)
 
 
 def source_points(values: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
