@@ -69,9 +69,7 @@ MESSAGES: dict[str, str] = {
     # Folders and files
     "no data set at {path}": "{path} 没有数据集",
     "{path} does not exist: put the teacher's weights there": "{path} 不存在：请把教师权重放到那里",
-    "expected the folder of a Qwen2.5-VL checkpoint, got the file {path}": (
-        "应为 Qwen2.5-VL 检查点的文件夹，实际为文件 {path}"
-    ),
+    "expected the folder of a Qwen checkpoint, got the file {path}": "应为 Qwen 检查点的文件夹，实际为文件 {path}",
     "expected a path, or {option} with a models root, got none": "缺少教师：请给出权重路径或 {option}",
     "expected the data set's id, got none": "缺少数据集 id",
     "expected a plain name without / \\ : .. and the like, got {value}": (

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from extract.config import ExtractConfig
     from train.config import TrainConfig
 
-PATCH = 28
+# Sides of timm encoders' images are multiples of it too, unless asked otherwise.
+DEFAULT_SIDE = 28
 LARGEST_TEACHER_SIZE = 448
 GRID_TASKS = frozenset({"detection", "segmentation"})
 LABEL_TASKS = frozenset({"classification", "sequence"})
@@ -67,12 +68,19 @@ class StageConfigs:
 
     @property
     def teacher_size(self) -> int:
-        """The student's image size to the nearest multiple of 28, at most 448, unless asked otherwise."""
+        """The student's image size to the nearest that the teacher takes, at most 448, unless asked otherwise.
+
+        Multiples of 28 for Qwen2.5-VL, of 32 for Qwen3-VL and Qwen3.5.
+        """
         asked = self.settings["teacher_image_size"]
         if asked is not None:
             return int(asked)
-        size = (int(self.settings["image_size"]) + PATCH // 2) // PATCH * PATCH
-        return min(max(size, PATCH), LARGEST_TEACHER_SIZE)
+        from extract.teachers.base import QWEN_CHECKPOINTS
+
+        known = QWEN_CHECKPOINTS.get(self.request.teacher)
+        side = DEFAULT_SIDE if known is None else known.side
+        size = (int(self.settings["image_size"]) + side // 2) // side * side
+        return min(max(size, side), LARGEST_TEACHER_SIZE)
 
     def features(self) -> dict[str, Any]:
         """What is extracted, derived from the student: the options that decide a store's content."""

@@ -201,7 +201,7 @@ def resolve_cache(merged: Merged, output_dir: Path) -> Path:
 
 
 def resolve_teacher(merged: Merged) -> tuple[str, Path]:
-    """The teacher's kind (`qwen2.5-vl` or `timm:NAME`) and the place of its weights."""
+    """The teacher (`timm:NAME`, or the Qwen family of the checkpoint) and the place of its weights."""
     name = merged.get("teacher_model")
     path = resolve_teacher_path(merged, name)
     if not exists_at("teacher_path", path):
@@ -209,10 +209,11 @@ def resolve_teacher(merged: Merged) -> tuple[str, Path]:
     if name and name.lower().startswith(("timm:", "timm/")):
         return f"timm:{name[len('timm:') :]}", path
     if path.is_file():
-        raise OptionError(
-            f"--teacher_path: expected the folder of a Qwen2.5-VL checkpoint, got the file {path}"
-        )
-    return "qwen2.5-vl", path
+        raise OptionError(f"--teacher_path: expected the folder of a Qwen checkpoint, got the file {path}")
+    from extract.teachers.base import teacher_of_checkpoint
+
+    # Of a folder that is no checkpoint the loader says what is wrong with it.
+    return teacher_of_checkpoint(path) or "qwen2.5-vl", path
 
 
 def resolve_teacher_path(merged: Merged, name: str | None) -> Path:

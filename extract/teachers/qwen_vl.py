@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from extract.teachers.base import (
+    QWEN_CHECKPOINTS,
     CheckpointError,
     Encoded,
     Layer,
@@ -113,7 +114,7 @@ FAMILIES = {
     "qwen2.5-vl": Family(
         title="Qwen2.5-VL",
         example="Qwen/Qwen2.5-VL-7B-Instruct",
-        model_types=("qwen2_5_vl",),
+        model_types=QWEN_CHECKPOINTS["qwen2.5-vl"].model_types,
         tower=TowerConfig(),
         keys=(*SHAPE_KEYS, "window_size", "fullatt_block_indexes"),
         mean=(0.48145466, 0.4578275, 0.40821073),
@@ -131,7 +132,7 @@ FAMILIES = {
     "qwen3-vl": Family(
         title="Qwen3-VL",
         example="Qwen/Qwen3-VL-8B-Instruct",
-        model_types=("qwen3_vl", "qwen3_vl_moe"),
+        model_types=QWEN_CHECKPOINTS["qwen3-vl"].model_types,
         tower=QWEN3_TOWER,
         keys=(*SHAPE_KEYS, "num_position_embeddings"),
         mean=(0.5, 0.5, 0.5),
@@ -144,7 +145,7 @@ FAMILIES = {
     "qwen3.5": Family(
         title="Qwen3.5",
         example="Qwen/Qwen3.5-9B",
-        model_types=("qwen3_5", "qwen3_5_moe"),
+        model_types=QWEN_CHECKPOINTS["qwen3.5"].model_types,
         tower=QWEN3_TOWER,
         keys=(*SHAPE_KEYS, "num_position_embeddings"),
         mean=(0.5, 0.5, 0.5),

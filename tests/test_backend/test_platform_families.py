@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from store.reader import open_store
 from tests.test_backend.platform_data import COLOURS, pictures
 from tests.test_backend.platform_process import run_platform
 from tests.test_backend.platform_server import PlatformServer
@@ -94,6 +95,23 @@ def test_every_family_with_what_the_back_end_hard_codes(
     assert len(platform.of("history")) == 1
     best = torch.load(tmp_path / "out" / "best_model.pt", weights_only=True)
     assert {"epoch", "model_state_dict", "accuracy", "config"} <= best.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3-vl", "qwen3.5"])
+def test_every_family_of_teachers(
+    family: str, words: Words, platform: PlatformServer, shop: Site, tmp_path: Path
+) -> None:
+    """The platform names a folder of the models root; what it is follows from its config.json."""
+    from extract.teachers.tiny import make_tiny_teacher
+
+    make_tiny_teacher(shop.models / family, depth=1, family=family)
+    ended = run_platform(words(platform, teacher_model=family, image_size=70, batch_size=4, epochs=1))
+    assert ended.code == 0, ended.text
+    assert platform.kinds()[-2:] == ["evaluations", "complete"]
+    store = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["store"]
+    manifest = open_store(store["path"]).manifest
+    assert (manifest.teacher.name, manifest.preprocessing.image_size) == (family, 64)
 
 
 @pytest.mark.slow

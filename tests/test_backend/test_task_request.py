@@ -27,6 +27,30 @@ def test_the_back_ends_own_command_line(site: Site) -> None:
     assert request.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("model_type", "teacher", "size"),
+    [
+        ("qwen2_5_vl", "qwen2.5-vl", 252),
+        ("qwen3_vl", "qwen3-vl", 256),
+        ("qwen3_vl_moe", "qwen3-vl", 256),
+        ("qwen3_5", "qwen3.5", 256),
+        ("bert", "qwen2.5-vl", 252),  # its loader names what it expected
+    ],
+)
+def test_the_checkpoint_says_which_teacher_it_is(
+    site: Site, model_type: str, teacher: str, size: int
+) -> None:
+    from backend.task.configs import StageConfigs
+
+    folder = site.models / "qwen2.5-vl-8b"
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    request = read_request(site.words(image_size=256))
+    assert request.teacher == teacher
+    assert StageConfigs(request).features()["image_size"] == size
+    named = site.words(teacher_path=folder, teacher_model="timm:test_vit")
+    assert read_request(named).teacher == "timm:test_vit"
+
+
 def test_options_win_over_json_and_json_over_yaml(site: Site, write: Callable[[str, str], Path]) -> None:
     yaml = write(
         "p.yml",
