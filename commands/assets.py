@@ -7,7 +7,6 @@ cache outside the repository. Nothing of a package is ever imported or run; its 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from files.cache import cache_folder
 
 DOWNLOAD_TIMEOUT_S = 300
 
@@ -73,7 +74,7 @@ def fetch(
     Raises:
         AssetError: the registry cannot be reached, or the archive has another digest.
     """
-    folder = cache_dir() / f"{name}-{spec.sha256[:12]}"
+    folder = cache_folder("assets", "QWEN_DISTILL_ASSETS") / f"{name}-{spec.sha256[:12]}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -88,14 +89,6 @@ def fetch(
             if not folder.is_dir():  # another process may have finished the same asset first
                 raise
     return folder
-
-
-def cache_dir() -> Path:
-    """`$QWEN_DISTILL_ASSETS`, else `~/.cache/qwen-distill/assets` (or below `$XDG_CACHE_HOME`)."""
-    if chosen := os.environ.get("QWEN_DISTILL_ASSETS"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qwen-distill" / "assets"
 
 
 def download(name: str, spec: Asset, command: Sequence[str], folder: Path) -> Path:

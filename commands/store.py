@@ -223,7 +223,7 @@ def print_classes(splits: dict[str, Any]) -> None:
 
 
 def verify(
-    store: Annotated[str, typer.Argument(help="A local store.", metavar="STORE")],
+    store: StorePath,
     repair: Annotated[
         bool, typer.Option(help="Delete uncommitted leftovers of interrupted runs first; nothing else.")
     ] = False,
@@ -242,15 +242,21 @@ def verify(
     """cli verify flowers.zarr
 
     Read every file of a store again and check it, and compare the store with its data set where that can be opened;
-    exit code 1 when anything is wrong.
+    exit code 1 when anything is wrong. A store at a URL is downloaded for it, and not compared with its data set.
 
     cli verify flowers.zarr --teacher-path Qwen2.5-VL-7B-Instruct
 
     cli verify flowers.zarr --repair --json
     """
+    from store.errors import StoreError
+    from store.metadata import is_url
     from store.verify import Finding, repair_store, verify_store
 
-    refuse_url(store, "verify")
+    remote = is_url(store)
+    if remote and (repair or teacher_path is not None or data is not None or check_content):
+        raise StoreError(
+            f"{store}: --repair, --teacher-path, --data and --check-content work on local stores: copy it with cli copy"
+        )
     repaired = repair_store(store) if repair else []
     findings = verify_store(store)
     audit, fidelity, sound = None, [], not findings
@@ -266,7 +272,7 @@ def verify(
             fidelity = [vars(found) for found in view_fidelity(opened, teacher, samples=samples, data=data)]
         findings = [Finding(store, problem) for problem in audit.findings]
     compared = None
-    if sound:
+    if sound and not remote:
         from extract.verify import compare_with_data
 
         compared = compare_with_data(Path(store), data, check_content=check_content)
@@ -275,6 +281,8 @@ def verify(
         listed = [{"path": finding.path, "problem": finding.problem} for finding in findings]
         report = {"store": store, "ok": not findings, "findings": listed, "repaired": repaired}
         skipped = "the store itself is damaged or incomplete" if compared is None else compared.skipped
+        if remote and sound:
+            skipped = "only a local store is compared with its data set"
         report["data"] = {"compared": skipped is None, "skipped": skipped}
         teacher_report = None if audit is None else {**vars(audit), "fidelity": fidelity}
         print_json({**report, "teacher": teacher_report})

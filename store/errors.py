@@ -21,6 +21,10 @@ class StoreError(DistillError):
     """Something about a store is wrong: its files, its format, or what was asked of it."""
 
 
+class RemoteError(StoreError):
+    """An address cannot be used: network, credentials, permissions. The store itself may be sound."""
+
+
 class LockedError(StoreError):
     """Another process is writing these rows."""
 

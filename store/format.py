@@ -98,6 +98,12 @@ COMMITS_FOLDER = ".commits"
 NOTES_FOLDER = ".extract"
 MEASURED_FILE = f"{NOTES_FOLDER}/measured.json"
 
+
+def commits_file(split: str, *, keys: bool = False) -> str:
+    """The file with the checksums of a split's arrays, or of its keys."""
+    return f"{COMMITS_FOLDER}/{split}{'.keys' if keys else ''}.json"
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9_.@\-]*(/[A-Za-z0-9_\-][A-Za-z0-9_.@\-]*)*$")]
 
 

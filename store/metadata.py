@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,7 +13,15 @@ from pydantic import ValidationError
 
 from files.writing import replace_file
 from store.errors import StoreError
-from store.format import COMMITS_FOLDER, COMPONENTS, FORMAT_VERSION, KEY_ARRAYS, WORK_FOLDER, Manifest
+from store.format import (
+    COMMITS_FOLDER,
+    COMPONENTS,
+    FORMAT_VERSION,
+    KEY_ARRAYS,
+    WORK_FOLDER,
+    Manifest,
+    commits_file,
+)
 from store.shards import Layout
 
 HOW_TO_MAKE = "make one with `cli extract DATA --out STORE`"
@@ -83,6 +92,18 @@ def belongs(node: str, manifest: Manifest) -> bool:
         spec.offsets_name for spec in manifest.arrays if spec.ragged
     }
     return name.removesuffix(COMPONENTS) in known or name in KEY_ARRAYS
+
+
+def recorded_checksum(
+    read: Callable[[str], Mapping[str, Any]], array: str, shard: int
+) -> tuple[int, int] | None:
+    """(bytes, crc32c) of a shard file of "<split>/<name>" as the store recorded them; None where it recorded none.
+
+    read: the content of a file of checksums (`commits_file`).
+    """
+    split, _, name = array.partition("/")
+    record = read(commits_file(split, keys=name in KEY_ARRAYS)).get(name, [])
+    return (int(record[shard][0]), int(record[shard][1])) if shard < len(record) else None
 
 
 def remove_strays(store: Path, manifest: Manifest) -> None:

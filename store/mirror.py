@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from files.cache import cache_folder
 from store.arrays import MappedArray, ZarrArray
 from store.errors import StoreError, disk_errors
-from store.format import COMMITS_FOLDER
-from store.metadata import ZARR_JSON, to_json
+from store.metadata import ZARR_JSON, recorded_checksum, to_json
 from store.remote import FIRST_PAUSES_S, RemoteFiles
 from store.shards import PARTIAL, Layout, crc32c
 
@@ -43,14 +43,6 @@ DOWNLOADS = 3  # of a shard whose bytes are not what they should be
 
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """`$QWEN_DISTILL_CACHE`, else `~/.cache/qwen-distill/stores` (or below `$XDG_CACHE_HOME`)."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qwen-distill" / "stores"
 
 
 def use_cache(folder: Path | None, gigabytes: float | None) -> None:
@@ -79,7 +71,7 @@ def cache_limit(folder: Path) -> int:
 def cached_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
     """(last use, bytes, path) of the shard files in the cache."""
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in (LOCKS, COMMITS_FOLDER)]
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(place, name)
             with contextlib.suppress(FileNotFoundError):  # another process made room
@@ -107,7 +99,7 @@ class Mirror:
             raise StoreError(f"{url}/{ZARR_JSON}: not valid JSON ({error})") from error
         if not isinstance(self.root, dict):
             raise StoreError(f"{url}/{ZARR_JSON}: not a Zarr group")
-        self.cache = cache_folder()
+        self.cache = cache_folder("stores", CACHE_VARIABLE)
         self.folder = self.cache / blake2b(url.encode() + b"\0" + content, digest_size=12).hexdigest()
 
     @cached_property
@@ -153,30 +145,43 @@ class Mirror:
         with contextlib.suppress(FileNotFoundError):  # another process made room
             os.utime(path)
 
+    def check(self, array: str, layout: Layout, shard: int) -> None:
+        """Read the shard at its address, also when it is here, and compare it. Raises StoreError."""
+        if self.path_of(array, layout, shard).exists():
+            self._receive(array, layout, shard, Path(os.devnull))
+        else:
+            self.fetch(array, layout, shard)
+
     def _download(self, array: str, layout: Layout, shard: int, path: Path) -> None:
+        partial = path.with_name(path.name + PARTIAL)
+        expected = recorded_checksum(self._record, array, shard)
+        self._make_room(expected[0] if expected else layout.data_bytes(layout.rows_in(shard)))
+        try:
+            self._receive(array, layout, shard, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _receive(self, array: str, layout: Layout, shard: int, target: Path) -> None:
+        """Write the shard's bytes to `target`, again where they are not those of the store. Raises StoreError."""
         key = f"{array}/{layout.shard_key(shard)}"
         first = shard * layout.shard_rows
         where = f"{self.url}/{key} (rows {first}:{first + layout.rows_in(shard)})"
-        expected = self._expected(array, shard)
-        partial = path.with_name(path.name + PARTIAL)
-        self._make_room(expected[0] if expected else layout.data_bytes(layout.rows_in(shard)))
+        expected = recorded_checksum(self._record, array, shard)
         got = (0, 0)
         for _ in range(DOWNLOADS):
             got = (0, 0)
             try:
-                with partial.open("wb") as file:
+                with target.open("wb") as file:
                     for block in self.remote.blocks(key, expected[0] if expected else None):
                         file.write(block)
                         got = (got[0] + len(block), crc32c(block, got[1]))
-                if expected is None or got == expected:
-                    os.replace(partial, path)
-                    return
             except FileNotFoundError as error:
                 raise StoreError(
                     f"{where}: shard is missing; copy the store again, or extract again with --overwrite"
                 ) from error
-            finally:
-                partial.unlink(missing_ok=True)
+            if expected is None or got == expected:
+                return
             log.warning(
                 "%s: %d bytes arrived that are not those of the store; downloading it again", where, got[0]
             )
@@ -186,25 +191,14 @@ class Mirror:
             f"with {expected[1]:08x}; copy the store again"
         )
 
-    def _expected(self, array: str, shard: int) -> tuple[int, int] | None:
-        """(bytes, crc32c) of a shard file as the store recorded them; None where it recorded none."""
-        split, _, name = array.partition("/")
-        kind = f"{split}.keys.json" if name.startswith("keys/") else f"{split}.json"
-        record = self._record(kind).get(name)
-        return (
-            None if record is None or shard >= len(record) else (int(record[shard][0]), int(record[shard][1]))
-        )
-
-    def _record(self, kind: str) -> Mapping[str, Any]:
+    def _record(self, file: str) -> Mapping[str, Any]:
         """The checksums of a split's arrays, kept here once they are read."""
-        path = self.folder / COMMITS_FOLDER / kind
+        path = self.folder / file
         if not path.exists():
             try:
-                content = self.remote.read(f"{COMMITS_FOLDER}/{kind}")
+                content = self.remote.read(file)
             except FileNotFoundError:  # many web servers hide names that begin with a dot
-                log.warning(
-                    "%s: no checksums at %s/%s: downloads are not compared", self.url, COMMITS_FOLDER, kind
-                )
+                log.warning("%s: no checksums at %s: downloads are not compared", self.url, file)
                 content = b"{}"
             replace_here(path, content)
         record: Mapping[str, Any] = json.loads(path.read_bytes())

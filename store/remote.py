@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from store.errors import StoreError
+from store.errors import RemoteError, StoreError
 
 BLOCK_BYTES = 16 * 1024 * 1024  # one request
 CONNECTIONS = 4  # requests of one file at the same time
@@ -152,10 +152,10 @@ class RemoteFiles:
             ) as error:  # no network, no credentials, no such protocol: each package has its own errors
                 reason = reason_of(error)
                 if reason is not None:
-                    raise StoreError(f"{where}: {reason}") from error
+                    raise RemoteError(f"{where}: {reason}") from error
                 text = " ".join(str(error).split()) or type(error).__name__
                 if pause is None:
-                    raise StoreError(
+                    raise RemoteError(
                         f"{where}: does not work: {text[:300]}; check address and network, then run the same command again"
                     ) from error
                 log.warning("%s: %s; trying again in %g s", where, text[:200], pause)

@@ -15,8 +15,16 @@ from typing import Any, NamedTuple, Protocol
 
 from files.writing import replace_file
 from store.errors import StoreError, disk_errors
-from store.format import COMMITS_FOLDER, CONTENT, NOTES_FOLDER, OWN_ARRAYS, SIZES, TOKEN_SCALE, Manifest
-from store.metadata import ZARR_JSON, belongs, group_metadata, is_url, parse_manifest, to_json
+from store.format import CONTENT, NOTES_FOLDER, OWN_ARRAYS, SIZES, TOKEN_SCALE, Manifest, commits_file
+from store.metadata import (
+    ZARR_JSON,
+    belongs,
+    group_metadata,
+    is_url,
+    parse_manifest,
+    recorded_checksum,
+    to_json,
+)
 from store.remote import RemoteFiles
 from store.shards import READ_BLOCK, Layout, crc32c
 
@@ -174,7 +182,7 @@ class Plan:
         self.records: dict[str, dict[str, Any]] = {}
         self.own: dict[str, bytes] = {}
         for split in manifest.splits:
-            for kind in (f"{COMMITS_FOLDER}/{split}.json", f"{COMMITS_FOLDER}/{split}.keys.json"):
+            for kind in (commits_file(split), commits_file(split, keys=True)):
                 with contextlib.suppress(OSError):
                     record = json.loads(files.read(kind))
                     self.records[kind] = {
@@ -195,11 +203,10 @@ class Plan:
     def checksum(self, key: str) -> tuple[int, int] | None:
         """(bytes, crc32c) that the store recorded for a shard file; None for other files."""
         array, mark, place = key.partition("/c/")
-        split, _, name = array.partition("/")
-        keys = ".keys" if name.startswith("keys/") else ""
-        record = self.records.get(f"{COMMITS_FOLDER}/{split}{keys}.json", {}).get(name, []) if mark else []
-        shard = int(place.partition("/")[0]) if mark else 0
-        return (int(record[shard][0]), int(record[shard][1])) if shard < len(record) else None
+        if not mark:
+            return None
+        shard = int(place.partition("/")[0])
+        return recorded_checksum(lambda file: self.records.get(file, {}), array, shard)
 
 
 def read_checked(files: Files, source: str, key: str, expected: tuple[int, int] | None) -> bytes:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from files.writing import PARTIAL_PREFIX
 from store.arrays import open_shard
-from store.errors import LockedError, StoreError
+from store.errors import LockedError, RemoteError, StoreError
 from store.finalize import commit_record
 from store.format import (
-    COMMITS_FOLDER,
+    KEY_ARRAYS,
     KEY_OFFSETS,
     KEY_ROWS,
     KEY_VALUES,
     OFFSETS,
     WORK_FOLDER,
     ArraySpec,
+    commits_file,
     ragged_groups,
 )
 from store.job import (
@@ -43,11 +45,14 @@ from store.job import (
 )
 from store.keys import KeyTable
 from store.locks import SUFFIX, Owner, is_abandoned, read_owner
-from store.metadata import ZARR_JSON, node_names, parse_manifest, read_json, read_root
+from store.metadata import ZARR_JSON, is_url, node_names, parse_manifest, read_json, read_root
 from store.reader import Split, Store
 from store.shards import PARTIAL, Layout, ShardFile, blocks, checksum_of
 from store.version import switch_is_done
 from store.writer import all_finite
+
+if TYPE_CHECKING:
+    from store.mirror import Mirror
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,14 @@ class Finding:
 
 
 def verify_store(path: str | os.PathLike[str]) -> list[Finding]:
-    """Everything that is wrong with a local store; empty when all is well.
+    """Everything that is wrong with a store; empty when all is well.
 
-    Raises StoreError when there is no store that could be checked (no or another format).
+    One at a URL is read through the local cache; shards that are there already are read at the URL once more.
+
+    Raises StoreError when there is no store that could be checked (no or another format), or the URL does not work.
     """
+    if is_url(path):
+        return verify_remote(os.fspath(path))
     folder = Path(path)
     root = read_root(folder)
     manifest = parse_manifest(root, str(folder))
@@ -87,7 +96,7 @@ def verify_store(path: str | os.PathLike[str]) -> list[Finding]:
 
 
 def repair_store(path: str | os.PathLike[str]) -> list[str]:
-    """Delete uncommitted leftovers of runs that are gone, nothing else. Returns the deleted paths.
+    """Delete uncommitted leftovers of runs that are gone, nothing else. Returns the deleted paths. Of local stores.
 
     Raises LockedError while another process writes: a temporary file may be in use.
     """
@@ -198,17 +207,97 @@ def check_commit(folder: Path, job: Job, split: str, shard: int, last: Commit) -
 def check_split(folder: Path, split: Split) -> Iterator[Finding]:
     """Files against commit records, then counts, offsets, keys and values."""
     record = commit_record(folder, split.name)
-    keys_record = read_json(folder / COMMITS_FOLDER / f"{split.name}.keys.json")
+    keys_record = read_json(folder / commits_file(split.name, keys=True))
     damaged = list(check_files(folder, split, {**record, **keys_record}))
     yield from damaged
-    yield from check_lengths(folder, split)
+    yield from check_contents(split, damaged=bool(damaged))
+
+
+def check_contents(split: Split, *, damaged: bool) -> Iterator[Finding]:
+    """Counts, offsets, keys and values. `damaged`: some files are, whose values would only repeat the finding."""
+    yield from check_lengths(split)
     if damaged:
-        return  # Values of damaged files would only repeat the finding.
-    wrong_offsets = list(check_offsets(folder, split))
+        return
+    wrong_offsets = list(check_offsets(split))
     yield from wrong_offsets
-    yield from check_keys(folder, split)
+    yield from check_keys(split)
     if not wrong_offsets:
-        yield from check_values(folder, split)
+        yield from check_values(split)
+
+
+# -- a store at a URL ------------------------------------------------------------------------------------
+
+
+def verify_remote(url: str) -> list[Finding]:
+    """`verify_store` for a URL."""
+    from store.mirror import Mirror
+
+    mirror = Mirror(url.rstrip("/"))
+    manifest = parse_manifest(mirror.root, url)
+    if not manifest.complete:
+        return [Finding(url, "incomplete: run its extraction to the end")]
+    nodes = mirror.root.get("consolidated_metadata", {}).get("metadata", {})
+    store = Store(mirror.url, manifest, nodes, mirror)
+    findings = list(check_remote_metadata(mirror, nodes))
+    for split in store.values():
+        try:
+            findings += check_remote_split(mirror, split)
+        except RemoteError:
+            raise
+        except StoreError as error:
+            findings.append(Finding(f"{mirror.url}/{split.name}", str(error)))
+    return findings
+
+
+def check_remote_metadata(mirror: Mirror, nodes: dict[str, Any]) -> Iterator[Finding]:
+    """The root's copy of every zarr.json equals the file."""
+    for name, node in sorted(nodes.items()):
+        where = f"{mirror.url}/{name}/{ZARR_JSON}"
+        try:
+            if json.loads(mirror.remote.read(f"{name}/{ZARR_JSON}")) != node:
+                yield Finding(where, "differs from the copy in the root's zarr.json")
+        except FileNotFoundError:
+            yield Finding(where, "is missing")
+        except ValueError as error:
+            yield Finding(where, f"not valid JSON ({error}); the file is damaged")
+
+
+def check_remote_split(mirror: Mirror, split: Split) -> Iterator[Finding]:
+    """Every shard is there, as recorded, and no other file; then what the arrays hold."""
+    damaged = False
+    record: dict[str, Any] = {}
+    for file in (commits_file(split.name), commits_file(split.name, keys=True)):
+        try:
+            record |= json.loads(mirror.remote.read(file))
+        except FileNotFoundError:
+            yield Finding(
+                f"{mirror.url}/{file}",
+                "cannot be read, so that no checksums can be compared: a web server may hide names that begin with a "
+                "dot, or the copy lacks them",
+            )
+    for name in sorted({*split.names, *KEY_ARRAYS}):
+        array, where = f"{split.name}/{name}", f"{mirror.url}/{split.name}/{name}"
+        layout = split.array(name).layout
+        if record and len(record.get(name, [])) != layout.shards:
+            yield Finding(where, f"{len(record.get(name, []))} shards are recorded, expected {layout.shards}")
+            damaged = True
+            continue
+        for shard in range(layout.shards):
+            try:
+                mirror.check(array, layout, shard)
+            except RemoteError:
+                raise
+            except StoreError as error:
+                damaged = True
+                yield Finding(f"{where}/{layout.shard_key(shard)}", str(error).partition(": ")[2])
+        expected = {f"{array}/{layout.shard_key(shard)}" for shard in range(layout.shards)}
+        for key in mirror.remote.names(f"{array}/c") if not mirror.url.startswith("http") else ():
+            if key not in expected:  # the links of a web server's page of files may be anything
+                yield Finding(f"{mirror.url}/{key}", "file does not belong to the array")
+    yield from check_contents(split, damaged=damaged)
+
+
+# -- files on disk ---------------------------------------------------------------------------------------
 
 
 def check_files(folder: Path, split: Split, record: dict[str, Any]) -> Iterator[Finding]:
@@ -255,10 +344,10 @@ def check_shards(base: Path, layout: Layout, record: list[tuple[int, int]]) -> I
                 yield Finding(where, str(error))
 
 
-def check_lengths(folder: Path, split: Split) -> Iterator[Finding]:
+def check_lengths(split: Split) -> Iterator[Finding]:
     """First axes agree with the manifest's number of rows, row shapes with its arrays."""
     for name, spec in split.specs.items():
-        where = f"{folder}/{split.name}/{name}"
+        where = f"{split.location}/{split.name}/{name}"
         if name not in split.names:
             yield Finding(where, "array is in the manifest, but missing")
             continue
@@ -271,9 +360,9 @@ def check_lengths(folder: Path, split: Split) -> Iterator[Finding]:
             yield Finding(where, f"{layout.rows} rows, manifest has {len(split)}")
 
 
-def check_offsets(folder: Path, split: Split) -> Iterator[Finding]:
+def check_offsets(split: Split) -> Iterator[Finding]:
     for name, specs in ragged_groups(split.specs.values()).items():
-        where = f"{folder}/{split.name}/{name}"
+        where = f"{split.location}/{split.name}/{name}"
         offsets = split.array(name)
         yield from check_ascending(where, offsets.slice(0, len(offsets)), len(split))
         end = int(offsets.slice(len(split), len(split) + 1)[0])
@@ -291,27 +380,29 @@ def check_ascending(where: str, offsets: np.ndarray, rows: int) -> Iterator[Find
         yield Finding(where, f"{OFFSETS} do not ascend from 0")
 
 
-def check_keys(folder: Path, split: Split) -> Iterator[Finding]:
+def check_keys(split: Split) -> Iterator[Finding]:
     """Keys are valid UTF-8, unique, and the look-up index is theirs."""
-    where = f"{folder}/{split.name}/{KEY_VALUES}"
+    where = f"{split.location}/{split.name}/{KEY_VALUES}"
     keys = split.keys
-    yield from check_ascending(f"{folder}/{split.name}/{KEY_OFFSETS}", keys.offsets, len(split))
+    yield from check_ascending(f"{split.location}/{split.name}/{KEY_OFFSETS}", keys.offsets, len(split))
     try:
         again = KeyTable.build(keys, where)
     except (StoreError, UnicodeDecodeError) as error:
         yield Finding(where, str(error))
         return
     if not (np.array_equal(again.hashes, keys.hashes) and np.array_equal(again.rows, keys.rows)):
-        yield Finding(f"{folder}/{split.name}/{KEY_ROWS}", "the look-up index does not belong to the keys")
+        yield Finding(
+            f"{split.location}/{split.name}/{KEY_ROWS}", "the look-up index does not belong to the keys"
+        )
 
 
-def check_values(folder: Path, split: Split) -> Iterator[Finding]:
+def check_values(split: Split) -> Iterator[Finding]:
     """Float values of valid rows are finite, features of invalid rows are not."""
     for name, spec in split.specs.items():
         if np.dtype(spec.dtype).kind == "f":
             check = check_ragged_values if spec.ragged else check_fixed_values
             for problem in islice(check(split, spec), 1):
-                yield Finding(f"{folder}/{split.name}/{name}", problem)
+                yield Finding(f"{split.location}/{split.name}/{name}", problem)
 
 
 def check_fixed_values(split: Split, spec: ArraySpec) -> Iterator[str]:

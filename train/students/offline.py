@@ -10,17 +10,16 @@ import importlib
 import importlib.util
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
+from files.cache import cache_folder
 from train.errors import TrainError
 
 PACKAGE = "ultralytics"
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_AUTOINSTALL"] = "false"
 os.environ.setdefault("YOLO_VERBOSE", "false")
-_settings = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-distill" / "ultralytics"
-os.environ.setdefault("YOLO_CONFIG_DIR", str(_settings))
+os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder("ultralytics")))
 
 UNICODE_FONT = "Arial.Unicode.ttf"  # what ultralytics asks for where a class name is not ASCII
 INSTALL = 'pip install "ultralytics>=8.4.190,<8.5"'
