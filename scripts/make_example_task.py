@@ -13,7 +13,7 @@ from backend.server.schemas import NewTask
 from backend.server.settings import load_settings
 from backend.server.tasks import Tasks
 from commands.assets import PRETRAINED_TEACHER, AssetError, pretrained_teacher_weights
-from commands.demo import write_digits
+from commands.images import write_digits
 from console.log import configure_logging
 from files.writing import replace_file
 

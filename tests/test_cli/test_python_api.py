@@ -126,7 +126,7 @@ def test_a_script_without_a_main_guard(tmp_path: Path, devices: str) -> None:
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the demo's data; progress is one line that changes in its place."""
+    """On scanned digits; progress is one line that changes in its place."""
     import nbformat
     from nbclient import NotebookClient
 

@@ -20,8 +20,8 @@ TEACHER = "Qwen2.5-VL-tiny"
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of scanned digits and a small teacher, as `cli demo` and `cli make-tiny-teacher` make them."""
-    from commands.demo import write_digits
+    """A data set of scanned digits and a small teacher, as `make serve` has them."""
+    from commands.images import write_digits
     from extract.teachers.tiny import make_tiny_teacher
 
     root = tmp_path_factory.mktemp("material")
