@@ -17,7 +17,7 @@ from tests.test_train.test_resume import StopAfter, records
 from train.checkpoint import load_checkpoint
 from train.distill.calibration import MEASUREMENTS, SHARE, Calibration, CalibrationState, measurements_of
 from train.distill.losses import feature_loss
-from train.distill.reference import TeacherReference, accuracy_of
+from train.distill.reference import TeacherReference, accuracy_of, teacher_reference
 from train.run import run_training
 
 
@@ -195,14 +195,22 @@ def test_only_a_better_student_ends_them(make_store, make_config):
 
 def test_the_probe_of_cells_is_compared_with_the_mean_iou(make_store):
     from store.format import MEASURED_FILE
-    from train.distill.reference import teacher_reference
 
     path = make_store(masks=True)
     store = open_store(path)
-    assert teacher_reference(store, store["train"], "miou", None) is None
+    assert teacher_reference(store, store["val"], store["train"], "miou", None) is None
     (path / MEASURED_FILE).parent.mkdir(exist_ok=True)
     (path / MEASURED_FILE).write_text(json.dumps({"probe_miou": 0.4}))
-    assert teacher_reference(store, store["train"], "miou", None).value == 0.4
+    assert teacher_reference(store, store["val"], store["train"], "miou", None).value == 0.4
+
+
+def test_the_probe_is_measured_on_the_rows_that_measure_the_student(make_store):
+    """With few labels, out of fold on the training split looks worse than the probe that teaches the unlabeled rows."""
+    store = open_store(make_store(train=24, val=8, logits=True))
+    reference = teacher_reference(store, store["val"], store["train"], "top1", "probe")
+    assert reference == accuracy_of(store["val"], "logits/probe")
+    assert reference is not None
+    assert reference.samples == 8
 
 
 @pytest.mark.slow

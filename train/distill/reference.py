@@ -36,23 +36,30 @@ class TeacherReference:
         return value - self.value > math.sqrt(variance)
 
 
-def teacher_reference(store: Store, split: Split, metric: str, logits: str | None) -> TeacherReference | None:
+def teacher_reference(
+    store: Store, val: Split, train: Split, metric: str, logits: str | None
+) -> TeacherReference | None:
     """The accuracy of stored logits on labeled rows, or the recorded mean IoU of the probe of cells; None: not known.
 
-    A row's logits never come from a probe that has seen its label (out of fold), so on the training split they
-    measure what the probe can do.
+    Measured where the student is, on `val`: a probe fitted on all labels predicted its rows without having seen them. On
+    `train` only where `val` has no logits: those are out of fold too, but with few labels each fold's probe knows less
+    than the probe that teaches the unlabeled rows, and distillation would end too early.
     """
     if metric == "top1":
-        stored = (
-            [f"{LOGITS}/{logits}"] if logits else sorted(n for n in split.names if n.startswith(f"{LOGITS}/"))
-        )
-        return accuracy_of(split, stored[0]) if stored else None
+        return top1_of(val, logits) or top1_of(train, logits)
     if metric == "miou" and "://" not in store.location:
         path = store.path / MEASURED_FILE
         measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if measured.get("probe_miou") is not None:
-            return TeacherReference(metric, float(measured["probe_miou"]), len(split))
+            return TeacherReference(metric, float(measured["probe_miou"]), len(val))
     return None
+
+
+def top1_of(split: Split, logits: str | None) -> TeacherReference | None:
+    """The accuracy of the logits with this name, None: of the first ones; None where the split has none or no labels."""
+    stored = sorted(name for name in split.names if name.startswith(f"{LOGITS}/"))
+    name = f"{LOGITS}/{logits}" if logits else next(iter(stored), "")
+    return accuracy_of(split, name) if name in stored else None
 
 
 def accuracy_of(split: Split, name: str) -> TeacherReference | None:

@@ -162,7 +162,8 @@ def build_training(
     )
     if config.distill_until == "auto" and learned.anything:
         metric = TASK_METRICS[data.task].best
-        parts.reference = teacher_reference(store, store[config.train_split], metric, learned.logits)
+        splits = (store[config.val_split], store[config.train_split])
+        parts.reference = teacher_reference(store, *splits, metric, learned.logits)
         parts.labeled_alone = balance_rows(config, data, teaches_all=False)
     return Built(parts, student, plan, name, data.validation_samples, notes, lora)
 
