@@ -1,4 +1,4 @@
-# make demo    the whole pipeline on real images, in a few minutes
+# make demo    what a teacher is worth, on real images, in a few minutes
 # make serve   the server on http://127.0.0.1:8080, with an example task
 # make test    the quick test suite
 # make check   lint, types and the quick tests

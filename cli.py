@@ -52,7 +52,7 @@ COMMANDS: dict[str, Command] = {
     "verify": Command("commands.store:verify", STORE, "Re-read every checksum of a store."),
     "copy": Command("commands.store:copy", STORE, "Copy a store between folders and URLs."),
     "convert": Command("commands.store:convert", STORE, "Store to one HDF5 file, or back."),
-    "demo": Command("commands.demo:demo", MORE, "The whole pipeline on real images in a few minutes."),
+    "demo": Command("commands.demo:demo", MORE, "What a teacher is worth, on real images in a few minutes."),
     "serve": Command("commands.serve:serve", MORE, "Create, start and watch training tasks over HTTP."),
     "distill": Command("commands.platform:distill", MORE, "What a training platform starts."),
 }

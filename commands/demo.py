@@ -16,7 +16,7 @@ import typer
 from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
 from commands.comparison import comparison_lines
 from commands.extract import SUGGESTIONS, Suggestion, train_command
-from commands.images import EMOJI_CATEGORIES, VAL_FRACTION, write_emoji
+from commands.images import EMOJI_CATEGORIES, VAL_FRACTION, write_emoji, write_pictures
 from console.stop import Stopped
 from files.writing import check_writable
 from processes.spawning import child_environment
@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 NORMAL = Size(1, 10, 12, "0,1")
 SMALLEST = Size(12, 3, 1, "0")
-QWEN_IMAGES = 64  # each n-th emoji, so that the step with random weights has about 25 images
+QWEN_IMAGES = 16
 
 
 class Step(NamedTuple):
@@ -244,7 +244,7 @@ def compare_students(store: Path, sweep: Path, suggestion: Suggestion, task: str
 
 def show_qwen(out: Path) -> Step:
     """Qwen2.5-VL's vision tower with random weights, on a few images: it shows that the architecture runs."""
-    few, tiny = write_emoji(out / "few", 1, QWEN_IMAGES).path, out / "tiny-qwen"
+    few, tiny = write_pictures(out / "few", QWEN_IMAGES), out / "tiny-qwen"
     return Step(
         "Qwen2.5-VL's vision tower (small, random weights, a few images: it shows that the architecture runs)",
         [

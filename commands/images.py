@@ -50,7 +50,7 @@ def write_emoji(folder: Path, labels_per_class: int, every: int = 1) -> EmojiTab
     Which images validate and which have a label is the same in every call. `every` takes each n-th emoji only.
 
     Raises:
-        AssetError: a package cannot be fetched, or its content is not as expected.
+        AssetError: a package cannot be fetched.
     """
     import numpy as np
 
@@ -77,6 +77,16 @@ def write_emoji(folder: Path, labels_per_class: int, every: int = 1) -> EmojiTab
     training = [label for _, label, split in rows if split == "train"]
     labeled_count = sum(bool(label) for label in training)
     return EmojiTable(folder, labeled_count, len(training) - labeled_count, validation)
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    """`count` emoji as PNG files without labels, of all categories."""
+    listed = emoji_with_category(*emoji_packages())
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, _ in listed[:: len(listed) // count][:count]:
+        if not (folder / file.name).exists():
+            shutil.copy2(file, folder / file.name)
+    return folder
 
 
 def emoji_with_category(pictures: Path, names: Path) -> list[tuple[Path, str]]:
