@@ -61,6 +61,7 @@ def make_small_store(path: Path) -> None:
         "views": 0,
         "seed": 0,
         "aspect": 1,
+        "exact_flip": False,
     }
     for split in keys:
         write_split(path, split, 8, settings, None)
