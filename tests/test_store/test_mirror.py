@@ -39,7 +39,7 @@ from tests.fault_proxy import (
     slow,
     wrong_bytes,
 )
-from tests.s3_servers import SECRET, moto_server, upload, use_endpoint
+from tests.s3_servers import SECRET, localbucket_server, upload, use_endpoint
 
 POOLED, GRID = "features/pooled", "features/grid"
 BUCKET = "bucket"
@@ -66,8 +66,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
-    """moto's S3 server with the folder's files in a bucket."""
-    with moto_server() as endpoint:
+    """An S3 server with the folder's files in a bucket."""
+    with localbucket_server() as endpoint:
         upload(endpoint, folder, BUCKET)
         yield endpoint
 

@@ -22,7 +22,7 @@ from store.errors import StoreError
 from store.reader import open_store
 from store.replicate import MARKER, LocalFiles, replicate_store
 from store.verify import verify_store
-from tests.s3_servers import moto_server, use_endpoint
+from tests.s3_servers import SERVERS, use_endpoint
 
 ROOT = Path(__file__).parents[2]
 POOLED, GRID = "features/pooled", "features/grid"
@@ -38,10 +38,10 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URL of an empty bucket of moto's S3 server."""
-    with moto_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+@pytest.fixture(scope="module", params=list(SERVERS))
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty bucket of each server."""
+    with SERVERS[request.param]() as endpoint, pytest.MonkeyPatch.context() as patch:
         use_endpoint(patch, endpoint)
         fsspec.filesystem("s3").mkdir("stores")
         yield "s3://stores"

@@ -19,7 +19,7 @@ from store.finalize import finalize_store
 from store.keys import Plan
 from store.reader import Split, open_store
 from store.writer import StoreWriter
-from tests.s3_servers import moto_server, upload, use_endpoint
+from tests.s3_servers import SERVERS, upload, use_endpoint
 
 
 def write_store(path: Path, *, shard_rows: int, codec: str = "none") -> Path:
@@ -104,10 +104,10 @@ class TestRemoteFolder(StoreConformance):
         return stores["url"]
 
 
-@pytest.fixture(scope="module")
-def bucket(stores: dict[str, Any]) -> Iterator[str]:
-    """The stores' folder as a bucket."""
-    with moto_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+@pytest.fixture(scope="module", params=list(SERVERS))
+def bucket(stores: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[str]:
+    """The stores' folder as a bucket of each server."""
+    with SERVERS[request.param]() as endpoint, pytest.MonkeyPatch.context() as patch:
         upload(endpoint, Path(stores["one map"]).parent, "bucket")
         use_endpoint(patch, endpoint)
         yield "s3://bucket"
