@@ -7,6 +7,7 @@ tasks; a worker that is lost loses its shard's uncommitted rows, and dask gives 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -146,7 +147,7 @@ def encode_unit(options: dict[str, Any], unit: Unit, share: int) -> EncodedRows:
     encoded = EncodedRows()
     with STATE.lock:
         config, task, teacher = STATE.open(options)
-        path, stop = work_path(config.out), FileStop(config.out / NOTES_FOLDER / STOP_FILE)
+        path, stop = work_path(config.folder), FileStop(config.folder / NOTES_FOLDER / STOP_FILE)
         job, pipeline = features_job(path), STATE.pipeline
         if job is None or stop.requested:
             return encoded
@@ -155,7 +156,7 @@ def encode_unit(options: dict[str, Any], unit: Unit, share: int) -> EncodedRows:
             # The first shard of this worker, or the first one after other rows were planned.
             if pipeline is not None:
                 pipeline.close()
-            use_threads(config.out, teacher)
+            use_threads(config.folder, teacher)
             workers = decode_workers(config, share)
             STATE.pipeline = pipeline = Pipeline(planned_rows(task), teacher, job.batch_rows, workers)
         pipeline.encode(open_writer(config, path, unit), encoded, stop)
@@ -224,7 +225,7 @@ def open_cluster(
 
 def absolute(config: ExtractConfig) -> ExtractConfig:
     """The configuration with paths that mean the same in every process of this or another machine."""
-    changes: dict[str, Any] = {"out": config.out.absolute()}
+    changes: dict[str, Any] = {"out": os.path.abspath(config.out)}
     if Path(config.data).exists():
         changes["data"] = str(Path(config.data).absolute())
     if config.teacher_path is not None and Path(config.teacher_path).exists():
@@ -261,7 +262,7 @@ class ClusterExecutor:
         self.config, self.client, self.observers, self.stop = config, client, observers, stop
         self.options = config.model_dump(mode="json")
         self.run_id = uuid.uuid4().hex[:8]
-        self.stop_file = config.out / NOTES_FOLDER / STOP_FILE
+        self.stop_file = config.folder / NOTES_FOLDER / STOP_FILE
         workers = client.scheduler_info(n_workers=-1)["workers"]
         has_gpus = any(GPU in worker.get("resources", {}) for worker in workers.values())
         self.resources = {GPU: 1} if has_gpus else {}
@@ -296,7 +297,7 @@ class ClusterExecutor:
         )
 
     def encode(self, result: ExtractResult) -> None:
-        path = work_path(self.config.out)
+        path = work_path(self.config.folder)
         job = features_job(path)
         if job is None:
             return
@@ -309,7 +310,7 @@ class ClusterExecutor:
             self.submit(f"{unit[0]}-{unit[1]}", encode_unit, self.options, unit, self.share) for unit in units
         ]
         for encoded in self.results(futures):
-            record_encoded(self.config.out, encoded)
+            record_encoded(self.config.folder, encoded)
             bad = count_bad(self.config, bad, encoded.bad, self.total + reused)
             result.add(encoded)
         result.seconds += time.monotonic() - started
@@ -331,7 +332,7 @@ class ClusterExecutor:
                     yield self.result_of(future)
                 if time.monotonic() - reported >= PROGRESS_S:
                     reported = time.monotonic()
-                    path = work_path(self.config.out)
+                    path = work_path(self.config.folder)
                     if (job := features_job(path)) is not None:
                         self.tell(count_committed(path, job))
         except BaseException:

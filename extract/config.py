@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from console.devices import parse_devices
 from console.options import load_options, option, read_option_file
+from files.cache import cache_folder
 from imaging.decode import DEFAULT_MAX_PIXELS, MOST_PIXELS
 from store.errors import DistillError
+from store.metadata import is_url
 
 SourceKind = Literal["auto", "folder", "yolo", "coco", "voc", "masks", "clips", "hdf5", "table", "sql"]
 
@@ -43,7 +47,7 @@ class ExtractConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str = option(..., "Folder, file or database URL of the data set.", flag="DATA")
-    out: Path = option(..., "The store to write.", metavar="STORE")
+    out: str = option(..., "The store to write: a folder, or a URL (s3://bucket/a.zarr).", metavar="STORE")
 
     source: SourceKind = _data("auto", "Layout of the data set.")
     split: dict[str, str] = _data(
@@ -117,6 +121,17 @@ class ExtractConfig(BaseModel):
     shard_range: str | None = _machine(None, "Encode only shards A:B of the plan (SLURM arrays).")
     scheduler: str | None = _machine(None, "Address of a dask scheduler, e.g. tcp://host:8786.")
 
+    staging_dir: Path | None = _run(
+        None,
+        "For a URL at --out: folder for the shards that are not uploaded yet.",
+        shown_default="~/.cache/qwen-distill/staging",
+    )
+    staging_gb: float | None = _run(
+        None,
+        "What they may take there; encoding waits for uploads.",
+        gt=0,
+        shown_default="four fifths of the free disk",
+    )
     max_bad: str = _run("1%", "Bad images that end the run: 1% or a count.")
     check_content: bool = _run(
         False,
@@ -136,6 +151,11 @@ class ExtractConfig(BaseModel):
         if wrong := [text for text, name, equals, _ in pairs if not (name and equals)]:
             raise ValueError(f"expected NAME=VALUE, got {', '.join(map(str, wrong))}")
         return {name: rest for _, name, _, rest in pairs}
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def read_out(cls, value: object) -> object:
+        return os.fspath(value) if isinstance(value, Path) else value
 
     @field_validator("grid")
     @classmethod
@@ -194,9 +214,40 @@ class ExtractConfig(BaseModel):
             )
         if self.scheduler is not None and len(self.devices) > 1:
             problems.append("device takes one name with scheduler: each of its workers uses that device")
+        if self.url is not None:
+            if self.scheduler is not None or len(self.devices) > 1:
+                problems.append(
+                    "--out with a URL takes one device and no scheduler: start one command for each device or host, "
+                    "each with its own --shard-range"
+                )
+            if self.logits != "none":
+                problems.append(
+                    "--logits needs the features on this disk: extract without it, then copy the store here and run cli probe"
+                )
+        elif self.staging_dir is not None or self.staging_gb is not None:
+            problems.append("--staging-dir and --staging-gb are for a URL at --out (s3://bucket/a.zarr)")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def url(self) -> str | None:
+        """The address of the store when it is written to one; None for a folder."""
+        return self.out.rstrip("/") if is_url(self.out) else None
+
+    @property
+    def folder(self) -> Path:
+        """The store on this disk: `out`, or the staging store of a URL."""
+        return Path(self.out) if self.url is None else self.staging_folder / "store.zarr"
+
+    @property
+    def staging_folder(self) -> Path:
+        """Where a store at a URL is staged: one folder for each address and range of shards."""
+        assert self.url is not None
+        base = self.staging_dir or cache_folder("staging")
+        part = "" if self.shard_range is None else f"-{self.shard_range.replace(':', '-')}"
+        name = self.url.rpartition("/")[2].removesuffix(".zarr") or "store"
+        return base / f"{name}{part}-{blake2b(self.url.encode(), digest_size=6).hexdigest()}"
 
     @property
     def devices(self) -> list[str]:

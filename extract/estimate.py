@@ -63,7 +63,7 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     workers = max(1, decode_workers(config, len(config.devices)))
     per_sample = max(encode_s, decode_s / workers) / len(config.devices)
     total = int(sum(arrays.values()) * task.rows)
-    free = free_bytes(config.out)
+    free = free_bytes(config.folder)
     to_encode, needed, changes = what_is_left(config, task, total)
     figures: dict[str, Any] = {
         "batch_size": batch_size,
@@ -90,7 +90,7 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     for text in warnings:
         log.warning("%s", text)
     result = ExtractResult(
-        store=str(config.out),
+        store=config.out,
         rows=task.rows,
         splits={name: len(split) for name, split in task.splits.items()},
         batch_size=batch_size,
@@ -113,7 +113,7 @@ def what_is_left(
     Raises:
         DifferentStore: when the store was made with other options.
     """
-    path = config.out
+    path = config.folder
     if config.overwrite or not (path / ZARR_JSON).exists():
         return task.rows, total_bytes, None
     check_same(path, task, open_store(path, allow_incomplete=True).manifest, config.grid == "auto")

@@ -71,8 +71,8 @@ def add_logits(
     config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
 ) -> dict[str, Any] | None:
     """What `--logits` asks for, unless the store has it already. The probe's accuracies, if there is one."""
-    array = array_of(config.logits, open_store(config.out))
-    if all(array in open_store(config.out)[split].names for split in open_store(config.out).splits):
+    array = array_of(config.logits, open_store(config.folder))
+    if all(array in open_store(config.folder)[split].names for split in open_store(config.folder).splits):
         return None
     with StopDeadline(stop, lambda: logits_stop_message(config)) as deadline:
         if config.logits.startswith(ZERO_SHOT):
@@ -80,7 +80,7 @@ def add_logits(
 
             add_zero_shot(config, observers, stop, deadline)
             return None
-        return probe_store(config.out, seed=config.seed, device=config.devices[0])
+        return probe_store(config.folder, seed=config.seed, device=config.devices[0])
 
 
 def array_of(logits: str, store: Store) -> str:
@@ -310,12 +310,12 @@ def add_zero_shot(
         raise ConfigError(f"--logits {config.logits} needs Qwen2.5-VL and a data set with class names")
     calibrate = config.logits != ZERO_SHOT
     scorer = load_zero_shot(str(config.teacher_path), teacher, source.class_names, calibrate=calibrate)
-    task = adopt_rows(make_task(config, source, teacher), config.out)
+    task = adopt_rows(make_task(config, source, teacher), config.folder)
     array = logits_array(config.logits, len(source.class_names))
-    job = add_arrays(config.out, [array])
+    job = add_arrays(config.folder, [array])
     done, total = 0, task.rows
     for split in task.splits:
-        with StoreWriter(config.out, split, job=job) as writer:
+        with StoreWriter(config.folder, split, job=job) as writer:
             done += writer.next_row
             for logits in score_split(config, task, writer, scorer, deadline):
                 writer.append({array.name: logits}, valid=np.asarray(np.isfinite(logits).all(axis=1)))
@@ -325,7 +325,7 @@ def add_zero_shot(
                 if stop.requested:
                     writer.commit()
                     raise Stopped(logits_stop_message(config), stop.exit_code)
-    finalize_store(config.out, job=job)
+    finalize_store(config.folder, job=job)
 
 
 def abandon_in_time(pool: DecodePool, config: ExtractConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +30,13 @@ from extract.teachers import Teacher
 from store import format as names
 from store.create import create_store
 from store.errors import StoreError
-from store.finalize import finalize_store
+from store.finalize import NOTHING_KNOWN, finalize_store
 from store.format import NOTES_FOLDER, Manifest
 from store.job import ROWS_STORE, Job, count_committed, features_job, log_path, read_commits, read_parts
 from store.keys import Plan
 from store.metadata import ZARR_JSON, write_json
 from store.reader import open_store
+from store.statistics import Moments
 from store.writer import channel_scale
 
 log = get_logger("extract")
@@ -122,7 +123,7 @@ def use_threads(path: Path, teacher: Teacher) -> None:
         torch.set_num_threads(int(json.loads(file.read_bytes())["cpu_threads"]))
 
 
-def check_same(path: Path, task: ExtractTask, manifest: Manifest, automatic_grid: bool = False) -> None:
+def check_same(path: Path | str, task: ExtractTask, manifest: Manifest, automatic_grid: bool = False) -> None:
     """Raises DifferentStore with every field that differs and both values. Targets and class names may differ."""
 
     def shorten(value: object) -> str:
@@ -234,8 +235,12 @@ def count_still_bad(task: ExtractTask, job: Job) -> tuple[int, int]:
 # -- the end ------------------------------------------------------------------------------------------
 
 
-def complete_store(path: Path, own_all: bool) -> bool:
+def complete_store(
+    path: Path, own_all: bool, moments: Mapping[tuple[str, str], Mapping[int, Moments]] = NOTHING_KNOWN
+) -> bool:
     """Complete the store if all rows are committed; of several processes one does it. True when complete.
+
+    moments: of shards that are in a bucket, see `finalize_store`.
 
     Raises:
         StoreError: when rows are missing although this process was to write all of them.
@@ -250,5 +255,5 @@ def complete_store(path: Path, own_all: bool) -> bool:
             log.info("%s: %d of %d rows are committed, other shards are missing", path, committed, expected)
             return False
         rows_store = path.parent.name == names.WORK_FOLDER  # nothing is trained from it
-        finalize_store(path, statistics=not rows_store)
+        finalize_store(path, statistics=not rows_store, moments=moments)
         return True

@@ -161,7 +161,7 @@ def recorded_splits(config: ExtractConfig) -> Mapping[str, KeyTable] | None:
     Raises:
         DifferentStore: when the store was cut with another `--val-fraction`.
     """
-    path = config.out
+    path = config.folder
     if config.overwrite or not (path / ZARR_JSON).exists():
         return None
     fraction = read_source_record(path).get("val_fraction", config.val_fraction)  # older stores have none
@@ -257,7 +257,7 @@ def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> Extrac
         *names.image_arrays(config.images, config.image_size, frames=encoding.clip_frames),
     ]
     return ExtractTask(
-        path=config.out,
+        path=config.folder,
         splits={name: RowSamples(samples) for name, samples in source.splits.items()},
         encoding=encoding,
         manifest=manifest,
@@ -454,8 +454,8 @@ def choose_bit_depth(config: ExtractConfig, source: Source) -> int:
         return FULL_DEPTH
     if config.bit_depth != "auto":
         return int(config.bit_depth)
-    if not config.overwrite and (config.out / ZARR_JSON).exists():
-        return open_store(config.out, allow_incomplete=True).manifest.preprocessing.bit_depth
+    if not config.overwrite and (config.folder / ZARR_JSON).exists():
+        return open_store(config.folder, allow_incomplete=True).manifest.preprocessing.bit_depth
     largest = [value for sample in sampled(source) for value in largest_values(sample, config.max_pixels)]
     if not largest:
         return FULL_DEPTH

@@ -26,6 +26,7 @@ from store.job import features_job, progress
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 from store.summary import store_warnings
+from store.upload import uploaded_shards
 
 log = get_logger("extract")
 
@@ -109,7 +110,7 @@ def count_bad(config: ExtractConfig, before: int, new: Sequence[BadSample], rows
         example = f"; the last: {found[-1].key}: {found[-1].reason}" if found else ""
         raise TooManyBad(
             f"{bad} bad images, --max-bad {config.max_bad} allows {allowed}{example}. All are listed in "
-            f"{config.out / LEDGER}. Raise --max-bad, or repair or remove them, and run the same command again"
+            f"{config.folder / LEDGER}. Raise --max-bad, or repair or remove them, and run the same command again"
         )
     return bad
 
@@ -183,7 +184,7 @@ class ExtractResult:
 
 def stop_message(config: ExtractConfig) -> str:
     """The message after a signal ended the run, read from what is committed."""
-    path = config.out
+    path = config.folder
     if not (path / ZARR_JSON).exists():
         done = "nothing is encoded yet"
     elif (job := features_job(rows_of := work_path(path))) is None:
@@ -192,6 +193,8 @@ def stop_message(config: ExtractConfig) -> str:
         rows, total = (sum(counts) for counts in zip(*progress(rows_of, job).values(), strict=True))
         new = "" if rows_of == path else "new "
         done = f"{rows:,} of {total:,} {new}images are committed in {path}"
+        if config.url is not None:
+            done += f", those of {uploaded_shards(path, job)} of {len(job.units())} shards in {config.url}"
     return f"stopped: {done}. Go on with: {resume_command(config)}"
 
 

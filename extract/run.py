@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -51,23 +51,27 @@ def run_extraction(
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         if config.dry_run:
             return dry_run(config, stop)
-        check_writable(config.out, "--out")
+        if config.url is not None:
+            from extract.bucket import extract_to_url
+
+            return extract_to_url(config, observers, stop)
+        check_writable(config.folder, "--out")
         # With --shard-range a neighbor may be making the store at this moment.
-        if not (config.overwrite or config.shards or (config.out / ZARR_JSON).exists()):
-            check_free(config.out)
+        if not (config.overwrite or config.shards or (config.folder / ZARR_JSON).exists()):
+            check_free(config.folder)
         with open_executor(config, observers, stop) as executor:
             config = executor.config
-            result = ExtractResult(store=str(config.out))
-            if (config.out / ZARR_JSON).exists() and not config.overwrite:
-                with extract_lock(config.out):
+            result = ExtractResult(store=config.out)
+            if (config.folder / ZARR_JSON).exists() and not config.overwrite:
+                with extract_lock(config.folder):
                     publish_version(
-                        config.out
+                        config.folder
                     )  # finish a switch that was killed: without it the store is incomplete
             executor.plan()
             more = True
             while more:  # a second time for the rows that a data set that has changed since needs
                 executor.encode(result)
-                complete = complete_store(work_path(config.out), own_all=config.shards is None)
+                complete = complete_store(work_path(config.folder), own_all=config.shards is None)
                 more = complete and executor.follow(result)
         result.read_store()
         if config.logits != "none" and result.complete:
@@ -82,10 +86,10 @@ def extract_and_measure(config: ExtractConfig) -> ExtractResult:
 
     Raises: as `run_extraction`.
     """
-    with PhaseProgress() as progress, ExtractionClock(config.out) as timer:
+    with PhaseProgress() as progress, ExtractionClock(config.folder) as timer:
         result = run_extraction(config, [progress, timer])
     if result.probe is not None:
-        note_probe(config.out, result.probe)
+        note_probe(config.folder, result.probe)
     return result
 
 
@@ -131,7 +135,7 @@ def open_executor(
 @contextmanager
 def open_local(
     config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
-) -> Iterator[Executor]:
+) -> Iterator[LocalExecutor]:
     with StopDeadline(stop, lambda: stop_message(config)) as deadline:
         yield LocalExecutor(config, observers, stop, deadline)
 
@@ -147,6 +151,9 @@ class LocalExecutor:
         deadline: StopDeadline,
     ) -> None:
         self.config, self.observers, self.stop, self.deadline = config, observers, stop, deadline
+        # Called before each shard and after each batch; may raise.
+        self.wait_for_room: Callable[[], None] = lambda: None
+        self.between: Callable[[], None] = lambda: None
 
     def plan(self) -> None:
         source = open_data(self.config)
@@ -178,14 +185,18 @@ class LocalExecutor:
             try:
                 for split, first, end in ranges_left(self.config, self.task.path, job):
                     writer = StoreWriter(
-                        self.task.path, split, (first, end), break_lock=self.config.break_lock
+                        self.task.path,
+                        split,
+                        (first, end),
+                        break_lock=self.config.break_lock,
+                        wait_for_room=self.wait_for_room,
                     )
                     pipeline.encode(writer, self.encoded, self.stop, self.after_batch)
                     self.check_bad()
                     self.raise_if_stopped()
             finally:
                 self.deadline.save = lambda: stop_message(self.config)
-                record_encoded(self.config.out, self.encoded)
+                record_encoded(self.config.folder, self.encoded)
         result.seconds += time.monotonic() - started
         result.startup_seconds += (self.first_batch_at or started) - started
         result.add(self.encoded)
@@ -195,6 +206,7 @@ class LocalExecutor:
         self.done += rows
         self.tell()
         self.check_bad()
+        self.between()
 
     def check_bad(self) -> None:
         count_bad(self.config, self.bad, self.encoded.bad, self.total + self.task.reused)

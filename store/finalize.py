@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from files.writing import sync_folder
-from store.arrays import MappedArray, RowArray, open_array
+from store.arrays import MappedArray, open_array
 from store.errors import StoreError, disk_errors
 from store.format import (
     COMMITS_FOLDER,
@@ -58,9 +58,10 @@ from store.metadata import (
     write_json,
     write_manifest,
 )
-from store.shards import PARTIAL, ArrayWriter, Layout, blocks, byte_view, read_data
+from store.shards import PARTIAL, ArrayWriter, Layout, byte_view, read_data
+from store.statistics import Moments, combine, mean_and_std, moments_of, statistics_json
 
-STATISTICS_BYTES = 8 * 1024 * 1024  # four times as much in float64
+NOTHING_KNOWN: Mapping[Any, Any] = {}
 Checksums = list[tuple[int, int]]
 
 
@@ -69,11 +70,13 @@ def finalize_store(
     *,
     job: str = FEATURES_JOB,
     statistics: bool = True,
+    moments: Mapping[tuple[str, str], Mapping[int, Moments]] = NOTHING_KNOWN,
     break_lock: bool = False,
 ) -> None:
     """Complete a job whose rows are all committed; for the features job, the store becomes complete.
 
     statistics: whether to read every feature again for its channel's mean and standard deviation.
+    moments: (split, array) → shard → what is known of it already; such shards are not read.
     Raises StoreError when rows are missing, saying which; LockedError while a writer is at work.
     """
     store = Path(path)
@@ -93,7 +96,7 @@ def finalize_store(
         with disk_errors(store):
             parts = [Finishing.begin(store, work, split) for split in work.splits]
             for part in parts:
-                part.run(statistics)
+                part.run(statistics, moments)
             publish_manifest(store, work)
             remove_job(store, job)
     finally:
@@ -138,7 +141,11 @@ class Finishing:
     def rows(self) -> int:
         return self.job.splits[self.split].rows
 
-    def run(self, statistics: bool) -> None:
+    def run(
+        self,
+        statistics: bool,
+        moments: Mapping[tuple[str, str], Mapping[int, Moments]],
+    ) -> None:
         write_group(self.folder)
         appended = keys_folder(job_folder(self.store, self.job.name))  # of a job that appended rows
         if appended.exists():
@@ -163,7 +170,8 @@ class Finishing:
         write_json(self.store / COMMITS_FOLDER / f"{self.split}.json", dict(sorted(record.items())))
         for spec in self.job.arrays if statistics else ():
             if spec.scaled and spec.encoding == "plain":
-                write_statistics(self.store, self.split, spec, self.job.scale_of(spec.name))
+                known = moments.get((self.split, spec.name), {})
+                write_statistics(self.store, self.split, spec, self.job.scale_of(spec.name), known)
 
     def kept_entries(self, offsets: str) -> int:
         """How many ragged entries belong to kept rows. An interrupted run left the same prefix."""
@@ -224,53 +232,33 @@ class Finishing:
         write_array_metadata(self.folder, spec.name, layout, self.job.attributes(spec.name))
 
 
-def write_statistics(store: Path, split: str, spec: ArraySpec, scale: np.ndarray | None) -> None:
-    """Mean and standard deviation [D] of one array, true units, valid rows, into its attributes."""
+def write_statistics(
+    store: Path,
+    split: str,
+    spec: ArraySpec,
+    scale: np.ndarray | None,
+    known: Mapping[int, Moments] = NOTHING_KNOWN,
+) -> None:
+    """Mean and standard deviation [D] of one array, true units, valid rows, into its attributes.
+
+    known: the moments of shards that need not be read, or are not here.
+    """
     path = store / split / spec.name / ZARR_JSON
     metadata = read_json(path)
     array = open_array(str(store), split, spec.name, metadata)
     valid = None if spec.ragged else MappedArray.open(store / split, VALID)
-    mean, std, count = channel_statistics(array, valid, scale)
-    metadata["attributes"]["statistics"] = statistics_json(mean, std, count)
+    layout = array.layout
+
+    def moments() -> Iterator[Moments]:
+        for shard in range(layout.shards):
+            first = shard * layout.shard_rows
+            end = first + layout.rows_in(shard)
+            counted = None if valid is None else valid.slice(first, end)
+            yield known.get(shard) or moments_of(array, first, end, counted)
+
+    found = combine(moments(), layout.row_shape[-1])
+    metadata["attributes"]["statistics"] = statistics_json(*mean_and_std(found, scale), found.count)
     write_json(path, metadata)
-
-
-def statistics_json(mean: np.ndarray, std: np.ndarray, count: int) -> dict[str, Any]:
-    return {"mean": mean.astype(float).tolist(), "std": std.astype(float).tolist(), "count": count}
-
-
-def channel_statistics(
-    array: RowArray, valid: RowArray | None, scale: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean and std [D] float32 in true units over the vectors of valid rows, and their number.
-
-    valid: the rows' flags; None for ragged arrays, whose invalid entries are NaN.
-    Sums run in float64 around the first finite vector, so that a large mean costs no digits.
-    Without any valid vector: mean 0, std 1.
-    """
-    width = array.layout.row_shape[-1]
-    shift, total, squares, count = np.zeros(width), np.zeros(width), np.zeros(width), 0
-    for start, stop in blocks(0, len(array), array.layout.row_bytes, STATISTICS_BYTES):
-        rows = array.slice(start, stop)
-        if valid is not None:
-            rows = rows[valid.slice(start, stop)]
-        vectors = rows.reshape(-1, width).astype(np.float64)
-        if valid is None:
-            vectors = vectors[np.isfinite(vectors).all(axis=1)]
-        if not len(vectors):
-            continue
-        if count == 0:
-            shift = vectors[0].copy()
-        vectors -= shift
-        total += vectors.sum(axis=0)
-        squares += np.einsum("nd,nd->d", vectors, vectors)
-        count += len(vectors)
-    if count == 0:
-        return np.zeros(width, np.float32), np.ones(width, np.float32), 0
-    factor = np.ones(width) if scale is None else scale.astype(np.float64)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-    return ((mean + shift) * factor).astype(np.float32), (std * factor).astype(np.float32), count
 
 
 def commit_record(store: Path, split: str) -> dict[str, Checksums]:

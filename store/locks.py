@@ -166,18 +166,25 @@ class RowLock:
 
 
 def is_abandoned(path: Path, owner: Owner) -> bool:
-    """Whether a lock's process has ended: looked up if it ran on this host, else known from a stopped heartbeat.
-
-    An equal host name alone proves nothing: machines and containers may share one, and a disk.
-    """
-    if (owner.host, owner.boot, owner.namespace) == (socket.gethostname(), boot_id(), pid_namespace()):
-        return process_start(owner.pid) != owner.process_start
+    """Whether a lock's process has ended: looked up if it ran on this host, else known from a stopped heartbeat."""
+    if (gone := ended_here(owner)) is not None:
+        return gone
     # Both times come from the file system's clock, not from two hosts' clocks.
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent) as now:
             return Path(now.name).stat().st_mtime - path.stat().st_mtime > STALE_AFTER_S
     except FileNotFoundError:
         return True
+
+
+def ended_here(owner: Owner) -> bool | None:
+    """Whether a process of this host has ended; None for one of another host.
+
+    An equal host name alone proves nothing: machines and containers may share one, and a disk.
+    """
+    if (owner.host, owner.boot, owner.namespace) != (socket.gethostname(), boot_id(), pid_namespace()):
+        return None
+    return process_start(owner.pid) != owner.process_start
 
 
 def read_owner(path: Path) -> Owner | None:

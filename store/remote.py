@@ -10,17 +10,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import mmap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from store.errors import RemoteError, StoreError
 
 BLOCK_BYTES = 16 * 1024 * 1024  # one request
 CONNECTIONS = 4  # requests of one file at the same time
+PART_BYTES = 32 * 1024 * 1024  # of an upload
+PARTS = 2  # of one file at the same time
 #: Pauses between tries: half a minute outlasts throttling and a short loss of the network.
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+#: Of uploads: ten minutes more, during which encoding goes on as long as there is room for its shards.
+LONG_PAUSES_S = (*PAUSES_S, *([15.0] * 40))
 FIRST_PAUSES_S = (0.5,)  # of the first file, where a wrong address is likelier than a fault
 CREDENTIAL_ERRORS = (
     "NoCredentialsError",
@@ -38,15 +43,32 @@ Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
 
-class RemoteFiles:
-    """The files below a URL. Safe to share between threads, to fork and to pickle: a process opens its own client."""
+class Entry(NamedTuple):
+    """What a listing says of a file. `etag`: changes with the content; empty where the file system has none."""
 
-    def __init__(self, url: str) -> None:
+    size: int
+    etag: str
+
+
+class RemoteFiles:
+    """The files below a URL. Safe to share between threads, to fork and to pickle: a process opens its own client.
+
+    pauses_s: between tries of each request. sleep: waits so many seconds; may raise to end the waiting.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        pauses_s: tuple[float, ...] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.url = url.rstrip("/")
+        self.pauses_s = pauses_s
+        self.sleep = sleep
 
     def read(self, key: str, pauses_s: tuple[float, ...] | None = None) -> bytes:
         """A whole small file. Raises FileNotFoundError, or StoreError for everything else."""
-        return self._range(key, 0, None, PAUSES_S if pauses_s is None else pauses_s)
+        return self._range(key, 0, None, pauses_s)
 
     def blocks(self, key: str, size: int | None = None) -> Iterator[bytes]:
         """A file's bytes in order, several requests under way at once. Raises as `read`.
@@ -54,8 +76,8 @@ class RemoteFiles:
         size: of the file, where it is known, which saves a request. A shorter file ends earlier.
         """
         if size is None:
-            size = self._try(key, PAUSES_S, lambda files, path: int(files.info(path)["size"]))
-        first = self._range(key, 0, min(size, BLOCK_BYTES), PAUSES_S)
+            size = self._try(key, None, lambda files, path: int(files.info(path)["size"]))
+        first = self._range(key, 0, min(size, BLOCK_BYTES))
         yield first
         if len(first) >= size:  # also from a server that answers every range with the whole file
             return
@@ -63,7 +85,7 @@ class RemoteFiles:
         with ThreadPoolExecutor(CONNECTIONS, "store-download") as pool:
             pending: list[Any] = []
             for start in starts:
-                pending.append(pool.submit(self._range, key, start, min(size, start + BLOCK_BYTES), PAUSES_S))
+                pending.append(pool.submit(self._range, key, start, min(size, start + BLOCK_BYTES)))
                 if len(pending) == CONNECTIONS:  # bounds the memory
                     yield pending.pop(0).result()
             for request in pending:
@@ -72,7 +94,7 @@ class RemoteFiles:
     def size(self, key: str) -> int | None:
         """Bytes of a file; None where there is none. Raises StoreError."""
         try:
-            return self._try(key, PAUSES_S, lambda files, path: int(files.info(path)["size"]), fresh=True)
+            return self._try(key, None, lambda files, path: int(files.info(path)["size"]), fresh=True)
         except FileNotFoundError:
             return None
 
@@ -88,33 +110,89 @@ class RemoteFiles:
         except (FileNotFoundError, StoreError):
             return []
 
-    def write(self, key: str, data: bytes) -> None:
-        """Write a whole file, which appears under its name when it is complete, and compare what has arrived.
+    def listing(self, folder: str = "", pauses_s: tuple[float, ...] | None = None) -> dict[str, Entry]:
+        """Every file below a folder, keys relative to the URL; none where there is no such folder. Raises StoreError."""
+
+        def find(files: Any, path: str) -> dict[str, Entry]:
+            files.invalidate_cache()
+            path = path.rstrip("/")
+            start = len(path) - len(folder)
+            found = files.find(path, detail=True)
+            return {
+                name[start:].lstrip("/"): Entry(int(info["size"]), etag_of(info))
+                for name, info in found.items()
+            }
+
+        try:
+            return self._try(folder, pauses_s, find)
+        except FileNotFoundError:
+            return {}
+
+    def modified(self, key: str) -> float:
+        """When a file was written, seconds since 1970 by the server's clock. Raises FileNotFoundError, StoreError."""
+        return self._try(key, None, lambda files, path: float(files.modified(path).timestamp()), fresh=True)
+
+    def create(self, key: str, data: bytes) -> bool | None:
+        """Write a small file only if there is none; whether it was written. None: this file system cannot do that.
 
         Raises StoreError.
         """
 
-        def put(files: Any, path: str) -> None:
-            if not hasattr(files, "_s3"):  # object stores have no folders
-                files.makedirs(path.rpartition("/")[0], exist_ok=True)
-            files.pipe_file(path, data)
-            files.invalidate_cache(path.rpartition("/")[0])
-            if not arrived(files, path, data):
-                raise OSError("what arrived is not what was sent")
+        def put(files: Any, path: str) -> bool | None:
+            make_folder(files, path)
+            try:
+                files.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                # Also when the answer to an earlier try was lost on the way.
+                return bytes(files.cat_file(path)) == data
+            except (NotImplementedError, TypeError):
+                return None
+            except OSError as error:
+                if "NotImplemented" in str(error) or "not implemented" in str(error):
+                    return None
+                raise
+            try:  # some file systems ignore the mode
+                files.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return True
+            return None
 
-        try:
-            self._try(key, PAUSES_S, put)
-        except FileNotFoundError as error:
-            raise StoreError(
-                f"{self.url}/{key}: cannot be written: {error}; check the address: is there such a bucket?"
-            ) from error
+        return self._try(key, None, put, write=True)
+
+    def write(self, key: str, data: bytes | mmap.mmap) -> str:
+        """Write a whole file, which appears under its name when it is complete, and compare what has arrived.
+
+        Returns its etag, as `Entry` has it. Raises StoreError.
+        """
+
+        def put(files: Any, path: str) -> str:
+            make_folder(files, path)
+            if hasattr(files, "_s3"):  # a map is sent in parts, so that a large file need not fit into memory
+                large = len(data) >= 2 * PART_BYTES
+                body = data if large else bytes(data)
+                files.pipe_file(path, body, chunksize=PART_BYTES, max_concurrency=PARTS)
+            elif "file" in files.protocol:
+                partial = f"{path}.partial"
+                files.pipe_file(partial, bytes(data))
+                files.mv(partial, path)
+            else:
+                files.pipe_file(path, bytes(data))
+            files.invalidate_cache(path.rpartition("/")[0])
+            info = files.info(path)
+            if not arrived(files, path, info, data):
+                raise OSError("what arrived is not what was sent")
+            return etag_of(info)
+
+        return self._try(key, None, put, write=True)
 
     def delete(self, key: str) -> None:
         """Delete a file, if there is one. Raises StoreError."""
         with contextlib.suppress(FileNotFoundError):
-            self._try(key, PAUSES_S, lambda files, path: files.rm_file(path))
+            self._try(key, None, lambda files, path: files.rm_file(path))
 
-    def _range(self, key: str, start: int, stop: int | None, pauses_s: tuple[float, ...]) -> bytes:
+    def _range(
+        self, key: str, start: int, stop: int | None, pauses_s: tuple[float, ...] | None = None
+    ) -> bytes:
         """One request: without a range s3fs asks for the size first, whose refusal has no reason in it."""
 
         def get(files: Any, path: str) -> bytes:
@@ -130,13 +208,19 @@ class RemoteFiles:
     def _try(
         self,
         key: str,
-        pauses_s: tuple[float, ...],
+        pauses_s: tuple[float, ...] | None,
         work: Callable[[Any, str], Value],
         *,
         fresh: bool = False,
+        write: bool = False,
     ) -> Value:
-        """What `work` returns, tried again where that can help. `fresh`: not from a listing that was kept."""
-        where = f"{self.url}/{key}"
+        """What `work` returns, tried again where that can help. `fresh`: not from a listing that was kept.
+
+        `write`: FileNotFoundError means that there is no such bucket, and becomes a StoreError.
+        """
+        where = f"{self.url}/{key}".rstrip("/")
+        if pauses_s is None:
+            pauses_s = PAUSES_S if self.pauses_s is None else self.pauses_s
         for pause in (*pauses_s, None):
             try:
                 import fsspec
@@ -145,8 +229,12 @@ class RemoteFiles:
                 if fresh:
                     files.invalidate_cache(path.rpartition("/")[0])
                 return work(files, path)
-            except FileNotFoundError:
-                raise
+            except FileNotFoundError as error:
+                if not write:
+                    raise
+                raise StoreError(
+                    f"{where}: cannot be written: {error}; check the address: is there such a bucket?"
+                ) from error
             except (
                 Exception
             ) as error:  # no network, no credentials, no such protocol: each package has its own errors
@@ -159,19 +247,37 @@ class RemoteFiles:
                         f"{where}: does not work: {text[:300]}; check address and network, then run the same command again"
                     ) from error
                 log.warning("%s: %s; trying again in %g s", where, text[:200], pause)
-                time.sleep(pause)
+                self.sleep(pause)
         raise AssertionError("unreachable")
 
 
-def arrived(files: Any, path: str, data: bytes) -> bool:
+def make_folder(files: Any, path: str) -> None:
+    if not hasattr(files, "_s3"):  # object stores have no folders
+        files.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+
+def etag_of(info: Mapping[str, Any]) -> str:
+    return str(info.get("ETag") or info.get("etag") or "").strip('"')
+
+
+def arrived(files: Any, path: str, info: Mapping[str, Any], data: bytes | mmap.mmap) -> bool:
     """Whether a file that was written has this content: by the provider's checksum where it has one, else read back."""
-    info = files.info(path)
     if int(info["size"]) != len(data):
         return False
-    etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
-    # The MD5 of an object in one part; with some encryptions it is something else.
-    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    return etag == digest or bytes(files.cat_file(path)) == data
+    etag = etag_of(info)
+    return etag == digest(data, parts="-" in etag) or bytes(files.cat_file(path)) == bytes(data)
+
+
+def digest(data: bytes | mmap.mmap, *, parts: bool) -> str:
+    """The etag of an object sent whole (its MD5), or in parts (MD5 of theirs). With some encryptions it is another."""
+    with memoryview(data) as view:
+        if not parts:
+            return hashlib.md5(view, usedforsecurity=False).hexdigest()
+        starts = range(0, len(view), PART_BYTES)
+        sums = [
+            hashlib.md5(view[start : start + PART_BYTES], usedforsecurity=False).digest() for start in starts
+        ]
+    return f"{hashlib.md5(b''.join(sums), usedforsecurity=False).hexdigest()}-{len(sums)}"
 
 
 def code_of(error: Exception) -> str:

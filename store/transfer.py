@@ -17,7 +17,7 @@ import numpy as np
 
 from store.create import check_free, create_store, new_folder
 from store.errors import StoreError
-from store.finalize import commit_record, finalize_store, statistics_json
+from store.finalize import commit_record, finalize_store
 from store.format import (
     COMMITS_FOLDER,
     COMPONENTS,
@@ -41,6 +41,7 @@ from store.metadata import (
 )
 from store.reader import Split, Statistics, Store, open_store
 from store.shards import BLOCK_BYTES, ArrayWriter, Layout, blocks
+from store.statistics import statistics_json
 from store.writer import StoreWriter, channel_scale, to_stored
 
 BLOCK_ROWS = 1024

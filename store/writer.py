@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +55,7 @@ class StoreWriter:
 
     row_range: (first row, end row), both at shard boundaries (the end may be the split's end); None is
         every row of the job. Writers of disjoint ranges may run at the same time, anywhere.
+    wait_for_room: called before another shard is begun; may raise.
 
     Use as a context manager: leaving it normally commits, leaving it by an exception does not.
     """
@@ -69,8 +70,10 @@ class StoreWriter:
         commit_rows: int = COMMIT_ROWS,
         commit_seconds: float = COMMIT_SECONDS,
         break_lock: bool = False,
+        wait_for_room: Callable[[], None] = lambda: None,
     ) -> None:
         self.path, self.split = Path(path), split
+        self.wait_for_room = wait_for_room
         self.job: Job = load_job(self.path, job)
         if split not in self.job.splits:
             raise StoreError(f"{path}: no split {split!r}; valid: {sorted(self.job.splits)}")
@@ -144,6 +147,7 @@ class StoreWriter:
             done = 0
             while done < block.rows:
                 if self._shard is None:
+                    self.wait_for_room()
                     shard = self.next_row // self.job.shard_rows
                     self._shard = OpenShard(self.path, self.job, self.split, shard, [])
                 count = min(block.rows - done, self._shard.end - self.next_row)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -166,18 +167,20 @@ def find_changes(
     targets: Sequence[names.ArraySpec],
     *,
     check_content: bool = False,
+    notes: Path | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Changes:
     """Compare a complete store with the samples by split that the data set has now.
 
     encoded: rows that were encoded since, for this data set. targets: the target arrays that the data set needs.
     check_content: read every file, and try bad images again; otherwise files with the recorded stamp are trusted.
+    notes: the folder of the store's notes, None for the one that it has.
     Raises what `between` raises.
     """
     parts = [
         Part(
             split,
-            load_stamps(source.path / NOTES_FOLDER, name, len(split)),
+            load_stamps((source is store and notes) or source.path / NOTES_FOLDER, name, len(split)),
             source.manifest.class_names,
             fresh=source is encoded,
         )

@@ -1,0 +1,308 @@
+"""`cli extract --out s3://…`: interrupted, by several hosts, with faults. Into a bucket of moto's S3 server where the
+protocol matters, into fsspec's `memory://` where it does not."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from extract.config import ConfigError, load_config
+from extract.plan import DifferentStore
+from extract.run import run_extraction
+from store import remote, remote_locks
+from store.errors import LockedError, StoreError
+from store.reader import open_store
+from store.remote import RemoteFiles
+from store.remote_locks import RemoteLock
+from tests.s3_servers import SECRET, moto_server, use_endpoint
+from tests.test_extract.extractions import extract
+
+SHARDS = 4 + 1  # of `options`: 49 training rows, 11 validation rows
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """The URL of moto's S3 server."""
+    with moto_server() as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "PAUSES_S", (0.01, 0.01))
+    yield
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def bucket(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a bucket of this test's own; s3:// is moto's server."""
+    use_endpoint(monkeypatch, endpoint)
+    name = f"bucket-{abs(hash(str(tmp_path)))}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def options(extract_options: dict[str, Any]) -> dict[str, Any]:
+    """An extraction of five shards."""
+    return {**extract_options, "out": "memory://bucket/a.zarr", "grid": 2, "shard_rows": 16}
+
+
+def objects(url: str) -> dict[str, bytes]:
+    """Every object below a URL but the times that were measured and those of the data set's files."""
+    files, path = fsspec.core.url_to_fs(url)
+    files.invalidate_cache()
+    return {
+        name[len(path) :].lstrip("/"): files.cat_file(name)
+        for name in files.find(path)
+        if not name.endswith("measured.json")
+    }
+
+
+class Crashed(Exception):
+    """What ends an extraction in the middle."""
+
+
+class CrashAfter:
+    """An observer that ends the extraction once `rows` rows are encoded."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        if done >= self.rows:
+            raise Crashed
+
+
+def crash(options: dict[str, Any], rows: int) -> None:
+    with pytest.raises(Crashed):
+        run_extraction(load_config(options), [CrashAfter(rows)])
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """The same of a folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "measured.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def local_store(options: dict[str, Any], folder: Path, **changes: Any) -> dict[str, bytes]:
+    """The files of the store that the same extraction makes on this disk."""
+    extract(options, out=folder, **changes)
+    return files_below(folder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"views": 2, "images": "jpeg"}], ids=["plain", "views"])
+def test_the_bucket_has_the_bytes_of_a_local_store(
+    options: dict[str, Any], bucket: str, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    options["out"] = f"{bucket}/a.zarr"
+    result = extract(options, **changes)
+    assert (result.complete, result.encoded, result.store) == (True, 60, options["out"])
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr", **changes)
+    assert not list((tmp_path / "cache/qwen-distill/staging").glob("*/*"))
+    assert open_store(options["out"]).fingerprint == result.fingerprint
+    again = extract(options, **changes)
+    assert (again.complete, again.encoded, again.rows) == (True, 0, 60)
+
+
+@pytest.mark.parametrize("other_host", [False, True])
+def test_an_interrupted_extraction_continues_here_and_on_another_host(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_host: bool
+) -> None:
+    crash(options, 40)
+    sent = [key for key in objects(options["out"]) if key.endswith(".log")]
+    assert len(sent) < SHARDS
+    with pytest.raises(StoreError, match="incomplete"):
+        open_store(options["out"])
+    if other_host:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    result = extract(options)
+    assert result.complete
+    assert result.encoded <= 60 - 16 * len(sent)
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def test_hosts_with_ranges_of_shards_make_one_store(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for number, part in enumerate(["2:4", "0:2", "4:"]):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"host{number}"))
+        results.append(extract(options, shard_range=part))
+    assert [result.encoded for result in results] == [17, 32, 11]
+    assert [result.complete for result in results] == [False, False, True]
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def test_staging_is_bounded(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a slow line, encoding waits until a shard has left."""
+    seen = []
+    staging = load_config(options).folder
+    plain = RemoteFiles.write
+
+    def slow(self: RemoteFiles, key: str, data: Any) -> str:
+        if "/c/" in key:
+            time.sleep(0.2)
+            seen.append(len(list(staging.glob("*/features/pooled/c/*/0*"))))
+        return plain(self, key, data)
+
+    monkeypatch.setattr(RemoteFiles, "write", slow)
+    extract(options, staging_gb=1e-9)
+    assert len(seen) > 2 * SHARDS  # files of shards, and of small arrays
+    assert max(seen) == 1
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def test_what_changed_in_the_bucket_is_encoded_again(options: dict[str, Any], tmp_path: Path) -> None:
+    """A shard that was deleted, and one that is another than the one that was sent."""
+    crash(options, 56)
+    files = fsspec.filesystem("memory")
+    sent = sorted(key for key in objects(options["out"]) if key.endswith(".log"))
+    first, second = (int(key.rpartition("/")[2].removesuffix(".log")) for key in sent[:2])
+    place = "/bucket/a.zarr/train/features/pooled/c"
+    files.rm_file(f"{place}/{first}/0")
+    files.pipe_file(f"{place}/{second}/0", files.cat_file(f"{place}/{second}/0")[:-1])
+    assert extract(options).complete
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def test_overwrite_changed_data_and_other_options(options: dict[str, Any], tmp_path: Path) -> None:
+    extract(options)
+    with pytest.raises(DifferentStore, match=r"a\.zarr was made with other options: grid is 2, asked for 4"):
+        extract(options, grid=4)
+    changed = {**options, "data": str(tmp_path / "data")}
+    shutil.copytree(options["data"], changed["data"])
+    next(iter(sorted(Path(changed["data"]).rglob("*.png")))).unlink()
+    with pytest.raises(DifferentStore, match=r"1 removed.*not updated in place: copy it to a folder"):
+        extract(changed)
+    assert extract(changed, overwrite=True).rows == 59
+    assert objects(options["out"]) == local_store(changed, tmp_path / "local.zarr")
+
+
+def test_no_credential_is_stored(options: dict[str, Any], bucket: str) -> None:
+    options["out"] = f"{bucket}/a.zarr"
+    crash(options, 40)
+    assert not [key for key, data in objects(options["out"]).items() if SECRET.encode() in data]
+    extract(options)
+    assert not [key for key, data in objects(options["out"]).items() if SECRET.encode() in data]
+
+
+def test_what_cannot_be_written_is_one_line(
+    options: dict[str, Any], bucket: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreError, match=r"s3://absent/a\.zarr.*is there such a bucket"):
+        extract(options, out="s3://absent/a.zarr")
+    options["out"] = f"{bucket}/a.zarr"
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/other/notes.txt".removeprefix("s3://"), b"x")
+    with pytest.raises(StoreError, match=r"other: exists and is no store"):
+        extract(options, out=f"{bucket}/other")
+    with pytest.raises(StoreError, match="a web server cannot be written to"):
+        extract(options, out="https://example.org/a.zarr")
+    with pytest.raises(ConfigError, match="takes one device and no scheduler"):
+        extract(options, device="cpu,cpu")
+    with pytest.raises(ConfigError, match="--logits needs the features on this disk"):
+        extract(options, logits="probe")
+    with pytest.raises(ConfigError, match="--staging-dir and --staging-gb are for a URL"):
+        load_config({**options, "out": "a.zarr", "staging_gb": 3})
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match=r"does not work.*check address and network") as error:
+        extract(options)
+    assert SECRET not in str(error.value)
+
+
+class TestLocks:
+    def test_one_of_two_gets_it(self, bucket: str) -> None:
+        files = RemoteFiles(f"{bucket}/locks.zarr")
+        lock = RemoteLock(files, "shards", 0, 4)
+        with pytest.raises(
+            LockedError, match=r"already being written: shards 0:4, process \d+ on .*--break-lock"
+        ):
+            RemoteLock(files, "shards", 0, 4)
+        with pytest.raises(LockedError):
+            RemoteLock(files, "shards", 3, 8)
+        RemoteLock(files, "shards", 4, 8).release()
+        lock.check()
+        lock.release()
+        RemoteLock(files, "shards", 3, 8).release()
+        assert not files.listing()
+
+    def test_of_many_that_begin_together_one_gets_it(self, bucket: str) -> None:
+        files = RemoteFiles(f"{bucket}/locks.zarr")
+        got: list[RemoteLock] = []
+
+        def begin() -> None:
+            with contextlib.suppress(LockedError):
+                got.append(RemoteLock(files, "store", 0, 1))
+
+        threads = [threading.Thread(target=begin) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(got) == 1
+        got[0].release()
+
+    def test_a_stale_one_is_taken_over_once_and_its_owner_notices(
+        self, bucket: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = RemoteFiles(f"{bucket}/locks.zarr")
+        monkeypatch.setattr(
+            remote_locks, "ended_here", lambda owner: None
+        )  # as for a process of another host
+        old = RemoteLock(files, "shards", 0, 4)
+        with pytest.raises(LockedError):
+            RemoteLock(files, "shards", 0, 4)
+        monkeypatch.setattr(remote_locks, "STALE_AFTER_S", -1)
+        new = RemoteLock(files, "shards", 0, 4)
+        with pytest.raises(StoreError, match="taken over by another process"):
+            old.check()
+        new.check()
+        old.release()
+        new.check()
+        new.release()
+
+    def test_a_file_system_without_conditional_put(
+        self, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(remote_locks, "SETTLE_S", 0.05)
+        plain = fsspec.get_filesystem_class("memory").pipe_file
+        monkeypatch.setattr(
+            fsspec.get_filesystem_class("memory"),
+            "pipe_file",
+            lambda self, path, value, mode="overwrite", **rest: plain(self, path, value),
+        )
+        files = RemoteFiles("memory://locks.zarr")
+        lock = RemoteLock(files, "shards", 0, 4)
+        assert "cannot create a file only if there is none" in caplog.text
+        with pytest.raises(LockedError):
+            RemoteLock(files, "shards", 0, 4)
+        lock.release()
+
+
+def test_the_writer_of_a_lost_lock_commits_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(self: RemoteLock) -> None:
+        raise StoreError("this writer's lock was taken over")
+
+    monkeypatch.setattr(RemoteLock, "check", lost)
+    with pytest.raises(StoreError, match="taken over"):
+        extract(options)
+    assert not [key for key in objects(options["out"]) if key.endswith(".log")]
+
+
+def test_a_folder_behind_a_url(options: dict[str, Any], tmp_path: Path) -> None:
+    options["out"] = f"file://{tmp_path}/bucket/a.zarr"
+    crash(options, 40)
+    assert extract(options).complete
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
