@@ -93,6 +93,12 @@ def shard_files(job: Job, shard: Shard) -> dict[str, str]:
     }
 
 
+def is_full(store: Path, job: Job, shard: Shard) -> bool:
+    """Whether all rows of a shard are written here; its files get their names a little later."""
+    commits = read_commits(log_path(store, job, *shard))
+    return bool(commits) and commits[-1].stop == job.shard_range(*shard)[1]
+
+
 def is_finished(store: Path, job: Job, shard: Shard) -> bool:
     """Whether all rows of a shard are committed here and its files have their names."""
     commits = read_commits(log_path(store, job, *shard))
@@ -155,12 +161,14 @@ class Uploader:
             if not told:
                 told = True
                 log.info("%.2f GB of shards wait for their upload: encoding waits for it", size / 1e9)
-            time.sleep(POLL_S / 4)
+            time.sleep(POLL_S / 2)
 
     def staged_bytes(self) -> int:
-        """Bytes of the shards that are here, those that are being written included."""
+        """Bytes of the shards that are here with all their rows."""
         total = 0
         for shard in [*self.waiting, *self.under_way]:
+            if not is_full(self.store, self.job, shard):
+                continue
             for path in self._files(shard).values():
                 for written in (path, path.with_name(f"{path.name}{PARTIAL}")):
                     with contextlib.suppress(FileNotFoundError):
@@ -172,7 +180,7 @@ class Uploader:
         while self.under_way or self._finished():
             self.check()
             between()
-            time.sleep(POLL_S / 4)
+            time.sleep(POLL_S / 2)
         self.check()
 
     def __enter__(self) -> Self:

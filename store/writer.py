@@ -92,6 +92,7 @@ class StoreWriter:
         self._last_commit = time.monotonic()
         self._syncer = ThreadPoolExecutor(1, "store-sync")
         self._syncs: deque[tuple[Future[None], int]] = deque()  # under way, and their bytes
+        wait_for_room()
         with disk_errors(self.path):
             folder = job_folder(self.path, job)
             self._lock = RowLock(folder, split, self.start, self.stop, break_lock=break_lock)
