@@ -85,6 +85,8 @@ class CrashAfter:
 
 
 def crash(options: dict[str, Any], rows: int) -> None:
+    """An extraction that ends so; with so little room, all shards before the last one have been sent by then."""
+    options = {**options, "staging_gb": 1e-9}
     with pytest.raises(Crashed):
         run_extraction(load_config(options), [CrashAfter(rows)])
 
