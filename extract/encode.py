@@ -23,7 +23,7 @@ from extract.decode.pool import DecodedBatch, PixelBuffer
 from extract.decode.sample import DecodedSample, Encoding, decode_samples
 from extract.sources.base import Sample
 from extract.teachers import Teacher
-from extract.teachers.devices import device_error
+from extract.teachers.devices import device_error, memory_advice
 from extract.teachers.pixels import cells_inside
 from imaging.geometry import resize_view
 from store import format as names
@@ -132,10 +132,7 @@ class AdaptiveBatch:
     def halve(self, count: int) -> None:
         size = min(self.limit, count)
         if size <= 1:
-            raise OutOfMemory(
-                f"out of memory on {self.device} with one image of {self.image_size} pixels: "
-                "use a smaller --image-size, --dtype bfloat16 or a device with more memory"
-            )
+            raise OutOfMemory(memory_advice(self.device, self.image_size))
         self.limit = size // 2
         self.halved.append(self.limit)
         if self.device.type == "cuda":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from extract.plan import (
 )
 from extract.sources.base import RemovedFile, Sample, Samples
 from extract.teachers import Teacher
+from files.locking import locked
 from store import format as names
 from store.create import create_store
 from store.errors import StoreError
@@ -50,8 +50,7 @@ COMPARED = ("teacher", "preprocessing", "source", "grid", "views", "images", "op
 def extract_lock(path: Path) -> Iterator[None]:
     """One extracting process at a time plans or finalizes; the lock is released when its owner ends."""
     (path / NOTES_FOLDER).mkdir(exist_ok=True)
-    with open(path / NOTES_FOLDER / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(path / NOTES_FOLDER / "lock"):
         yield
 
 

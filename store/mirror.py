@@ -11,7 +11,6 @@ Reading then has the speed of a local store. The cache is bounded: the shards th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from files.cache import cache_folder
+from files.locking import locked
 from store.arrays import MappedArray, ZarrArray
 from store.errors import StoreError, disk_errors
 from store.metadata import ZARR_JSON, recorded_checksum, to_json
@@ -134,6 +134,7 @@ class Mirror:
         path = self.path_of(array, layout, shard)
         with disk_errors(path):
             lock = self.folder / LOCKS / f"{array.replace('/', '-')}-{shard}"
+            lock.parent.mkdir(parents=True, exist_ok=True)
             with locked(lock):
                 if not path.exists():
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,7 @@ class Mirror:
 
     def _make_room(self, size: int) -> None:
         """Delete the shards that were not used for longest, of any store, until `size` bytes more fit."""
-        with locked(self.cache / LOCKS):
+        with locked(self.cache / ".lock"):
             files = sorted(cached_files(self.cache))
             used = sum(size for _, size, _ in files)
             for _, bytes_, path in files:
@@ -254,18 +255,6 @@ def replace_here(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
     partial.write_bytes(content)
     os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process and thread at a time; the system releases the lock of a process that is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path if path.name != LOCKS else path.with_name(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(file)
 
 
 class MirroredArray:

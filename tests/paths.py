@@ -1,4 +1,4 @@
-"""The paths through the code that CONTRIBUTING.md describes, and the calls that a piece of work makes."""
+"""Our packages, the paths through the code that CONTRIBUTING.md describes, and the calls that a piece of work makes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+#: The importable names of the product.
+OURS = {
+    *("backend", "cli", "commands", "console", "extract", "files", "frontend"),
+    *("imaging", "processes", "store", "train"),
+}
 
 Call = tuple[str, str]  # file relative to the root, qualified name
 

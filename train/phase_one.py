@@ -7,18 +7,16 @@ alone share one phase one: it is trained in a folder that is named after everyth
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import shutil
-import time
-from collections.abc import Iterator
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
+from files.locking import locked
 from files.writing import publish
 from processes.deadline import StopDeadline
 from store.format import POOLED
@@ -28,6 +26,8 @@ from train.errors import ConfigError
 from train.events import Event, EventStream
 from train.fit import FitRequest, FitResult
 from train.loop.machine import choose_device
+from train.loop.trainer import LoopTrainer
+from train.memory import fit_in_memory
 from train.ranks import barrier, world_size
 from train.run_folder import PRETRAIN, RunFolder, store_reference
 
@@ -121,9 +121,6 @@ def train_features(
     is_main: bool,
 ) -> None:
     """Train phase one in `folder`; its epochs go to `run`'s metrics.jsonl as well."""
-    from train.loop.trainer import LoopTrainer
-    from train.run import fit_in_memory
-
     ours = phase_one_config(config, config.pretrain_epochs)
     log.info(
         "phase one: %s learns the teacher's features of all %d samples for %d epochs",
@@ -175,7 +172,7 @@ def share_features(
     key = phase_one_key(config, store)
     shared = RunFolder(config.pretrain_cache / key)
     shared.create()
-    with only_one(config.pretrain_cache / f"{key}.lock", deadline.stop):
+    with locked(config.pretrain_cache / f"{key}.lock", partial(wait_for_other, shared, deadline.stop)):
         if shared.is_pretrained():
             log.info("phase one: taken from %s, which differs in nothing", shared.path)
         else:
@@ -187,9 +184,9 @@ def share_features(
         shared.best,
         shared.summary,
     ):  # the summary says that it is complete
-        partial = folder.path / f".{source.name}.partial"
-        shutil.copyfile(source, partial)
-        publish(partial, folder.path / source.name)
+        copy = folder.path / f".{source.name}.partial"
+        shutil.copyfile(source, copy)
+        publish(copy, folder.path / source.name)
 
 
 def phase_one_key(config: TrainConfig, store: Store) -> str:
@@ -218,23 +215,9 @@ def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-@contextlib.contextmanager
-def only_one(path: Path, stop: StopRequest) -> Iterator[None]:
-    """Hold a lock file; waits for another trial that trains the same phase one. Raises Stopped on a stop request."""
-    with path.open("w") as file:
-        waited = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    log.info(
-                        "phase one: another trial trains the same one in %s: waiting for it",
-                        path.with_suffix(""),
-                    )
-                waited = True
-            if stop.requested:
-                raise Stopped("stopped while waiting for phase one", stop.exit_code)
-            time.sleep(POLL_S)
-        yield
+def wait_for_other(shared: RunFolder, stop: StopRequest, waited_s: float) -> None:
+    """Another trial trains the same phase one. Raises Stopped on a stop request."""
+    if not waited_s:
+        log.info("phase one: another trial trains the same one in %s: waiting for it", shared.path)
+    if stop.wait(POLL_S):
+        raise Stopped("stopped while waiting for phase one", stop.exit_code)

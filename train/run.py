@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
-
-import torch
 
 from console.log import get_logger
 from console.stop import StopRequest
-from processes.deadline import StopDeadline, nothing_to_save
+from processes.deadline import StopDeadline
 from store.mirror import use_cache
 from store.reader import Store
 from train.config import TrainConfig
 from train.data.splits import warn_of_splits
 from train.events import EventStream, Listener, TrainingFinished
 from train.fit import FitRequest, FitResult, Trainer
-from train.loop.machine import MEMORY_ADVICE, OutOfMemoryError, explain_device_error, is_out_of_memory
+from train.memory import fit_in_memory
 from train.phase_one import learn_features, phase_one_config
 from train.ranks import barrier
 from train.run_folder import RunFolder, store_reference, warn_of_random_teacher
@@ -110,38 +106,6 @@ def train_with_control(
         events.emit(TrainingFinished(summary))
     barrier()
     return summary
-
-
-def fit_in_memory(trainer: Trainer, request: FitRequest) -> FitResult:
-    """Train to the end; out of memory ends with advice, or with smaller batches (--auto-batch)."""
-    request = replace(request, config=resumed_batches(request.config, request.folder))
-    while True:
-        try:
-            return trainer.fit(request)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                known = explain_device_error(error)
-                if known is None:
-                    raise
-                raise known from error
-            smaller = trainer.reduce_batch(request.config, request.folder)
-            if smaller is None:
-                raise OutOfMemoryError(f"{MEMORY_ADVICE} (batch_size {trainer.batch_size})") from error
-        # The deadline still holds the training that failed, and with it all its memory; the error did, up to here.
-        request.deadline.save = nothing_to_save
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        request = replace(request, config=smaller)
-
-
-def resumed_batches(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """A run whose batch was reduced resumes with it: positions in an epoch count its steps."""
-    if not (config.auto_batch and config.resume and folder.last.exists()):
-        return config
-    before = folder.read_resolved()
-    names = ("batch_size", "grad_accum_steps")
-    return config.replace(**{name: before[name] for name in names if name in before})
 
 
 def compare(main: FitResult, control: FitResult) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from backend.server.events import Broadcast
 from backend.server.settings import Settings
 from console.log import get_logger
 from console.stop import StopRequest
+from files.locking import locked
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -70,11 +70,11 @@ class ClosingServer(uvicorn.Server):
 @contextlib.contextmanager
 def only_server(root: Path) -> Iterator[None]:
     """Keep a second server out of the output root: both would start the same tasks."""
-    with (root / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ServerError(f"--output-root {root}: another server uses it: choose another one") from None
+
+    def refuse(waited_s: float) -> None:
+        raise ServerError(f"--output-root {root}: another server uses it: choose another one")
+
+    with locked(root / LOCK_FILE, refuse):
         yield
 
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from backend.task.errors import PlatformError
 from console.log import get_logger
 from console.progress import track_progress
 from console.stop import Stopped, StopRequest
+from files.locking import locked
 from files.reading import open_regular, read_regular
 from files.writing import publish
 
@@ -65,37 +64,27 @@ class FeatureCache:
             Stopped: when a stop is requested while waiting.
         """
         path = self.root / f"{key}.lock"
-        with path.open("a+", encoding="utf-8") as file:
-            wait_for_lock(file, path, stop, waiting)
-            file.seek(0)
-            file.truncate()
-            file.write(f"{owner}, process {os.getpid()} on {socket.gethostname()}")
+        reported = float("-inf")
+
+        def wait(waited_s: float) -> None:
+            nonlocal reported
+            if stop.requested:
+                raise Stopped("stopped while waiting for another task's extraction", stop.exit_code)
+            if waited_s - reported >= REPORT_EVERY_S:
+                reported = waited_s
+                text = f"waiting for the features that another task extracts ({read_owner(path)})"
+                log.info("%s, %d s so far", text, round(waited_s))
+                waiting(text)
+            stop.wait(POLL_S)
+
+        with locked(path, wait) as file:
+            file.truncate(0)
+            file.write(f"{owner}, process {os.getpid()} on {socket.gethostname()}".encode())
             file.flush()
             try:
                 yield
             finally:
                 file.truncate(0)
-
-
-def wait_for_lock(file: IO[str], path: Path, stop: StopRequest, waiting: Callable[[str], None]) -> None:
-    started, reported = time.monotonic(), float("-inf")
-    while not try_lock(file):
-        if stop.requested:
-            raise Stopped("stopped while waiting for another task's extraction", stop.exit_code)
-        if time.monotonic() - reported >= REPORT_EVERY_S:
-            reported = time.monotonic()
-            text = f"waiting for the features that another task extracts ({read_owner(path)})"
-            log.info("%s, %d s so far", text, round(time.monotonic() - started))
-            waiting(text)
-        stop.wait(POLL_S)
-
-
-def try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def read_owner(path: Path) -> str:

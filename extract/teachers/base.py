@@ -223,6 +223,8 @@ def load_teacher(
     loader = getattr(importlib.import_module(module), function)
     import torch
 
+    from extract.teachers.devices import memory_advice
+
     try:
         teacher: Teacher = loader(
             path,
@@ -235,10 +237,7 @@ def load_teacher(
             **options,
         )
     except torch.OutOfMemoryError:
-        raise TeacherError(
-            f"out of memory on {device} with one image of {image_size} pixels: use a smaller --image-size, "
-            "--dtype bfloat16 or a device with more memory"
-        ) from None
+        raise TeacherError(memory_advice(device, image_size)) from None
     return teacher
 
 

@@ -30,6 +30,14 @@ def pick_device(device: str | torch.device) -> torch.device:
     return torch.device(find_device(str(device), gpus, TeacherError))
 
 
+def memory_advice(device: object, image_size: int) -> str:
+    """The error text for a device that has too little memory for one image."""
+    return (
+        f"out of memory on {device} with one image of {image_size} pixels: use a smaller --image-size, "
+        "--dtype bfloat16 or a device with more memory"
+    )
+
+
 def device_error(error: RuntimeError, device: torch.device) -> TeacherError | None:
     """The message for an error that CUDA itself raised (a GPU that fell off the bus, a driver that failed); else None.
 

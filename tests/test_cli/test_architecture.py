@@ -10,21 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-OURS = {
-    "backend",
-    "cli",
-    "commands",
-    "console",
-    "extract",
-    "files",
-    "frontend",
-    "imaging",
-    "processes",
-    "store",
-    "train",
-}
+from tests.paths import OURS
 
+ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "files": set(),
     "console": {"files"},
@@ -84,6 +72,7 @@ TRAIN_LAYERS = (
         ),
     ),
     ("loop",),
+    ("memory", "phase_one"),
     ("yolo",),
     ("deliver",),
     ("run", "sweep", "report"),

@@ -17,8 +17,8 @@ from train.errors import ConfigError, TrainError
 from train.events import Event, TrainingFailed
 from train.loop import loop
 from train.loop import trainer as loop_trainer
-from train.loop.machine import is_out_of_memory
-from train.run import OutOfMemoryError, run_training
+from train.loop.machine import OutOfMemoryError, is_out_of_memory
+from train.run import run_training
 
 
 def refused(config: Any, *parts: str) -> None:
@@ -112,7 +112,7 @@ def test_without_a_grid_crops_are_mild_and_the_config_says_why(make_store, make_
     assert any("without a stored grid" in note for note in resolved["notes"])
     assert resolved["distilled"] == {
         "pooled": True, "cells": False, "grid": False, "recorded": False, "frames": False, "logits": None,
-        "maps": None,
+        "maps": None, "exact_flip": False,
     }  # fmt: skip
     config = make_config(make_store("grid.zarr"), epochs=1, overwrite=True)
     run_training(config)

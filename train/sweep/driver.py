@@ -16,6 +16,7 @@ from console.log import get_logger
 from console.output import plain_json
 from console.redaction import redact_values
 from console.stop import Stopped, StopRequest
+from files.locking import locked
 from files.writing import check_writable
 from processes.dask_cluster import ClusterStartError, connect, local_cluster, worker_slots
 from processes.ending import ignore_sigint
@@ -32,7 +33,6 @@ from train.sweep.trial import (
     ended,
     read_run,
     run_trial,
-    try_lock,
 )
 
 if TYPE_CHECKING:
@@ -84,11 +84,13 @@ def run_sweep(config: SweepConfig) -> list[TrialState]:
 def only_sweep(out: Path) -> Iterator[None]:
     """Keep a second sweep out of the folder: the two would train the same trials."""
     make_folder(out)
-    with (out / LOCK_FILE).open("w") as file:
-        if not try_lock(file.fileno()):
-            raise ConfigError(
-                f"{out}: another sweep is running in this folder: wait for it, or use another --out"
-            )
+
+    def refuse(waited_s: float) -> None:
+        raise ConfigError(
+            f"{out}: another sweep is running in this folder: wait for it, or use another --out"
+        )
+
+    with locked(out / LOCK_FILE, refuse):
         yield
 
 

@@ -6,7 +6,6 @@ outcome.json records its state: `running` from its start, then how it ended.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from console.cores import SHARE_VARIABLE, available_cores
+from files.locking import locked
 from processes.ending import signal_on_parent_death, stop_group
 from processes.spawning import child_environment
 from train.run_folder import CONFIG, METRICS, SUMMARY, RunFolder, write_json
@@ -109,23 +109,14 @@ def only_one(folder: Path, stop_requested: Callable[[], bool]) -> Iterator[int]:
 
     A lost worker's trial is run elsewhere: it must wait until the process that was left behind has saved and left.
     """
-    with (folder / LOCK_FILE).open("w") as file:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while not try_lock(file.fileno()):
-            if time.monotonic() > deadline or stop_requested():
-                raise FolderBusyError(
-                    f"another process is still training in {folder}: end it, then sweep again"
-                )
-            time.sleep(POLL_S)
+
+    def wait(waited_s: float) -> None:
+        if waited_s > LOCK_WAIT_S or stop_requested():
+            raise FolderBusyError(f"another process is still training in {folder}: end it, then sweep again")
+        time.sleep(POLL_S)
+
+    with locked(folder / LOCK_FILE, wait) as file:
         yield file.fileno()
-
-
-def try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def command(order: Order, folder: Path, resumed: bool) -> list[str]:
