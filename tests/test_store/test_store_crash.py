@@ -72,11 +72,18 @@ def die_at_call(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def kill_at_every_call(tmp_path: Path, first: int, step: int, codec: str) -> int:
-    """Kill one run at call `first`, the next at `first` + step, … until a run ends by itself."""
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_killed_at_system_calls_all_over(tmp_path: Path, codec: str) -> None:
+    """Kill one run at its first call, the next at call 1 + step, … until a run ends by itself.
+
+    These are the states that a killed process can leave, one after the other; all of them with CRASH_STEP=1.
+    """
     build(tmp_path / "undisturbed.zarr", codec=codec)
     undisturbed = files_of(tmp_path / "undisturbed.zarr")
-    number, killed = first, 0
+    step = int(os.environ.get("CRASH_STEP", "9"))
+    number, killed = 1, 0
     while True:
         path = tmp_path / f"killed{number}.zarr"
 
@@ -93,23 +100,10 @@ def kill_at_every_call(tmp_path: Path, first: int, step: int, codec: str) -> int
             file.rmdir() if file.is_dir() else file.unlink()
         path.rmdir()
         if code == 0:
-            return killed
+            break
         killed += 1
         number += step
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_killed_at_some_system_calls(tmp_path: Path, codec: str) -> None:
-    assert kill_at_every_call(tmp_path, 11, 149, codec) >= 5
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_killed_at_system_calls_all_over(tmp_path: Path, codec: str) -> None:
-    """The states that a killed process can leave, one after the other; all of them with CRASH_STEP=1."""
-    assert kill_at_every_call(tmp_path, 1, int(os.environ.get("CRASH_STEP", "9")), codec) >= 50
+    assert killed >= 50
 
 
 def test_killed_between_the_new_arrays_names_and_the_end_of_their_job(tmp_path: Path) -> None:

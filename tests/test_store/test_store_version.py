@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +140,13 @@ def kill_at_every_call(tmp_path: Path, encoded: Path, first: int, step: int) -> 
     """Kill one run at call `first`, the next at `first` + step, … until a run ends by itself."""
     build(tmp_path / "undisturbed.zarr", encoded)
     undisturbed = files_of(tmp_path / "undisturbed.zarr")
+    first_version(tmp_path / "first.zarr")
     number, killed = first, 0
     while True:
         path = tmp_path / f"killed{number}.zarr"
 
         def run(path: Path = path, number: int = number) -> None:
-            first_version(path)
+            shutil.copytree(tmp_path / "first.zarr", path)
             die_at_call(number)
             build(path, encoded)
 
@@ -154,6 +156,7 @@ def kill_at_every_call(tmp_path: Path, encoded: Path, first: int, step: int) -> 
         found = files_of(path)
         assert sorted(found) == sorted(undisturbed), number
         assert [name for name in found if found[name] != undisturbed[name]] == [], number
+        shutil.rmtree(path)
         if code == 0:
             return killed
         killed += 1
