@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nicegui import ui
+from nicegui.elements.mixins.validation_element import ValidationElement
 
 from backend.server.catalog import Setting
 from backend.task.errors import OptionError
@@ -74,7 +75,7 @@ class Field:
         self.texts, self.setting, self.change = texts, setting, change
         self.quiet = False
         self.problem = ""
-        self.make()
+        self.element = self.make()
 
     @property
     def label(self) -> str:
@@ -96,7 +97,7 @@ class Field:
         name = "hint.recipe" if self.setting.from_recipe else "hint.default"
         return self.texts(name, value=shown(self.setting.default))
 
-    def make(self) -> None:
+    def make(self) -> ui.element:
         raise NotImplementedError
 
     def set_value(self, value: Any) -> None:
@@ -104,9 +105,11 @@ class Field:
 
     def set_problem(self, problem: str) -> None:
         self.problem = problem
+        if isinstance(self.element, ValidationElement):
+            self.element.error = problem or None
 
     def set_visible(self, visible: bool) -> None:
-        raise NotImplementedError
+        self.element.set_visibility(visible)
 
     def show(self, setting: Setting, value: Any) -> None:
         """The setting with its present default, and its value in the document (None: not given)."""
@@ -129,7 +132,7 @@ class Field:
 class TextField(Field):
     """Text or a number, typed."""
 
-    def make(self) -> None:
+    def make(self) -> ui.element:
         self.input = ui.input(self.label, on_change=lambda event: self.report(self.typed(event.value)))
         self.input.without_auto_validation()  # `check` sets the error
         self.input.props("outlined dense stack-label debounce=300 hide-bottom-space")
@@ -139,6 +142,7 @@ class TextField(Field):
         if self.help and self.setting.default is not None:
             with self.input:
                 ui.tooltip(self.help).props("delay=500")
+        return self.input
 
     def typed(self, value: str | None) -> Any:
         """A number where the text is one, so that the JSON has a number; None for nothing."""
@@ -161,18 +165,11 @@ class TextField(Field):
         self.input.props["placeholder"] = decided if default is None else shown(default)
         self.input.props["hint"] = self.hint
 
-    def set_problem(self, problem: str) -> None:
-        super().set_problem(problem)
-        self.input.error = problem or None
-
-    def set_visible(self, visible: bool) -> None:
-        self.input.set_visibility(visible)
-
 
 class ChoiceField(Field):
     """One word of several; the first entry is the default."""
 
-    def make(self) -> None:
+    def make(self) -> ui.element:
         self.select = ui.select(self.options(None), label=self.label, value="")
         self.select.without_auto_validation()  # `check` sets the error
         self.select.on_value_change(lambda event: self.report(event.value or None))
@@ -180,6 +177,7 @@ class ChoiceField(Field):
         if self.help:
             with self.select:
                 ui.tooltip(self.help).props("delay=500")
+        return self.select
 
     def options(self, value: Any) -> dict[str, str]:
         default = self.setting.default
@@ -192,22 +190,16 @@ class ChoiceField(Field):
     def set_value(self, value: Any) -> None:
         self.select.set_options(self.options(value), value="" if value is None else value)
 
-    def set_problem(self, problem: str) -> None:
-        super().set_problem(problem)
-        self.select.error = problem or None
-
-    def set_visible(self, visible: bool) -> None:
-        self.select.set_visibility(visible)
-
 
 class SwitchField(Field):
     """Yes or no; the document has it only where it differs from the default."""
 
-    def make(self) -> None:
-        with element("div", "switch-field") as self.whole:
+    def make(self) -> ui.element:
+        with element("div", "switch-field") as whole:
             self.switch = ui.switch(self.label, on_change=self.toggled)
             if self.help:
                 text(self.help, "div", "muted small")
+        return whole
 
     def toggled(self, event: Any) -> None:
         self.report(None if event.value == bool(self.setting.default) else event.value)
@@ -218,9 +210,6 @@ class SwitchField(Field):
         except OptionError:
             meant = None
         self.switch.set_value(bool(self.setting.default) if meant is None else meant)
-
-    def set_visible(self, visible: bool) -> None:
-        self.whole.set_visibility(visible)
 
 
 class PickerField(Field):
@@ -239,7 +228,7 @@ class PickerField(Field):
         self.found, self.free, self.required = found, free, required
         super().__init__(texts, setting, change)
 
-    def make(self) -> None:
+    def make(self) -> ui.element:
         self.select = ui.select(
             dict(self.found), label=self.label, with_input=True, clearable=not self.required
         )
@@ -249,19 +238,13 @@ class PickerField(Field):
         self.select.on_value_change(lambda event: self.report(event.value or None))
         self.select.props("outlined dense stack-label hide-bottom-space options-dense")
         self.select.props["hint"] = self.help
+        return self.select
 
     def set_value(self, value: Any) -> None:
         options = dict(self.found)
         if value is not None and value not in options:
             options[value] = str(value)
         self.select.set_options(options, value=value)
-
-    def set_problem(self, problem: str) -> None:
-        super().set_problem(problem)
-        self.select.error = problem or None
-
-    def set_visible(self, visible: bool) -> None:
-        self.select.set_visibility(visible)
 
 
 def make_field(texts: Texts, setting: Setting, change: Change) -> Field:

@@ -102,20 +102,11 @@ class View:
         offset = center - linear @ (center + np.asarray(shift, dtype=np.float64))
         return cls(np.column_stack([linear, offset]))
 
-    @classmethod
-    def from_pixels(cls, matrix: ArrayLike, view_size: Sequence[int], source_size: Sequence[int]) -> View:
-        """A view from a map [2, 3] or [3, 3] of view pixels to source pixels; sizes are (width, height).
-
-        Pixel coordinates are those of edges: the center of the first pixel is at 0.5. Libraries that put it at
-        0 (OpenCV's `warpAffine`) need half a pixel added on both sides first.
-        """
-        pixels = np.asarray(matrix, dtype=np.float64)[:2]
-        to_pixels = np.diag([float(view_size[0]), float(view_size[1])])
-        to_unit = np.diag([1.0 / source_size[0], 1.0 / source_size[1]])
-        return cls(np.column_stack([to_unit @ pixels[:, :2] @ to_pixels, to_unit @ pixels[:, 2]]))
-
     def pixels(self, view_size: Sequence[int], source_size: Sequence[int]) -> FloatArray:
-        """The map of view pixels to source pixels, float64 [2, 3]: the opposite of `from_pixels`."""
+        """The map of view pixels to source pixels, float64 [2, 3]; sizes are (width, height).
+
+        Pixel coordinates are those of edges: the center of the first pixel is at 0.5.
+        """
         to_unit = np.diag([1.0 / view_size[0], 1.0 / view_size[1]])
         to_pixels = np.diag([float(source_size[0]), float(source_size[1])])
         return np.column_stack([to_pixels @ self.matrix[:, :2] @ to_unit, to_pixels @ self.matrix[:, 2]])

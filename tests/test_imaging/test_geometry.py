@@ -156,10 +156,10 @@ def test_boxes_follow_the_picture() -> None:
     np.testing.assert_allclose(box, [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1e-9)
 
 
-def test_pixel_matrices_round_trip() -> None:
+def test_pixel_matrices_map_corners_to_corners() -> None:
     view = View.affine(angle_degrees=12, scale=1.3, shift=(0.1, -0.2))
     matrix = view.pixels((40, 30), (120, 90))
-    np.testing.assert_allclose(View.from_pixels(matrix, (40, 30), (120, 90)).matrix, view.matrix, atol=1e-12)
+    np.testing.assert_allclose(matrix[:, 2], view.apply([0, 0]) * (120, 90))
     np.testing.assert_allclose(matrix[:, :2] @ (40, 30) + matrix[:, 2], view.apply([1, 1]) * (120, 90))
 
 

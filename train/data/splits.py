@@ -5,7 +5,7 @@ What does not fit is an error with the next step. No torch here: `cli inspect` c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,6 +234,19 @@ def check_masks(
         notes.append(
             f"{missing} samples of {config.train_split} have no mask: they are learned from the teacher alone"
         )
+
+
+def fit_batch(config: TrainConfig, rows: int, note: Callable[[str], object]) -> TrainConfig:
+    """A recipe's batch shrinks to a small split, which `note` gets as a text; one that was asked for is a ConfigError."""
+    if config.batch_size <= rows:
+        return config
+    if config.is_explicit("batch_size"):
+        raise ConfigError(
+            f"batch_size {config.batch_size} is larger than split {config.train_split} ({rows} samples): "
+            f"pass --batch-size {rows} or less"
+        )
+    note(f"batch_size {rows} instead of {config.batch_size}: the split has no more samples")
+    return config.replace(batch_size=rows)
 
 
 def labels_of(split: Split) -> NDArray[np.int32] | None:

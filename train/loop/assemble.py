@@ -20,7 +20,7 @@ from train.config import TrainConfig
 from train.data.batches import Balance, BatchLoader, EpochBatches, FeatureGatherer, default_workers
 from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
 from train.data.images import ImageReader, ImageViews, ViewSettings
-from train.data.splits import TrainingData
+from train.data.splits import TrainingData, fit_batch
 from train.data.views import AUGMENTATIONS, Augmentation
 from train.distill.objective import DistillationPlan, Objective, build_standardizers
 from train.distill.projector import DistilledStudent, build_projector, take_over_head
@@ -73,7 +73,8 @@ def build_training(
     phase one, which the student and its head start from.
     """
     notes, device = list(data.notes), accelerator.device
-    config = fit_batch(config, len(data.train_rows), accelerator, notes)
+    check_processes(config, accelerator)
+    config = fit_batch(config, len(data.train_rows), notes.append)
     student = build_initial_student(config, data)
     if initial is not None:
         load_phase_one(student, initial)
@@ -168,8 +169,8 @@ def build_training(
     return Built(parts, student, plan, name, data.validation_samples, notes, lora)
 
 
-def fit_batch(config: TrainConfig, rows: int, accelerator: Accelerator, notes: list[str]) -> TrainConfig:
-    """A recipe's batch shrinks to a small split; one that was asked for is an error."""
+def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raises ConfigError for options that several processes cannot have."""
     if accelerator.num_processes > config.batch_size:
         raise ConfigError(
             f"batch_size {config.batch_size} cannot be shared by {accelerator.num_processes} processes"
@@ -179,15 +180,6 @@ def fit_batch(config: TrainConfig, rows: int, accelerator: Accelerator, notes: l
             "auto_batch works in one process: others would wait for the one that ran out of memory; give a smaller "
             "--batch-size"
         )
-    if config.batch_size <= rows:
-        return config
-    if config.is_explicit("batch_size"):
-        raise ConfigError(
-            f"batch_size {config.batch_size} is larger than split {config.train_split} ({rows} samples): "
-            f"pass --batch-size {rows} or less"
-        )
-    notes.append(f"batch_size {rows} instead of {config.batch_size}: the split has no more samples")
-    return config.replace(batch_size=rows)
 
 
 def build_initial_student(config: TrainConfig, data: TrainingData) -> Student:

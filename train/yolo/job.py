@@ -16,6 +16,7 @@ from console.log import get_logger
 from store.reader import Store
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
+from train.data.splits import fit_batch
 from train.distill.projector import take_over_head
 from train.errors import ConfigError
 from train.fit import validation_interval
@@ -117,7 +118,7 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     names = class_names(config, store)
     devices = device_arguments(config)
     splits = open_splits(config, store, 2 if mixes_images(parse_settings(config.yolo_settings)) else 1)
-    config = fit_batch(config, len(splits["train"].records))
+    config = fit_batch(config, len(splits["train"].records), log.info)
     arguments = (
         ultralytics_arguments(config, len(splits["train"].records))
         | {"model": FAMILIES["yolov8"].sizes[size]}
@@ -157,19 +158,6 @@ def open_splits(config: TrainConfig, store: Store, sources_per_cell: int) -> dic
         )
         for mode, name in (("train", config.train_split), ("val", config.val_split))
     }
-
-
-def fit_batch(config: TrainConfig, rows: int) -> TrainConfig:
-    """A recipe's batch shrinks to a small split; one that was asked for is an error."""
-    if config.batch_size <= rows:
-        return config
-    if config.is_explicit("batch_size"):
-        raise ConfigError(
-            f"batch_size {config.batch_size} is larger than split {config.train_split} ({rows} samples): "
-            f"pass --batch-size {rows} or less"
-        )
-    log.info("batch_size %d instead of %d: the split has no more samples", rows, config.batch_size)
-    return config.replace(batch_size=rows)
 
 
 def build_trained_student(
