@@ -354,7 +354,7 @@ def make_manifest(
         source=source.kind,
         data_root=printable(source.root),
         grid=grid or None,
-        views=1 if config.views == names.FLIP else config.views,
+        views=config.views if isinstance(config.views, int) else 1,
         images=config.images,
         software=software_versions(),
         license=teacher.license,

@@ -102,8 +102,9 @@ class TrainConfig(BaseModel):
     )
     distill_layers: str | None = _data(
         None,
-        "yolov8: P5, or a list like P3,P4,P5; P3:8 learns the teacher's layer 8.",
-        students=["yolov8"],
+        "The student's maps that learn, and the teacher's layers: p3:8,p4:16,p5:last; of ViTs blocks: 5:8,last.",
+        students=["resnet", "vit", "timm", "unet", "yolov8"],
+        metavar="LEVEL:LAYER,…",
         distills=True,
     )
     foreground_weight: float = _data(

@@ -250,10 +250,10 @@ class RunFolder:
 
     def check_same_distillation(self, resolved: Mapping[str, Any]) -> None:
         """Raise ConfigError when `auto` options are resolved differently now, as after `cli probe` added logits."""
-        before = self.read_resolved()
+        before, now = self.read_resolved(), json.loads(json.dumps(resolved))  # tuples are lists there
         differing = []
         for name in ("augment", "distilled"):
-            old, new = before.get(name), resolved[name]
+            old, new = before.get(name), now[name]
             if isinstance(old, dict) and isinstance(new, dict):
                 differing += [
                     f"{key} {old[key]} → {new[key]}" for key in old if key in new and old[key] != new[key]

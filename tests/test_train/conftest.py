@@ -109,6 +109,11 @@ def make_rows(
         put("content", np.frombuffer(blake2b(data, digest_size=16).digest(), np.uint8))
         if settings["grid"]:
             put("features/grid", features)
+        for layer, (cells, width) in (settings.get("layers") or {}).items():
+            put(
+                f"features/grid@{layer}",
+                np.random.default_rng([layer, number]).normal(size=(cells, cells, width)),
+            )
         if settings["labels"]:
             put("targets/label", -1 if number in settings["unlabelled"] else label)
         if settings["masks"]:
@@ -187,6 +192,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         views: int = 0,
         exact_flip: bool = False,
         scales: dict[str, np.ndarray] | None = None,
+        layers: dict[int, tuple[int, int]] | None = None,
         seed: int = 0,
         random_teacher: bool = False,
         resize: str = "squash",
@@ -195,7 +201,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         views = 1 if exact_flip else views
         settings = locals() | {}
         path, root = tmp_path / name, tmp_path / f"{name}.images" if images == "none" else None
-        arrays = feature_arrays(WIDTH, grid=grid or None, views=views) + target_arrays(
+        arrays = feature_arrays(WIDTH, grid=grid or None, views=views, layers=layers) + target_arrays(
             label=labels, mask=masks
         )
         arrays += image_arrays(images, side) + ([logits_array("probe", len(CLASSES))] if logits else [])

@@ -12,6 +12,7 @@ from console.options import options_of
 from store.reader import open_store
 from tests.test_train.yolo_data import make_store, scenes
 from train.config import TrainConfig
+from train.distill.levels import detector_levels
 from train.errors import ConfigError
 
 pytest.importorskip("ultralytics")
@@ -19,7 +20,6 @@ pytest.importorskip("ultralytics")
 from train.yolo.options import (
     check_options,
     clip_norm,
-    levels_of,
     parse_settings,
     ultralytics_arguments,
 )
@@ -39,7 +39,7 @@ def test_the_recipe_keeps_ultralytics_own_defaults() -> None:
     assert arguments["cos_lr"] is False
     assert not {"mosaic", "momentum", "lrf"} & arguments.keys()
     assert clip_norm(make_config()) == 10
-    assert levels_of(make_config()) == {"P5": None}
+    assert detector_levels(make_config().distill_layers, "yolov8/n") == {"P5": None}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_explicit_options_are_mapped() -> None:
     assert arguments["degrees"] == 10
     assert clip_norm(config) == 0.5
     assert clip_norm(make_config(max_grad_norm=0)) == float("inf")
-    assert levels_of(config) == {"P3": None, "P5": None}
+    assert detector_levels(config.distill_layers, config.student) == {"P3": None, "P5": None}
 
 
 @pytest.mark.parametrize(
@@ -225,17 +225,6 @@ def test_frozen_layers_exist_and_leave_some_to_learn(freeze: Any) -> None:
     check_frozen([0, 5], network)
     with pytest.raises(ConfigError, match=r"freeze=.*0 to 22"):
         check_frozen(freeze, network)
-
-
-def test_levels_name_the_teachers_layer() -> None:
-    layers = levels_of(make_config(distill_layers="p3:8,P4: 16 ,p5:last"))
-    assert layers == {"P3": 8, "P4": 16, "P5": None}
-
-
-@pytest.mark.parametrize("text", ["P6", "P3:first", "P3:-1", "P3:8:9", ","])
-def test_unknown_levels_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="P3, P4, P5"):
-        levels_of(make_config(distill_layers=text))
 
 
 def test_cpu_has_no_distributed_training() -> None:

@@ -273,7 +273,7 @@ class FeatureGatherer:
         out = {name: value.numpy() for name, value in values.items()} or None
         mirrored = np.flatnonzero(flipped) if flipped is not None else rows[:0]
         # Rows that are replaced below are not read: the first row takes their place.
-        read = np.where(flipped, rows[0], rows) if len(mirrored) else rows
+        read = rows if flipped is None else np.where(flipped, rows[0], rows)
         gathered = self.split.gather_features(read, self.names, out=out)
         for name in self.names if len(mirrored) else ():
             if (view := view_array(name)) != name:  # class logits and maps have no mirror image of their own

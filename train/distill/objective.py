@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from store.format import FRAMES, GRID, LOGITS, MAP_STEPS, MAPS, POOLED, VIEWS_GRID, VIEWS_POOLED
+from store.format import FRAMES, GRID, LOGITS, MAP_STEPS, MAPS, POOLED, VIEWS_GRID, VIEWS_POOLED, layer_grid
 from store.reader import Split
 from train.data.batches import Batch
 from train.distill.losses import confidence, feature_loss, logit_loss, map_loss, relational_loss
@@ -39,7 +39,7 @@ from train.tasks import Task
 
 #: The student's cells where it has no feature map: only their mean is used then, as the pooled target.
 CELLS_OF_A_MEAN = (4, 4)
-#: What the names of the student's further maps begin with, in counts and transport weights.
+#: What the names of the student's chosen levels begin with, in counts, standardizers and transport weights.
 LEVEL = "level"
 #: The same for soft class maps.
 MAP = "map"
@@ -49,7 +49,8 @@ MAP = "map"
 class DistillationPlan:
     """What is distilled, resolved from options, store and student (`train.distill.resolve`); the defaults: nothing.
 
-    `pooled`, `cells`: which features are compared; `grid`: targets are computed from a stored grid, so that they follow
+    `pooled`, `cells`: which features are compared, of the teacher's last layer; `levels`: further maps of the student by
+    name, each with the teacher's layer that it learns (None: the last); `grid`: targets are computed from a stored grid, so that they follow
     the view; `recorded`: recorded views are replayed; `exact_flip`: flipped samples learn the stored features of the
     mirror image; `frames`: the samples are clips; `logits`: name of the stored
     logits, or None; `maps`: name of the stored soft class maps, or None.
@@ -57,6 +58,7 @@ class DistillationPlan:
 
     pooled: bool = False
     cells: bool = False
+    levels: tuple[tuple[str, int | None], ...] = ()
     grid: bool = False
     recorded: bool = False
     exact_flip: bool = False
@@ -66,7 +68,7 @@ class DistillationPlan:
 
     @property
     def features(self) -> bool:
-        return self.pooled or self.cells
+        return self.pooled or self.cells or bool(self.levels)
 
     @property
     def anything(self) -> bool:
@@ -88,10 +90,16 @@ class DistillationPlan:
     @property
     def arrays(self) -> list[str]:
         """Names of the stored arrays that each batch needs."""
-        names = [self.grid_array] if self.features and self.grid else []
+        names = [self.grid_array] if (self.pooled or self.cells) and self.grid else []
+        names += [name for name in dict.fromkeys(self.level_arrays) if name not in names]
         names += [self.pooled_array] if self.pooled and not self.grid else []
         names += [f"{LOGITS}/{self.logits}"] if self.logits else []
         return [*names, self.map_array] if self.maps else names
+
+    @property
+    def level_arrays(self) -> list[str]:
+        """The stored grids that the levels learn, in their order."""
+        return [layer_grid(layer, self.grid_array) for _, layer in self.levels]
 
     @property
     def map_array(self) -> str:
@@ -103,9 +111,10 @@ class DistillationPlan:
         maps = self.maps if self.map_array in split.names else None
         grid = self.grid and GRID in split.names
         cells = self.cells and (grid or self.frames)
-        return replace(
+        whole = replace(
             self, recorded=False, exact_flip=False, logits=logits, maps=maps, grid=grid, cells=cells
         )
+        return whole if set(whole.level_arrays) <= set(split.names) else replace(whole, levels=())
 
 
 @dataclass
@@ -114,7 +123,7 @@ class Targets:
 
     `pooled` [B, D] with [B]; `cells` [B, h, w, D] or [B, T, D] with [B, h, w] or [B, T]; `logits` [B, C] with [B],
     or of soft class maps log-probabilities [B, m, m, C] with [B, m, m];
-    `levels`: cells of the student's further maps, each with its weight.
+    `levels`: cells of the student's chosen levels, each with its weight.
     `counts`: Σ weight of each term in this batch, the task's too; scalars by name.
     """
 
@@ -132,8 +141,8 @@ class Objective:
     """total = Σ weight of a term · term, over `hard_loss`, `feature_loss` and `logit_loss`.
 
     Without a plan, the task alone. `standardizers`: of `pooled` and `cells`, on the device. `teacher_views` float64
-    [N, 2, 3]: what part of each image the teacher saw; `cell_shapes`: (h, w) of the student's map and of its further
-    ones, none when it has no map.
+    [N, 2, 3]: what part of each image the teacher saw; `cell_shapes`: (h, w) of the student's map and of its chosen
+    levels, none when it has no map.
     """
 
     def __init__(
@@ -165,14 +174,16 @@ class Objective:
         if self.teacher_views is not None:
             geometry = relate_views(batch.views, self.teacher_views[batch.rows])
         if plan.carries_grids:
-            tokens = grid_shape(batch.features[plan.grid_array])
             seen = None if plan.recorded else geometry
             if batch.flipped is not None and self.teacher_views is not None:
                 # These grids are the mirror images' own: a flip moves nothing.
                 teacher = mirrored_views(self.teacher_views[batch.rows], batch.flipped)
                 seen = relate_views(batch.views, teacher)
-            weights |= transport_weights(seen, *self.cell_shape, tokens)
-            for index, shape in enumerate(self.level_shapes if plan.cells else ()):
+            if plan.pooled or plan.cells:
+                tokens = grid_shape(batch.features[plan.grid_array])
+                weights |= transport_weights(seen, *self.cell_shape, tokens)
+            for index, (shape, name) in enumerate(zip(self.level_shapes, plan.level_arrays, strict=False)):
+                tokens = grid_shape(batch.features[name])
                 weights |= prefixed(f"{LEVEL}{index}/", transport_weights(seen, *shape, tokens))
         if plan.maps:
             tokens = grid_shape(batch.features[plan.map_array])
@@ -185,8 +196,14 @@ class Objective:
         """The targets of a batch that is on the device already, in the geometry of its views."""
         plan, targets = self.plan, Targets(self.task.counts(batch))
         if plan.carries_grids:
-            grid = batch.features[plan.grid_array]
-            carried = apply_transport(grid, batch.transport)
+            for index, name in enumerate(plan.level_arrays):
+                level = apply_transport(
+                    batch.features[name], without_prefix(f"{LEVEL}{index}/", batch.transport)
+                )
+                seen = level.weight * batch.weight.view(-1, 1, 1)
+                targets.levels.append((self.standardizers[f"{LEVEL}{index}"](level.cells), seen))
+        if plan.carries_grids and (plan.pooled or plan.cells):
+            carried = apply_transport(batch.features[plan.grid_array], batch.transport)
             if plan.pooled:
                 mean, share = region_mean(carried)
                 targets.pooled = self.standardizers["pooled"](mean)
@@ -194,10 +211,6 @@ class Objective:
             if plan.cells:
                 targets.cells = self.standardizers["cells"](carried.cells)
                 targets.cell_weight = carried.weight * batch.weight.view(-1, 1, 1)
-                for index in range(len(self.level_shapes)):
-                    level = apply_transport(grid, without_prefix(f"{LEVEL}{index}/", batch.transport))
-                    seen = level.weight * batch.weight.view(-1, 1, 1)
-                    targets.levels.append((self.standardizers["cells"](level.cells), seen))
         elif plan.pooled:
             # The stored row of the whole image or clip, or of the recorded view.
             targets.pooled = self.standardizers["pooled"](batch.features[plan.pooled_array])
@@ -308,6 +321,8 @@ def build_standardizers(
     if plan.cells:
         kind, stored = (FRAMES, FRAMES) if plan.frames else (GRID, plan.grid_array)
         found["cells"] = build_standardizer(split, kind, stored).to(device)
+    for index, ((_, layer), stored) in enumerate(zip(plan.levels, plan.level_arrays, strict=True)):
+        found[f"{LEVEL}{index}"] = build_standardizer(split, layer_grid(layer), stored).to(device)
     return found
 
 

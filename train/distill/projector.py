@@ -135,8 +135,8 @@ class TargetStandardizer(nn.Module):
 class DistilledOutput(NamedTuple):
     """One forward pass: task `logits`, and aligned features where they are asked for.
 
-    `cells` [B, h, w, D] or [B, T, D], `pooled` [B, D], both in the teacher's space; `levels`: the student's further
-    maps (`StudentOutput.levels`), as `cells`.
+    `cells` [B, h, w, D] or [B, T, D], `pooled` [B, D], both in the teacher's space; `levels`: the student's chosen
+    levels (`StudentOutput.levels`), as `cells`, each in the space of the layer that it learns.
     """
 
     logits: Tensor | None
@@ -146,9 +146,9 @@ class DistilledOutput(NamedTuple):
 
 
 class DistilledStudent(nn.Module):
-    """Student → alignment head. `projector` None: the task alone (a control, or evaluation).
+    """Student → alignment head. `projector` None: `features` are not distilled (a control, or other levels alone).
 
-    `level_heads`: one head for each of the student's further maps; none: they are not distilled.
+    `level_heads`: one head for each of the student's chosen levels.
     """
 
     def __init__(
@@ -181,19 +181,19 @@ class DistilledStudent(nn.Module):
         compiled = self.compiled and self.runs_compiled and len(images) == self.compiled_batch
         run = self.compiled[0] if compiled else self.student
         logits, features, maps = run(images) if lengths is None else run(images, lengths)
+        # Without heads (a control, or an evaluation of the task alone) the student's maps are left out.
+        levels = tuple(
+            head(channels_last_rows(level)) for head, level in zip(self.level_heads, maps, strict=False)
+        )
         if self.projector is None:
-            return DistilledOutput(logits, None, None)
+            return DistilledOutput(logits, None, None, levels)
         mask = None if lengths is None or features.ndim != 3 else frame_mask(lengths, features)
         if not self.wants_cells:
             # Pooling first costs h·w times less, and commutes with a linear head.
-            return DistilledOutput(logits, None, self.projector(pooled_rows(features, mask)))
+            return DistilledOutput(logits, None, self.projector(pooled_rows(features, mask)), levels)
         cells = self.projector(channels_last_rows(features))
         pooled = pool_cells(cells, mask) if self.wants_pooled else None
-        # Without heads (no grid to compare with) the further maps are left out.
-        levels = zip(self.level_heads, maps, strict=False)
-        return DistilledOutput(
-            logits, cells, pooled, tuple(head(channels_last_rows(level)) for head, level in levels)
-        )
+        return DistilledOutput(logits, cells, pooled, levels)
 
 
 def pool_cells(cells: Tensor, mask: Tensor | None) -> Tensor:

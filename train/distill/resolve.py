@@ -6,15 +6,33 @@ What the store cannot serve is an error that names what to extract; every choice
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from store.format import FRAMES, GRID, LOGITS, MAPS, POOLED, VIEWS_GRID, VIEWS_POOLED, view_array
+from store.format import (
+    FRAMES,
+    GRID,
+    LOGITS,
+    MAPS,
+    POOLED,
+    VIEWS_GRID,
+    VIEWS_POOLED,
+    stored_layers,
+    view_array,
+)
 from store.reader import Split
 from train.config import TrainConfig
 from train.data.splits import CLASS_TASKS
 from train.data.views import AUGMENTATIONS, Augmentation
+from train.distill.levels import (
+    DETECTOR_LEVELS,
+    check_layers,
+    check_levels,
+    detector_levels,
+    parse_levels,
+)
 from train.distill.objective import DistillationPlan
 from train.errors import ConfigError
-from train.students.base import StudentSpec
+from train.students.base import Student, StudentSpec
 
 #: Of pooled targets whose mirror images are stored, as in AUGMENTATIONS["full"].
 FLIP_PROBABILITY = 0.5
@@ -24,7 +42,7 @@ def resolve_features(
     config: TrainConfig,
     split: Split,
     task: str,
-    spec: StudentSpec,
+    student: Student,
     notes: list[str],
     *,
     exact_flip: bool = False,
@@ -33,6 +51,7 @@ def resolve_features(
 
     exact_flip: the stored views are the mirror images.
     """
+    spec = student.spec
     kind = config.distillation_type or ("hybrid" if task in CLASS_TASKS else "feature")
     if task == "features":
         if config.distillation_type in ("none", "logit"):
@@ -59,6 +78,7 @@ def resolve_features(
     plan = DistillationPlan(
         pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits, maps=maps
     )
+    plan = resolve_levels(config, student, plan, names)
     # A copy of some arrays may have left the mirror images out.
     mirrored = {view_array(name) for name in plan.arrays} - set(plan.arrays)
     return replace(plan, exact_flip=exact_flip and config.views != "random" and mirrored <= names)
@@ -104,7 +124,7 @@ def resolve_recorded(config: TrainConfig, names: set[str], exact_flip: bool) -> 
     return stored and config.views != "random"
 
 
-def resolve_frames(config: TrainConfig, names: set[str]) -> dict[str, bool]:
+def resolve_frames(config: TrainConfig, names: set[str]) -> dict[str, Any]:
     """Clips: one row per frame where stored, the clip's pooled row when asked for or alone."""
     if config.feature_target in ("grid", "both") and FRAMES not in names:
         raise ConfigError(
@@ -136,6 +156,40 @@ def resolve_target(
             )
         return True, False
     return task != "segmentation", True
+
+
+def resolve_levels(
+    config: TrainConfig, student: Student, plan: DistillationPlan, names: set[str]
+) -> DistillationPlan:
+    """The plan with the levels of `--distill-layers`, or the student's default ones.
+
+    The last level stays in `cells` where it learns the last layer, whose pooled features it may learn too.
+    """
+    text = config.distill_layers
+    if student.spec.type == "yolov8":
+        # Phase one teaches the whole neck: a level that is not chosen learns the last layer.
+        chosen = dict.fromkeys(DETECTOR_LEVELS) | detector_levels(text, config.student, stored_layers(names))
+    elif text is None:
+        chosen = dict.fromkeys((*student.default_levels, student.last_level))
+    else:
+        chosen = parse_levels(text)
+        check_levels(text, chosen, [*student.level_widths, student.last_level], config.student)
+    if not plan.cells:
+        if text is None or student.spec.type == "yolov8":
+            return plan
+        raise ConfigError(
+            f"distill_layers {text}: levels learn stored grids: it needs a store with a grid (cli extract --grid), "
+            "--feature-target auto, grid or both, and a feature_loss_type other than relation"
+        )
+    check_layers(config.store, chosen.values(), names, plan.grid_array)
+    cells = chosen.get(student.last_level, -1) is None
+    if cells:
+        del chosen[student.last_level]
+    elif student.last_level not in chosen and not plan.pooled and not student.spec.num_classes:
+        raise ConfigError(
+            f"distill_layers {text}: without labels nothing would teach the layers behind it: add {student.last_level}"
+        )
+    return replace(plan, cells=cells, levels=tuple(chosen.items()))
 
 
 def resolve_augmentation(
@@ -180,7 +234,7 @@ def check_mixing(config: TrainConfig, task: str, plan: DistillationPlan) -> None
         raise ConfigError(
             f"{chosen}: mixed samples have no relation to compare: use another feature_loss_type"
         )
-    if config.cutmix_alpha and plan.cells:
+    if config.cutmix_alpha and (plan.cells or plan.levels):
         raise ConfigError(
             "cutmix_alpha: cells of two images cannot share one target: use feature_target pooled, or MixUp"
         )

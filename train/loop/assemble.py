@@ -83,7 +83,7 @@ def build_training(
         config,
         store[config.train_split],
         data.task,
-        student.spec,
+        student,
         notes,
         exact_flip=store.manifest.exact_flip,
     )
@@ -92,26 +92,19 @@ def build_training(
     learned = DistillationPlan() if control else plan
     check_mixing(config, data.task, learned)
 
-    # The student's further maps (label-free training) are compared with the grid, where there is one.
-    widths = student.level_widths if learned.cells and learned.carries_grids else ()
-    if student.level_widths and not widths:
+    student.choose_levels([level for level, _ in learned.levels])
+    if not student.spec.num_classes:
         student.rest_levels()
-    heads: list[nn.Module] = []
-    if learned.features:
-        heads = build_heads(config, store, [student.spec.feature_width, *widths])
-    if initial is not None and heads:
-        take_over_head(heads[0], initial)
+    head, *level_heads = build_heads(config, store, student, learned)
+    if initial is not None and head is not None:
+        take_over_head(head, initial)
     module = DistilledStudent(
-        student,
-        heads[0] if heads else None,
-        cells=learned.cells,
-        pooled=learned.pooled,
-        level_heads=heads[1:],
+        student, head, cells=learned.cells, pooled=learned.pooled, level_heads=level_heads
     )
     task = build_task(data.task, num_classes=data.num_classes, label_smoothing=config.label_smoothing)
     objective = val_objective = Objective(task)
     if learned.anything:
-        cells = measure_cells(student)[: 1 + len(widths)] if learned.grid else []
+        cells = measure_cells(student) if learned.grid else []
         objective = build_objective(config, store, task, learned, config.train_split, cells, device)
         # The validation shows whole images, so recorded views are not replayed.
         shown = learned.reduced_to(store[config.val_split])
@@ -213,14 +206,26 @@ def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) 
     return Balance(rows[data.labeled], rows[~data.labeled], config.labeled_share or LABELED_SHARE)
 
 
-def build_heads(config: TrainConfig, store: Store, widths: Sequence[int]) -> list[nn.Module]:
-    """An alignment head for each of the student's maps of these widths; their weights depend on the seed alone."""
+def build_heads(
+    config: TrainConfig, store: Store, student: Student, plan: DistillationPlan
+) -> tuple[nn.Module | None, *tuple[nn.Module, ...]]:
+    """The alignment head of the student's features (None: they are not distilled), and one for each level.
+
+    Their weights depend on the seed alone.
+    """
     torch.manual_seed(derive_seed(config.seed, HEAD_SEED))
-    teacher = store.manifest.teacher.width
-    return [
-        build_projector(width, teacher, align_feature=config.align_feature, kind=config.align_head)
-        for width in widths
-    ]
+    specs = store[config.train_split].specs
+
+    def build(width: int, teacher: int) -> nn.Module:
+        return build_projector(width, teacher, align_feature=config.align_feature, kind=config.align_head)
+
+    whole = plan.pooled or plan.cells
+    head = build(student.spec.feature_width, store.manifest.teacher.width) if whole else None
+    levels = zip(plan.levels, plan.level_arrays, strict=True)
+    return (
+        head,
+        *(build(student.level_width(level), specs[array].row_shape[-1]) for (level, _), array in levels),
+    )
 
 
 def student_options(config: TrainConfig) -> dict[str, Any]:
@@ -230,7 +235,11 @@ def student_options(config: TrainConfig) -> dict[str, Any]:
     if config.student_type == "yolov8":
         return {}  # its options are those of its distillation and of ultralytics' trainer
     items = options_of(TrainConfig).items()
-    chosen = {name: getattr(config, name) for name, item in items if config.student_type in item.students}
+    chosen = {
+        name: getattr(config, name)
+        for name, item in items
+        if config.student_type in item.students and not item.distills
+    }
     dropout = chosen.pop("dropout", 0.0)
     return chosen | ({"drop_rate": dropout} if dropout else {})
 

@@ -5,7 +5,9 @@ Shape letters: `B` batch, `T` frames, `D` width, `H W` image, `h w` feature grid
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class StudentOutput(NamedTuple):
 
     `logits`: [B, C] for classification and clips, [B, C, H, W] for segmentation, None without a head.
     `features`: what is distilled: map [B, D, h, w], sequence [B, T, D] or vector [B, D].
-    `levels`: further maps [B, D, h, w] that label-free training teaches as well (decoder, neck), none for most.
+    `levels`: the maps [B, D, h, w] that `Student.choose_levels` asked for, in its order.
     """
 
     logits: Tensor | None
@@ -90,8 +92,14 @@ class Student(nn.Module):
     initial_weights: InitialWeights = InitialWeights()
     #: Prefixes of the parameters of the task head, which may differ in size between tasks.
     head_prefixes: tuple[str, ...] = ()
-    #: Channels of `StudentOutput.levels`.
-    level_widths: tuple[int, ...] = ()
+    #: What `features` is called among the levels (see `train.distill.levels`).
+    last_level: str = "LAST"
+    #: Channels of the other maps that can be distilled, by level, coarse to fine or in the order of blocks.
+    level_widths: Mapping[str, int] = MappingProxyType({})
+    #: Levels that are taught too where nothing else is chosen (label-free training of decoder or neck).
+    default_levels: tuple[str, ...] = ()
+    #: The levels that `forward` returns.
+    levels: tuple[str, ...] = ()
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
         """`images` float [B, 3, H, W] (clips [B, T, 3, H, W] with `lengths` int64 [B])."""
@@ -101,8 +109,20 @@ class Student(nn.Module):
         """Recompute activations in the backward pass to save memory."""
         raise NotImplementedError
 
+    def choose_levels(self, levels: Sequence[str]) -> None:
+        """Let `forward` return these maps; each is one of `level_widths`, or `last_level`."""
+        self.levels = tuple(levels)
+
+    def level_width(self, level: str) -> int:
+        """Channels of a level."""
+        return self.spec.feature_width if level == self.last_level else self.level_widths[level]
+
+    def chosen_maps(self, features: Tensor, maps: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The chosen levels in their order, from `features` and the other `maps` [B, D, h, w] by level."""
+        return tuple(features if level == self.last_level else level_of(maps[level]) for level in self.levels)
+
     def rest_levels(self) -> None:
-        """Stop training what `levels` alone depend on: nothing is compared with them."""
+        """Label-free training: stop training what only levels that are not chosen depend on."""
 
     def lora_root(self) -> nn.Module:
         """The module whose layers LoRA may adapt."""

@@ -27,7 +27,8 @@ class TimmStudent(Student):
     """A timm model whose `forward_features` output is distilled.
 
     The wrapper adds nothing to the names in `state_dict()`: they are timm's own, so a checkpoint loads into
-    a plain `timm.create_model(...)` with `strict=True`.
+    a plain `timm.create_model(...)` with `strict=True`. Levels are those of `forward_intermediates`: stages by their
+    stride (P3 is stride 8), or where all have one stride, blocks by their number.
     """
 
     def __init__(self, model: nn.Module, spec: StudentSpec) -> None:
@@ -35,16 +36,30 @@ class TimmStudent(Student):
         self.model: Any = model
         self.spec = spec
         self.head_prefixes = classifier_prefixes(model)
+        self.stages, self.last_level = find_stages(model) if spec.feature_kind == "map" else ({}, "LAST")
+        info: Any = getattr(model, "feature_info", ())
+        self.level_widths = {level: int(info[index]["num_chs"]) for level, index in self.stages.items()}
         self.register_load_state_dict_pre_hook(_add_model_prefix)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
         """`images` float [B, 3, H, W] → logits [B, C] or None, features [B, D, h, w] (or [B, D])."""
-        raw = self.model.forward_features(images)
+        raw, maps = self.run_stages(images)
         logits = self.model.forward_head(raw) if self.spec.num_classes else None
         # Distilled heads (levit) return a pair while training.
         if isinstance(logits, tuple):
             logits = torch.stack(logits).mean(0)
-        return StudentOutput(logits, features_of(self.model, raw))
+        features = features_of(self.model, raw)
+        return StudentOutput(logits, features, self.chosen_maps(features, maps))
+
+    def run_stages(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward_features` gives, and the chosen levels but the last [B, D, h, w] by name."""
+        wanted = sorted((self.stages[level], level) for level in self.levels if level != self.last_level)
+        if not wanted:
+            return self.model.forward_features(images), {}
+        raw, maps = self.model.forward_intermediates(
+            images, indices=[index for index, _ in wanted], output_fmt="NCHW"
+        )
+        return raw, {level: values for (_, level), values in zip(wanted, maps, strict=True)}
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass; StudentError where timm has no support."""
@@ -73,6 +88,25 @@ def classifier_prefixes(model: Any) -> tuple[str, ...]:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     return tuple(f"{name}." for name in names)
+
+
+def find_stages(model: Any) -> tuple[dict[str, int], str]:
+    """The levels before the last, with their numbers in `forward_intermediates`, and the name of the last level."""
+    stages = getattr(model, "feature_info", None)
+    if not hasattr(model, "forward_intermediates") or not isinstance(stages, list) or not stages:
+        return {}, "LAST"
+    strides = [int(stage["reduction"]) for stage in stages]
+    if len(set(strides)) == 1:
+        return {str(number): number for number in range(len(stages))}, "LAST"
+    # The last stage of each stride, as detectors take it.
+    levels = {
+        f"P{stride.bit_length() - 1}": number
+        for number, stride in enumerate(strides)
+        if stride.bit_count() == 1
+    }
+    last = f"P{strides[-1].bit_length() - 1}" if strides[-1].bit_count() == 1 else "LAST"
+    levels.pop(last, None)
+    return levels, last
 
 
 def features_of(model: Any, raw: Tensor) -> Tensor:

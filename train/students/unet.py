@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from train.students.base import Student, StudentError, StudentOutput, StudentSpec, level_of
+from train.students.base import Student, StudentError, StudentOutput, StudentSpec
 from train.students.families import FAMILIES, StudentName
 
 STRIDE = 16
@@ -30,7 +30,12 @@ def double_convolution(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(Student):
-    """Four halvings, four doublings, skip connections; the bottleneck map is distilled."""
+    """Four halvings, four doublings, skip connections; the bottleneck map is distilled.
+
+    Levels: P4 is the bottleneck, P3 to P0 are the decoder's maps of stride 8 to 1.
+    """
+
+    last_level = "P4"
 
     def __init__(self, base_width: int, spec: StudentSpec) -> None:
         super().__init__()
@@ -43,13 +48,14 @@ class UNet(Student):
         self.up = nn.ModuleList(nn.ConvTranspose2d(low, high, 2, stride=2) for low, high in pairs)
         self.decoder = nn.ModuleList(double_convolution(low, high) for low, high in pairs)
         self.head = nn.Conv2d(base_width, spec.num_classes, 1) if spec.num_classes else nn.Identity()
+        self.level_widths = {f"P{level}": widths[level] for level in reversed(range(4))}
         if not spec.num_classes:
-            self.level_widths = (base_width,)
+            self.default_levels = ("P0",)
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> StudentOutput:
         """`images` float [B, 3, H, W] → logits [B, C, H, W] or None, features [B, 16·base, H/16, W/16].
 
-        Label-free, `levels` has the decoder's last map, so that the decoder learns the teacher's features too.
+        Label-free, P0 is taught by default, so that the decoder learns the teacher's features too.
         """
         skips: list[Tensor] = []
         maps = images
@@ -58,16 +64,17 @@ class UNet(Student):
             skips.append(maps)
         features = skips.pop()
         decoded = self._decode(features, skips)
-        if not self.spec.num_classes:
-            return StudentOutput(None, features, (level_of(decoded),))
-        return StudentOutput(self.head(decoded), features)
+        logits = self.head(decoded["P0"]) if self.spec.num_classes else None
+        return StudentOutput(logits, features, self.chosen_maps(features, decoded))
 
-    def _decode(self, maps: Tensor, skips: list[Tensor]) -> Tensor:
-        for up, block in zip(self.up, self.decoder, strict=True):
+    def _decode(self, maps: Tensor, skips: list[Tensor]) -> dict[str, Tensor]:
+        """The decoder's maps by level."""
+        decoded = {}
+        for level, up, block in zip(self.level_widths, self.up, self.decoder, strict=True):
             skip = skips.pop()
             maps = _pad_to(up(maps), skip)
-            maps = self._run(block, torch.cat([skip, maps], dim=1))
-        return maps
+            maps = decoded[level] = self._run(block, torch.cat([skip, maps], dim=1))
+        return decoded
 
     def _run(self, block: nn.Module, maps: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -77,8 +84,11 @@ class UNet(Student):
         return out
 
     def rest_levels(self) -> None:
-        self.up.requires_grad_(False)
-        self.decoder.requires_grad_(False)
+        finest = max(
+            (number for number, level in enumerate(self.level_widths, 1) if level in self.levels), default=0
+        )
+        self.up[finest:].requires_grad_(False)
+        self.decoder[finest:].requires_grad_(False)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute each double convolution in the backward pass."""

@@ -23,7 +23,6 @@ from train.students.base import (
     StudentError,
     StudentOutput,
     StudentSpec,
-    level_of,
 )
 from train.students.families import FAMILIES, StudentName
 from train.students.offline import prepare_ultralytics
@@ -40,8 +39,10 @@ class YoloStudent(Student):
     """A YOLOv8 detector. It trains in ultralytics' own trainer (`train.yolo`), not in the common loop.
 
     Without classes (phase one of a training, which does run in the common loop) it is backbone and neck alone, and
-    `levels` are the neck's other maps.
+    its levels are the neck's maps.
     """
+
+    last_level = "P5"
 
     def __init__(self, network: nn.Module, spec: StudentSpec) -> None:
         super().__init__()
@@ -49,7 +50,8 @@ class YoloStudent(Student):
         self.spec = spec
         layers: Any = network.model
         if not spec.num_classes:
-            self.level_widths = tuple(level_widths(network)[:P5])
+            self.level_widths = dict(zip(("P3", "P4"), level_widths(network), strict=False))
+            self.default_levels = ("P3", "P4")
             layers[-1] = NeckOutput(layers[-1])
         head = f"model.{len(layers) - 1}."
         # Names of this student's parameters, and of layers below `lora_root`.
@@ -63,7 +65,7 @@ class YoloStudent(Student):
         """
         out: Any = self.network(images)
         if not self.spec.num_classes:
-            return StudentOutput(None, out[P5], tuple(level_of(maps) for maps in out[:P5]))
+            return StudentOutput(None, out[P5], self.chosen_maps(out[P5], {"P3": out[0], "P4": out[1]}))
         if self.training:
             return StudentOutput(None, out["feats"][P5])
         return StudentOutput(out[0], out[1]["feats"][P5])

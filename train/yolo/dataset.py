@@ -19,11 +19,12 @@ from ultralytics.data.dataset import YOLODataset
 
 from console.log import get_logger
 from imaging.geometry import resize_view
-from store.format import BOX_CLASSES, BOXES, GRID, SIZES, layer_grid, stored_layers, view_array
+from store.format import BOX_CLASSES, BOXES, GRID, SIZES, layer_grid, view_array
 from store.reader import Split, Store
 from store.summary import unlabeled_rows
 from train.data.batches import FeatureGatherer
 from train.data.images import ImageReader
+from train.distill.levels import check_layers
 from train.distill.projector import TargetStandardizer
 from train.errors import TrainError
 from train.yolo.geometry import (
@@ -324,12 +325,7 @@ def teacher_targets(
             f"{store.location}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
             "with --distillation-type none)"
         )
-    if name not in split.names:
-        stored = sorted(stored_layers(split.names))
-        raise TrainError(
-            f"distill_layers: {store.location} has no layer {layer}, it has {', '.join(map(str, [*stored, 'last']))}: "
-            f"extract with --layers {layer}"
-        )
+    check_layers(store.location, [layer], split.names)
     exact_flip = store.manifest.exact_flip and view_array(name) in split.names
     statistics = learned.statistics.get(name)
     if statistics is None:

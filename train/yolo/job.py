@@ -13,10 +13,12 @@ import torch
 from console.cores import core_share
 from console.devices import device_index, find_device
 from console.log import get_logger
+from store.format import stored_layers
 from store.reader import Store
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data.splits import fit_batch
+from train.distill.levels import detector_levels
 from train.distill.projector import take_over_head
 from train.errors import ConfigError
 from train.fit import validation_interval
@@ -30,7 +32,6 @@ from train.yolo.dataset import DetectionSplit, open_split
 from train.yolo.model import LEVELS, Distillation, DistilledDetectionModel, plain_detector
 from train.yolo.options import (
     clip_norm,
-    levels_of,
     mixes_images,
     parse_settings,
     ultralytics_arguments,
@@ -154,10 +155,16 @@ def open_splits(config: TrainConfig, store: Store, sources_per_cell: int) -> dic
             distil=config.distillation_type != "none",
             statistics_of=config.train_split,
             sources_per_cell=sources_per_cell,
-            layers=levels_of(config),
+            layers=levels_of(config, store),
         )
         for mode, name in (("train", config.train_split), ("val", config.val_split))
     }
+
+
+def levels_of(config: TrainConfig, store: Store) -> dict[str, int | None]:
+    """The distilled levels and the layer that each learns, from `--distill-layers` or what is stored."""
+    stored = stored_layers(store[config.train_split].names)
+    return detector_levels(config.distill_layers, config.student, stored)
 
 
 def build_trained_student(
@@ -195,7 +202,7 @@ def build_trained_student(
         )
     if config.distillation_type != "none":
         attach_teacher(config, network, store, splits)
-        if initial is not None and levels_of(config).get("P5", "absent") is None:
+        if initial is not None and levels_of(config, store).get("P5", "absent") is None:
             take_over_head(network.distillation.heads["P5"], initial)
     return student
 

@@ -139,27 +139,6 @@ def mixes_images(settings: dict[str, Any]) -> bool:
     return bool(settings.get("mixup"))
 
 
-def levels_of(config: TrainConfig) -> dict[str, int | None]:
-    """The distilled levels and the teacher's layer that each learns (None: the last), from `--distill-layers`.
-
-    "P3:8,P5" is {"P3": 8, "P5": None}; without the option P5 learns the last layer.
-
-    Raises ConfigError for other names, or what is no layer's number.
-    """
-    chosen: dict[str, int | None] = {}
-    for part in filter(None, (part.strip() for part in (config.distill_layers or "P5").split(","))):
-        level, _, layer = (word.strip() for word in part.upper().partition(":"))
-        if level not in ("P3", "P4", "P5") or not (layer in ("", "LAST") or layer.isdecimal()):
-            raise ConfigError(
-                f"distill_layers {config.distill_layers}: expected a list of P3, P4, P5, each with the teacher's layer "
-                f"where it is not the last, like P3:8,P4:16,P5:last; got {part}"
-            )
-        chosen[level] = int(layer) if layer.isdecimal() else None
-    if not chosen:
-        raise ConfigError(f"distill_layers {config.distill_layers}: expected a list of P3, P4, P5")
-    return chosen
-
-
 def parse_settings(text: str) -> dict[str, Any]:
     """`mosaic=0.5,freeze=[0,1]` → a dictionary, its values read and checked by ultralytics.
 
