@@ -40,7 +40,7 @@ class Size(NamedTuple):
     seeds: str
 
 
-NORMAL = Size(1, 10, 16, "0,1")
+NORMAL = Size(1, 10, 12, "0,1")
 SMALLEST = Size(12, 3, 1, "0")
 QWEN_IMAGES = 16
 
