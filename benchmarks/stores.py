@@ -26,6 +26,7 @@ def write_random_store(
     class_names: tuple[str, ...],
     image_size: int = 224,
     boxes: bool = False,
+    shard_rows: int | None = None,
 ) -> Path:
     """1280-wide grids and their means, drawn from a normal distribution, and what `rest` gives: images and targets.
 
@@ -35,6 +36,7 @@ def write_random_store(
         side: of the stored images, pixels.
         image_size: of the teacher.
         boxes: detection instead of classification.
+        shard_rows: rows of a shard; None lets the store choose.
     """
     from store.create import create_store
     from store.finalize import finalize_store
@@ -53,7 +55,7 @@ def write_random_store(
     keys = {split: [f"{split}/{row}.jpg" for row in range(count)] for split, count in rows.items()}
     targets = target_arrays(boxes=True) if boxes else target_arrays(label=True)
     arrays = feature_arrays(WIDTH, grid=grid) + targets + image_arrays(images, side)
-    create_store(path, manifest, Plan(keys, batch_rows=32), arrays)
+    create_store(path, manifest, Plan(keys, batch_rows=32, shard_rows=shard_rows), arrays)
     generator = np.random.default_rng(0)
     for split in keys:
         with StoreWriter(path, split) as writer:

@@ -14,7 +14,7 @@ from benchmarks.stores import encoded, write_random_store
 GRID, SIDE, CLASSES = 7, 112, 10
 
 
-def make_store(path: Path, rows: int, side: int = SIDE) -> Path:
+def make_store(path: Path, rows: int, side: int = SIDE, shard_rows: int | None = None) -> Path:
     """A store with 1280-wide pooled rows and 7×7 grids, random but of real shapes, and noisy JPEG images."""
     generator = np.random.default_rng(0)
     files = [smooth_jpeg(generator, side) for _ in range(64)]
@@ -31,7 +31,16 @@ def make_store(path: Path, rows: int, side: int = SIDE) -> Path:
 
     names = tuple(f"class{index}" for index in range(CLASSES))
     counts = {"train": rows, "val": 64}
-    return write_random_store(path, counts, rest, grid=GRID, images="jpeg", side=side, class_names=names)
+    return write_random_store(
+        path,
+        counts,
+        rest,
+        grid=GRID,
+        images="jpeg",
+        side=side,
+        class_names=names,
+        shard_rows=shard_rows,
+    )
 
 
 def smooth_jpeg(generator: np.random.Generator, side: int) -> np.ndarray:

@@ -17,8 +17,10 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import blake2b
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 CACHE_VARIABLE, CACHE_GB_VARIABLE = "QWEN_DISTILL_CACHE", "QWEN_DISTILL_CACHE_GB"
 FREE_SHARE = 0.8  # of the disk's free space that the cache may take where no limit is given
 LOCKS = ".locks"
+AHEAD = 2  # files that are downloaded ahead at the same time, so that the line has no pauses between them
 READS = 5  # of rows whose shards another process deleted meanwhile
 DOWNLOADS = 3  # of a shard whose bytes are not what they should be
 
@@ -227,18 +230,22 @@ def download_ahead(split: Split, names: Sequence[str], rows: np.ndarray, shard_r
     shards = rows // shard_rows
     first = np.unique(shards, return_index=True)[1]
 
-    def download() -> None:
-        with contextlib.suppress(StoreError):
-            for shard in shards[np.sort(first)].tolist():
-                start, stop = shard * shard_rows, min(len(split), (shard + 1) * shard_rows)
-                for name in names:
-                    fetch_rows(split, name, start, stop)
+    def download(shard: int, name: str) -> None:
+        download_rows(split, name, shard * shard_rows, min(len(split), (shard + 1) * shard_rows))
 
-    threading.Thread(target=download, name="store-download-ahead", daemon=True).start()
+    def download_all() -> None:
+        order = shards[np.sort(first)].tolist()
+        # All of the line is for the first shard, with which the training starts.
+        with ThreadPoolExecutor(AHEAD, "store-download-ahead") as pool, contextlib.suppress(StoreError):
+            for part in (order[:1], order[1:]):
+                for _ in pool.map(download, *zip(*product(part, names), strict=True)) if part else ():
+                    pass
+
+    threading.Thread(target=download_all, name="store-download-ahead", daemon=True).start()
 
 
-def fetch_rows(split: Split, name: str, start: int, stop: int) -> None:
-    """Have the rows start:stop of an array here. Raises StoreError."""
+def download_rows(split: Split, name: str, start: int, stop: int) -> None:
+    """Have the shards with the rows start:stop of an array in the cache. Raises StoreError."""
     array = split.array(name)
     assert isinstance(array, MirroredArray)
     if name in split.specs and split.specs[name].ragged:
@@ -246,7 +253,7 @@ def fetch_rows(split: Split, name: str, start: int, stop: int) -> None:
         start, stop = int(offsets[0]), int(offsets[-1])
     if start < stop:
         size = array.layout.shard_rows
-        array.fetch(range(start // size, -(-stop // size)))
+        array.download(range(start // size, -(-stop // size)))
 
 
 def replace_here(path: Path, content: bytes) -> None:
@@ -297,6 +304,8 @@ class MirroredArray:
         if start >= stop:
             return self.local.slice(start, stop)
         first, last = start // self.layout.shard_rows, (stop - 1) // self.layout.shard_rows
+        if self.stays and self._here[first : last + 1].all():
+            return self.local.slice(start, stop)
         return self._read(list(range(first, last + 1)), lambda: self.local.slice(start, stop))
 
     def prefetch(self, rows: np.ndarray) -> None:
@@ -304,6 +313,12 @@ class MirroredArray:
         here = rows[self._here[rows // self.layout.shard_rows]]
         if len(here):
             self.local.prefetch(here)
+
+    def download(self, shards: Sequence[int]) -> None:
+        """Have these shards in the cache, for a thread that does not read them itself. Raises StoreError."""
+        for shard in shards:
+            if not self._here[shard]:
+                self.mirror.fetch(self.array, self.layout, shard)
 
     def fetch(self, shards: Sequence[int]) -> None:
         """Have these shards here and open them. Raises StoreError."""

@@ -77,11 +77,13 @@ class RemoteFiles:
         """
         if size is None:
             size = self._try(key, None, lambda files, path: int(files.info(path)["size"]))
-        first = self._range(key, 0, min(size, BLOCK_BYTES))
-        yield first
-        if len(first) >= size:  # also from a server that answers every range with the whole file
-            return
-        starts = range(BLOCK_BYTES, size, BLOCK_BYTES)
+        starts = range(0, size, BLOCK_BYTES)
+        if self.url.startswith("http") or len(starts) < 2:
+            first = self._range(key, 0, min(size, BLOCK_BYTES))
+            yield first
+            if len(first) >= size:  # also from a web server that answers every range with the whole file
+                return
+            starts = starts[1:]
         with ThreadPoolExecutor(CONNECTIONS, "store-download") as pool:
             pending: list[Any] = []
             for start in starts:

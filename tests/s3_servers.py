@@ -37,13 +37,13 @@ def moto_server() -> Iterator[str]:
 
 
 @contextmanager
-def localbucket_server() -> Iterator[str]:
-    """The URL of LocalBucket, another S3 server, in a process of its own; its objects are files."""
+def localbucket_server(objects: Path | None = None) -> Iterator[str]:
+    """The URL of LocalBucket, another S3 server, in a process of its own; its objects are files, below `objects`."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        command = [sys.executable, "-m", "localbucket", folder, "--port", str(port)]
+        command = [sys.executable, "-m", "localbucket", str(objects or folder), "--port", str(port)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             for _ in range(600):
