@@ -110,10 +110,10 @@ def make_rows(
         if settings["grid"]:
             put("features/grid", features)
         for layer, (cells, width) in (settings.get("layers") or {}).items():
-            put(
-                f"features/grid@{layer}",
-                np.random.default_rng([layer, number]).normal(size=(cells, cells, width)),
-            )
+            noise = np.random.default_rng([layer, number])
+            put(f"features/grid@{layer}", noise.normal(size=(cells, cells, width)))
+            if settings["views"]:
+                put(f"views/grid@{layer}", noise.normal(size=(settings["views"], cells, cells, width)))
         if settings["labels"]:
             put("targets/label", -1 if number in settings["unlabelled"] else label)
         if settings["masks"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,6 +142,42 @@ def test_each_level_learns_its_layer(
     heads = load_checkpoint(config.out / "last.pt")["training"]["level_heads"]
     widths = [value.shape[0] for key, value in heads.items() if key.endswith("bias")]
     assert widths == [LAYERS[layer][1] for _, layer in levels]
+
+
+@pytest.mark.parametrize("exact_flip", [False, True])
+def test_layers_of_views_belong_to_the_view_that_is_shown(
+    make_store: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch, exact_flip: bool
+) -> None:
+    """Recorded views, and mirror images: the layer's grid is that of what the student sees."""
+    from train.data.views import AUGMENTATIONS, Augmentation
+    from train.distill.objective import Objective
+
+    seen: list[Any] = []
+    plain = Objective.prepare
+
+    def prepare(self: Objective, batch: Any) -> Any:
+        targets = plain(self, batch)
+        if self.plan.recorded or self.plan.exact_flip:
+            seen.append((self, batch, targets))
+        return targets
+
+    monkeypatch.setattr(Objective, "prepare", prepare)
+    monkeypatch.setitem(AUGMENTATIONS, "full", Augmentation(flip_probability=0.5))
+    path = make_store(layers={8: (8, 5)}, views=2, exact_flip=exact_flip)
+    run_training(make_config(path, epochs=1, distill_layers="p3:8,p5", image_size=64))
+    split = open_store(path)["train"]
+    assert seen
+    for objective, batch, targets in seen:
+        stored = split.gather(batch.rows, ["features/grid@8", "views/grid@8"])
+        if exact_flip:
+            mirrored = stored["views/grid@8"][:, 0]
+            expected = np.where(batch.flipped[:, None, None, None], mirrored, stored["features/grid@8"])
+        else:
+            expected = stored["views/grid@8"][np.arange(len(batch)), batch.recorded]
+        standardize = objective.standardizers["level0"]
+        torch.testing.assert_close(
+            targets.levels[0][0], standardize(torch.from_numpy(expected)), atol=1e-3, rtol=1e-3
+        )
 
 
 def test_other_students_learn_the_last_layer_by_default(make_store: Any, make_config: Any) -> None:

@@ -107,10 +107,20 @@ def flattened(content: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_levels_that_learn_different_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ("p3:8,p5:last", {"P3": {(5,)}, "P4": set(), "P5": {(12,)}}),
+        (None, {"P3": {(5,)}, "P4": {(5,)}, "P5": {(12,)}}),
+    ],
+)
+def test_levels_that_learn_different_layers(
+    tmp_path: Path, chosen: str | None, expected: dict[str, set[tuple[int, ...]]]
+) -> None:
+    """By default a store's layers are those of P3, P4 and P5."""
     rows = {"train": scenes(12, 0), "val": scenes(6, 1)}
     store = make_store(tmp_path / "store", rows, layers={8: (16, 5)})
-    options = {"epochs": 2, "distill_layers": "p3:8,p5:last"}
+    options = {"epochs": 2, "distill_layers": chosen}
     run_training(make_config(store, tmp_path / "out", **options))
     assert all(record["feature_loss"] > 0 for record in metrics_of(tmp_path / "out"))
     saved = flattened(load_checkpoint(tmp_path / "out" / "last.pt"))
@@ -118,7 +128,7 @@ def test_levels_that_learn_different_layers(tmp_path: Path) -> None:
         level: {tuple(value.shape)[:1] for name, value in saved.items() if f"heads.{level}." in name}
         for level in ("P3", "P4", "P5")
     }
-    assert widths == {"P3": {(5,)}, "P4": set(), "P5": {(12,)}}
+    assert widths == expected
 
 
 def loss_nan(kind: str, rows: torch.Tensor, *_: Any) -> torch.Tensor:

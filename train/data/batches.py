@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from console.cores import core_share
 from imaging.geometry import flips_horizontally
 from store.errors import DistillError
-from store.format import VIEWS_GRID, VIEWS_POOLED, view_array
+from store.format import view_array
 from store.reader import Split
 from train.data.prefetch import CopyStream, Prefetcher
 
@@ -225,8 +225,8 @@ def collate_views(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-#: Arrays that hold K recorded views a sample.
-VIEW_ARRAYS = (VIEWS_GRID, VIEWS_POOLED)
+#: What the names of arrays that hold K recorded views a sample begin with.
+VIEWS = "views/"
 
 
 class FeatureGatherer:
@@ -285,7 +285,7 @@ class FeatureGatherer:
         if recorded is None:
             return values
         chosen = (torch.arange(len(rows)), torch.from_numpy(recorded))
-        return {name: value[chosen] if name in VIEW_ARRAYS else value for name, value in values.items()}
+        return {name: value[chosen] if name.startswith(VIEWS) else value for name, value in values.items()}
 
     def mirror_values(self, rows: NDArray[np.int64], name: str, view: str) -> NDArray[Any]:
         """The values [b, ...] of array `view`, of the rows' mirror images, at the scale of array `name`."""
