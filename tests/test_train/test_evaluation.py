@@ -92,3 +92,19 @@ def test_fine_tuning_takes_the_student_and_its_head_from_one_checkpoint(
             assert torch.equal(value, expected[name])
         assert tuning.parts.train_loader.loader.dataset.settings.policy == "letterbox"
         assert tuning.parts.val_loader.loader.dataset.settings.policy == "letterbox"
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_fine_tuning_takes_the_heads_of_all_levels(make_store: Any, tmp_path: Path, old_format: bool) -> None:
+    path = make_store(layers={8: (8, 5)})
+    run = trained(path, tmp_path / "run", distill_layers="p3:8,p5")
+    expected = load_checkpoint(run / "last.pt")["training"]["level_heads"]
+    if old_format:
+        best = load_checkpoint(run / "best.pt")
+        del best["level_heads"]
+        torch.save(best, run / "best.pt")
+    student, card = open_student(run)
+    with build_finetuning(run, run_options(run), open_store(path), student, card, 1, 1e-5) as tuning:
+        assert tuning.parts.module.level_heads
+        for name, value in tuning.parts.module.level_heads.state_dict().items():
+            assert torch.equal(value, expected[name])

@@ -169,7 +169,10 @@ def write_qat(
 
 
 class QuantizedStudent(Student):
-    """A student whose forward pass is its graph with fake quantization, so that the loop can train it."""
+    """A student whose forward pass is its graph with fake quantization, so that the loop can train it.
+
+    The graph has no levels: `features` alone are distilled.
+    """
 
     def __init__(self, student: Student, graph: nn.Module) -> None:
         super().__init__()
@@ -303,15 +306,15 @@ def build_finetuning(
 
 
 def restore_head(parts: Parts, run: Path) -> None:
-    """The alignment head of the student's own checkpoint: a fresh one would pull the student away from what it learned."""
-    if parts.module.projector is None:
-        return
+    """The alignment heads of the student's own checkpoint: fresh ones would pull the student away from what it learned."""
     own, last = run / BEST if run.is_dir() else run, run_folder(run) / LAST
+    heads = {"alignment_head": parts.module.projector, "level_heads": parts.module.level_heads}
     for path in (own, last):  # checkpoints of older versions may have no head in best.pt
-        state = load_checkpoint(path).get("alignment_head") if path.exists() else None
-        if state:
-            parts.module.projector.load_state_dict(state)
-            return
+        content = load_checkpoint(path) if path.exists() else {}
+        content = {**content.get("training", {}), **content}
+        for name, state in [(name, content.get(name)) for name in heads]:
+            if state and (head := heads.pop(name)) is not None:
+                head.load_state_dict(state)
 
 
 def run_finetuning(tuning: FineTuning, student: Student | None = None) -> Student:

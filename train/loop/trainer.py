@@ -344,6 +344,7 @@ class Training:
             "accuracy": record.get(self.best_metric),
             "metrics": {k: v for k, v in record.items() if k not in NOT_METRICS},
             "alignment_head": self.head_state(),
+            "level_heads": self.parts.module.level_heads.state_dict(),
             "model_state_dict": self.parts.evaluated.state_dict(),
         }
 
