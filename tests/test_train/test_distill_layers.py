@@ -211,6 +211,32 @@ def test_an_interrupted_run_of_several_levels_equals_a_whole_one(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(
+    ("student", "text", "levels", "cells"),
+    [
+        ("timm:test_resnet", None, (), True),
+        ("unet/small", None, (("P0", None),), True),
+        ("yolov8/n", None, (("P3", 8), ("P4", 16)), True),
+        ("yolov8/n", "p4:16", (("P3", None), ("P4", 16)), True),
+        ("yolov8/n", "p5:16", (("P3", None), ("P4", None), ("P5", 16)), False),
+    ],
+)
+def test_what_label_free_students_learn(
+    make_store: Any, make_config: Any, student: str, text: str | None, levels: Any, cells: bool
+) -> None:
+    """YOLOv8's phase one teaches the whole neck."""
+    from train.distill.resolve import resolve_features
+
+    path = make_store(layers=LAYERS)
+    config = make_config(path, student=student, task="features", distill_layers=text)
+    built = build_student(student, num_classes=0, image_size=32)
+    plan = resolve_features(config, open_store(path)["train"], "features", built, [])
+    assert (plan.pooled, plan.cells, plan.levels) == (True, cells, levels)
+    built.choose_levels([level for level, _ in plan.levels])
+    maps = built(torch.zeros(2, 3, 32, 32)).levels
+    assert [each.shape[1] for each in maps] == [built.level_width(level) for level, _ in levels]
+
+
 def test_label_free_unets_rest_what_no_level_needs(make_store: Any, make_config: Any) -> None:
     path = make_store(layers=LAYERS)
     config = make_config(path, student="unet/small", task="features", epochs=1, distill_layers="p3:8,p4")
