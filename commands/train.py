@@ -69,16 +69,17 @@ def print_summary(summary: dict[str, Any], out: Path, as_json: bool) -> None:
         print_json(summary)
         return
     control = summary.get("control") or {}
+    own = "distilled" if control else "value"  # without its control, a run may be a control itself
     rows = [
         {
             "metric": label_of(name),
-            "distilled": shown_text(name, value),
+            own: shown_text(name, value),
             "control": shown_text(name, control.get("metrics", {}).get(name)),
             "difference": shown_text(name, control.get("difference", {}).get(name), gain_text),
         }
         for name, value in summary["metrics"].items()
     ]
-    columns = ["metric", "distilled", *(["control", "difference"] if control else [])]
+    columns = ["metric", own, *(["control", "difference"] if control else [])]
     title = (
         f"{summary['student']} after {summary['epochs_done']} epochs (best: {summary['best_epoch']}), "
         f"{summary.get('validation_samples', 'unknown number of')} validation samples, in {out}"
