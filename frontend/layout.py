@@ -34,7 +34,7 @@ def page_texts(client: Client) -> Texts:
 def frame(texts: Texts, client: Client, title: str, current: str = "") -> Iterator[None]:
     """The header, then the main part, into which the caller's elements go."""
     theme = client.request.cookies.get(THEME_COOKIE)
-    dark = ui.dark_mode({"dark": True, "light": False}.get(str(theme)))
+    ui.dark_mode({"dark": True, "light": False}.get(str(theme)))
     ui.colors(primary="#3358d4", positive="#16794c", negative="#c0322b", warning="#93600a")
     ui.page_title(f"{title} · {texts('product')}")
     ui.add_head_html(f'<script>document.documentElement.lang = "{texts.html_language}"</script>')
@@ -53,7 +53,7 @@ def frame(texts: Texts, client: Client, title: str, current: str = "") -> Iterat
                 if name == current:
                     item.props('aria-current="page"')
         language_button(texts)
-        theme_button(texts, dark, theme)
+        theme_button(texts, theme)
     header.move(target_index=0)
     with main:
         yield
@@ -65,7 +65,7 @@ def language_button(texts: Texts) -> None:
     button.props(f'flat dense no-caps aria-label="{texts("language.hint")}"').classes("quiet")
 
 
-def theme_button(texts: Texts, dark: ui.dark_mode, theme: str | None) -> None:
+def theme_button(texts: Texts, theme: str | None) -> None:
     """Light or dark; before the first choice the system's."""
     is_dark = theme == "dark"
     icon, hint = ("light_mode", "theme.light") if is_dark else ("dark_mode", "theme.dark")

@@ -28,6 +28,7 @@ from backend.server.schemas import NewTask, TaskFields
 from backend.task.configs import LABEL_TASKS
 from backend.task.errors import OptionError
 from backend.task.options import OPTIONS
+from frontend import texts as texts_module
 from frontend.form import problem_of, shown
 from frontend.texts import TEXTS, Texts, preferred_language
 from train.students.families import FAMILIES
@@ -44,6 +45,14 @@ def test_every_text_has_both_languages_and_the_same_places() -> None:
         assert chinese, name
         places = [set(re.findall(r"{(\w+)}", text)) for text in (english, chinese)]
         assert places[0] == places[1], name
+
+
+def test_every_text_is_used() -> None:
+    pages = Path(texts_module.__file__).parent
+    code = "".join(path.read_text(encoding="utf-8") for path in pages.glob("*.py") if path.name != "texts.py")
+    prefixes = tuple(re.findall(r"""f["']([a-z.]+\.)\{""", code))
+    unused = [name for name in TEXTS if not re.search(rf"""["']{re.escape(name)}["']""", code)]
+    assert [name for name in unused if not name.startswith(prefixes)] == []
 
 
 @pytest.mark.parametrize(
