@@ -16,8 +16,8 @@ from torch import Tensor
 from extract.teachers import load_teacher
 from extract.teachers.pixels import normalize, patchify
 from extract.teachers.qwen_vl import FAMILIES, QwenVLTeacher
+from tests.test_extract.reference_tower import TOLERANCE, random_pixels, tower_outputs, worst
 
-TOLERANCE = 1e-4
 SIZES = {
     "square": (256, 256),
     "wide": (96, 384),
@@ -38,10 +38,6 @@ def pair(request: pytest.FixtureRequest, sharp_checkpoints: dict[str, Path]) -> 
     return teacher, AutoModelForImageTextToText.from_pretrained(folder).eval().model.visual
 
 
-def random_pixels(noise: torch.Generator, *shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
-
-
 def published_order(h: int, w: int) -> list[tuple[int, int]]:
     """(row, column) of each patch in the order of `visual(...).last_hidden_state`: blocks of 2 × 2, row by row."""
     return [
@@ -55,24 +51,8 @@ def published_order(h: int, w: int) -> list[tuple[int, int]]:
 
 def reference_outputs(visual: Any, images: list[Tensor]) -> tuple[list[Tensor], Any]:
     """transformers' features per image as [h, w, D] in raster order, and everything that its tower returns."""
-    from transformers import Qwen2VLImageProcessor
-
-    processor = Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    processed = processor(images=images, do_resize=False, return_tensors="pt")
-    with torch.inference_mode():
-        out = visual(processed["pixel_values"], grid_thw=processed["image_grid_thw"])
-    grids, start = [], 0
-    for _, h, w in processed["image_grid_thw"].tolist():
-        grid = torch.full((h, w, out.last_hidden_state.shape[-1]), float("nan"))
-        for place, (row, column) in enumerate(published_order(h, w)):
-            grid[row, column] = out.last_hidden_state[start + place]
-        grids.append(grid)
-        start += h * w
-    return grids, out
-
-
-def worst(ours: Tensor, reference: Tensor) -> float:
-    return (ours - reference).abs().max().item()
+    half = [0.5] * 3
+    return tower_outputs(visual, images, published_order, patch_size=16, image_mean=half, image_std=half)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())

@@ -15,8 +15,8 @@ from torch import Tensor
 from extract.teachers import load_teacher
 from extract.teachers.pixels import normalize, patchify
 from extract.teachers.qwen_vl import QwenVLTeacher
+from tests.test_extract.reference_tower import TOLERANCE, random_pixels, tower_outputs, worst
 
-TOLERANCE = 1e-4
 SIZES = {
     "square": (224, 224),
     "wide": (112, 336),
@@ -40,10 +40,6 @@ def pair(request: pytest.FixtureRequest, sharp_checkpoints: dict[str, Path]) -> 
     return teacher, Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
 
 
-def random_pixels(noise: torch.Generator, *shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
-
-
 def published_order(h: int, w: int) -> list[tuple[int, int]]:
     """(row, column) of each patch in the order of `visual(...).last_hidden_state`, by plain counting.
 
@@ -60,23 +56,8 @@ def published_order(h: int, w: int) -> list[tuple[int, int]]:
 
 def reference_outputs(model: Any, images: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """transformers' features per image as [h, w, D] in raster order, and its own merged output [M, d]."""
-    from transformers import Qwen2VLImageProcessor
-
-    processed = Qwen2VLImageProcessor()(images=images, do_resize=False, return_tensors="pt")
-    with torch.inference_mode():
-        out = model.model.visual(processed["pixel_values"], grid_thw=processed["image_grid_thw"])
-    grids, start = [], 0
-    for _, h, w in processed["image_grid_thw"].tolist():
-        grid = torch.full((h, w, 1280), float("nan"))
-        for place, (row, column) in enumerate(published_order(h, w)):
-            grid[row, column] = out.last_hidden_state[start + place]
-        grids.append(grid)
-        start += h * w
+    grids, out = tower_outputs(model.model.visual, images, published_order)
     return grids, out.pooler_output
-
-
-def worst(ours: Tensor, reference: Tensor) -> float:
-    return (ours - reference).abs().max().item()
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
