@@ -141,7 +141,7 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     held_out = folds_of_copies(groups, train.name, fold)
     predictors = {split: fold_predictor(held_out[split], probes, whole) for split in store.splits}
     write_logits(path, PROBE, classes, lambda split: predict(store[split], predictors[split]))
-    return measure(open_store(path), train.name, labels, classes, whole, fold, seed)
+    return measure(open_store(path), train.name, labels, classes, fold, seed)
 
 
 def fit_folds(
@@ -192,7 +192,6 @@ def measure(
     train: str,
     labels: npt.NDArray[np.int32],
     classes: int,
-    whole: Probe,
     fold: npt.NDArray[Any],
     seed: int,
 ) -> ProbeResult:

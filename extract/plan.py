@@ -240,7 +240,8 @@ def make_task(config: ExtractConfig, source: Source, teacher: Teacher) -> Extrac
     """
     clips = source.task == "sequence" or source.kind == "clips"
     check_options(config, source, clips)
-    targets = found_targets(source)
+    # Which of label, boxes and mask any sample of any split has.
+    targets = frozenset().union(*(samples.target_kinds() for samples in source.splits.values()))
     manifest = make_manifest(config, source, teacher, clips, grid_side(config, teacher, targets))
     encoding = replace(encoding_of(manifest), max_pixels=config.max_pixels)
     arrays = [
@@ -289,11 +290,6 @@ def check_options(config: ExtractConfig, source: Source, clips: bool) -> None:
         from extract.teachers.qwen_vl import check_zero_shot
 
         check_zero_shot(str(config.teacher_path))  # before hours of encoding, not after
-
-
-def found_targets(source: Source) -> frozenset[str]:
-    """Which of label, boxes and mask any sample of any split has."""
-    return frozenset().union(*(samples.target_kinds() for samples in source.splits.values()))
 
 
 def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) -> int:

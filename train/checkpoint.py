@@ -125,13 +125,9 @@ def load_student_from_run(run: Path, name: str = BEST) -> tuple[Student, dict[st
     content = load_checkpoint(path)
     student = rebuild_student(content["student"])
     if content["config"].get("lora_rank"):
-        apply_saved_lora(student, content["config"])
+        from train.lora import apply_lora_options
+
+        # Where the run had them, so that its state dict fits.
+        apply_lora_options(student, content["config"])
     student.load_state_dict(content["model_state_dict"])
     return student.eval(), content
-
-
-def apply_saved_lora(student: Student, config: Mapping[str, Any]) -> None:
-    """Put LoRA layers where the run had them, so that its state dict fits."""
-    from train.lora import apply_lora_options
-
-    apply_lora_options(student, config)

@@ -15,7 +15,6 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from backend.server.database import TaskState
 from backend.server.errors import NotFoundError
-from backend.server.events import Change
 from backend.server.logs import CHUNK, LOG_FILE, find_file, follow, list_files, read_tail
 from backend.server.schemas import (
     TASK_ID,
@@ -319,22 +318,20 @@ def follow_changes(tasks: Tasks, task_id: str | None) -> StreamingResponse:
                     change = await subscription.next(KEEP_ALIVE_S)
                 except StopAsyncIteration:  # the server is closing
                     return
-                # A comment now and then shows a client that is gone.
-                yield ": waiting\n\n" if change is None else change_event(change)
-                if change is not None and change.task_id == task_id and change.task is None:
-                    return
+                if change is None:
+                    yield ": waiting\n\n"  # a comment now and then shows a client that is gone
+                elif change.task is not None:
+                    yield event("task", change.json)
+                else:
+                    yield event("deleted", json.dumps({"taskId": change.task_id}))
+                    if change.task_id == task_id:
+                        return
 
     return event_stream(stream())
 
 
 def standing(tasks: Tasks, task_id: str | None) -> list[TaskView]:
     return list(tasks.read_all()) if task_id is None else [tasks.read(task_id)]
-
-
-def change_event(change: Change) -> str:
-    if change.task is None:
-        return event("deleted", json.dumps({"taskId": change.task_id}))
-    return event("task", change.json)
 
 
 def event(kind: Literal["task", "deleted", "log", "end"], data: str) -> str:

@@ -79,7 +79,9 @@ def student_preprocessing(store: Store, recorded: Mapping[str, Any]) -> Preproce
             own.resize,
             shown.resize,
             # What a center crop cut off is not in the store.
-            ", as far as the store has them (--images raw)" if IMAGES_RAW in named_arrays(store) else "",
+            ", as far as the store has them (--images raw)"
+            if any(spec.name == IMAGES_RAW for spec in store.manifest.arrays)
+            else "",
         )
     if shown.bit_depth != own.bit_depth:
         log.info(
@@ -89,10 +91,6 @@ def student_preprocessing(store: Store, recorded: Mapping[str, Any]) -> Preproce
             shown.bit_depth,
         )
     return shown
-
-
-def named_arrays(store: Store) -> set[str]:
-    return {spec.name for spec in store.manifest.arrays}
 
 
 def resolve_task(config: TrainConfig) -> str:
@@ -107,7 +105,8 @@ def resolve_task(config: TrainConfig) -> str:
 
 def resolve_data(config: TrainConfig, store: Store, task: str) -> TrainingData:
     """Rows, labels and classes. Raises TrainError when the store cannot serve the task."""
-    train, val = (open_split(store, name, option) for name, option in split_options(config))
+    train = open_split(store, config.train_split, "--train-split")
+    val = open_split(store, config.val_split, "--val-split")
     check_targets(task, train, config.train_split, config.store)
     notes: list[str] = []
     train_rows, val_rows = (
@@ -131,10 +130,6 @@ def resolve_data(config: TrainConfig, store: Store, task: str) -> TrainingData:
         notes=notes,
         labeled=labeled_rows(train, kind)[train_rows] if kind in ("label", "mask") else None,
     )
-
-
-def split_options(config: TrainConfig) -> list[tuple[str, str]]:
-    return [(config.train_split, "--train-split"), (config.val_split, "--val-split")]
 
 
 def open_split(store: Store, name: str, option: str) -> Split:

@@ -81,7 +81,7 @@ def quantize_student(
     require_torchao()
     check_writable(out or run_folder(run), "--out")
     student, card = open_student(run)
-    check_quantizable(student, card)
+    check_quantizable(card)
     config = run_options(run).replace(store=Path(store_path))
     store = open_store(store_path)
     check_store(run, store, card)
@@ -105,7 +105,7 @@ def quantize_student(
     return summarize(models, student, config, store, inputs, out, options)
 
 
-def check_quantizable(student: Student, card: ModelCard) -> None:
+def check_quantizable(card: ModelCard) -> None:
     if card.task not in ("classification", "segmentation"):
         raise DeliveryError(
             f"cannot quantize {card.student}: int8 is offered for classification and segmentation students, "

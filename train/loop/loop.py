@@ -74,10 +74,6 @@ class TrainingState:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * samples
 
-    def mean_losses(self) -> dict[str, float]:
-        """The running epoch's mean of each loss over its samples."""
-        return {name: total / max(self.samples, 1.0) for name, total in self.sums.items()}
-
     def finish_epoch(self, record: dict[str, Any]) -> None:
         """The running epoch is validated; the next begins."""
         self.history.append(record)
@@ -383,7 +379,7 @@ class Loop:
     def record(self, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
         """The epoch's line of metrics.jsonl; without `metrics` where it was not validated."""
         progress = self.parts.progress
-        means = progress.mean_losses()
+        means = {name: total / max(progress.samples, 1.0) for name, total in progress.sums.items()}
         return {
             "epoch": progress.epoch + 1,
             "train_loss": means.pop("loss"),

@@ -76,6 +76,7 @@ class LoopTrainer:
         accelerator = build_accelerator(config)
         if accelerator.is_main_process:
             folder.path.mkdir(parents=True, exist_ok=True)
+        pretrained = folder.phase_one()  # None for a run without phase one, as a control is
         built = build_training(
             config,
             self.store,
@@ -83,7 +84,7 @@ class LoopTrainer:
             accelerator,
             request.deadline.stop,
             control=request.control,
-            initial=phase_one_of(folder),
+            initial=None if pretrained is None else load_checkpoint(pretrained),
         )
         if accelerator.is_main_process:
             announce(built, request.control)
@@ -169,12 +170,6 @@ def describe_distillation(built: Built) -> dict[str, Any]:
         "teacher": None if parts.reference is None else {parts.reference.metric: parts.reference.value},
         "ended_after_epoch": progress.distilled_epochs,
     }
-
-
-def phase_one_of(folder: RunFolder) -> dict[str, Any] | None:
-    """The checkpoint of phase one; None for a run without it, as a control is."""
-    path = folder.phase_one()
-    return None if path is None else load_checkpoint(path)
 
 
 def announce(built: Built, control: bool) -> None:

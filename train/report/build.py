@@ -104,12 +104,6 @@ def page_path(out: Path) -> Path:
     return out
 
 
-def best_run(collection: Collection) -> FinishedRun:
-    """The distilled run with the best headline metric (any run where all are controls)."""
-    runs = [run for run in collection.runs if not run.is_control] or collection.runs
-    return max(runs, key=lambda run: run.metrics.get(collection.headline, float("-inf")))
-
-
 def open_stores(collection: Collection) -> dict[str, Store]:
     """The runs' stores, by path; the report leaves out what it would read from one that has moved, with a warning."""
     stores: dict[str, Store] = {}
@@ -125,7 +119,10 @@ def task_sections(
     collection: Collection, stores: dict[str, Store], samples: int, name_task: bool, machine: str
 ) -> list[Section]:
     """The sections on the runs of one task; `name_task` when the page has several."""
-    metric, best = collection.headline, best_run(collection)
+    metric = collection.headline
+    # The distilled run with the best headline metric; any run where all are controls.
+    candidates = [run for run in collection.runs if not run.is_control] or collection.runs
+    best = max(candidates, key=lambda run: run.metrics.get(metric, float("-inf")))
     task = f" ({best.summary.get('task')})" if name_task else ""
     ceilings = teacher_ceilings(collection, stores)
     gallery = gallery_of(best, stores.get(best.store_path), samples) if samples else None

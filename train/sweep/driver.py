@@ -140,7 +140,8 @@ def run_trials(config: SweepConfig, todo: Sequence[Trial], stop: StopRequest, bo
 def order(config: SweepConfig, trial: Trial, cores: Cores) -> Order:
     return Order(
         name=trial.name,
-        store=store_address(config.store),
+        # Workers may have another working directory.
+        store=config.store if "://" in config.store else str(Path(config.store).resolve()),
         folder=str(trial_folder(config.out, trial).resolve()),
         options=trial.options | shared_phase_one(config, trial),
         cores=cores.of_trial,
@@ -157,11 +158,6 @@ def shared_phase_one(config: SweepConfig, trial: Trial) -> dict[str, Any]:
         if trial.options.get("pretrain_epochs")
         else {}
     )
-
-
-def store_address(store: str) -> str:
-    """Absolute for a folder: workers may have another working directory. URLs stay as they are."""
-    return store if "://" in store else str(Path(store).resolve())
 
 
 def run_on_worker(order: Order, event_name: str) -> tuple[TrialResult, str]:

@@ -159,12 +159,9 @@ class Recorder:
         if trainer.is_best:
             self.best_epoch, self.unsaved_best = epoch, content
             self.writer.note_best(content, None, epoch)
-        if self.is_kept(epoch):
-            self.writer.save_beside(self.run / f"checkpoint_epoch_{epoch}.pt", content, epoch)
-
-    def is_kept(self, epoch: int) -> bool:
         interval = self.config.checkpoint_interval
-        return interval is not None and epoch % interval == 0
+        if interval is not None and epoch % interval == 0:
+            self.writer.save_beside(self.run / f"checkpoint_epoch_{epoch}.pt", content, epoch)
 
     def save(self, trainer: Any, *, last: bool) -> None:
         """Write the checkpoints of the epoch that has just ended; after the `last` one they are on disk on return.
