@@ -20,7 +20,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "theme.dark": ("Switch to dark colors", "切换到深色"),
     "theme.light": ("Switch to light colors", "切换到浅色"),
     "cancel": ("Cancel", "取消"),
-    "close": ("Close", "关闭"),
     "copy": ("Copy", "复制"),
     "copied": ("Copied", "已复制"),
     "working": ("Working …", "处理中 …"),
