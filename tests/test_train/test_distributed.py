@@ -61,6 +61,10 @@ def test_two_processes_equal_one_for_every_loss(tmp_path, make_store):
     # 27 and 7 samples in batches of 6: ranks get unequal shares of the last ones.
     images = str(make_store("images.zarr", train=27, val=7, logits=True, unlabelled=(3, 5)))
     masks = str(make_store("masks.zarr", train=14, val=5, masks=True))
+    unmasked = {f"train/{row:04d}.png" for row in range(4, 14)}
+    maps = str(
+        make_store("maps.zarr", train=14, val=5, masks=True, maps=True, labels=False, unmasked=unmasked)
+    )
     plain = {"student": "timm:test_vit", "image_size": 32, "batch_size": 6, "epochs": 2, "workers": 0}
     plain |= {"device": "cpu", "learning_rate": 1e-3, "store": images, "seed": 1}
     cases = {
@@ -72,6 +76,14 @@ def test_two_processes_equal_one_for_every_loss(tmp_path, make_store):
         "features": plain | {"task": "features"},
         "two phases": plain | {"pretrain_epochs": 1, "epochs": 1, "labeled_share": 0.5},
         "segmentation": plain | {"store": masks, "student": "unet/small", "epochs": 1, "batch_size": 4},
+        "maps": plain
+        | {
+            "store": maps,
+            "student": "unet/small",
+            "epochs": 1,
+            "batch_size": 4,
+            "distillation_type": "logit",
+        },
     }
     for processes in (1, 2):
         run_all(

@@ -1,7 +1,8 @@
-"""Soft class maps: the loss by hand, their geometry, and U-Nets that learn rows without a mask from them."""
+"""Soft class maps: their geometry, what of them is learned, and U-Nets that learn rows without a mask from them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,12 @@ from store.reader import open_store
 from tests.test_train.runs import records
 from train.data.batches import Batch
 from train.data.images import ImageReader
-from train.distill.losses import confidence, map_loss
-from train.distill.objective import DistillationPlan, Objective, map_cells
+from train.distill.objective import SURE, DistillationPlan, Objective, Targets, map_cells
+from train.distill.projector import DistilledOutput
+from train.distill.resolve import resolve_logits
 from train.errors import ConfigError, TrainError
 from train.run import run_training
 from train.tasks import build_task
-
-
-def test_map_loss_compares_the_mean_over_a_cells_pixels() -> None:
-    """KL(target ‖ mean probability), by numpy."""
-    torch.manual_seed(0)
-    student, target = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 2, 3).log_softmax(-1)
-    weight = torch.rand(2, 2, 2)
-    probabilities = student.softmax(1).numpy()
-    mean = probabilities.reshape(2, 3, 2, 2, 2, 2).mean(axis=(3, 5)).transpose(0, 2, 3, 1)
-    goal = target.exp().numpy()
-    divergence = (goal * np.log(goal / mean)).sum(-1)
-    expected = (divergence * weight.numpy()).sum() / weight.numpy().sum()
-    assert float(map_loss(student, target, weight)) == pytest.approx(expected, rel=1e-5)
-
-
-def test_cells_without_weight_may_hold_nan_and_a_wider_head_is_allowed() -> None:
-    student = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    target = torch.full((1, 2, 2, 3), float("nan"))
-    target[0, 0, 0] = torch.tensor([1.0, 1e-9, 1e-9]).log()
-    weight = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    loss = map_loss(student, target, weight)
-    loss.backward()
-    assert loss.item() == pytest.approx(np.log(4), rel=1e-4)
-    assert student.grad is not None
-    assert torch.isfinite(student.grad).all()
-    assert student.grad[0, 0, 0, 0] < 0 < student.grad[0, 3, 0, 0]
-
-
-def test_confidence_is_zero_for_a_uniform_distribution() -> None:
-    both = torch.tensor([[0.25] * 4, [1 - 3e-9, 1e-9, 1e-9, 1e-9]]).log()
-    assert confidence(both).tolist() == pytest.approx([0, 1], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -67,30 +38,85 @@ def test_maps_move_with_the_view() -> None:
     column[:, :4] = 1  # class 1 on the left half of the image
     stored = np.where(np.eye(2, dtype=bool)[column], 0, 255).astype(np.uint8)
     views = np.stack([View.identity().matrix, View.flip().matrix, View.crop(0, 0, 0.5, 0.5).matrix])
+    targets = prepare(stored, views, weight=[1.0, 1.0, 0.0])
+    assert targets.mask is not None
+    assert targets.mask.shape == (3, image_size, image_size)
+    assert (targets.mask[0, :, :8] == 1).all()
+    assert (targets.mask[0, :, 8:] == 0).all()
+    assert (targets.mask[1, :, 8:] == 1).all()
+    assert (targets.mask[2] == 255).all(), "padding has no influence"
+    assert targets.counts["logit"] == 2 * image_size**2
+    assert targets.counts["maps"] == 2
+    cropped = prepare(stored, views, weight=[1.0, 1.0, 1.0])
+    assert cropped.mask is not None
+    assert (cropped.mask[2] == 1).all()
+
+
+def test_unsure_cells_and_images_with_a_mask_are_left_out() -> None:
+    """A class that is less probable than SURE is not learned, and no map replaces what a mask shows."""
+    stored = np.zeros((8, 8, 2), np.uint8)
+    for column, probability in enumerate((SURE - 0.05, SURE + 0.05)):
+        stored[:, 4 * column : 4 * column + 4] = np.round(-16 * np.log([probability, 1 - probability]))
+    views = np.tile(View.identity().matrix, (2, 1, 1))
+    masks = torch.full((2, 16, 16), 255, dtype=torch.uint8)
+    masks[1, 0, 0] = 1
+    targets = prepare(stored, views, weight=[1.0, 1.0], masks=masks)
+    assert targets.mask is not None
+    assert (targets.mask[0, :, :8] == 255).all()
+    assert (targets.mask[0, :, 8:] == 0).all()
+    assert (targets.mask[1] == 255).all()
+
+
+def test_a_map_is_learned_as_a_mask_is() -> None:
+    """The term is the task's own loss, cross-entropy + Dice, on what the map is sure of."""
+    column = np.repeat(np.arange(2), 4)
+    stored = np.tile(np.where(np.eye(2, dtype=bool)[column], 0, 255).astype(np.uint8), (8, 1, 1))
+    views = np.tile(View.identity().matrix, (1, 1, 1))
+    targets = prepare(stored, views, weight=[1.0])
+    logits = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    output = DistilledOutput(logits, None, None)
+    nothing, unlabeled = objective_of(1), batch_of(stored, views, [1.0])
+    term = nothing.losses(output, unlabeled, targets, targets.counts)["logit_loss"]
+    truth = torch.from_numpy(np.repeat(column, 2).astype(np.uint8)).expand(1, 16, 16)
+    labeled = replace(unlabeled, masks=truth.contiguous())
+    expected = nothing.task.loss(output, labeled, nothing.task.counts(labeled), None)
+    assert term == pytest.approx(float(expected), rel=1e-5)
+
+
+def objective_of(rows: int) -> Objective:
     task = build_task("segmentation", num_classes=2, label_smoothing=0.0)
-    objective = Objective(
-        task, DistillationPlan(maps="probe"), teacher_views=np.tile(View.identity().matrix, (3, 1, 1))
+    return Objective(
+        task,
+        DistillationPlan(maps="probe"),
+        weights={"hard_loss": 1.0, "logit_loss": 1.0},
+        teacher_views=np.tile(View.identity().matrix, (rows, 1, 1)),
     )
-    batch = Batch(
-        rows=np.arange(3),
-        images=torch.zeros(3, image_size, image_size, 3, dtype=torch.uint8),
+
+
+def batch_of(
+    stored: np.ndarray, views: np.ndarray, weight: list[float], masks: torch.Tensor | None = None
+) -> Batch:
+    """Images of 16 pixels, each with the same stored map, without masks unless given."""
+    count = len(weight)
+    if masks is None:
+        masks = torch.full((count, 16, 16), 255, dtype=torch.uint8)
+    return Batch(
+        rows=np.arange(count),
+        images=torch.zeros(count, 16, 16, 3, dtype=torch.uint8),
         views=views,
-        weight=torch.tensor([1.0, 1.0, 0.0]),
-        samples=2,
-        masks=torch.full((3, image_size, image_size), 255, dtype=torch.uint8),
-        features={"maps/probe": torch.from_numpy(np.tile(stored, (3, 1, 1, 1)))},
+        weight=torch.tensor(weight),
+        samples=sum(weight),
+        masks=masks,
+        features={"maps/probe": torch.from_numpy(np.tile(stored, (count, 1, 1, 1)))},
     )
+
+
+def prepare(
+    stored: np.ndarray, views: np.ndarray, weight: list[float], masks: torch.Tensor | None = None
+) -> Targets:
+    objective, batch = objective_of(len(weight)), batch_of(stored, views, weight, masks)
     batch.transport = objective.transport(batch)
-    targets = objective.prepare(batch)
-    assert targets.logits is not None
-    assert targets.logit_weight is not None
-    classes = targets.logits.argmax(-1)
-    assert (classes[0, :, :4] == 1).all()
-    assert (classes[0, :, 4:] == 0).all()
-    assert (classes[1, :, 4:] == 1).all()
-    assert (classes[2] == 1).all()
-    assert targets.logit_weight[2].sum() == 0, "padding has no influence"
-    assert targets.logit_weight[0, 0, 0] == pytest.approx(1, abs=1e-3)
+    return objective.prepare(batch)
 
 
 def keys(first: int, last: int) -> set[str]:
@@ -121,7 +147,7 @@ class TestMixedStore:
         assert "have no mask: they are learned from the teacher alone" in train_log.text
         last = records(config)[-1]
         assert last["logit_loss"] > 0
-        assert last["val_logit_loss"] > 0
+        assert "val_logit_loss" not in last, "the validation is about masks"
 
     @pytest.mark.slow
     def test_a_map_teaches_what_no_mask_does(self, make_store: Any, make_config: Any, tmp_path: Path) -> None:
@@ -140,6 +166,16 @@ class TestMixedStore:
         store = make_store(masks=True, labels=False)
         with pytest.raises(ConfigError, match="has no soft class maps: run `cli probe"):
             run_training(make_config(store, **self.options(distillation_type="logit")))
+
+    def test_where_every_image_has_a_mask_maps_teach_nothing(self, make_store: Any, make_config: Any) -> None:
+        store = make_store(masks=True, maps=True, labels=False)
+        with pytest.raises(ConfigError, match="has a mask, and soft class maps teach those without one"):
+            run_training(make_config(store, **self.options(distillation_type="logit")))
+        notes: list[str] = []
+        split = open_store(store)["train"]
+        config = make_config(store, **self.options())
+        assert resolve_logits(config, "hybrid", "segmentation", split, notes) == {}
+        assert "hybrid uses the feature term alone" in notes[0]
 
     def test_no_mask_at_all_is_one_line(self, make_store: Any, make_config: Any) -> None:
         store = make_store(masks=True, maps=True, labels=False, unmasked=keys(0, 24))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -190,35 +189,6 @@ def logit_loss(
         probabilities = wide.softmax(-1)
         terms = torch.xlogy(probabilities, probabilities) - probabilities * log_student
         return weighted_mean(terms.sum(-1) * temperature**2, weight, normalizer)
-
-
-def map_loss(
-    student: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    normalizer: Tensor | float | None = None,
-) -> Tensor:
-    """Weighted mean over cells of KL(target ‖ student): logits [B, Cs, S, S], log-probabilities [B, m, m, Ct]; scalar float32.
-
-    A target gives the share of each class in a cell, so the student's probabilities are averaged over the cell's pixels
-    first, and where in the cell a class is stays free. S is a multiple of m. `weight` [B, m, m]; cells of weight 0
-    may hold NaN. A head wider than the target's classes is allowed, as in `logit_loss`.
-    """
-    with full_precision(student):
-        pixels = student.shape[2] // target.shape[1]
-        mean = functional.avg_pool2d(student.float().softmax(1), pixels).movedim(1, -1)
-        log_share = mean[..., : target.shape[-1]].clamp_min(1e-8).log()
-        goal = target.detach().float()
-        if weight is not None:
-            goal = torch.where(weight.unsqueeze(-1) > 0, goal, 0.0)
-        return weighted_mean((goal.exp() * (goal - log_share)).sum(-1), weight, normalizer)
-
-
-def confidence(log_probabilities: Tensor) -> Tensor:
-    """How sure a distribution is: 1 − entropy / log C, from log-probabilities [..., C] → [...]. Uniform gives 0."""
-    classes = log_probabilities.shape[-1]
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-    return (1 - entropy / math.log(max(classes, 2))).clamp(0, 1)
 
 
 def relational_loss(student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

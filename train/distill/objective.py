@@ -22,7 +22,7 @@ from torch import Tensor
 from store.format import FRAMES, GRID, LOGITS, MAP_STEPS, MAPS, POOLED, VIEWS_GRID, VIEWS_POOLED, layer_grid
 from store.reader import Split
 from train.data.batches import Batch
-from train.distill.losses import confidence, feature_loss, logit_loss, map_loss, relational_loss
+from train.distill.losses import feature_loss, logit_loss, relational_loss
 from train.distill.mixing import Mixing, mix
 from train.distill.projector import DistilledOutput, TargetStandardizer
 from train.distill.transport import (
@@ -36,6 +36,7 @@ from train.distill.transport import (
 from train.errors import TrainError
 from train.ranks import gather_rows, world_size
 from train.tasks import Task
+from train.tasks.segmentation import IGNORE_INDEX, mask_loss
 
 #: The student's cells where it has no feature map: only their mean is used then, as the pooled target.
 CELLS_OF_A_MEAN = (4, 4)
@@ -43,6 +44,9 @@ CELLS_OF_A_MEAN = (4, 4)
 LEVEL = "level"
 #: The same for soft class maps.
 MAP = "map"
+#: A cell of a soft class map has the class that is at least this probable; others, mostly at edges, are ignored. Learning the
+#: probabilities themselves was worse than learning nothing (CamVid, docs/benchmarks.md): they blur what masks show sharply.
+SURE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +110,12 @@ class DistillationPlan:
         return f"{MAPS}/{self.maps}"
 
     def reduced_to(self, split: Split) -> DistillationPlan:
-        """What of the plan another split has, without recorded views and flips."""
+        """What of the plan another split has, without recorded views and flips; its masks are known, so without maps."""
         logits = self.logits if f"{LOGITS}/{self.logits}" in split.names else None
-        maps = self.maps if self.map_array in split.names else None
         grid = self.grid and GRID in split.names
         cells = self.cells and (grid or self.frames)
         whole = replace(
-            self, recorded=False, exact_flip=False, logits=logits, maps=maps, grid=grid, cells=cells
+            self, recorded=False, exact_flip=False, logits=logits, maps=None, grid=grid, cells=cells
         )
         return whole if set(whole.level_arrays) <= set(split.names) else replace(whole, levels=())
 
@@ -121,8 +124,8 @@ class DistillationPlan:
 class Targets:
     """Standardized float32 targets of one batch and their weights (0: no influence).
 
-    `pooled` [B, D] with [B]; `cells` [B, h, w, D] or [B, T, D] with [B, h, w] or [B, T]; `logits` [B, C] with [B],
-    or of soft class maps log-probabilities [B, m, m, C] with [B, m, m];
+    `pooled` [B, D] with [B]; `cells` [B, h, w, D] or [B, T, D] with [B, h, w] or [B, T]; `logits` [B, C] with [B];
+    `mask` uint8 [B, S, S]: classes of soft class maps where the teacher is sure of one and the image has no mask, else 255;
     `levels`: cells of the student's chosen levels, each with its weight.
     `counts`: Σ weight of each term in this batch, the task's too; scalars by name.
     """
@@ -134,6 +137,7 @@ class Targets:
     cell_weight: Tensor | None = None
     logits: Tensor | None = None
     logit_weight: Tensor | None = None
+    mask: Tensor | None = None
     levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -225,8 +229,9 @@ class Objective:
         if plan.maps:
             stored = batch.features[plan.map_array]
             maps = apply_transport(stored, without_prefix(f"{MAP}/", batch.transport))
-            targets.logits = (maps.cells / -MAP_STEPS).log_softmax(-1)
-            targets.logit_weight = maps.weight * confidence(targets.logits) * batch.weight.view(-1, 1, 1)
+            targets.mask = sure_classes((maps.cells / -MAP_STEPS).softmax(-1), maps.weight, batch)
+            targets.counts["logit"] = (targets.mask != IGNORE_INDEX).sum()
+            targets.counts["maps"] = targets.mask.flatten(1).ne(IGNORE_INDEX).any(1).sum()
         for name, weight in (
             ("pooled", targets.pooled_weight),
             ("cells", targets.cell_weight),
@@ -276,14 +281,14 @@ class Objective:
         if distances:
             terms["feature_loss"] = torch.stack(distances).mean()
         if output.logits is not None and targets.logits is not None and targets.logit_weight is not None:
-            divergence = (
-                partial(map_loss, output.logits, normalizer=counts["logit"])
-                if self.plan.maps
-                else partial(
-                    logit_loss, output.logits, temperature=self.temperature, normalizer=counts["logit"]
-                )
+            divergence = partial(
+                logit_loss, output.logits, temperature=self.temperature, normalizer=counts["logit"]
             )
             terms["logit_loss"] = mix(divergence, targets.logits, targets.logit_weight, mixing)
+        if output.logits is not None and targets.mask is not None:
+            terms["logit_loss"] = mask_loss(
+                output.logits, targets.mask, pixels=counts["logit"], images=counts["maps"]
+            )
         return {"loss": self.total(terms), **terms}
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -299,6 +304,20 @@ def grid_shape(grid: Tensor) -> tuple[int, int]:
 def map_cells(image_size: int, side: int) -> int:
     """Cells a side that soft class maps of `side` are compared in: whole pixels, and not coarser than the maps."""
     return next(cells for cells in range(min(side, image_size), image_size + 1) if image_size % cells == 0)
+
+
+def sure_classes(probabilities: Tensor, seen: Tensor, batch: Batch) -> Tensor:
+    """Masks uint8 [B, S, S] from probabilities [B, m, m, C] carried to the view and `seen` [B, m, m], the part the teacher saw.
+
+    255 where the teacher is not sure, and everywhere in images that have a mask of their own, and in padding.
+    """
+    assert batch.masks is not None
+    best, classes = probabilities.max(-1)
+    known = (best >= SURE) & (seen > 0.5) & (batch.weight > 0).view(-1, 1, 1)
+    known &= (batch.masks == IGNORE_INDEX).flatten(1).all(1).view(-1, 1, 1)
+    cells = classes.masked_fill(~known, IGNORE_INDEX).to(torch.uint8)
+    pixels = batch.masks.shape[1] // cells.shape[1]
+    return cells.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2)
 
 
 def prefixed(prefix: str, weights: TransportWeights) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from store.format import (
     view_array,
 )
 from store.reader import Split
+from store.summary import unlabeled_rows
 from train.config import TrainConfig
 from train.data.splits import CLASS_TASKS
 from train.data.views import AUGMENTATIONS, Augmentation
@@ -62,7 +63,7 @@ def resolve_features(
     if kind == "none":
         return DistillationPlan()
     names = set(split.names)
-    predictions = resolve_logits(config, kind, task, names, notes)
+    predictions = resolve_logits(config, kind, task, split, notes)
     logits, maps = predictions.get("logits"), predictions.get("maps")
     if kind == "logit":
         return DistillationPlan(logits=logits, maps=maps)
@@ -85,11 +86,12 @@ def resolve_features(
 
 
 def resolve_logits(
-    config: TrainConfig, kind: str, task: str, names: set[str], notes: list[str]
+    config: TrainConfig, kind: str, task: str, split: Split, notes: list[str]
 ) -> dict[str, str]:
     """`logits`, or of masks `maps`: the name of the stored predictions to learn from; empty for none."""
     if kind == "feature":
         return {}
+    names = set(split.names)
     field, folder, missing = "logits", LOGITS, "the store has no teacher logits"
     if task == "segmentation":
         field, folder, missing = "maps", MAPS, "the store has no soft class maps"
@@ -103,6 +105,12 @@ def resolve_logits(
     wanted = config.teacher_logits
     if wanted != "auto" and wanted not in stored:
         raise ConfigError(f"teacher_logits {wanted}: {config.store} has {', '.join(stored) or 'none'}")
+    if stored and field == "maps" and not unlabeled_rows(split, "mask").any():
+        problem = f"every image of {split.where} has a mask, and soft class maps teach those without one"
+        if kind == "logit":
+            raise ConfigError(f"distillation_type logit: {problem}: use feature")
+        notes.append(f"{problem}: hybrid uses the feature term alone")
+        return {}
     if stored:
         return {field: wanted if wanted != "auto" else "probe" if "probe" in stored else stored[0]}
     if kind == "logit":

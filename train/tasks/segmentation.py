@@ -30,21 +30,22 @@ class Segmentation:
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"hard": (counted_mask(batch) != IGNORE_INDEX).sum(), "images": batch.weight.sum()}
+        mask = counted_mask(batch)
+        labeled = mask.flatten(1).ne(IGNORE_INDEX).any(1)
+        return {"hard": (mask != IGNORE_INDEX).sum(), "images": labeled.sum()}
 
     def loss(
         self, output: DistilledOutput, batch: Batch, counts: Mapping[str, Tensor], mixing: Mixing | None
     ) -> Tensor | None:
         if output.logits is None:
             return None
-        mask = counted_mask(batch).long()
-        entropy = pixel_entropy_sum(output.logits, mask, label_smoothing=self.label_smoothing)
-        # Dice is a ratio of sums, so it is not a sum over ranks: the sums are added up over ranks first, every rank
-        # computes the same Dice and contributes 1 / ranks of it, times this micro-batch's share of the step's images.
-        dice = dice_from_sums(*(differentiable_sum(value) for value in dice_sums(output.logits, mask)))
-        images = differentiable_sum(batch.weight.sum())
-        share = images / (counts["images"].clamp_min(1) * world_size())
-        return entropy / counts["hard"].clamp_min(1) + dice * share
+        return mask_loss(
+            output.logits,
+            counted_mask(batch),
+            pixels=counts["hard"],
+            images=counts["images"],
+            label_smoothing=self.label_smoothing,
+        )
 
     def new_meter(self, device: torch.device) -> Meter:
         # intersection, predicted pixels and labeled pixels of each class
@@ -81,6 +82,22 @@ def counted_mask(batch: Batch) -> Tensor:
     """The class mask uint8 [B, H, W] in which padding samples are ignored everywhere."""
     assert batch.masks is not None
     return batch.masks.masked_fill((batch.weight == 0).view(-1, 1, 1), IGNORE_INDEX)
+
+
+def mask_loss(
+    logits: Tensor, mask: Tensor, *, pixels: Tensor, images: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy + Dice of logits [B, C, H, W] and a mask [B, H, W]: this process's part of the step's mean.
+
+    `pixels`, `images`: the counted pixels, and the images that have any, over all ranks and micro-batches of the step.
+    """
+    mask = mask.long()
+    entropy = pixel_entropy_sum(logits, mask, label_smoothing=label_smoothing)
+    # Dice is a ratio of sums, so it is not a sum over ranks: the sums are added up over ranks first, every rank
+    # computes the same Dice and contributes 1 / ranks of it, times this micro-batch's share of the step's images.
+    dice = dice_from_sums(*(differentiable_sum(value) for value in dice_sums(logits, mask)))
+    counted = differentiable_sum((mask != IGNORE_INDEX).flatten(1).any(1).sum().float())
+    return entropy / pixels.clamp_min(1) + dice * counted / (images.clamp_min(1) * world_size())
 
 
 def pixel_entropy_sum(logits: Tensor, mask: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
