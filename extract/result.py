@@ -21,7 +21,7 @@ from extract.sources.base import REMOVED
 from files.writing import replace_file
 from store import format as names
 from store.errors import DistillError
-from store.format import NOTES_FOLDER
+from store.format import LEDGER, NOTES_FOLDER
 from store.job import features_job, progress
 from store.metadata import ZARR_JSON
 from store.reader import open_store
@@ -30,7 +30,6 @@ from store.upload import uploaded_shards
 
 log = get_logger("extract")
 
-LEDGER = "bad_images.jsonl"
 HALVED_FILE = "out_of_memory.jsonl"  # in the store's notes
 
 

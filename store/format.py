@@ -96,6 +96,7 @@ WORK_FOLDER = ".work"
 COMMITS_FOLDER = ".commits"
 # Beside them too, not part of the format: what the extractor alone needs; how long it took, what the probe measured.
 NOTES_FOLDER = ".extract"
+LEDGER = "bad_images.jsonl"  # one line for each bad image; absent where there is none
 MEASURED_FILE = f"{NOTES_FOLDER}/measured.json"
 
 

@@ -172,7 +172,10 @@ class RemoteFiles:
             if hasattr(files, "_s3"):  # a map is sent in parts, so that a large file need not fit into memory
                 large = len(data) >= 2 * PART_BYTES
                 body = data if large else bytes(data)
-                files.pipe_file(path, body, chunksize=PART_BYTES, max_concurrency=PARTS)
+                answer = files.pipe_file(path, body, chunksize=PART_BYTES, max_concurrency=PARTS)
+                etag = etag_of(answer) if isinstance(answer, Mapping) else ""
+                if etag == digest(data, parts=False):  # which saves a request
+                    return etag
             elif "file" in files.protocol:
                 partial = f"{path}.partial"
                 files.pipe_file(partial, bytes(data))
@@ -270,6 +273,13 @@ def arrived(files: Any, path: str, info: Mapping[str, Any], data: bytes | mmap.m
     return etag == digest(data, parts="-" in etag) or bytes(files.cat_file(path)) == bytes(data)
 
 
+def same_content(entry: Entry | None, data: bytes | mmap.mmap) -> bool:
+    """Whether a listing shows that a file has this content already; false where its etag does not tell."""
+    return (
+        entry is not None and entry.size == len(data) and entry.etag == digest(data, parts="-" in entry.etag)
+    )
+
+
 def digest(data: bytes | mmap.mmap, *, parts: bool) -> str:
     """The etag of an object sent whole (its MD5), or in parts (MD5 of theirs). With some encryptions it is another."""
     with memoryview(data) as view:
@@ -308,7 +318,7 @@ def reason_of(error: Exception) -> str | None:
             "AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true)"
         )
     if code in EXPIRED_CODES:
-        return "the credentials have expired: renew them"
+        return "the credentials have expired: renew them, then run the same command again"
     if code in CLOCK_CODES:
         return "the server refuses requests because of this machine's clock: set the clock (NTP)"
     if isinstance(error, PermissionError) or code in ("401", "403"):

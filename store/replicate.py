@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from files.writing import replace_file
 from store.errors import StoreError, disk_errors
-from store.format import CONTENT, NOTES_FOLDER, OWN_ARRAYS, SIZES, TOKEN_SCALE, Manifest, commits_file
+from store.format import CONTENT, LEDGER, NOTES_FOLDER, OWN_ARRAYS, SIZES, TOKEN_SCALE, Manifest, commits_file
 from store.metadata import (
     ZARR_JSON,
     belongs,
@@ -121,6 +121,8 @@ def replicate_store(
     done = begin(place, target, plan.content)
     sizes = {"bytes": 0, "skipped": 0}
     keys = [*plan.files(), *(name for name in files.names(NOTES_FOLDER) if name.startswith(NOTES_FOLDER))]
+    if files.size(LEDGER) is not None:
+        keys.append(LEDGER)
     for number, key in enumerate([] if done else keys):
         if stopped():
             return None

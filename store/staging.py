@@ -32,11 +32,21 @@ from store.errors import LockedError, StoreError, disk_errors
 from store.format import NOTES_FOLDER, WORK_FOLDER
 from store.job import Job, features_job, log_path
 from store.metadata import ZARR_JSON, parse_manifest, read_root
-from store.remote import FIRST_PAUSES_S, LONG_PAUSES_S, Entry, RemoteFiles
+from store.remote import FIRST_PAUSES_S, LONG_PAUSES_S, Entry, RemoteFiles, same_content
 from store.remote_locks import LOCKS, RemoteLock
 from store.shards import PARTIAL, Layout
 from store.statistics import Moments
-from store.upload import UPLOADS, Sent, Shard, Uploader, is_committed, is_finished, sent_path, shard_files
+from store.upload import (
+    UPLOADS,
+    Sent,
+    Shard,
+    Uploader,
+    is_committed,
+    is_finished,
+    mapped,
+    sent_path,
+    shard_files,
+)
 
 PLAN = f"{WORK_FOLDER}/plan.json"
 PLAN_WAIT_S = 1.0
@@ -129,7 +139,7 @@ class Staging:
             if sent is None:
                 sent = self._read_sent(record)
             if sent is not None and is_committed(job, shard, sent, found):
-                if not record.exists():
+                if not record.exists() or not is_finished(self.store, job, shard):
                     self._download(self._key(log_file))
                     if not is_finished(
                         self.store, job, shard
@@ -175,7 +185,7 @@ class Staging:
         content = json.dumps({"plan": secrets.token_hex(16), "files": files}).encode()
         self.remote.write(PLAN, content)
         replace_file(self.folder / "plan.json", content)
-        self._send([key for key in files if key != ZARR_JSON])
+        self._send([key for key in files if key != ZARR_JSON], {})
         self.remote.write(ZARR_JSON, (self.store / ZARR_JSON).read_bytes())
 
     @contextmanager
@@ -218,7 +228,7 @@ class Staging:
                 f"{self.url}/{missing[0]}: was deleted from the bucket after its upload ({len(missing)} files in all): "
                 "pass --overwrite to extract everything again"
             )
-        self._send([key for key in files if key != ZARR_JSON])
+        self._send([key for key in files if key != ZARR_JSON], found)
         for key in found:
             if key not in expected and not key.startswith(f"{WORK_FOLDER}/"):
                 self.remote.delete(key)
@@ -301,9 +311,20 @@ class Staging:
             key for key in keys if not (key.endswith(PARTIAL) or f"/{LOCKS.rpartition('/')[2]}/" in key)
         )
 
-    def _send(self, keys: list[str]) -> None:
+    def _send(self, keys: list[str], found: Mapping[str, Entry]) -> None:
+        """Write these files, but those that a listing of the bucket has already."""
+
+        def send(key: str) -> None:
+            path = self.store / key
+            if not path.stat().st_size:
+                self.remote.write(key, b"")
+                return
+            with mapped(path) as data:
+                if not same_content(found.get(key), data):
+                    self.remote.write(key, data)
+
         with self._pool() as pool:
-            list(pool.map(lambda key: self.remote.write(key, (self.store / key).read_bytes()), keys))
+            list(pool.map(send, keys))
 
     def _download(self, key: str) -> None:
         path = self.store / key

@@ -4,12 +4,20 @@ protocol matters, into fsspec's `memory://` where it does not."""
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import select
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, Self
 
 import fsspec
 import pytest
@@ -17,11 +25,27 @@ import pytest
 from extract.config import ConfigError, load_config
 from extract.plan import DifferentStore
 from extract.run import run_extraction
-from store import remote, remote_locks
+from store import remote, remote_locks, staging, upload
 from store.errors import LockedError, StoreError
+from store.format import LEDGER
 from store.reader import open_store
 from store.remote import RemoteFiles
 from store.remote_locks import RemoteLock
+from store.replicate import replicate_store
+from store.staging import open_staging
+from tests.fault_proxy import (
+    ACCESS_DENIED,
+    EXPIRED,
+    INTERNAL_ERROR,
+    SLOW_DOWN,
+    Fault,
+    Request,
+    Rule,
+    dropped,
+    fault_proxy,
+    lost,
+    wrong_upload,
+)
 from tests.s3_servers import SECRET, moto_server, use_endpoint
 from tests.test_extract.extractions import extract
 
@@ -39,6 +63,8 @@ def endpoint() -> Iterator[str]:
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "PAUSES_S", (0.01, 0.01))
+    for module in (staging, upload):
+        monkeypatch.setattr(module, "LONG_PAUSES_S", (0.01, 0.01, 0.01))
     yield
     fsspec.filesystem("memory").store.clear()
 
@@ -107,10 +133,17 @@ def local_store(options: dict[str, Any], folder: Path, **changes: Any) -> dict[s
 def test_the_bucket_has_the_bytes_of_a_local_store(
     options: dict[str, Any], bucket: str, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    options["out"] = f"{bucket}/a.zarr"
+    """With a bad image, so that there is a ledger; and what `cli copy` makes of a local store is the same."""
+    shutil.copytree(options["data"], tmp_path / "data")
+    next(iter(sorted((tmp_path / "data").rglob("*.png")))).write_bytes(b"no image")
+    options |= {"out": f"{bucket}/a.zarr", "data": str(tmp_path / "data")}
     result = extract(options, **changes)
-    assert (result.complete, result.encoded, result.store) == (True, 60, options["out"])
-    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr", **changes)
+    assert (result.complete, result.encoded, result.bad, result.store) == (True, 60, 1, options["out"])
+    local = tmp_path / "local.zarr"
+    assert objects(options["out"]) == local_store(options, local, **changes)
+    assert (local / LEDGER).exists()
+    replicate_store(str(local), "memory://copy.zarr")
+    assert objects(options["out"]) == objects("memory://copy.zarr")
     assert not list((tmp_path / "cache/qwen-distill/staging").glob("*/*"))
     assert open_store(options["out"]).fingerprint == result.fingerprint
     again = extract(options, **changes)
@@ -149,13 +182,13 @@ def test_hosts_with_ranges_of_shards_make_one_store(
 def test_staging_is_bounded(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a slow line, encoding waits until a shard has left."""
     seen = []
-    staging = load_config(options).folder
+    folder = load_config(options).folder
     plain = RemoteFiles.write
 
     def slow(self: RemoteFiles, key: str, data: Any) -> str:
         if "/c/" in key:
             time.sleep(0.2)
-            seen.append(len(list(staging.glob("*/features/pooled/c/*/0*"))))
+            seen.append(len(list(folder.glob("*/features/pooled/c/*/0*"))))
         return plain(self, key, data)
 
     monkeypatch.setattr(RemoteFiles, "write", slow)
@@ -291,6 +324,18 @@ class TestLocks:
         lock.release()
 
 
+def test_one_process_in_a_staging_folder(tmp_path: Path) -> None:
+    url = "memory://bucket/a.zarr"
+    with (
+        open_staging(url, tmp_path, 0),
+        pytest.raises(LockedError, match=r"another process of this machine is writing it.*--shard-range"),
+        open_staging(url, tmp_path, 0),
+    ):
+        pass
+    with open_staging(url, tmp_path, 0):
+        pass
+
+
 def test_the_writer_of_a_lost_lock_commits_nothing(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,3 +353,155 @@ def test_a_folder_behind_a_url(options: dict[str, Any], tmp_path: Path) -> None:
     crash(options, 40)
     assert extract(options).complete
     assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def test_throttling_lost_answers_and_wrong_bytes(
+    options: dict[str, Any], endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file meets another fault at its first request; the bytes in the bucket are those of a local store."""
+    faults = (SLOW_DOWN, lost, INTERNAL_ERROR, dropped, wrong_upload)
+
+    def rule(request: Request) -> Fault | None:
+        fault = faults[zlib.crc32(request.path.encode()) % len(faults)]
+        return fault if request.method == "PUT" and request.count == 1 and "a.zarr" in request.path else None
+
+    with fault_proxy(endpoint, rule) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        fsspec.filesystem("s3").mkdir("faults")
+        options["out"] = "s3://faults/a.zarr"
+        assert extract(options).complete
+        assert len({path for method, path in proxy.requests if method == "PUT"}) > 60
+    use_endpoint(monkeypatch, endpoint)
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def test_an_outage_and_expired_credentials_end_with_a_line_and_continue(
+    options: dict[str, Any], endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_a_shard(fault: Fault) -> Rule:
+        def rule(request: Request) -> Fault | None:
+            over = any(path.endswith(".log") for method, path in proxy.requests if method == "PUT")
+            return fault if over and not request.path.endswith(".log") else None
+
+        return rule
+
+    with fault_proxy(endpoint) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        fsspec.filesystem("s3").mkdir("outage")
+        options |= {"out": "s3://outage/a.zarr", "staging_gb": 1e-9}
+        for fault, line in {
+            EXPIRED: r"s3://outage/a.zarr/.*: the credentials have expired: renew them, then run the same command again",
+            ACCESS_DENIED: r"s3://outage/a.zarr/.*: no permission: check the credentials",
+            dropped: r"s3://outage/a.zarr/.*: does not work: .* then run the same command again",
+        }.items():
+            proxy.requests.clear()
+            proxy.rule = after_a_shard(fault)
+            with pytest.raises(StoreError, match=line) as error:
+                extract(options)
+            assert SECRET not in str(error.value)
+        proxy.rule = None
+        result = extract(options)
+    assert result.complete
+    assert result.encoded <= 60 - 2 * 16
+    use_endpoint(monkeypatch, endpoint)
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def test_no_credentials(
+    options: dict[str, Any], bucket: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    use_endpoint(monkeypatch, endpoint, key=None, secret=None)
+    with pytest.raises(StoreError, match="no credentials: set them as for the provider's own tools"):
+        extract(options, out=f"{bucket}/a.zarr")
+
+
+KILLS = 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kill_9_at_fifty_random_moments(options: dict[str, Any], bucket: str, tmp_path: Path) -> None:
+    """Every store that is finished in spite of the kills has the bytes of a local one; sometimes the host changes."""
+    expected = local_store(options, tmp_path / "local.zarr")
+    random = Random(0)
+    folder = tmp_path / "staging"
+    names = ("teacher", "teacher_path", "image_size", "batch_size", "workers", "device", "grid", "shard_rows")
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(options[name]))]
+    killed, moments, finished, hosts, seconds = 0, [], 0, 0, 0.0
+
+    def command(number: int) -> list[str]:
+        return [
+            "extract",
+            options["data"],
+            "--out",
+            f"{bucket}/{number}.zarr",
+            "--staging-dir",
+            str(folder),
+            *words,
+        ]
+
+    with Extractions(tmp_path / "output.txt") as extractions:
+        while killed < KILLS or finished < 2:
+            url = f"{bucket}/{finished}.zarr"
+            started = time.monotonic()
+            code = extractions.run(
+                command(finished), random.uniform(0, seconds) if seconds and killed < KILLS else None
+            )
+            if code == -signal.SIGKILL:
+                killed += 1
+                moments.append(time.monotonic() - started)
+                if random.random() < 0.3:
+                    hosts += 1
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
+            assert code == 0, extractions.output.read_text()
+            seconds = seconds or time.monotonic() - started
+            assert objects(url) == expected
+            fsspec.filesystem("s3").rm(url, recursive=True)
+            finished += 1
+    print(
+        f"{killed} kills after {min(moments):.2f} to {max(moments):.2f} s, {finished} stores, {hosts} changes of host"
+    )
+
+
+class Extractions:
+    """Runs `cli extract` in forks of one process, see bucket_kills.py."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("bucket_kills.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+            bufsize=0,
+        )
+        assert self.line() == "ready"
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def run(self, arguments: list[str], kill_after_s: float | None) -> int:
+        """The command's exit code, -9 when it was killed."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([str(self.output), *arguments]).encode() + b"\n")
+        child = int(self.line())
+        if kill_after_s is not None and not select.select([self.process.stdout], [], [], kill_after_s)[0]:
+            os.kill(child, signal.SIGKILL)
+        return int(self.line())
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().decode().strip()
