@@ -355,6 +355,7 @@ def test_a_folder_behind_a_url(options: dict[str, Any], tmp_path: Path) -> None:
     assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
 
 
+@pytest.mark.slow
 def test_throttling_lost_answers_and_wrong_bytes(
     options: dict[str, Any], endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +376,7 @@ def test_throttling_lost_answers_and_wrong_bytes(
     assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
 
 
+@pytest.mark.slow
 def test_an_outage_and_expired_credentials_end_with_a_line_and_continue(
     options: dict[str, Any], endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
