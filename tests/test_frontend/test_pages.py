@@ -309,7 +309,7 @@ def test_tasks_are_searched_started_edited_and_deleted(site: Site, visit: Visit,
 
 
 def test_an_address_without_a_page_is_answered_with_404(site: Site, visit: Visit) -> None:
-    answer = httpx.get(f"{site.url}/model-distillation/nothing")
+    answer = httpx.get(f"{site.url}/model-distillation/nothing", timeout=60)
     assert (answer.status_code, answer.json()["code"], answer.json()["data"]) == (404, 404, None)
     window = visit(language="zh")
     page = window.page

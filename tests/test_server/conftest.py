@@ -87,7 +87,7 @@ class LiveServer:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         self.http = httpx.Client(
-            base_url=f"http://127.0.0.1:{settings.port}/model-distillation", timeout=10, trust_env=False
+            base_url=f"http://127.0.0.1:{settings.port}/model-distillation", timeout=60, trust_env=False
         )
 
     def close(self) -> None:

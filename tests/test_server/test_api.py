@@ -160,11 +160,15 @@ def test_a_defect_gives_no_traceback(live: LiveServer, monkeypatch: pytest.Monke
 
 def test_the_description_and_its_page_need_no_network(live: LiveServer) -> None:
     base = f"http://127.0.0.1:{live.settings.port}"
-    page = httpx.get(f"{base}/docs", trust_env=False).text
+
+    def get(path: str) -> httpx.Response:
+        return httpx.get(f"{base}{path}", trust_env=False, timeout=60)  # describing all types takes a while
+
+    page = get("/docs").text
     assert "http://" not in page.replace(base, "")
     assert "https://" not in page
-    assert "SwaggerUIBundle" in httpx.get(f"{base}/docs-files/swagger-ui-bundle.js", trust_env=False).text
-    description = httpx.get(f"{base}/openapi.json", trust_env=False).json()
+    assert "SwaggerUIBundle" in get("/docs-files/swagger-ui-bundle.js").text
+    description = get("/openapi.json").json()
     assert "/model-distillation/tasks/{taskId}/progress" in description["paths"]
     answers = description["paths"]["/model-distillation/tasks"]["post"]["responses"]
     assert {"200", "400", "409"} <= set(answers)
@@ -234,7 +238,7 @@ def test_large_requests_are_refused(live: LiveServer) -> None:
 def test_the_token_opens_everything_but_the_login_page(guarded: LiveServer) -> None:
     base = f"http://127.0.0.1:{guarded.settings.port}"
     for path in ("/model-distillation/tasks", "/docs", "/openapi.json", "/model-distillation/events", "/"):
-        refused(httpx.get(base + path, trust_env=False), 401, "a token is needed")
+        refused(httpx.get(base + path, trust_env=False, timeout=60), 401, "a token is needed")
     for wrong in ("", "Bearer", "Bearer x", f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}"):
         refused(guarded.http.get("/tasks", headers={"Authorization": wrong}), 401, "a token is needed")
     headers = {"Authorization": f"Bearer {TOKEN}"}
