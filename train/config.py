@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
         None,
         "The student's maps that learn, and the teacher's layers: p3:8,p4:16,p5:last; of ViTs blocks: 5:8,last.",
         students=["resnet", "vit", "timm", "unet", "yolov8"],
-        metavar="LEVEL:LAYER,…",
+        metavar="LEVEL:LAYER,...",
         distills=True,
     )
     foreground_weight: float = _data(

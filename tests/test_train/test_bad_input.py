@@ -112,7 +112,7 @@ def test_without_a_grid_crops_are_mild_and_the_config_says_why(make_store, make_
     assert any("without a stored grid" in note for note in resolved["notes"])
     assert resolved["distilled"] == {
         "pooled": True, "cells": False, "grid": False, "recorded": False, "frames": False, "logits": None,
-        "maps": None, "exact_flip": False,
+        "maps": None, "exact_flip": False, "levels": [],
     }  # fmt: skip
     config = make_config(make_store("grid.zarr"), epochs=1, overwrite=True)
     run_training(config)
