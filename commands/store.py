@@ -69,31 +69,17 @@ def inspect(
 
 def print_description(described: dict[str, Any]) -> None:
     """The same as tables and lines."""
-    from store.format import RANDOM_WEIGHTS_NOTICE
-
     manifest = described["manifest"]
-    teacher, preprocessing = manifest["teacher"], manifest["preprocessing"]
     state = "complete" if described["complete"] else "INCOMPLETE: run the same extraction again to resume"
     print(f"{described['path']}: format version {manifest['format_version']}, {state}")
-    print(f"teacher        {teacher['name']}, {teacher['width']} wide, {teacher['dtype']}")
-    print(f"               {teacher['layer']}")
-    print(f"               weights {teacher['fingerprint']}")
-    for name, value in teacher["options"].items():
-        print(f"               {name}: {value}")
-    if manifest.get("license"):
-        print(f"license        {manifest['license']}")
-    if teacher["random_weights"]:
-        print(f"               {RANDOM_WEIGHTS_NOTICE}")
-    print(f"preprocessing  {preprocessing['image_size']} px, {preprocessing['resize']}")
-    for name, value in preprocessing["options"].items():
-        print(f"               {name}: {value}")
+    print_teacher(manifest, manifest["teacher"]["name"])
+    for name, section in manifest["teachers"].items():
+        print_teacher(section, f"{name}: {section['teacher']['name']}")
     print(f"classes        {len(manifest['class_names'])}, source {manifest['source'] or 'not recorded'}")
     print(f"data           {manifest['data_root'] or 'not recorded'}, digest {manifest['digest'] or '-'}")
     print(f"fingerprint    {described['fingerprint'] or '-'}")
     software = ", ".join(f"{name} {number}" for name, number in manifest["software"].items())
     print(textwrap.fill(software, 80, initial_indent="software       ", subsequent_indent=" " * 15))
-    for name, value in manifest["options"].items():
-        print(f"option         {name}: {value}")
     if described["bytes_on_disk"] is not None:
         print(f"on disk        {described['bytes_on_disk'] / 1e6:,.1f} MB, everything included")
     print_measured(described.get("measured", {}))
@@ -111,6 +97,27 @@ def print_description(described: dict[str, Any]) -> None:
         print_table(rows, ["array", "shape", "dtype", "bytes a sample", "MB", "stored"])
         for key, reason in split.get("reasons", {}).items():
             print(f"  bad: {key}: {reason}")
+
+
+def print_teacher(section: Mapping[str, Any], title: str) -> None:
+    """What the manifest records of one teacher."""
+    from store.format import RANDOM_WEIGHTS_NOTICE
+
+    teacher, preprocessing = section["teacher"], section["preprocessing"]
+    print(f"teacher        {title}, {teacher['width']} wide, {teacher['dtype']}")
+    print(f"               {teacher['layer']}")
+    print(f"               weights {teacher['fingerprint']}")
+    for name, value in teacher["options"].items():
+        print(f"               {name}: {value}")
+    if section.get("license"):
+        print(f"license        {section['license']}")
+    if teacher["random_weights"]:
+        print(f"               {RANDOM_WEIGHTS_NOTICE}")
+    print(f"preprocessing  {preprocessing['image_size']} px, {preprocessing['resize']}")
+    for name, value in preprocessing["options"].items():
+        print(f"               {name}: {value}")
+    for name, value in section["options"].items():
+        print(f"option         {name}: {value}")
 
 
 def print_measured(measured: dict[str, Any]) -> None:
@@ -230,6 +237,10 @@ def verify(
     teacher_path: Annotated[
         str | None, typer.Option(help="The teacher's weights: encode some samples again and compare.")
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Which of several teachers that is; default: the first.", metavar="NAME"),
+    ] = None,
     samples: Annotated[int, typer.Option(help="How many samples to encode again.", min=1)] = 16,
     data: Annotated[str | None, typer.Option(help="The data set, when it has moved.")] = None,
     device: Annotated[str, typer.Option(help="Where to encode: auto, cpu, cuda.")] = "auto",
@@ -266,10 +277,13 @@ def verify(
         from store.reader import open_store
 
         opened = open_store(store)
-        teacher = teacher_of(opened, teacher_path, device)
-        audit = audit_store(Path(store), teacher_path, samples=samples, data=data, teacher=teacher)
+        opened = opened if teacher is None else opened.of_teacher(teacher)
+        loaded = teacher_of(opened, teacher_path, device)
+        audit = audit_store(
+            Path(store), teacher_path, samples=samples, data=data, name=teacher, teacher=loaded
+        )
         if not audit.findings:
-            fidelity = [vars(found) for found in view_fidelity(opened, teacher, samples=samples, data=data)]
+            fidelity = [vars(found) for found in view_fidelity(opened, loaded, samples=samples, data=data)]
         findings = [Finding(store, problem) for problem in audit.findings]
     compared = None
     if sound and not remote:

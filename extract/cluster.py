@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from console.log import configure_logging, get_logger
 from console.stop import Stopped, StopRequest
+from extract.addition import addition_task, check_images
 from extract.config import ExtractConfig
 from extract.follow.version import follow
 from extract.output import count_still_bad, planned_rows, prepare_store, use_threads, work_path
@@ -85,15 +86,23 @@ class WorkerState:
         self.task: ExtractTask | None = None
         self.pipeline: Pipeline | None = None
 
-    def open(self, options: dict[str, Any]) -> tuple[ExtractConfig, ExtractTask, Teacher]:
-        """Data set and teacher of these options, from the last task where possible."""
+    def open(
+        self, options: dict[str, Any], *, check: bool = False
+    ) -> tuple[ExtractConfig, ExtractTask, Teacher]:
+        """Data set and teacher of these options, from the last task where possible.
+
+        check: whether the images must be shown to be those of the store that a teacher is added to.
+        """
         config = ExtractConfig(**options)
         config = config.model_copy(update={"device": own_device(config), "scheduler": None})
         if self.options != options or self.task is None or self.teacher is None:
             configure_logging(logging.WARNING)
             self.close()
             self.teacher = open_teacher(config)
-            self.task = make_task(config, open_data(config), self.teacher)
+            task = make_task(config, open_data(config), self.teacher)
+            if check:
+                check_images(config, task)
+            self.task = addition_task(config, task)
             self.options = options
         return config, self.task, self.teacher
 
@@ -117,7 +126,7 @@ def own_device(config: ExtractConfig) -> str:
 def prepare_on_worker(options: dict[str, Any]) -> None:
     """Make or check the store: a worker has the device that its scales need."""
     with STATE.lock:
-        config, task, teacher = STATE.open(options)
+        config, task, teacher = STATE.open(options, check=True)
         prepare_store(config, task, teacher)
         STATE.options = {**options, "overwrite": False}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from hashlib import blake2b
@@ -27,6 +28,7 @@ class ConfigError(DistillError):
     exit_code = 2
 
 
+TEACHER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 ZERO_SHOT = "zero-shot"  # `zero-shot-calibrated` subtracts the scores of an empty image
 
 
@@ -68,6 +70,9 @@ class ExtractConfig(BaseModel):
     frames: int = _data(16, "Frames taken evenly from each clip.", ge=2)
 
     teacher: str = _teacher("qwen2.5-vl", "qwen2.5-vl, qwen3-vl, qwen3.5 or timm:NAME.")
+    add_teacher: str | None = _teacher(
+        None, "Add the features of a further teacher, under this name, to the complete STORE.", metavar="NAME"
+    )
     teacher_path: str | None = _teacher(None, "Checkpoint folder, weights file or hub name.")
     image_size: int = _teacher(224, "Side of the square the teacher sees, in pixels.", ge=14, le=4096)
     resize: Literal["squash", "letterbox", "center-crop"] = _teacher("squash", "How an image becomes square.")
@@ -191,6 +196,15 @@ class ExtractConfig(BaseModel):
         parse_max_bad(str(value))
         return str(value)
 
+    @field_validator("add_teacher")
+    @classmethod
+    def check_name(cls, value: str | None) -> str | None:
+        if value is not None and not TEACHER_NAME.fullmatch(value):
+            raise ValueError(
+                "must be a name of letters, digits, `_`, `-` and `.`, that starts with one of the first three"
+            )
+        return value
+
     @field_validator("device")
     @classmethod
     def check_device(cls, value: str) -> str:
@@ -226,6 +240,20 @@ class ExtractConfig(BaseModel):
                 )
         elif self.staging_dir is not None or self.staging_gb is not None:
             problems.append("--staging-dir and --staging-gb are for a URL at --out (s3://bucket/a.zarr)")
+        if self.add_teacher is not None:
+            if self.url is not None:
+                problems.append(
+                    "add_teacher needs a local store: copy it here with cli copy, add the teacher, copy it back"
+                )
+            if "teacher" not in self.model_fields_set:
+                problems.append(
+                    f"add_teacher {self.add_teacher} is a name: say which model it is with --teacher"
+                )
+            problems += [
+                f"{name} has no effect with add_teacher: the store keeps its own"
+                for name in ("images", "logits")
+                if getattr(self, name) != "none"
+            ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -236,8 +264,17 @@ class ExtractConfig(BaseModel):
         return self.out.rstrip("/") if is_url(self.out) else None
 
     @property
+    def base(self) -> Path | None:
+        """The complete store that a further teacher is added to; None for any other extraction."""
+        return None if self.add_teacher is None else Path(self.out)
+
+    @property
     def folder(self) -> Path:
-        """The store on this disk: `out`, or the staging store of a URL."""
+        """The store on this disk that is filled: `out`, the staging store of a URL, or a further teacher's inside `out`."""
+        if self.add_teacher is not None:
+            from store.teachers import addition_path
+
+            return addition_path(Path(self.out), self.add_teacher)
         return Path(self.out) if self.url is None else self.staging_folder / "store.zarr"
 
     @property

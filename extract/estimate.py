@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from console.log import get_logger
+from extract.addition import addition_task, check_images
 from extract.config import ExtractConfig
 from extract.decode.pool import DecodedBatch
 from extract.decode.sample import DecodedSample
@@ -49,6 +50,8 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     teacher = open_teacher(config)
     source = open_data(config)
     task = make_task(config, source, teacher)
+    check_images(config, task)
+    task = addition_task(config, task)
     batch_size = task.batch_rows
     samples = calibration_samples(task, min(TIMED_SAMPLES, batch_size))
     decode_here(task.encoding, samples[:1])  # the first one imports the decoder
@@ -123,6 +126,8 @@ def what_is_left(
         planned = sum(end - first for _, first, end in job.units())
         left = planned - count_committed(folder, job)
         return left, total_bytes * left // max(1, task.rows), None
+    if config.base is not None:
+        return 0, 0, None
     changes = changes_of(config, task)
     if not changes.any:
         return 0, 0, changes

@@ -88,7 +88,7 @@ def prepare_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) ->
 def make_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) -> None:
     """Write the plan: keys in order, row numbers, batch cuts, scales. Another process may be first."""
     plan = Plan(
-        {name: samples.samples.keys for name, samples in task.splits.items()},
+        {name: samples.row_keys for name, samples in task.splits.items()},
         batch_rows=task.batch_rows,
         shard_rows=task.shard_rows,
     )

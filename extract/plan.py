@@ -161,8 +161,8 @@ def recorded_splits(config: ExtractConfig) -> Mapping[str, KeyTable] | None:
     Raises:
         DifferentStore: when the store was cut with another `--val-fraction`.
     """
-    path = config.folder
-    if config.overwrite or not (path / ZARR_JSON).exists():
+    path = config.base or config.folder
+    if not (path / ZARR_JSON).exists() or (config.overwrite and config.base is None):
         return None
     fraction = read_source_record(path).get("val_fraction", config.val_fraction)  # older stores have none
     if fraction != config.val_fraction:
@@ -195,6 +195,11 @@ class RowSamples:
 
     def __len__(self) -> int:
         return len(self.samples) if self.order is None else len(self.order)
+
+    @property
+    def row_keys(self) -> Sequence[str]:
+        """The keys in row order."""
+        return self.samples.keys if self.order is None else self.keys
 
     @property
     def missing(self) -> int:

@@ -187,11 +187,11 @@ def stop_message(config: ExtractConfig) -> str:
     if not (path / ZARR_JSON).exists():
         done = "nothing is encoded yet"
     elif (job := features_job(rows_of := work_path(path))) is None:
-        done = f"all images are committed in {path}"
+        done = f"all images are committed in {config.base or path}"
     else:
         rows, total = (sum(counts) for counts in zip(*progress(rows_of, job).values(), strict=True))
         new = "" if rows_of == path else "new "
-        done = f"{rows:,} of {total:,} {new}images are committed in {path}"
+        done = f"{rows:,} of {total:,} {new}images are committed in {config.base or path}"
         if config.url is not None:
             done += f", those of {uploaded_shards(path, job)} of {len(job.units())} shards in {config.url}"
     return f"stopped: {done}. Go on with: {resume_command(config)}"
@@ -210,7 +210,8 @@ def resume_command(config: ExtractConfig) -> str:
     words = ["cli", "extract", config.data]
     for name, item in options_of(ExtractConfig).items():
         value, option = getattr(config, name), item.flag
-        if name in ("data", "overwrite", "dry_run") or value == item.default:
+        needed = name == "teacher" and config.add_teacher is not None
+        if name in ("data", "overwrite", "dry_run") or (value == item.default and not needed):
             continue
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-", 1))

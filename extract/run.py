@@ -11,6 +11,7 @@ from typing import Protocol
 from console.log import get_logger
 from console.progress import PhaseProgress
 from console.stop import Stopped, StopRequest
+from extract.addition import addition_task, begin_addition, check_images, finish_addition
 from extract.config import ConfigError, ExtractConfig
 from extract.follow.version import changes_of, follow
 from extract.metadata import ExtractionClock, note_probe
@@ -48,6 +49,7 @@ def run_extraction(
         Stopped: after SIGINT or SIGTERM (or `stop.set()`), with everything encoded committed.
         DistillError: for everything the user can do something about.
     """
+    config = begin_addition(config)
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         if config.dry_run:
             return dry_run(config, stop)
@@ -61,7 +63,7 @@ def run_extraction(
             check_free(config.folder)
         with open_executor(config, observers, stop) as executor:
             config = executor.config
-            result = ExtractResult(store=config.out)
+            result = ExtractResult(store=config.out if config.base is None else str(config.folder))
             if (config.folder / ZARR_JSON).exists() and not config.overwrite:
                 with extract_lock(config.folder):
                     publish_version(
@@ -72,7 +74,10 @@ def run_extraction(
             while more:  # a second time for the rows that a data set that has changed since needs
                 executor.encode(result)
                 complete = complete_store(work_path(config.folder), own_all=config.shards is None)
-                more = complete and executor.follow(result)
+                more = complete and config.base is None and executor.follow(result)
+        if config.base is not None and complete:
+            finish_addition(config)
+            result.store = config.out
         result.read_store()
         if config.logits != "none" and result.complete:
             from extract.logits import add_logits
@@ -86,6 +91,7 @@ def extract_and_measure(config: ExtractConfig) -> ExtractResult:
 
     Raises: as `run_extraction`.
     """
+    config = begin_addition(config)
     with PhaseProgress() as progress, ExtractionClock(config.folder) as timer:
         result = run_extraction(config, [progress, timer])
     if result.probe is not None:
@@ -160,7 +166,9 @@ class LocalExecutor:
         self.raise_if_stopped()
         self.teacher = open_teacher(self.config)
         self.raise_if_stopped()
-        self.data = make_task(self.config, source, self.teacher)
+        data = make_task(self.config, source, self.teacher)
+        check_images(self.config, data)
+        self.data = addition_task(self.config, data)
         self.task = prepare_store(self.config, self.data, self.teacher)
 
     def encode(self, result: ExtractResult) -> None:

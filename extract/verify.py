@@ -51,7 +51,10 @@ class Audit:
 
 
 def teacher_of(store: Store, teacher_path: str, device: str = "auto") -> Teacher:
-    """The teacher at `teacher_path`, set up as the store's was. Raises TeacherError when it does not load."""
+    """The teacher at `teacher_path`, set up as the store's was. Raises TeacherError when it does not load.
+
+    store: of a store with several teachers, what `Store.of_teacher` gives.
+    """
     manifest = store.manifest
     return load_teacher(
         manifest.teacher.name,
@@ -72,10 +75,12 @@ def audit_store(
     samples: int = 16,
     data: str | None = None,
     device: str = "auto",
+    name: str | None = None,
     teacher: Teacher | None = None,
 ) -> Audit:
     """Encode `samples` valid rows, spread over the store, with the teacher at `teacher_path`.
 
+    name: which of the store's teachers that is; None: the first one.
     teacher: that of `teacher_of`, where it is loaded already.
 
     The images come from the data set (`data`, or where it was when the store was made), or from the store itself.
@@ -84,6 +89,7 @@ def audit_store(
         NoImages: when neither has them. TeacherError: when the teacher does not load.
     """
     store = open_store(path)
+    store = store if name is None else store.of_teacher(name)
     audit = Audit()
     manifest = store.manifest
     teacher = teacher or teacher_of(store, teacher_path, device)

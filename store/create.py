@@ -217,9 +217,7 @@ def drop_arrays(store: Store, names: Sequence[str]) -> Manifest:
     manifest = store.manifest
     if not names:
         return manifest
-    kept = tuple(spec for spec in manifest.arrays if spec.name not in names)
-    added = tuple(name for name in manifest.added if name not in names)
-    manifest = manifest.model_copy(update={"arrays": kept, "added": added})
+    manifest = manifest.with_arrays(spec for spec in manifest.arrays if spec.name not in names)
     write_manifest(store.path, manifest)
     for split in store.splits:
         keep_records(store.path, split, manifest)

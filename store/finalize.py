@@ -25,12 +25,12 @@ from store.format import (
     FEATURES_JOB,
     KEY_OFFSETS,
     KEY_VALUES,
-    VALID,
     WORK_FOLDER,
     ArraySpec,
     Manifest,
     offsets_spec,
     ragged_groups,
+    valid_array,
 )
 from store.job import (
     DONE,
@@ -246,7 +246,7 @@ def write_statistics(
     path = store / split / spec.name / ZARR_JSON
     metadata = read_json(path)
     array = open_array(str(store), split, spec.name, metadata)
-    valid = None if spec.ragged else MappedArray.open(store / split, VALID)
+    valid = None if spec.ragged else MappedArray.open(store / split, valid_array(spec.name))
     layout = array.layout
 
     def moments() -> Iterator[Moments]:

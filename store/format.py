@@ -48,6 +48,10 @@ REASONS = "reasons/values"  # [M] uint8: UTF-8 text, why a row is invalid; empty
 TOKEN_SCALE = ".token_scale"  # <array>.token_scale [N, ...] float32: int8 scale of every token
 COMPONENTS = ".components"  # <array>.components [k, D] float32: PCA coefficients @ components = features
 
+# A further teacher's arrays have the first teacher's names below teachers/<name>/: its features, recorded views (their
+# geometry is shared), `valid` (where the row and this teacher's features are sound) and `reasons`.
+TEACHERS = "teachers/"
+
 # Keys, written with the plan. The index makes look-up possible without reading the keys.
 KEY_VALUES = "keys/values"  # [M] uint8: UTF-8
 KEY_OFFSETS = "keys/offsets"  # [N+1] int64
@@ -91,6 +95,8 @@ OWN_ARRAYS = (VALID, REASONS)
 # Large rows go straight into their shard files; the rest waits in the commit log until the end.
 DIRECT_PREFIXES = ("features/", "views/", "images/", "maps/")
 FEATURES_JOB = "features"
+# What each teacher has of its own; everything else of a split belongs to the images.
+TEACHERS_OWN = ("features/", VIEWS_POOLED, VIEWS_GRID, f"{LOGITS}/", f"{MAPS}/", VALID, "reasons/")
 # Beside the Zarr arrays: what is being written, and the checksums of what was.
 WORK_FOLDER = ".work"
 COMMITS_FOLDER = ".commits"
@@ -161,7 +167,7 @@ class ArraySpec(Model):
     @property
     def direct(self) -> bool:
         """Whether rows go straight into the final shard files."""
-        return not self.ragged and self.name.startswith(DIRECT_PREFIXES)
+        return not self.ragged and teacher_of(self.name)[1].startswith(DIRECT_PREFIXES)
 
     @property
     def offsets_name(self) -> str:
@@ -170,6 +176,17 @@ class ArraySpec(Model):
     @property
     def row_bytes(self) -> int:
         return int(np.dtype(self.dtype).itemsize * np.prod(self.row_shape, dtype=np.int64))
+
+
+class TeacherSection(Model):
+    """What the manifest records of a further teacher: the fields of `Manifest` that differ from teacher to teacher."""
+
+    teacher: TeacherSpec
+    preprocessing: Preprocessing
+    grid: int | None = None
+    software: dict[str, str] = {}
+    license: str | None = None
+    options: dict[str, Any] = {}
 
 
 class Manifest(Model):
@@ -189,6 +206,7 @@ class Manifest(Model):
     software: dict[str, str] = {}
     license: str | None = None  # of the teacher's published weights; None: not known
     options: dict[str, Any] = {}
+    teachers: dict[str, TeacherSection] = {}  # further teachers, whose arrays are below teachers/<name>/
     # Filled in by the store.
     splits: dict[str, int] = {}
     arrays: tuple[ArraySpec, ...] = ()
@@ -201,6 +219,57 @@ class Manifest(Model):
     def exact_flip(self) -> bool:
         """Whether the one stored view of each image is what the teacher saw of it, mirrored left to right."""
         return self.options.get(EXACT_VIEW) == FLIP
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """The first teacher's name, then those under which further ones were added."""
+        return [self.teacher.name, *self.teachers]
+
+    def of_teacher(self, name: str) -> Manifest:
+        """The manifest as if this further teacher were the store's only one; arrays under their names without prefix."""
+        prefix = f"{TEACHERS}{name}/"
+        own = [
+            spec.model_copy(update={"name": spec.name.removeprefix(prefix)})
+            for spec in self.arrays
+            if spec.name.startswith(prefix)
+        ]
+        shared = [
+            spec for spec in self.arrays if not of_one_teacher(spec.name) and not teacher_of(spec.name)[0]
+        ]
+        section = dict(self.teachers[name])
+        return self.model_copy(
+            update={**section, "arrays": (*own, *shared), "teachers": {}, "added": ()},
+        )
+
+    def with_arrays(self, arrays: Iterable[ArraySpec]) -> Manifest:
+        """The manifest of a store that has only these arrays: without teachers that have none of them."""
+        kept = tuple(arrays)
+        names = {spec.name for spec in kept}
+        teachers = {
+            name: section
+            for name, section in self.teachers.items()
+            if any(array.startswith(f"{TEACHERS}{name}/") for array in names)
+        }
+        added = tuple(name for name in self.added if name in names)
+        return self.model_copy(update={"arrays": kept, "added": added, "teachers": teachers})
+
+
+def teacher_of(array: str) -> tuple[str, str]:
+    """The prefix of a further teacher's array, `teachers/<name>/` or empty, and the array's name without it."""
+    if not array.startswith(TEACHERS):
+        return "", array
+    name, _, rest = array.removeprefix(TEACHERS).partition("/")
+    return f"{TEACHERS}{name}/", rest
+
+
+def valid_array(array: str) -> str:
+    """The name of the `valid` array that says which rows of an array hold features."""
+    return teacher_of(array)[0] + VALID
+
+
+def of_one_teacher(array: str) -> bool:
+    """Whether an array (its name without prefix) is one teacher's; the others belong to the images."""
+    return array.startswith(TEACHERS_OWN)
 
 
 def view_array(name: str) -> str:

@@ -30,6 +30,7 @@ from store.shards import Layout, crc32c
 
 # Folders of .work that are no jobs: a new version, a store of rows encoded for it, what it replaced (version.py).
 NEXT, ROWS_STORE, REPLACED = "next", "rows", "replaced"
+ADDITIONS = "teachers"  # a store of each further teacher's features while they are encoded (teachers.py)
 Unit = tuple[str, int, int]  # one shard of a job: split, first row, end row
 # Suffixes of the folders of jobs that are not complete yet, and of finished ones.
 CREATING, DONE = ".creating", ".done"

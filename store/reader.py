@@ -21,6 +21,7 @@ from store.format import (
     KEY_ROWS,
     KEY_VALUES,
     REASONS,
+    TEACHERS,
     TOKEN_SCALE,
     VALID,
     ArraySpec,
@@ -28,6 +29,9 @@ from store.format import (
     Model,
     Preprocessing,
     TeacherSpec,
+    of_one_teacher,
+    teacher_of,
+    valid_array,
 )
 from store.job import describe_progress
 from store.keys import KeyTable
@@ -108,7 +112,24 @@ class Store(Mapping[str, "Split"]):
         self, location: str, manifest: Manifest, nodes: dict[str, Any], mirror: Mirror | None = None
     ) -> None:
         self.location, self.manifest = location, manifest
+        self._nodes, self._mirror = nodes, mirror
         self._splits = {name: Split(location, name, manifest, nodes, mirror) for name in manifest.splits}
+
+    def of_teacher(self, name: str) -> Store:
+        """The store as if this teacher were its only one: its manifest, and its arrays under the first one's names.
+
+        Raises StoreError naming the store's teachers.
+        """
+        if name == self.manifest.teacher.name:
+            return self
+        if name not in self.manifest.teachers:
+            raise StoreError(
+                f"{self.location}: no teacher {name!r}; it has {', '.join(self.manifest.teacher_names)}"
+            )
+        seen = Store(self.location, self.manifest.of_teacher(name), self._nodes, self._mirror)
+        for split, whole in self.items():
+            seen[split].see_teacher(f"{TEACHERS}{name}/", whole)
+        return seen
 
     @property
     def path(self) -> Path:
@@ -173,7 +194,19 @@ class Split:
             for node, metadata in nodes.items()
             if node.startswith(f"{name}/") and metadata["node_type"] == "array"
         }
+        self._stored: dict[str, str] = {}  # name → name in the store, where they differ
+        self._whole: Split | None = None
         self._arrays: dict[str, RowArray] = {}
+
+    def see_teacher(self, prefix: str, whole: Split) -> None:
+        """From now on, show a further teacher's arrays under the first one's names; `whole` is the split with all arrays."""
+        seen: dict[str, str] = {}
+        for name in self._metadata:
+            owner, own = teacher_of(name)
+            if owner == prefix or not (owner or of_one_teacher(name)):
+                seen[own] = name
+        self._metadata = {name: self._metadata[stored] for name, stored in seen.items()}
+        self._stored, self._whole = seen, whole
 
     def __len__(self) -> int:
         return self._rows
@@ -204,7 +237,13 @@ class Split:
     @cached_property
     def valid(self) -> np.ndarray:
         """[N] bool: false for a bad image. Skip those rows."""
-        return self.read(VALID)
+        own = self.read(VALID)
+        return own if self._whole is None else own & self._whole.valid
+
+    def valid_for(self, array: str) -> np.ndarray:
+        """[N] bool: rows of an array that hold features; of a further teacher, `valid` of its own."""
+        own = valid_array(array)
+        return self.valid if own == VALID else self.read(own)
 
     @cached_property
     def scale(self) -> dict[str, np.ndarray]:
@@ -331,10 +370,11 @@ class Split:
             if name not in self._metadata:
                 raise UnknownNameError(f"{self.where}: no array {name!r}; valid: {self.names}")
             opened: RowArray
+            stored = self._stored.get(name, name)
             if self.mirror is not None:
-                opened = self.mirror.open_array(self.name, name, self._metadata[name])
+                opened = self.mirror.open_array(self.name, stored, self._metadata[name])
             else:
-                opened = open_array(self.location, self.name, name, self._metadata[name])
+                opened = open_array(self.location, self.name, stored, self._metadata[name])
             array = self._arrays.setdefault(name, opened)
         return array
 

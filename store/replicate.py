@@ -15,7 +15,17 @@ from typing import Any, NamedTuple, Protocol
 
 from files.writing import replace_file
 from store.errors import StoreError, disk_errors
-from store.format import CONTENT, LEDGER, NOTES_FOLDER, OWN_ARRAYS, SIZES, TOKEN_SCALE, Manifest, commits_file
+from store.format import (
+    CONTENT,
+    LEDGER,
+    NOTES_FOLDER,
+    OWN_ARRAYS,
+    SIZES,
+    TOKEN_SCALE,
+    Manifest,
+    commits_file,
+    teacher_of,
+)
 from store.metadata import (
     ZARR_JSON,
     belongs,
@@ -155,7 +165,8 @@ def chosen_arrays(manifest: Manifest, arrays: Collection[str] | None, source: st
         if not found:
             raise StoreError(f"{source}: no array {wanted!r}; valid: {', '.join(known)}")
         chosen |= found
-    return frozenset(chosen)
+    prefixes = {teacher_of(name)[0] for name in chosen}
+    return frozenset(chosen | {f"{prefix}{name}" for prefix in prefixes for name in OWN_ARRAYS} & set(known))
 
 
 class Plan:
@@ -164,8 +175,7 @@ class Plan:
     def __init__(
         self, files: Files, root: dict[str, Any], manifest: Manifest, chosen: frozenset[str]
     ) -> None:
-        kept = tuple(spec for spec in manifest.arrays if spec.name in chosen)
-        self.manifest = manifest.model_copy(update={"arrays": kept})
+        self.manifest = manifest.with_arrays(spec for spec in manifest.arrays if spec.name in chosen)
         nodes: dict[str, Any] = root["consolidated_metadata"]["metadata"]
         arrays = {
             name

@@ -27,6 +27,7 @@ from store.format import (
 from store.job import ROWS_STORE, load_job, pending_jobs, progress
 from store.metadata import is_url, read_json
 from store.reader import Split, Store, open_store
+from store.teachers import addition_path, pending_additions
 
 TARGET_ARRAYS = {"boxes": BOXES, "mask": MASK, "label": LABEL}
 FEW_SAMPLES = 30  # below, one sample is worth more than three points of accuracy
@@ -271,11 +272,11 @@ def describe_pending(store: Store) -> dict[str, dict[str, list[int]]]:
     """job → split → [committed rows, rows] of what is being written."""
     if is_url(store.location):
         return {}
-    rows = store.path / WORK_FOLDER / ROWS_STORE  # samples that are encoded for a new version of the store
+    # Samples that are encoded for a new version of the store, and further teachers' features.
+    work = {"new samples": store.path / WORK_FOLDER / ROWS_STORE}
+    work |= {f"teacher {name}": addition_path(store.path, name) for name in pending_additions(store.path)}
     return {
-        name if folder == store.path else "new samples": {
-            split: list(done) for split, done in progress(folder, load_job(folder, name)).items()
-        }
-        for folder in (store.path, rows)
-        for name in pending_jobs(folder)
+        what or job: {split: list(done) for split, done in progress(folder, load_job(folder, job)).items()}
+        for what, folder in {"": store.path, **work}.items()
+        for job in pending_jobs(folder)
     }

@@ -360,15 +360,12 @@ def measure(original: Store, packed: Store) -> list[Cost]:
     """Cosine of standardized features before and after, on up to 512 rows of the largest split."""
     split = max(original.values(), key=len)
     twin = packed[split.name]
-    good = np.flatnonzero(split.valid)
-    rows = (
-        good[np.linspace(0, len(good) - 1, min(len(good), SAMPLE_ROWS)).astype(np.int64)]
-        if len(good)
-        else good
-    )
     costs = []
     for spec in features(original):
         name, statistics = spec.name, split.statistics[spec.name]
+        good = np.flatnonzero(split.valid_for(name))
+        places = np.linspace(0, len(good) - 1, min(len(good), SAMPLE_ROWS)).astype(np.int64)
+        rows = good[places] if len(good) else good
         std = np.where(statistics.std > 0, statistics.std, np.float32(1))
         width = spec.row_shape[-1]
         before = ((split.true_values(rows, name) - statistics.mean) / std).reshape(-1, width)

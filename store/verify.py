@@ -29,6 +29,7 @@ from store.format import (
     ragged_groups,
 )
 from store.job import (
+    ADDITIONS,
     CREATING,
     DONE,
     NEXT,
@@ -124,7 +125,7 @@ def leftovers(folder: Path) -> Iterator[Finding]:
             for spec in job.direct:
                 owned |= set((folder / split / spec.name).rglob(f"*{PARTIAL}"))
         owned |= set(unfinished(job_folder(folder, name)))
-    versions = [folder / WORK_FOLDER / name for name in (ROWS_STORE, NEXT, f"{NEXT}{CREATING}")]
+    versions = [folder / WORK_FOLDER / name for name in (ROWS_STORE, ADDITIONS, NEXT, f"{NEXT}{CREATING}")]
     for path in unfinished(folder):
         if path not in owned and not any(version in path.parents for version in versions):
             yield Finding(str(path), "temporary file of an interrupted run", leftover=True)
@@ -406,8 +407,9 @@ def check_values(split: Split) -> Iterator[Finding]:
 
 
 def check_fixed_values(split: Split, spec: ArraySpec) -> Iterator[str]:
+    valid = split.valid_for(spec.name)
     for first, rows in row_blocks(split, spec.name):
-        flags = split.valid[first : first + len(rows)]
+        flags = valid[first : first + len(rows)]
         if flags.all() and all_finite(rows):
             continue  # The usual case, in a tenth of the time.
         finite = np.isfinite(rows).reshape(len(rows), -1)
@@ -419,12 +421,12 @@ def check_fixed_values(split: Split, spec: ArraySpec) -> Iterator[str]:
 
 
 def check_ragged_values(split: Split, spec: ArraySpec) -> Iterator[str]:
-    offsets = split.read(spec.offsets_name)
+    offsets, valid = split.read(spec.offsets_name), split.valid_for(spec.name)
     for first, entries in row_blocks(split, spec.name):
         finite = np.isfinite(entries).reshape(len(entries), -1).all(axis=1)
         for entry in (first + np.flatnonzero(~finite)).tolist():
             row = int(np.searchsorted(offsets, entry, side="right")) - 1
-            if split.valid[row]:
+            if valid[row]:
                 yield f"row {row} is valid, but not finite"
 
 

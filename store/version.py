@@ -386,16 +386,7 @@ class SplitVersion:
     def link(self, name: str, key: str) -> None:
         """Give a shard file of the old version a second name; a copy where the file system has no links."""
         old, new = self.store.path / self.name / name / key, self.folder / name / key
-        new.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(old, new)
-        except OSError as error:
-            if error.errno not in CANNOT_LINK:
-                raise
-            self.between()
-            shutil.copyfile(old, new)
-            sync_file(new)
-        sync_folder(new.parent)
+        link_file(old, new, self.between)
 
     def write_statistics(self, spec: ArraySpec) -> None:
         """The old version's when the array's files and `valid` are the same, else those of all its values."""
@@ -431,6 +422,20 @@ class SplitVersion:
         ]
         kept = self.kept_rows(spec.offsets_name, [spec]) if linked else 0
         return spec.row_bytes * max(0, sum(counts) - self.entries_before(spec.offsets_name, kept))
+
+
+def link_file(old: Path, new: Path, before_copy: Callable[[], None] = lambda: None) -> None:
+    """Give a file a second name, which outlasts a power failure; a copy where the file system has no links."""
+    new.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(old, new)
+    except OSError as error:
+        if error.errno not in CANNOT_LINK:
+            raise
+        before_copy()
+        shutil.copyfile(old, new)
+        sync_file(new)
+    sync_folder(new.parent)
 
 
 def next_folder(store: Path, end: str = "") -> Path:

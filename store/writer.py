@@ -27,7 +27,16 @@ import numpy as np
 
 from files.writing import sync_folder
 from store.errors import StoreError, disk_errors
-from store.format import FEATURES_JOB, OWN_ARRAYS, REASONS, VALID, ArraySpec, ragged_groups
+from store.format import (
+    FEATURES_JOB,
+    OWN_ARRAYS,
+    REASONS,
+    VALID,
+    ArraySpec,
+    ragged_groups,
+    teacher_of,
+    valid_array,
+)
 from store.job import (
     Commit,
     Job,
@@ -465,17 +474,19 @@ def prepare_rows(
         if array.shape != (rows, *spec.row_shape):
             raise StoreError(f"append {name}: shape {array.shape}, expected {(rows, *spec.row_shape)}")
         fixed[name] = in_stored_dtype(spec, array, job, as_it_is)
-    unsure = {name: spec for name, spec in specs.items() if name not in finite}
+    # Rows of a copied store also have the flags of further teachers, which are as they were.
+    unsure = {name: spec for name, spec in specs.items() if name not in finite and not teacher_of(name)[0]}
     mark_overflow(unsure, fixed, ragged, flags, texts)
-    for name, spec in specs.items() if not flags.all() else ():
-        if not is_feature(spec):
+    for name, spec in specs.items():
+        sound = fixed.get(valid_array(name), flags)
+        if not is_feature(spec) or sound.all():
             continue
         if spec.ragged:
-            pairs = zip(ragged[name], flags, strict=True)
+            pairs = zip(ragged[name], sound, strict=True)
             ragged[name] = [entry if ok else np.full_like(entry, np.nan) for entry, ok in pairs]
         else:
             fixed[name] = fixed[name].copy()
-            fixed[name][~flags] = np.nan
+            fixed[name][~sound] = np.nan
     if job.owns_rows:
         fixed[VALID] = flags
         ragged[REASONS] = [np.frombuffer(text.encode(), np.uint8) if text else NO_BYTES for text in texts]
@@ -514,7 +525,8 @@ def in_stored_dtype(spec: ArraySpec, array: np.ndarray, job: Job, stored: bool) 
 
 
 def is_feature(spec: ArraySpec) -> bool:
-    return np.dtype(spec.dtype).kind == "f" and (spec.scaled or spec.name.startswith(("features/", "views/")))
+    own = teacher_of(spec.name)[1]
+    return np.dtype(spec.dtype).kind == "f" and (spec.scaled or own.startswith(("features/", "views/")))
 
 
 def mark_overflow(

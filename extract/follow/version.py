@@ -28,7 +28,7 @@ from extract.plan import AGAIN, ExtractTask, record_source
 from extract.sources.base import Boxes
 from store import format as names
 from store.create import create_store, extend_store, scales_of
-from store.errors import DistillError
+from store.errors import DistillError, StoreError
 from store.format import NOTES_FOLDER, ArraySpec
 from store.job import features_job
 from store.keys import KeyTable, Plan
@@ -80,7 +80,7 @@ def follow(
 
     Returns the task of the rows to encode first, None when the store is as the data set; and what had changed.
     between: called now and then; may raise to stop.
-    Raises NoSpace before anything is written.
+    Raises NoSpace before anything is written, StoreError for a changed data set whose store has several teachers.
     """
     path = task.path
     with extract_lock(path):
@@ -91,6 +91,7 @@ def follow(
             drop_rows_store(path)
             keep_up(config, task, store, changes)
             return None, changes
+        check_one_teacher(store, changes)
         if changes.counts.encode:
             log.info(
                 "%s: the data set has changed: %s. %s to encode, everything else is reused",
@@ -105,6 +106,17 @@ def follow(
         check_space(path, task, store, changes)
         put_together(config, task, store, changes, between)
         return None, changes
+
+
+def check_one_teacher(store: Store, changes: Changes) -> None:
+    """Raises StoreError for a store with further teachers: only the first one is at hand to encode what is new."""
+    if store.manifest.teachers:
+        names_of = ", ".join(store.manifest.teachers)
+        raise StoreError(
+            f"{store.location}: the data set has changed ({changes.describe()}), and a store with further teachers "
+            f"({names_of}) does not follow it: copy it without them (`cli copy {store.location} NEW --arrays "
+            "features,targets`, and images, views or logits where it has them), extract into that, add them again"
+        )
 
 
 def keep_up(config: ExtractConfig, task: ExtractTask, store: Store, changes: Changes) -> None:
