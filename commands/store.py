@@ -268,6 +268,8 @@ def verify(
         raise StoreError(
             f"{store}: --repair, --teacher-path, --data and --check-content work on local stores: copy it with cli copy"
         )
+    if teacher is not None and teacher_path is None:
+        raise StoreError(f"--teacher {teacher}: say where its weights are with --teacher-path")
     repaired = repair_store(store) if repair else []
     findings = verify_store(store)
     audit, fidelity, sound = None, [], not findings

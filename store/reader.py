@@ -113,6 +113,8 @@ class Store(Mapping[str, "Split"]):
     ) -> None:
         self.location, self.manifest = location, manifest
         self._nodes, self._mirror = nodes, mirror
+        self.whole = self  # of what `of_teacher` gives: the store with all arrays
+        self.teacher_name = manifest.teacher.name
         self._splits = {name: Split(location, name, manifest, nodes, mirror) for name in manifest.splits}
 
     def of_teacher(self, name: str) -> Store:
@@ -120,15 +122,17 @@ class Store(Mapping[str, "Split"]):
 
         Raises StoreError naming the store's teachers.
         """
-        if name == self.manifest.teacher.name:
-            return self
-        if name not in self.manifest.teachers:
+        whole = self.whole
+        if name == whole.teacher_name:
+            return whole
+        if name not in whole.manifest.teachers:
             raise StoreError(
-                f"{self.location}: no teacher {name!r}; it has {', '.join(self.manifest.teacher_names)}"
+                f"{self.location}: no teacher {name!r}; it has {', '.join(whole.manifest.teacher_names)}"
             )
-        seen = Store(self.location, self.manifest.of_teacher(name), self._nodes, self._mirror)
-        for split, whole in self.items():
-            seen[split].see_teacher(f"{TEACHERS}{name}/", whole)
+        seen = Store(self.location, whole.manifest.of_teacher(name), self._nodes, self._mirror)
+        seen.whole, seen.teacher_name = whole, name
+        for split_name, split in whole.items():
+            seen[split_name].see_teacher(f"{TEACHERS}{name}/", split)
         return seen
 
     @property
@@ -239,6 +243,10 @@ class Split:
         """[N] bool: false for a bad image. Skip those rows."""
         own = self.read(VALID)
         return own if self._whole is None else own & self._whole.valid
+
+    def stored_name(self, name: str) -> str:
+        """The name of an array in the store; of a further teacher with its prefix."""
+        return self._stored.get(name, name)
 
     def valid_for(self, array: str) -> np.ndarray:
         """[N] bool: rows of an array that hold features; of a further teacher, `valid` of its own."""
@@ -370,7 +378,7 @@ class Split:
             if name not in self._metadata:
                 raise UnknownNameError(f"{self.where}: no array {name!r}; valid: {self.names}")
             opened: RowArray
-            stored = self._stored.get(name, name)
+            stored = self.stored_name(name)
             if self.mirror is not None:
                 opened = self.mirror.open_array(self.name, stored, self._metadata[name])
             else:

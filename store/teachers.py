@@ -19,12 +19,12 @@ from store.create import drop_arrays
 from store.errors import StoreError, disk_errors
 from store.finalize import commit_record, remove_done
 from store.format import (
-    COMMITS_FOLDER,
     CONTENT,
     TEACHERS,
     WORK_FOLDER,
     ArraySpec,
     TeacherSection,
+    commits_file,
     of_one_teacher,
 )
 from store.job import ADDITIONS, DONE
@@ -71,20 +71,20 @@ def publish_teacher(path: Path, name: str) -> None:
     prefix = f"{TEACHERS}{name}/"
     own = [spec for spec in added.manifest.arrays if of_one_teacher(spec.name)]
     with disk_errors(path):
-        manifest = drop_arrays(
-            store, [spec.name for spec in store.manifest.arrays if spec.name.startswith(prefix)]
-        )
+        drop_arrays(store, [spec.name for spec in store.manifest.arrays if spec.name.startswith(prefix)])
         for split in store.splits:
-            record = commit_record(path, split)
-            before = commit_record(folder, split)
             for array in stored_arrays(own):
-                link_array(
-                    folder / split / array, path / split, f"{prefix}{array}", added[split].array(array).layout
-                )
-                record[f"{prefix}{array}"] = before[array]
-            write_json(path / COMMITS_FOLDER / f"{split}.json", dict(sorted(record.items())))
+                layout = added[split].array(array).layout
+                link_array(folder / split / array, path / split, f"{prefix}{array}", layout)
+        for split in store.splits:
+            before = commit_record(folder, split)
+            record = commit_record(path, split) | {
+                f"{prefix}{array}": before[array] for array in stored_arrays(own)
+            }
+            write_json(path / commits_file(split), dict(sorted(record.items())))
         section = {field: getattr(added.manifest, field) for field in TeacherSection.model_fields}
         named = [spec.model_copy(update={"name": f"{prefix}{spec.name}"}) for spec in own]
+        manifest = open_store(path).manifest  # another job may have added arrays meanwhile
         update = {
             "teachers": {**manifest.teachers, name: TeacherSection(**section)},
             "arrays": tuple(sorted([*manifest.arrays, *named], key=lambda spec: spec.name)),

@@ -198,6 +198,12 @@ class TrainConfig(BaseModel):
         not_for={"yolov8": "ultralytics' trainer does not compile models that are distilled"},
     )
 
+    teachers: str = _distillation(
+        "",
+        "Which of the store's teachers are learned from, several with commas or +; each has a head of its own.",
+        shown_default="the first",
+        distills=False,  # the first one's resize policy, and the rows that all have, are those of the control as well
+    )
     distillation_type: Literal["feature", "logit", "hybrid", "none"] | None = _distillation(
         None, "Default: hybrid for classes, feature for masks and boxes."
     )
@@ -219,6 +225,10 @@ class TrainConfig(BaseModel):
     )
     feature_loss_type: Literal["mse", "cosine", "smooth_l1", "relation"] = _distillation(
         "mse", "Feature term."
+    )
+    standardize: Literal["channel", "phi-s"] = _distillation(
+        "channel",
+        "How targets get variance 1: each channel on its own, or PHI-S, a rotation and one scale for all.",
     )
     feature_target: Literal["auto", "pooled", "grid", "both"] = _distillation(
         "auto", "Which stored features are learned; auto: all that the student can match."
@@ -346,6 +356,8 @@ class TrainConfig(BaseModel):
             problems.append("feature_weight and logit_weight are both 0: use distillation_type none")
         if self.pretrained and self.student_path is not None:
             problems.append("pretrained and student_path exclude each other: both choose the initial weights")
+        if len(set(self.teacher_names)) < len(self.teacher_names):
+            problems.append(f"teachers {self.teachers}: a teacher is named twice")
         if self.mixup_alpha and self.cutmix_alpha:
             problems.append("mixup_alpha and cutmix_alpha exclude each other")
         if self.control and self.distillation_type == "none" and not self.pretrain_epochs:
@@ -373,6 +385,11 @@ class TrainConfig(BaseModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """The names in `teachers`; empty: the store's first teacher."""
+        return [name for word in self.teachers.replace("+", ",").split(",") if (name := word.strip())]
 
     @property
     def student_type(self) -> str:

@@ -19,7 +19,7 @@ from console.stop import Stopped, StopRequest
 from files.locking import locked
 from files.writing import publish
 from processes.deadline import StopDeadline
-from store.format import POOLED
+from store.format import POOLED, TEACHERS
 from store.reader import Store
 from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError
@@ -39,7 +39,7 @@ SHARED = (
     *("dropout", "freeze_encoder", "attention_pooling", "gradient_checkpointing", "compile"),
     *("batch_size", "lr_scheduler", "warmup_epochs", "weight_decay", "grad_accum_steps", "max_grad_norm"),
     *("precision", "ema_decay", "augment", "views", "auto_batch"),
-    *("feature_loss_type", "feature_target", "align_feature", "align_head"),
+    *("teachers", "standardize", "feature_loss_type", "feature_target", "align_feature", "align_head"),
     *("device", "workers", "seed", "deterministic", "resume", "tracker", "checkpoint_minutes"),
 )
 #: What of them has no influence on the weights.
@@ -133,7 +133,7 @@ def train_features(
 
     if is_main:
         folder.create()
-        run.write_config(config, {"phase": PRETRAIN}, store_reference(store))
+        run.write_config(config, {"phase": PRETRAIN}, store_reference(store, config))
     events = EventStream([copy_lines])
     if is_main:
         events.start(folder)
@@ -203,11 +203,12 @@ def phase_one_key(config: TrainConfig, store: Store) -> str:
     # The same data may be stored with another grid, other layers, or with mirror images.
     stored = [
         spec.model_dump(mode="json")
-        for spec in store.manifest.arrays
-        if spec.name.startswith(("features/", "views/"))
+        for spec in store.whole.manifest.arrays
+        if spec.name.startswith(("features/", "views/", TEACHERS))
     ]
-    fingerprint = store_reference(store)["fingerprint"]
-    text = json.dumps([options, fingerprint, stored, initial], sort_keys=True, default=str)
+    reference = store_reference(store, config)
+    learned = [reference["fingerprint"], reference["teachers"]]
+    text = json.dumps([options, learned, stored, initial], sort_keys=True, default=str)
     return f"{ours.student.replace('/', '-').replace(':', '-')}-{blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 

@@ -140,7 +140,7 @@ def summarize(result: FitResult, task: str, store: Store) -> dict[str, Any]:
         "latency_ms": measure_latency(student),
         "wall_time_s": result.wall_time_s,
         "images_per_second": result.images_per_second,
-        "store": store_reference(store),
+        "store": store_reference(store, result.config),
         "seed": result.config.seed,
         **result.details,
         "complete": True,

@@ -30,7 +30,9 @@ LATENCY = "latency.json"  # measured by `cli report`
 OURS = (CONFIG, METRICS, EVENTS, SUMMARY, LATENCY, "best.pt", "last.pt")
 #: The folder of phase one, and the `phase` of its lines in metrics.jsonl.
 PRETRAIN = "pretrain"
-OUR_FOLDERS = ("tensorboard", "control", PRETRAIN, "ultralytics", "wandb", "mlflow")
+#: The rotations of the teachers' features, with `--standardize phi-s`.
+ROTATIONS = "rotations"
+OUR_FOLDERS = ("tensorboard", "control", PRETRAIN, ROTATIONS, "ultralytics", "wandb", "mlflow")
 
 PACKAGES = ("torch", "timm", "accelerate", "numpy", "zarr", "peft", "ultralytics")
 
@@ -206,7 +208,7 @@ class RunFolder:
             self.events.unlink(missing_ok=True)  # of a start that failed
         if config.resume and taken:
             self.check_same_options(config)
-            self.check_same_store(store_reference(store))
+            self.check_same_store(store_reference(store, config))
 
     def remove_run(self) -> None:
         """Delete what an earlier run wrote, and no other file of the folder."""
@@ -233,9 +235,11 @@ class RunFolder:
     def check_same_store(self, store: Mapping[str, Any]) -> None:
         """Raise ConfigError when the run learned from other data so far; a store that only moved is the same."""
         before = self.read_config().get("store", {})
-        if before.get("fingerprint") in (None, store["fingerprint"]):
+        teachers = before.get("teachers", store["teachers"])
+        if before.get("fingerprint") in (None, store["fingerprint"]) and teachers == store["teachers"]:
             return
-        compared = ("teacher", "splits", "class_names")  # runs of older versions recorded the first alone
+        # Runs of older versions recorded the first alone.
+        compared = ("teacher", "teachers", "splits", "class_names")
         differing = [
             f"{name} {before[name]} → {store[name]}"
             for name in compared
@@ -252,7 +256,7 @@ class RunFolder:
         """Raise ConfigError when `auto` options are resolved differently now, as after `cli probe` added logits."""
         before, now = self.read_resolved(), json.loads(json.dumps(resolved))  # tuples are lists there
         differing = []
-        for name in ("augment", "distilled"):
+        for name in ("augment", "distilled", "other_teachers"):
             old, new = before.get(name), now[name]
             if isinstance(old, dict) and isinstance(new, dict):
                 differing += [
@@ -301,14 +305,21 @@ def warn_of_random_teacher(path: str, store: Store) -> None:
         log.warning("%s: teacher of %s", path, RANDOM_WEIGHTS_NOTICE)
 
 
-def store_reference(store: Store) -> dict[str, Any]:
-    """What config.json and summary.json record of the store."""
+def rotations_folder(config: TrainConfig) -> Path | None:
+    """Where a run keeps the rotations of `--standardize phi-s`; None for other standardizations."""
+    return config.out / ROTATIONS if config.standardize == "phi-s" else None
+
+
+def store_reference(store: Store, config: TrainConfig) -> dict[str, Any]:
+    """What config.json and summary.json record of the store. `teachers`: name → fingerprint of those that are learned from."""
+    names = config.teacher_names or [store.teacher_name]
     return {
         "path": store.location,
         "fingerprint": store.fingerprint,
         "teacher": store.manifest.teacher.name,
         "teacher_fingerprint": store.manifest.teacher.fingerprint,
         "random_teacher": store.manifest.teacher.random_weights,
+        "teachers": {name: store.of_teacher(name).manifest.teacher.fingerprint for name in names},
         "splits": {name: len(split) for name, split in store.items()},
         "class_names": list(store.manifest.class_names),
     }

@@ -299,6 +299,28 @@ class FeatureGatherer:
         return rescaled.clip(-largest, largest).astype(values.dtype)
 
 
+class SeveralGatherers:
+    """Gathers the features of several teachers, each under names with its own prefix."""
+
+    def __init__(self, gatherers: Mapping[str, FeatureGatherer]) -> None:
+        self.gatherers = dict(gatherers)
+        first = next(iter(self.gatherers.values()))
+        self.device, self.depth, self.exact_flip = first.device, first.depth, first.exact_flip
+
+    def gather(
+        self,
+        rows: NDArray[np.int64],
+        recorded: NDArray[np.int64] | None = None,
+        flipped: NDArray[np.bool_] | None = None,
+    ) -> dict[str, Tensor]:
+        """As `FeatureGatherer.gather`."""
+        return {
+            f"{prefix}{name}": values
+            for prefix, gatherer in self.gatherers.items()
+            for name, values in gatherer.gather(rows, recorded, flipped).items()
+        }
+
+
 class BatchLoader:
     """Iterates over an epoch's micro-batches, from any position."""
 
@@ -306,7 +328,7 @@ class BatchLoader:
         self,
         dataset: Dataset[Any],
         batches: EpochBatches,
-        gatherer: FeatureGatherer,
+        gatherer: FeatureGatherer | SeveralGatherers,
         labels: NDArray[np.int32] | None,
         workers: int,
         collate: Any = collate_views,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,17 @@ def collate_clips(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         for sample, length in zip(samples, lengths, strict=True)
     ]
     return {**collate_views(padded), "lengths": torch.tensor(lengths, dtype=torch.int64)}
+
+
+def gather_teachers_frames(
+    teachers: Mapping[str, Split], rows: NDArray[np.int64], lengths: Tensor
+) -> dict[str, Tensor]:
+    """`gather_frames` of each teacher, under names with its prefix."""
+    return {
+        f"{prefix}{name}": values
+        for prefix, split in teachers.items()
+        for name, values in gather_frames(split, rows, lengths).items()
+    }
 
 
 def gather_frames(split: Split, rows: NDArray[np.int64], lengths: Tensor) -> dict[str, Tensor]:

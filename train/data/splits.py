@@ -5,7 +5,7 @@ What does not fit is an error with the next step. No torch here: `cli inspect` c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,15 +103,18 @@ def resolve_task(config: TrainConfig) -> str:
     raise ConfigError(f"task {config.task}: {config.student} learns {own} or features")
 
 
-def resolve_data(config: TrainConfig, store: Store, task: str) -> TrainingData:
-    """Rows, labels and classes. Raises TrainError when the store cannot serve the task."""
+def resolve_data(config: TrainConfig, store: Store, task: str, others: Sequence[Store] = ()) -> TrainingData:
+    """Rows, labels and classes. Raises TrainError when the store cannot serve the task.
+
+    others: the store as further teachers show it: their features must be there as well.
+    """
     train = open_split(store, config.train_split, "--train-split")
     val = open_split(store, config.val_split, "--val-split")
     check_targets(task, train, config.train_split, config.store)
     notes: list[str] = []
     train_rows, val_rows = (
-        valid_rows(train, config.train_split, notes),
-        valid_rows(val, config.val_split, notes),
+        valid_rows(train, config.train_split, notes, [other[config.train_split] for other in others]),
+        valid_rows(val, config.val_split, notes, [other[config.val_split] for other in others]),
     )
     kind, train_labels, val_labels = TASK_METRICS[task].target, labels_of(train), labels_of(val)
     num_classes = 0 if task == "features" else resolve_classes(config, store, train_labels, notes)
@@ -158,9 +161,11 @@ def check_targets(task: str, split: Split, name: str, store: str, advice: str = 
     raise TrainError(f"{store}: {task} needs {what} in split {name}, the store has {found}: {advice}")
 
 
-def valid_rows(split: Split, name: str, notes: list[str]) -> NDArray[np.int64]:
-    """Rows with features. Raises TrainError when there are none."""
+def valid_rows(split: Split, name: str, notes: list[str], others: Sequence[Split] = ()) -> NDArray[np.int64]:
+    """Rows with features, also of the `others`. Raises TrainError when there are none."""
     valid = split.valid if VALID in split.names else np.ones(len(split), dtype=bool)
+    for other in others:
+        valid = valid & other.valid
     rows = np.flatnonzero(valid).astype(np.int64)
     if not len(rows):
         raise TrainError(f"{split.path}: all {len(split)} samples of split {name} are bad: see cli inspect")

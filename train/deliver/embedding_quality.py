@@ -122,10 +122,16 @@ def cosine_to_teacher(model: TrainedModel, found: SplitEmbeddings, store: Store,
 
     None, with a log line that says why, where the two cannot be compared.
     """
-    teacher, card = store.manifest.teacher, model.card
+    card = model.card
+    for name in store.whole.manifest.teacher_names:  # any of the store's teachers, of those that it has
+        if store.of_teacher(name).manifest.teacher.fingerprint == card.teacher:
+            store = store.of_teacher(name)
+    teacher = store.manifest.teacher
     reason = None
     if found.aligned is None:
         reason = "the student has no alignment head (train it again with this version)"
+    elif card.standardize != "channel":
+        reason = f"its alignment head learned rotated features (--standardize {card.standardize})"
     elif card.teacher is not None and card.teacher != teacher.fingerprint:
         reason = f"the student learned from another teacher than {teacher.name} ({teacher.fingerprint})"
     elif found.aligned.shape[1] != teacher.width:

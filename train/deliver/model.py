@@ -40,7 +40,7 @@ class ModelCard:
 
     `mean` and `std` are of RGB in [0, 1]; `resize` is the policy that the images are fitted with. Students of clips
     saw `frames` of each clip, or with `frame_pairs` so many pairs of neighbors. `bit_depth`: of 16-bit gray images.
-    `teacher`: fingerprint of the teacher whose features were learned; None in older files.
+    `teacher`: fingerprint of the teacher whose features were learned; None in older files. `standardize`: how they were.
     """
 
     student: str
@@ -54,6 +54,7 @@ class ModelCard:
     frame_pairs: bool = False
     bit_depth: int = FULL_DEPTH
     teacher: str | None = None
+    standardize: str = "channel"
 
     @classmethod
     def of_checkpoint(cls, content: dict[str, Any]) -> ModelCard:
@@ -70,6 +71,7 @@ class ModelCard:
             frame_pairs=bool(shown.get("frame_pairs")),
             bit_depth=int(shown.get("bit_depth", FULL_DEPTH)),
             teacher=content.get("teacher"),
+            standardize=str(content["config"].get("standardize", "channel")),
         )
 
     @property

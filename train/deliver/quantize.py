@@ -37,6 +37,7 @@ from train.deliver.int8 import (
 )
 from train.deliver.model import LogitsOnly, ModelCard, OnnxModel, OnnxStudent, batches, open_student
 from train.deliver.packages import require_torchao
+from train.distill.resolve import chosen_teachers
 from train.errors import DeliveryError
 from train.loop.assemble import build_training
 from train.loop.loop import Loop, Parts
@@ -82,8 +83,8 @@ def quantize_student(
     check_writable(out or run_folder(run), "--out")
     student, card = open_student(run)
     check_quantizable(card)
-    config = run_options(run).replace(store=Path(store_path))
-    store = open_store(store_path)
+    config = run_options(run).replace(store=Path(store_path), out=run_folder(run))
+    store = chosen_teachers(config, open_store(store_path))[0]
     check_store(run, store, card)
     open_split(store, options.split or config.val_split, "--split")
     out = out or run_folder(run) / f"int8-{options.mode}"
@@ -308,7 +309,12 @@ def build_finetuning(
 def restore_head(parts: Parts, run: Path) -> None:
     """The alignment heads of the student's own checkpoint: fresh ones would pull the student away from what it learned."""
     own, last = run / BEST if run.is_dir() else run, run_folder(run) / LAST
-    heads = {"alignment_head": parts.module.projector, "level_heads": parts.module.level_heads}
+    module = parts.module
+    heads = {
+        "alignment_head": module.projector,
+        "level_heads": module.level_heads,
+        "others": module.others,
+    }
     for path in (own, last):  # checkpoints of older versions may have no head in best.pt
         content = load_checkpoint(path) if path.exists() else {}
         content = {**content.get("training", {}), **content}

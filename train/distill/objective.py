@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from store.reader import Split
 from train.data.batches import Batch
 from train.distill.losses import feature_loss, logit_loss, relational_loss
 from train.distill.mixing import Mixing, mix
-from train.distill.projector import DistilledOutput, TargetStandardizer
+from train.distill.phi_s import rotation_of
+from train.distill.projector import Aligned, DistilledOutput, TargetStandardizer
 from train.distill.transport import (
     TransportWeights,
     apply_transport,
@@ -139,14 +141,21 @@ class Targets:
     logit_weight: Tensor | None = None
     mask: Tensor | None = None
     levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    others: list[Targets] = field(default_factory=list)  # of further teachers
+
+
+def other_teacher(number: int) -> str:
+    """What the names begin with that belong to a further teacher: features, counts and transport weights of batches."""
+    return f"teacher{number}/"
 
 
 class Objective:
     """total = Σ weight of a term · term, over `hard_loss`, `feature_loss` and `logit_loss`.
 
-    Without a plan, the task alone. `standardizers`: of `pooled` and `cells`, on the device. `teacher_views` float64
-    [N, 2, 3]: what part of each image the teacher saw; `cell_shapes`: (h, w) of the student's map and of its chosen
-    levels, none when it has no map.
+    Without a plan, the task alone. `feature_loss` is the mean over the teachers of the mean over their kinds of targets;
+    `others`: the objectives of further teachers, of which only the features count. `standardizers`: of `pooled`, `cells` and
+    levels, on the device. `teacher_views` float64 [N, 2, 3]: what part of each image the teacher saw; `cell_shapes`: (h, w)
+    of the student's map and of its chosen levels, none when it has no map.
     """
 
     def __init__(
@@ -160,7 +169,9 @@ class Objective:
         standardizers: Mapping[str, TargetStandardizer] | None = None,
         teacher_views: NDArray[np.float64] | None = None,
         cell_shapes: Sequence[tuple[int, int]] = (),
+        others: Sequence[Objective] = (),
     ) -> None:
+        self.others = list(others)
         self.task, self.plan = task, plan or DistillationPlan()
         self.weights = dict(weights or {"hard_loss": 1.0})
         self.loss_type, self.temperature = loss_type, temperature
@@ -193,12 +204,23 @@ class Objective:
             tokens = grid_shape(batch.features[plan.map_array])
             side = map_cells(batch.images.shape[1], tokens[0])
             weights |= prefixed(f"{MAP}/", transport_weights(geometry, side, side, tokens))
+        for number, other in enumerate(self.others):
+            weights |= prefixed(other_teacher(number), other.transport(batch_of(batch, number)))
         return weights
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Targets:
         """The targets of a batch that is on the device already, in the geometry of its views."""
-        plan, targets = self.plan, Targets(self.task.counts(batch))
+        targets = self.prepare_own(batch, self.task.counts(batch))
+        for number, other in enumerate(self.others):
+            found = other.prepare_own(batch_of(batch, number), {})
+            targets.others.append(found)
+            targets.counts |= prefixed(other_teacher(number), found.counts)
+        return targets
+
+    def prepare_own(self, batch: Batch, counts: dict[str, Tensor]) -> Targets:
+        """The targets of the first teacher alone."""
+        plan, targets = self.plan, Targets(counts)
         if plan.carries_grids:
             for index, name in enumerate(plan.level_arrays):
                 level = apply_transport(
@@ -258,6 +280,27 @@ class Objective:
         hard = self.task.loss(output, batch, counts, mixing)
         if hard is not None:
             terms["hard_loss"] = hard
+        features = [self.feature_term(Aligned(*output[1:4]), targets, counts, mixing)]
+        for number, other in enumerate(self.others):
+            own = without_prefix(other_teacher(number), counts)
+            features.append(other.feature_term(output.others[number], targets.others[number], own, mixing))
+        if learned := [term for term in features if term is not None]:
+            terms["feature_loss"] = torch.stack(learned).mean()
+        if output.logits is not None and targets.logits is not None and targets.logit_weight is not None:
+            divergence = partial(
+                logit_loss, output.logits, temperature=self.temperature, normalizer=counts["logit"]
+            )
+            terms["logit_loss"] = mix(divergence, targets.logits, targets.logit_weight, mixing)
+        if output.logits is not None and targets.mask is not None:
+            terms["logit_loss"] = mask_loss(
+                output.logits, targets.mask, pixels=counts["logit"], images=counts["maps"]
+            )
+        return {"loss": self.total(terms), **terms}
+
+    def feature_term(
+        self, output: Aligned, targets: Targets, counts: Mapping[str, Tensor], mixing: Mixing | None
+    ) -> Tensor | None:
+        """The mean of the distances to one teacher's features, scalar float32; None where nothing is compared."""
         distances = []
         for name, student, target, weight in (
             ("pooled", output.pooled, targets.pooled, targets.pooled_weight),
@@ -278,18 +321,7 @@ class Objective:
             else:
                 term = partial(feature_loss, self.loss_type, student, normalizer=counts[name])
                 distances.append(mix(term, target, weight, mixing))
-        if distances:
-            terms["feature_loss"] = torch.stack(distances).mean()
-        if output.logits is not None and targets.logits is not None and targets.logit_weight is not None:
-            divergence = partial(
-                logit_loss, output.logits, temperature=self.temperature, normalizer=counts["logit"]
-            )
-            terms["logit_loss"] = mix(divergence, targets.logits, targets.logit_weight, mixing)
-        if output.logits is not None and targets.mask is not None:
-            terms["logit_loss"] = mask_loss(
-                output.logits, targets.mask, pixels=counts["logit"], images=counts["maps"]
-            )
-        return {"loss": self.total(terms), **terms}
+        return torch.stack(distances).mean() if distances else None
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the named terms; scalar float32."""
@@ -320,6 +352,16 @@ def sure_classes(probabilities: Tensor, seen: Tensor, batch: Batch) -> Tensor:
     return cells.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2)
 
 
+def batch_of(batch: Batch, number: int) -> Batch:
+    """The batch as a further teacher's objective sees it."""
+    prefix = other_teacher(number)
+    return replace(
+        batch,
+        features=without_prefix(prefix, batch.features),
+        transport=without_prefix(prefix, batch.transport),
+    )
+
+
 def prefixed(prefix: str, weights: TransportWeights) -> dict[str, Tensor]:
     return {f"{prefix}{name}": value for name, value in weights.items()}
 
@@ -329,25 +371,29 @@ def without_prefix(prefix: str, weights: TransportWeights) -> dict[str, Tensor]:
 
 
 def build_standardizers(
-    plan: DistillationPlan, split: Split, device: torch.device
+    plan: DistillationPlan, split: Split, device: torch.device, rotations: Path | None = None
 ) -> dict[str, TargetStandardizer]:
-    """The standardizer of each kind of target that the plan has. Raises TrainError when the store lacks statistics."""
+    """The standardizer of each kind of target that the plan has, see `build_standardizer`."""
     found = {}
     if plan.pooled:
         # The mean over a grid's cells has the scale of the stored grid, but varies as pooled rows do.
         stored = plan.grid_array if plan.grid else plan.pooled_array
-        found["pooled"] = build_standardizer(split, POOLED, stored).to(device)
+        found["pooled"] = build_standardizer(split, POOLED, stored, rotations).to(device)
     if plan.cells:
         kind, stored = (FRAMES, FRAMES) if plan.frames else (GRID, plan.grid_array)
-        found["cells"] = build_standardizer(split, kind, stored).to(device)
+        found["cells"] = build_standardizer(split, kind, stored, rotations).to(device)
     for index, ((_, layer), stored) in enumerate(zip(plan.levels, plan.level_arrays, strict=True)):
-        found[f"{LEVEL}{index}"] = build_standardizer(split, layer_grid(layer), stored).to(device)
+        own = build_standardizer(split, layer_grid(layer), stored, rotations)
+        found[f"{LEVEL}{index}"] = own.to(device)
     return found
 
 
-def build_standardizer(split: Split, statistics: str, stored: str) -> TargetStandardizer:
-    """Standardizes stored values of array `stored` per channel, with the statistics of another or the same.
+def build_standardizer(
+    split: Split, statistics: str, stored: str, rotations: Path | None = None
+) -> TargetStandardizer:
+    """Standardizes stored values of array `stored`, with the statistics of another or the same.
 
+    rotations: the folder that keeps the rotations of `--standardize phi-s`; None: each channel on its own.
     Raises TrainError when the store lacks them.
     """
     found = split.statistics.get(statistics)
@@ -356,4 +402,5 @@ def build_standardizer(split: Split, statistics: str, stored: str) -> TargetStan
             f"{split.path}: no statistics of {statistics}, which standardize the targets: extract again, or run "
             "the extraction to its end"
         )
-    return TargetStandardizer(found.mean, found.std, split.scale.get(stored))
+    rotation = None if rotations is None else rotation_of(split, statistics, rotations)
+    return TargetStandardizer(found.mean, found.std, split.scale.get(stored), rotation=rotation)

@@ -98,24 +98,54 @@ def take_over_head(head: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         head.load_state_dict(state)
 
 
+def take_over_heads(heads: Sequence[TeacherHeads], checkpoint: Mapping[str, Any]) -> None:
+    """`take_over_head` for the head of the student's features of each teacher."""
+    for head, state in zip(heads, head_states(checkpoint), strict=False):
+        if head.projector is not None:
+            take_over_head(head.projector, {"alignment_head": state})
+
+
+def head_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The states of the heads of the student's features, by teacher; empty where only levels were distilled."""
+    others: Mapping[str, Any] = checkpoint.get("others") or {}
+    numbers = range(len({name.partition(".")[0] for name in others}))
+    parts = [f"{number}.projector." for number in numbers]
+    return [
+        dict(checkpoint["alignment_head"] or {}),
+        *(
+            {name.removeprefix(part): value for name, value in others.items() if name.startswith(part)}
+            for part in parts
+        ),
+    ]
+
+
 class TargetStandardizer(nn.Module):
-    """Stored teacher features → zero mean, unit variance per channel, float32, without gradient.
+    """Stored teacher features → zero mean, unit variance in every dimension, float32, without gradient.
 
     Qwen's features have a few huge channels that would otherwise be the whole loss. `mean` and `std` [D] are in
     true units; `scale` [D] is the store's power-of-two factor (true value = stored × scale), folded in so
     that float16 rows need one multiply and one subtract. Channels that never vary become 0. Values further than
     `OUTLIER` deviations from the mean are cut to it: a channel that the training split hardly excites has a tiny
-    deviation, and one image that excites it would be the whole loss.
+    deviation, and one image that excites it would be the whole loss. With a `rotation` [D, D] (`train.distill.phi_s`, its
+    scale included) all channels are centered, then rotated, instead of being divided by their deviations.
     """
 
     gain: Tensor
     shift: Tensor
+    rotation: Tensor | None
 
-    def __init__(self, mean: Any, std: Any, scale: Any = None, *, epsilon: float = 1e-6) -> None:
+    def __init__(
+        self, mean: Any, std: Any, scale: Any = None, *, rotation: Any = None, epsilon: float = 1e-6
+    ) -> None:
         super().__init__()
         center = torch.as_tensor(mean, dtype=torch.float32)
         spread = torch.as_tensor(std, dtype=torch.float32)
         factor = torch.ones_like(center) if scale is None else torch.as_tensor(scale, dtype=torch.float32)
+        self.register_buffer("rotation", None if rotation is None else torch.as_tensor(rotation))
+        if rotation is not None:
+            self.register_buffer("gain", factor)
+            self.register_buffer("shift", center)
+            return
         varies = spread > epsilon * spread.max().clamp_min(epsilon)
         inverse = torch.where(varies, 1.0 / spread.clamp_min(1e-30), torch.zeros_like(spread))
         self.register_buffer("gain", factor * inverse)
@@ -129,26 +159,79 @@ class TargetStandardizer(nn.Module):
                 f"teacher features are {stored.shape[-1]} wide, their statistics {self.gain.shape[0]}: "
                 "the store's statistics do not belong to this array"
             )
-        return (stored.float() * self.gain).sub_(self.shift).clamp_(-OUTLIER, OUTLIER)
+        values = (stored.float() * self.gain).sub_(self.shift)
+        if self.rotation is not None:
+            values = values @ self.rotation.T
+        return values.clamp_(-OUTLIER, OUTLIER)
 
 
-class DistilledOutput(NamedTuple):
-    """One forward pass: task `logits`, and aligned features where they are asked for.
+class Aligned(NamedTuple):
+    """The student's features in a teacher's space, where they are asked for.
 
-    `cells` [B, h, w, D] or [B, T, D], `pooled` [B, D], both in the teacher's space; `levels`: the student's chosen
-    levels (`StudentOutput.levels`), as `cells`, each in the space of the layer that it learns.
+    `cells` [B, h, w, D] or [B, T, D], `pooled` [B, D]; `levels`: the student's chosen levels (`StudentOutput.levels`), as
+    `cells`, each in the space of the layer that it learns.
     """
 
-    logits: Tensor | None
     cells: Tensor | None
     pooled: Tensor | None
     levels: tuple[Tensor, ...] = ()
 
 
+class DistilledOutput(NamedTuple):
+    """One forward pass: task `logits`, features aligned with the first teacher's as in `Aligned`, and with the others'."""
+
+    logits: Tensor | None
+    cells: Tensor | None
+    pooled: Tensor | None
+    levels: tuple[Tensor, ...] = ()
+    others: tuple[Aligned, ...] = ()
+
+
+class TeacherHeads(nn.Module):
+    """The alignment heads into one teacher's space, and which of the student's features and maps they are for.
+
+    `places`: of each level's head, the place of its map among those that the student returns.
+    """
+
+    def __init__(
+        self,
+        projector: nn.Module | None,
+        *,
+        cells: bool,
+        pooled: bool,
+        level_heads: Sequence[nn.Module] = (),
+        places: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.projector, self.level_heads = projector, nn.ModuleList(level_heads)
+        self.wants_cells, self.wants_pooled, self.places = cells, pooled, tuple(places)
+
+    def forward(self, features: Tensor, maps: Sequence[Tensor], mask: Tensor | None) -> Aligned:
+        """A student's features and chosen maps; `mask` bool [B, T] of clips."""
+        return align(self, features, [maps[place] for place in self.places], mask)
+
+
+def align(
+    heads: DistilledStudent | TeacherHeads, features: Tensor, maps: Sequence[Tensor], mask: Tensor | None
+) -> Aligned:
+    """Map a student's features, and a map for each level's head, into a teacher's space."""
+    # Without heads (a control, or an evaluation of the task alone) the student's maps are left out.
+    levels = tuple(
+        head(channels_last_rows(level)) for head, level in zip(heads.level_heads, maps, strict=False)
+    )
+    if heads.projector is None:
+        return Aligned(None, None, levels)
+    if not heads.wants_cells:
+        # Pooling first costs h·w times less, and commutes with a linear head.
+        return Aligned(None, heads.projector(pooled_rows(features, mask)), levels)
+    cells = heads.projector(channels_last_rows(features))
+    return Aligned(cells, pool_cells(cells, mask) if heads.wants_pooled else None, levels)
+
+
 class DistilledStudent(nn.Module):
     """Student → alignment head. `projector` None: `features` are not distilled (a control, or other levels alone).
 
-    `level_heads`: one head for each of the student's chosen levels.
+    `level_heads`: one head for each of the student's chosen levels. `others`: `TeacherHeads` of further teachers.
     """
 
     def __init__(
@@ -159,10 +242,11 @@ class DistilledStudent(nn.Module):
         cells: bool,
         pooled: bool,
         level_heads: Sequence[nn.Module] = (),
+        others: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.student, self.projector = student, projector
-        self.level_heads = nn.ModuleList(level_heads)
+        self.level_heads, self.others = nn.ModuleList(level_heads), nn.ModuleList(others)
         self.wants_cells, self.wants_pooled = cells, pooled
         # In a list, and so out of the module tree: compiling must not change the names in state dicts.
         self.compiled: list[Callable[..., StudentOutput]] = []
@@ -181,19 +265,9 @@ class DistilledStudent(nn.Module):
         compiled = self.compiled and self.runs_compiled and len(images) == self.compiled_batch
         run = self.compiled[0] if compiled else self.student
         logits, features, maps = run(images) if lengths is None else run(images, lengths)
-        # Without heads (a control, or an evaluation of the task alone) the student's maps are left out.
-        levels = tuple(
-            head(channels_last_rows(level)) for head, level in zip(self.level_heads, maps, strict=False)
-        )
-        if self.projector is None:
-            return DistilledOutput(logits, None, None, levels)
         mask = None if lengths is None or features.ndim != 3 else frame_mask(lengths, features)
-        if not self.wants_cells:
-            # Pooling first costs h·w times less, and commutes with a linear head.
-            return DistilledOutput(logits, None, self.projector(pooled_rows(features, mask)), levels)
-        cells = self.projector(channels_last_rows(features))
-        pooled = pool_cells(cells, mask) if self.wants_pooled else None
-        return DistilledOutput(logits, cells, pooled, levels)
+        others = tuple(heads(features, maps, mask) for heads in self.others)
+        return DistilledOutput(logits, *align(self, features, maps, mask), others)
 
 
 def pool_cells(cells: Tensor, mask: Tensor | None) -> Tensor:

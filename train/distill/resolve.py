@@ -5,6 +5,7 @@ What the store cannot serve is an error that names what to extract; every choice
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from store.format import (
     stored_layers,
     view_array,
 )
-from store.reader import Split
+from store.reader import Split, Store
 from store.summary import unlabeled_rows
 from train.config import TrainConfig
 from train.data.splits import CLASS_TASKS
@@ -37,6 +38,52 @@ from train.students.base import Student, StudentSpec
 
 #: Of pooled targets whose mirror images are stored, as in AUGMENTATIONS["full"].
 FLIP_PROBABILITY = 0.5
+
+
+def chosen_teachers(config: TrainConfig, store: Store) -> list[Store]:
+    """The store as each teacher of `--teachers` shows it (`Store.of_teacher`); without the option, as the first one does.
+
+    Raises StoreError for a name that the store does not have.
+    """
+    return [store.of_teacher(name) for name in config.teacher_names or [store.whole.teacher_name]]
+
+
+def resolve_teachers(
+    config: TrainConfig, teachers: Sequence[Store], task: str, student: Student, notes: list[str]
+) -> list[DistillationPlan]:
+    """What is distilled of each of `chosen_teachers`: of all but the first the features alone.
+
+    Layers in `--distill-layers` are the first one's; the others teach the same levels their last layer.
+
+    Raises ConfigError for options that the store cannot serve (and what to extract).
+    """
+    train = config.train_split
+    first = resolve_features(
+        config, teachers[0][train], task, student, notes, exact_flip=teachers[0].manifest.exact_flip
+    )
+    if not first.features:
+        if len(teachers) > 1 and config.distillation_type != "none":
+            raise ConfigError(
+                f"teachers {config.teachers}: distillation_type {config.distillation_type} learns no features: name one"
+            )
+        return [first]
+    ours = further_config(config)
+    plans = [first]
+    for store in teachers[1:]:
+        plan = resolve_features(ours, store[train], task, student, [], exact_flip=store.manifest.exact_flip)
+        if (plan.recorded, plan.exact_flip) != (first.recorded, first.exact_flip):
+            raise ConfigError(
+                f"teachers {config.teachers}: not all of them have the same stored views: use --views random"
+            )
+        plans.append(plan)
+    return plans
+
+
+def further_config(config: TrainConfig) -> TrainConfig:
+    """The configuration for a teacher after the first one."""
+    text = config.distill_layers
+    levels = None if text is None else ",".join(parse_levels(text))
+    return config.replace(distillation_type="feature", distill_layers=levels)
 
 
 def resolve_features(
@@ -201,10 +248,11 @@ def resolve_levels(
 
 
 def resolve_augmentation(
-    config: TrainConfig, plan: DistillationPlan, notes: list[str]
+    config: TrainConfig, plans: Sequence[DistillationPlan], notes: list[str]
 ) -> tuple[str, Augmentation]:
-    """How images vary. Without a grid that moves along, only color changes and mild crops go with feature targets."""
-    fixed = plan.features and not plan.grid and not plan.recorded
+    """How images vary. Without grids that move along, only color changes and mild crops go with feature targets."""
+    fixed = any(plan.features and not plan.grid and not plan.recorded for plan in plans)
+    plan = plans[0]
     name: str = config.augment
     if name == "auto":
         name = "photometric" if plan.recorded else "mild" if fixed else "full"

@@ -17,15 +17,22 @@ from console.stop import StopRequest
 from store.format import IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, view_array
 from store.reader import Store
 from train.config import TrainConfig
-from train.data.batches import Balance, BatchLoader, EpochBatches, FeatureGatherer, default_workers
-from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_frames
+from train.data.batches import (
+    Balance,
+    BatchLoader,
+    EpochBatches,
+    FeatureGatherer,
+    SeveralGatherers,
+    default_workers,
+)
+from train.data.clips import ClipReader, ClipViews, clip_places, collate_clips, gather_teachers_frames
 from train.data.images import ImageReader, ImageViews, ViewSettings
 from train.data.splits import TrainingData, fit_batch
 from train.data.views import AUGMENTATIONS, Augmentation
-from train.distill.objective import DistillationPlan, Objective, build_standardizers
-from train.distill.projector import DistilledStudent, build_projector, take_over_head
+from train.distill.objective import DistillationPlan, Objective, build_standardizers, other_teacher
+from train.distill.projector import DistilledStudent, TeacherHeads, build_projector, take_over_heads
 from train.distill.reference import teacher_reference
-from train.distill.resolve import check_mixing, resolve_augmentation, resolve_features
+from train.distill.resolve import check_mixing, chosen_teachers, resolve_augmentation, resolve_teachers
 from train.distill.transport import resize_matrices
 from train.errors import ConfigError
 from train.loop.loop import Parts, TrainingState, build_normalizer, derive_seed
@@ -33,6 +40,7 @@ from train.loop.optimizer import WeightAverage, build_optimizer
 from train.loop.saving import StepGuard
 from train.lora import apply_lora_options
 from train.metrics import TASK_METRICS
+from train.run_folder import rotations_folder
 from train.students.base import Student
 from train.students.build import build_student
 from train.students.weights import load_phase_one
@@ -46,11 +54,15 @@ STUDENT_SEED, HEAD_SEED = 1, 2
 
 @dataclass
 class Built:
-    """One training, ready to start. `plan`: what is distilled (a control distills nothing, but is shown the same)."""
+    """One training, ready to start.
+
+    `plans`: what is distilled of each of `teachers` (a control distills nothing, but is shown the same).
+    """
 
     parts: Parts
     student: Student
-    plan: DistillationPlan
+    teachers: Sequence[Store]
+    plans: list[DistillationPlan]
     augmentation: str
     validation_samples: int
     notes: list[str] = field(default_factory=list)
@@ -73,48 +85,60 @@ def build_training(
     phase one, which the student and its head start from.
     """
     notes, device = list(data.notes), accelerator.device
+    teachers = chosen_teachers(config, store)
+    store = teachers[0]
     check_processes(config, accelerator)
     config = fit_batch(config, len(data.train_rows), notes.append)
     student = build_initial_student(config, data)
     if initial is not None:
         load_phase_one(student, initial)
     lora = apply_lora_options(student, config.model_dump(), trained=False)
-    plan = resolve_features(
-        config,
-        store[config.train_split],
-        data.task,
-        student,
-        notes,
-        exact_flip=store.manifest.exact_flip,
-    )
-    # The control is shown what its distilled counterpart is shown: `plan` decides on the images of both.
-    name, augmentation = resolve_augmentation(config, plan, notes)
-    learned = DistillationPlan() if control else plan
-    check_mixing(config, data.task, learned)
+    plans = resolve_teachers(config, teachers, data.task, student, notes)
+    # The control is shown what its distilled counterpart is shown: the plans decide on the images of both.
+    name, augmentation = resolve_augmentation(config, plans, notes)
+    all_learned = [DistillationPlan()] if control else plans
+    learned = all_learned[0]
+    for plan in all_learned:
+        check_mixing(config, data.task, plan)
 
-    student.choose_levels([level for level, _ in learned.levels])
+    # Every map that a teacher teaches, once; those of the first come first.
+    levels = list(dict.fromkeys(level for plan in all_learned for level, _ in plan.levels))
+    student.choose_levels(levels)
     if not student.spec.num_classes:
         student.rest_levels()
-    head, *level_heads = build_heads(config, store, student, learned)
-    if initial is not None and head is not None:
-        take_over_head(head, initial)
+    places = [[levels.index(level) for level, _ in plan.levels] for plan in all_learned]
+    heads = [
+        build_heads(config, number, teacher, student, plan, places[number])
+        for number, (teacher, plan) in enumerate(zip(teachers, all_learned, strict=False))
+    ]
+    if initial is not None:
+        take_over_heads(heads, initial)
     module = DistilledStudent(
-        student, head, cells=learned.cells, pooled=learned.pooled, level_heads=level_heads
+        student,
+        heads[0].projector,
+        cells=learned.cells,
+        pooled=learned.pooled,
+        level_heads=list(heads[0].level_heads),
+        others=heads[1:],
     )
     task = build_task(data.task, num_classes=data.num_classes, label_smoothing=config.label_smoothing)
     objective = val_objective = Objective(task)
     if learned.anything:
-        cells = measure_cells(student) if learned.grid else []
-        objective = build_objective(config, store, task, learned, config.train_split, cells, device)
+        measured = measure_cells(student) if any(plan.grid for plan in all_learned) else []
+        cells = [[measured[0], *(measured[1 + place] for place in own)] if measured else [] for own in places]
+        objective = build_objective(config, teachers, task, all_learned, config.train_split, cells, device)
         # The validation shows whole images, so recorded views are not replayed.
-        shown = learned.reduced_to(store[config.val_split])
-        val_objective = build_objective(config, store, task, shown, config.val_split, cells, device)
+        shown = [
+            plan.reduced_to(teacher[config.val_split])
+            for teacher, plan in zip(teachers, all_learned, strict=True)
+        ]
+        val_objective = build_objective(config, teachers, task, shown, config.val_split, cells, device)
     module.to(device)
     if device.type == "cuda":
         use_channels_last(module)
     if accelerator.num_processes > 1 and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    recorded = store.manifest.views if plan.recorded else 0
+    recorded = store.manifest.views if plans[0].recorded else 0
     balance = balance_rows(config, data, teaches_all=learned.anything)
     train_loader = build_loader(
         config,
@@ -126,9 +150,17 @@ def build_training(
         training=True,
         recorded_views=recorded,
         balance=balance,
+        others=teachers[1:],
     )
     val_loader = build_loader(
-        config, store, data, val_objective, accelerator, AUGMENTATIONS["none"], training=False
+        config,
+        store,
+        data,
+        val_objective,
+        accelerator,
+        AUGMENTATIONS["none"],
+        training=False,
+        others=teachers[1:],
     )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ConfigError(
@@ -159,7 +191,7 @@ def build_training(
         splits = (store[config.val_split], store[config.train_split])
         parts.reference = teacher_reference(store, *splits, metric, learned.logits)
         parts.labeled_alone = balance_rows(config, data, teaches_all=False)
-    return Built(parts, student, plan, name, data.validation_samples, notes, lora)
+    return Built(parts, student, teachers, plans, name, data.validation_samples, notes, lora)
 
 
 def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
@@ -207,13 +239,18 @@ def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) 
 
 
 def build_heads(
-    config: TrainConfig, store: Store, student: Student, plan: DistillationPlan
-) -> tuple[nn.Module | None, *tuple[nn.Module, ...]]:
-    """The alignment head of the student's features (None: they are not distilled), and one for each level.
+    config: TrainConfig,
+    number: int,
+    store: Store,
+    student: Student,
+    plan: DistillationPlan,
+    places: Sequence[int],
+) -> TeacherHeads:
+    """The alignment head of the student's features (None: they are not distilled), and one for each level, of a teacher.
 
-    Their weights depend on the seed alone.
+    Their weights depend on the seed and the teacher's number alone.
     """
-    torch.manual_seed(derive_seed(config.seed, HEAD_SEED))
+    torch.manual_seed(derive_seed(config.seed, HEAD_SEED, *([number] if number else [])))
     specs = store[config.train_split].specs
 
     def build(width: int, teacher: int) -> nn.Module:
@@ -221,11 +258,11 @@ def build_heads(
 
     whole = plan.pooled or plan.cells
     head = build(student.spec.feature_width, store.manifest.teacher.width) if whole else None
-    levels = zip(plan.levels, plan.level_arrays, strict=True)
-    return (
-        head,
-        *(build(student.level_width(level), specs[array].row_shape[-1]) for (level, _), array in levels),
-    )
+    levels = [
+        build(student.level_width(level), specs[array].row_shape[-1])
+        for (level, _), array in zip(plan.levels, plan.level_arrays, strict=True)
+    ]
+    return TeacherHeads(head, cells=plan.cells, pooled=plan.pooled, level_heads=levels, places=places)
 
 
 def student_options(config: TrainConfig) -> dict[str, Any]:
@@ -246,14 +283,22 @@ def student_options(config: TrainConfig) -> dict[str, Any]:
 
 def build_objective(
     config: TrainConfig,
-    store: Store,
+    teachers: Sequence[Store],
     task: Task,
-    plan: DistillationPlan,
+    plans: Sequence[DistillationPlan],
     split: str,
-    cells: Sequence[tuple[int, int]],
+    cells: Sequence[Sequence[tuple[int, int]]],
     device: torch.device,
 ) -> Objective:
-    """The loss on a split. The statistics are those of the training split, for the validation too."""
+    """The loss on a split. The statistics are those of the training split, for the validation too.
+
+    `cells`: for each teacher, height and width of the student's map and of the levels that it teaches; none without grids.
+    """
+    (store, *other_stores), (plan, *other_plans) = teachers, plans
+    others = [
+        build_objective(config, [other], task, [its], split, [shapes], device)
+        for other, its, shapes in zip(other_stores, other_plans, cells[1:], strict=True)
+    ]
     views, soft = None, config.soft_label_weight
     if (plan.grid and not plan.recorded) or plan.maps:
         # What part of each image the teacher saw follows from its resize policy and the images' sizes.
@@ -270,9 +315,10 @@ def build_objective(
         },
         loss_type=config.feature_loss_type,
         temperature=config.temperature,
-        standardizers=build_standardizers(plan, store[config.train_split], device),
+        standardizers=build_standardizers(plan, store[config.train_split], device, rotations_folder(config)),
         teacher_views=views,
-        cell_shapes=cells,
+        cell_shapes=cells[0] if plan.grid else (),
+        others=others,
     )
 
 
@@ -308,11 +354,20 @@ def build_loader(
     training: bool,
     recorded_views: int = 0,
     balance: Balance | None = None,
+    others: Sequence[Store] = (),
 ) -> BatchLoader:
-    """The loader of the training or the validation split: images, or clips for a clip student."""
+    """The loader of the training or the validation split: images, or clips for a clip student.
+
+    `others`: the store as the teachers of `objective.others` show it.
+    """
     name = config.train_split if training else config.val_split
-    split, manifest, plan = store[name], store.manifest, objective.plan
-    shown, arrays = data.preprocessing or manifest.preprocessing, plan.arrays
+    split, manifest = store[name], store.manifest
+    shown = data.preprocessing or manifest.preprocessing
+    # Prefix of the names in a batch → a teacher's features, and what of them is needed. A control needs none.
+    learned = {"": (split, objective.plan)} | {
+        other_teacher(number): (teacher[name], other.plan)
+        for number, (teacher, other) in enumerate(zip(others, objective.others, strict=False))
+    }
     settings = ViewSettings(
         image_size=config.image_size,
         policy=shown.resize,
@@ -324,14 +379,16 @@ def build_loader(
     root = config.data_root or manifest.data_root
     if config.student_type == "lstm":
         clips = ClipReader(split, root, *clip_places(split, manifest), shown.bit_depth)
-        frames = partial(gather_frames, split) if plan.frames and plan.cells else None
+        readers = {prefix: own for prefix, (own, plan) in learned.items() if plan.frames and plan.cells}
+        frames = partial(gather_teachers_frames, readers) if readers else None
         samples: dict[str, Any] = {
             "dataset": ClipViews(clips, settings),
             "collate": collate_clips,
             "gather_more": frames,
         }
     else:
-        images = ImageReader(split, root, manifest.preprocessing, shown.bit_depth)
+        # Stored raw images are what the first teacher saw, whichever is learned from.
+        images = ImageReader(split, root, store.whole.manifest.preprocessing, shown.bit_depth)
         samples = {"dataset": ImageViews(images, settings)}
     batches = EpochBatches(
         data.train_rows if training else data.val_rows,
@@ -345,20 +402,21 @@ def build_loader(
     if training and split.mirror is not None:
         from store.mirror import download_ahead
 
-        stored = (IMAGES_ENCODED, IMAGES_RAW, MASK)
-        mirrored = {view_array(name) for name in arrays} if plan.exact_flip else set()
-        names = [
-            *arrays,
-            *sorted(mirrored.difference(arrays)),
-            *(name for name in stored if name in split.names),
-        ]
-        download_ahead(split, names, batches.order()[0], manifest.shard_rows)
+        stored = [name for name in (IMAGES_ENCODED, IMAGES_RAW, MASK) if name in split.names]
+        for prefix, (own, plan) in learned.items():
+            mirrored = {view_array(name) for name in plan.arrays} if plan.exact_flip else set()
+            names = [*plan.arrays, *sorted(mirrored.difference(plan.arrays)), *([] if prefix else stored)]
+            download_ahead(own, names, batches.order()[0], manifest.shard_rows)
     depth = config.grad_accum_steps + 1 if training else 2
+    gatherers = {
+        prefix: FeatureGatherer(
+            own, plan.arrays, depth, accelerator.device, exact_flip=training and plan.exact_flip
+        )
+        for prefix, (own, plan) in learned.items()
+    }
     return BatchLoader(
         batches=batches,
-        gatherer=FeatureGatherer(
-            split, arrays, depth, accelerator.device, exact_flip=training and plan.exact_flip
-        ),
+        gatherer=SeveralGatherers(gatherers) if len(gatherers) > 1 else gatherers[""],
         labels=data.train_labels if training else data.val_labels,
         workers=config.workers if config.workers is not None else default_workers(accelerator.device),
         carry=objective.transport,

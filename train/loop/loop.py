@@ -365,6 +365,7 @@ class Loop:
                 cells=module.wants_cells,
                 pooled=module.wants_pooled,
                 level_heads=list(module.level_heads),
+                others=list(module.others),
             )
         return evaluate(
             module,

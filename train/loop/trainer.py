@@ -21,6 +21,7 @@ from store.reader import open_store
 from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint
 from train.config import TrainConfig, config_to_json
 from train.data.splits import resolve_data, resolve_task
+from train.distill.resolve import chosen_teachers
 from train.errors import ConfigError
 from train.events import EpochEnded, EventStream
 from train.fit import FitRequest, FitResult
@@ -65,8 +66,8 @@ class LoopTrainer:
         self.task = resolve_task(config)
         if (config.control or config.control_only) and self.task == "features":
             raise ConfigError("control: without a task loss there is nothing to compare with")
-        self.store = open_store(config.store)
-        self.data = resolve_data(config, self.store, self.task)
+        self.store, *others = chosen_teachers(config, open_store(config.store))
+        self.data = resolve_data(config, self.store, self.task, others)
         build_accelerator(config)  # joins the other ranks
 
     def fit(self, request: FitRequest) -> FitResult:
@@ -91,7 +92,7 @@ class LoopTrainer:
             choices = self.resolved(built, request.control)
             if config.resume and folder.last.exists():
                 folder.check_same_distillation(choices)
-            folder.write_config(request.asked, choices, store_reference(self.store))
+            folder.write_config(request.asked, choices, store_reference(self.store, request.asked))
         config = built.parts.config
         progress = Training(
             built,
@@ -145,7 +146,14 @@ class LoopTrainer:
             "task": self.task,
             "num_classes": self.data.num_classes,
             "augment": built.augmentation,
-            "distilled": None if control else dataclasses.asdict(built.plan),
+            "distilled": None if control else dataclasses.asdict(built.plans[0]),
+            # What is distilled of further teachers.
+            "other_teachers": {}
+            if control
+            else {
+                teacher.teacher_name: dataclasses.asdict(plan)
+                for teacher, plan in zip(built.teachers[1:], built.plans[1:], strict=False)
+            },
             "batch_size": parts.config.batch_size,
             "grad_accum_steps": parts.config.grad_accum_steps,
             "processes": parts.accelerator.num_processes,
@@ -166,7 +174,7 @@ def describe_distillation(built: Built) -> dict[str, Any]:
     given, progress = parts.config.feature_weight, parts.progress
     found = progress.calibration.weight if given is None else given
     return {
-        "feature_weight": found if built.plan.features else None,
+        "feature_weight": found if built.plans[0].features else None,
         "teacher": None if parts.reference is None else {parts.reference.metric: parts.reference.value},
         "ended_after_epoch": progress.distilled_epochs,
     }
@@ -270,6 +278,8 @@ class Training:
             parts.module.projector.load_state_dict(content["alignment_head"])
         if parts.module.level_heads:
             parts.module.level_heads.load_state_dict(training["level_heads"])
+        if parts.module.others:
+            parts.module.others.load_state_dict(training["others"])
         parts.optimizer.load_state_dict(training["optimizer"])
         match_layout(parts.optimizer)
         if parts.average is not None and training["average"] is not None:
@@ -340,6 +350,7 @@ class Training:
             "metrics": {k: v for k, v in record.items() if k not in NOT_METRICS},
             "alignment_head": self.head_state(),
             "level_heads": self.parts.module.level_heads.state_dict(),
+            "others": self.parts.module.others.state_dict(),
             "model_state_dict": self.parts.evaluated.state_dict(),
         }
 
@@ -383,6 +394,7 @@ class Training:
             "alignment_head": self.head_state(),
             "training": {
                 "level_heads": parts.module.level_heads.state_dict(),
+                "others": parts.module.others.state_dict(),
                 "optimizer": parts.optimizer.state_dict(),
                 "average": average,
                 "scaler": None if scaler is None else scaler.state_dict(),

@@ -129,7 +129,12 @@ def task_sections(
     sections = [
         Section(
             f"What distillation gained{task}",
-            " ".join(filter(None, (gain_text(collection), verdict_text(collection, stores)))),
+            " ".join(
+                filter(
+                    None,
+                    (gain_text(collection), teachers_text(collection), verdict_text(collection, stores)),
+                )
+            ),
             [figures.gain_bars(differences(collection), metric)],
         ),
         Section(
@@ -185,6 +190,25 @@ def verdict_text(collection: Collection, stores: dict[str, Store]) -> str:
             if student in trained
         ]
     return " ".join(words)
+
+
+def teachers_text(collection: Collection) -> str:
+    """Which teachers the runs learned from, where that is not the store's first one alone."""
+    learned = {
+        run.name: list(store["teachers"])
+        for run in collection.runs
+        if not run.is_control and (store := run.summary.get("store") or {}).get("teachers")
+    }
+    if all(names == [run_teacher(collection, name)] for name, names in learned.items()):
+        return ""
+    return "Teachers: " + "; ".join(f"{name}: {', '.join(names)}" for name, names in learned.items()) + "."
+
+
+def run_teacher(collection: Collection, name: str) -> str | None:
+    """The model of a run's first teacher, which is also the name of a store's first one."""
+    run = next(run for run in collection.runs if run.name == name)
+    found: str | None = (run.summary.get("store") or {}).get("teacher")
+    return found
 
 
 def ended_after(run: FinishedRun) -> int | None:

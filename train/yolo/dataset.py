@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from store.summary import unlabeled_rows
 from train.data.batches import FeatureGatherer
 from train.data.images import ImageReader
 from train.distill.levels import check_layers
+from train.distill.objective import other_teacher
+from train.distill.phi_s import rotation_of
 from train.distill.projector import TargetStandardizer
 from train.errors import TrainError
 from train.yolo.geometry import (
@@ -209,11 +211,14 @@ def open_split(
     statistics_of: str | None = None,
     sources_per_cell: int = 1,
     layers: Mapping[str, int | None] = DEEPEST_ALONE,
+    others: Sequence[tuple[Store, Mapping[str, int | None]]] = (),
+    rotations: Path | None = None,
 ) -> DetectionSplit:
     """Records, images and, with `distil`, targets of a split, standardized by the statistics of `statistics_of`.
 
     That is the training split, for the validation split too: both distances are to the same targets. None: `name`.
-    `layers`: the teacher's layer (None: the last) that each level of the student learns.
+    `layers`: the teacher's layer (None: the last) that each level of the student learns. `others`: the store as further
+    teachers show it, each with the same for its layers. `rotations`: see `build_standardizer`.
     Raises TrainError when the split, its boxes, its images or (with `distil`) its grid are missing.
     """
     if name not in store:
@@ -225,8 +230,10 @@ def open_split(
             "yolo, coco or voc), or --task features to learn from the teacher alone"
         )
     root = data_root or store.manifest.data_root
-    reader = ImageReader(split, Path(root) if root else None, store.manifest.preprocessing)
-    records = detection_records(store, split, raw=reader.kind == "raw")
+    # Stored raw images are what the first teacher saw, whichever is learned from.
+    reader = ImageReader(split, Path(root) if root else None, store.whole.manifest.preprocessing)
+    valid = np.logical_and.reduce([split.valid, *(other[name].valid for other, _ in others)])
+    records = detection_records(store.whole, split, valid, raw=reader.kind == "raw")
     if not records and unlabeled_rows(split, "boxes").any():
         raise TrainError(
             f"{store.location}: no image of split {name!r} is labeled: use --task features to learn from the teacher alone, "
@@ -236,26 +243,42 @@ def open_split(
         raise TrainError(f"{store.location}: split {name!r} has no valid images")
     targets = None
     if distil:
-        learned = store[statistics_of or name]
-        by_layer = {
-            layer: teacher_targets(store, split, learned, layer, reader.kind == "raw", sources_per_cell)
-            for layer in set(layers.values())
+        wanted = {level: (store, layer, "") for level, layer in layers.items()} | {
+            f"{prefix}{level}": (other, layer, prefix)
+            for number, (other, its_layers) in enumerate(others)
+            for prefix in [other_teacher(number)]
+            for level, layer in its_layers.items()
         }
-        targets = LevelTargets({level: by_layer[layer] for level, layer in layers.items()})
+        found = {
+            (prefix, layer): teacher_targets(
+                teacher,
+                name,
+                statistics_of or name,
+                layer,
+                raw=reader.kind == "raw",
+                sources_per_cell=sources_per_cell,
+                pending=f"{PENDING}/{prefix}{'last' if layer is None else layer}",
+                rotations=rotations,
+            )
+            for teacher, layer, prefix in wanted.values()
+        }
+        targets = LevelTargets({level: found[prefix, layer] for level, (_, layer, prefix) in wanted.items()})
     return DetectionSplit(records, SourceImages(reader, image_size), targets)
 
 
-def detection_records(store: Store, split: Split, *, raw: bool) -> list[DetectionRecord]:
+def detection_records(
+    store: Store, split: Split, valid: NDArray[np.bool_] | None = None, *, raw: bool
+) -> list[DetectionRecord]:
     """The valid, labeled rows of a split, in row order: an image that is not labeled would count as background.
 
-    With `raw` the images are what the teacher saw, so boxes and sizes are those of its view. Boxes are clipped to
+    `valid` bool [N]: which rows are valid, where it is not for the split alone to say. With `raw` the images are what the teacher saw, so boxes and sizes are those of its view. Boxes are clipped to
     the image, those without area and repetitions dropped (the log says how many), images without boxes kept as
     background.
 
     Raises TrainError for a class without a name.
     """
     unlabeled = unlabeled_rows(split, "boxes")
-    rows = np.flatnonzero(split.valid & ~unlabeled)
+    rows = np.flatnonzero((split.valid if valid is None else valid) & ~unlabeled)
     if unlabeled.any():
         log.info(
             "%s: %d of %d images have no labels and are left out", split.where, unlabeled.sum(), len(split)
@@ -313,13 +336,21 @@ def clean_boxes(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArra
 
 
 def teacher_targets(
-    store: Store, split: Split, learned: Split, layer: int | None, raw: bool, sources_per_cell: int
+    store: Store,
+    of: str,
+    statistics_of: str,
+    layer: int | None,
+    *,
+    raw: bool,
+    sources_per_cell: int,
+    pending: str,
+    rotations: Path | None,
 ) -> TeacherTargets:
-    """Targets from the stored grid of a layer (None: the last), with the statistics of the split `learned`.
+    """Targets from the stored grid of a layer (None: the last) of split `of`, with the statistics of another one.
 
     Raises TrainError when there is no such grid, or no statistics of it.
     """
-    name = layer_grid(layer)
+    name, split, learned = layer_grid(layer), store[of], store[statistics_of]
     if GRID not in split.names:
         raise TrainError(
             f"{store.location}: the store has no grid, which YOLO students learn from: extract with --grid 16 (or train "
@@ -332,7 +363,16 @@ def teacher_targets(
         raise TrainError(f"{store.location}: no statistics of {name}: run the extraction to its end")
     preprocessing = store.manifest.preprocessing
     side = preprocessing.image_size
-    standardizer = TargetStandardizer(statistics.mean, statistics.std, split.scale.get(name))
+    shown = store.whole.manifest.preprocessing.resize
+    if raw and preprocessing.resize != shown:
+        raise TrainError(
+            f"{store.location}: raw images are as --resize {shown} shows them, teacher {store.teacher_name} saw "
+            f"{preprocessing.resize}: choose another teacher, or a store with --images jpeg"
+        )
+    rotation = None if rotations is None else rotation_of(learned, name, rotations)
+    standardizer = TargetStandardizer(
+        statistics.mean, statistics.std, split.scale.get(name), rotation=rotation
+    )
     # Raw images are the teacher's view already: its grid covers the whole image.
     sizes = np.full((len(split), 2), side) if raw else split.read(SIZES)
     return TeacherTargets(
@@ -343,7 +383,7 @@ def teacher_targets(
         teacher_size=(side, side),
         sources_per_cell=sources_per_cell,
         exact_flip=exact_flip,
-        pending=PENDING if layer is None else f"{PENDING}/{layer}",
+        pending=pending,
     )
 
 

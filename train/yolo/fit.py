@@ -18,6 +18,7 @@ from processes.deadline import StopDeadline
 from store.reader import open_store
 from train.checkpoint import LAST
 from train.config import TrainConfig
+from train.distill.resolve import chosen_teachers
 from train.errors import ConfigError, TrainError
 from train.events import EventStream
 from train.fit import FitRequest, FitResult
@@ -47,7 +48,7 @@ class YoloTrainer:
         if config.distillation_type == "hybrid":
             log.info("distillation_type hybrid: YOLO students learn features; there is no logit term")
         self.config, self.batch_size = config, config.batch_size
-        self.store = open_store(config.store)
+        self.store = chosen_teachers(config, open_store(config.store))[0]
 
     def fit(self, request: FitRequest) -> FitResult:
         """ultralytics trains from the start, or after the epoch that last.pt holds."""
@@ -65,7 +66,7 @@ class YoloTrainer:
         job = build_job(config, folder.path, self.store, state)
         trainer = StoreTrainer(job)
         resolved = {"task": self.task, "ultralytics": trainer_arguments(trainer)}
-        folder.write_config(config, resolved, store_reference(self.store))
+        folder.write_config(config, resolved, store_reference(self.store, config))
         train = train_on_ranks if trainer.ddp else train_here
         try:
             records, ending = train(trainer, request.deadline, request.events, first_epoch)

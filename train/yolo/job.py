@@ -19,17 +19,19 @@ from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data.splits import fit_batch
 from train.distill.levels import detector_levels
-from train.distill.projector import take_over_head
+from train.distill.objective import other_teacher
+from train.distill.projector import head_states, take_over_head
+from train.distill.resolve import chosen_teachers, further_config
 from train.errors import ConfigError
 from train.fit import validation_interval
 from train.fonts import register_with_matplotlib
 from train.lora import apply_lora_options
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, rotations_folder
 from train.students.families import FAMILIES, parse_student_name
 from train.students.weights import load_phase_one
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
 from train.yolo.dataset import DetectionSplit, open_split
-from train.yolo.model import LEVELS, Distillation, DistilledDetectionModel, plain_detector
+from train.yolo.model import LEVELS, Distillation, DistilledDetectionModel, level_of, plain_detector
 from train.yolo.options import (
     clip_norm,
     mixes_images,
@@ -115,6 +117,7 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
 
     Raises ConfigError or TrainError for what does not fit.
     """
+    store = chosen_teachers(config, store)[0]
     size = parse_student_name(config.student).size
     names = class_names(config, store)
     devices = device_arguments(config)
@@ -146,16 +149,19 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
 
 def open_splits(config: TrainConfig, store: Store, sources_per_cell: int) -> dict[str, DetectionSplit]:
     """The training and validation data, under ultralytics' names for them."""
+    first, *others = chosen_teachers(config, store)
     return {
         mode: open_split(
-            store,
+            first,
             name,
             image_size=config.image_size,
             data_root=config.data_root,
             distil=config.distillation_type != "none",
             statistics_of=config.train_split,
             sources_per_cell=sources_per_cell,
-            layers=levels_of(config, store),
+            layers=levels_of(config, first),
+            others=[(other, levels_of(further_config(config), other)) for other in others],
+            rotations=rotations_folder(config),
         )
         for mode, name in (("train", config.train_split), ("val", config.val_split))
     }
@@ -203,7 +209,10 @@ def build_trained_student(
     if config.distillation_type != "none":
         attach_teacher(config, network, store, splits)
         if initial is not None and levels_of(config, store).get("P5", "absent") is None:
-            take_over_head(network.distillation.heads["P5"], initial)
+            for number, state in enumerate(head_states(initial)):
+                name = f"{other_teacher(number - 1) if number else ''}P5"
+                if name in network.distillation.heads:
+                    take_over_head(network.distillation.heads[name], {"alignment_head": state})
     return student
 
 
@@ -229,7 +238,7 @@ def attach_teacher(
     assert val is not None
     widths = dict(zip(LEVELS, level_widths(network), strict=True))
     distillation = Distillation(
-        {level: widths[level] for level in train.by_level},
+        {level: widths[level_of(level)] for level in train.by_level},
         {level: targets.standardizer.gain.numel() for level, targets in train.by_level.items()},
         kind=config.feature_loss_type,
         hard_weight=config.hard_label_weight,

@@ -26,6 +26,11 @@ LEVELS = ("P3", "P4", "P5")
 DISTILLATION_ITEM = "dis_loss"
 
 
+def level_of(name: str) -> str:
+    """The student's level that a head or its targets belong to; those of further teachers have a prefix."""
+    return name.rpartition("/")[2]
+
+
 class Distillation(nn.Module):
     """The distance between the student's maps and the teacher's grid: alignment heads and the settings of it."""
 
@@ -44,7 +49,8 @@ class Distillation(nn.Module):
         align_head: str,
         batches: int = 0,
     ) -> None:
-        """`widths`, `teacher_widths`: level (P3, P4, P5) → channels of the student's map there, and of what it learns.
+        """`widths`, `teacher_widths`: level (P3, P4, P5; of a further teacher with its prefix) → channels of the student's map
+        there, and of what it learns.
 
         `batches`: of the whole training, where the term's weight is found in the first ones (`train.distill.calibration`) and
         multiplied with `soft_weight`; 0: it was given.
@@ -91,18 +97,19 @@ class Distillation(nn.Module):
         return self.wanted > (self.measured or 0)
 
     def forward(self, maps: list[Tensor], batch: dict[str, Any], targets: LevelTargets) -> Tensor:
-        """The mean over the levels of the weighted mean distance; scalar float32.
+        """The mean over the teachers of the mean over their levels of the weighted mean distance; scalar float32.
 
         `maps`: the student's P3, P4 and P5, each [B, D, h, w].
         """
-        terms = []
+        terms: dict[str, list[Tensor]] = {}  # by teacher
         for level, head in self.heads.items():
-            rows = channels_last_rows(maps[LEVELS.index(level)])
+            rows = channels_last_rows(maps[LEVELS.index(level_of(level))])
             height, width = rows.shape[1:3]
             target, weight = targets[level].at(batch, height, width)
             weight = weight * foreground_weights(batch, height, width, self.foreground)
-            terms.append(feature_loss(self.kind, head(rows), target, weight))
-        return torch.stack(terms).mean()
+            teacher = level.rpartition("/")[0]
+            terms.setdefault(teacher, []).append(feature_loss(self.kind, head(rows), target, weight))
+        return torch.stack([torch.stack(own).mean() for own in terms.values()]).mean()
 
 
 class DistilledDetectionModel(DetectionModel):  # type: ignore[misc]
