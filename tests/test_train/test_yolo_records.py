@@ -99,16 +99,17 @@ def test_raw_images_have_the_boxes_of_the_teachers_view(tmp_path: Path) -> None:
 
 def test_a_level_learns_the_layer_that_it_names(tmp_path: Path) -> None:
     """Layers with their own sizes and widths, each read and standardized once; a layer that is not stored is named."""
-    from train.yolo.geometry import SOURCE_ROWS
+    from train.yolo.geometry import PACKED_WIDTH, SOURCE_PLACEMENTS, SOURCE_ROWS
 
     path = make_store(tmp_path / "store", {"train": scenes(6, 0)}, layers={8: (16, 5)})
     data = open_train(path, layers={"P3": 8, "P4": None, "P5": None})
     targets = data.targets.by_level
     assert targets["P4"] is targets["P5"] is not targets["P3"]
     assert [targets[level].standardizer.gain.numel() for level in ("P3", "P4")] == [5, 12]
-    batch: dict[str, Any] = {SOURCE_ROWS: torch.tensor([[0, 3], [3, -1]])}
+    rows = torch.tensor([[0, 3], [3, -1]])
+    batch: dict[str, Any] = {SOURCE_ROWS: rows, SOURCE_PLACEMENTS: torch.zeros(2, 2, PACKED_WIDTH)}
     data.targets.prefetch(batch)
-    assert len(batch) == 3  # the rows and two layers
+    assert len(batch) == 4  # rows, placements and two layers
     read = [batch[targets[level].pending].result().grids for level in ("P3", "P5")]
     assert [tuple(grids.shape) for grids in read] == [(2, 16, 16, 5), (2, 8, 8, 12)]
     split = open_store(path)["train"]
