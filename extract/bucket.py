@@ -92,9 +92,7 @@ def complete(executor: LocalExecutor, staging: Staging, result: ExtractResult) -
         own_all = executor.config.shards is None
         if not staging.assembled and (own_all or staging.committed):
             complete_store(staging.store, own_all=own_all, moments=staging.moments())
-        result.store = str(staging.store)
-        result.read_store()
-        result.store = executor.config.out
+        result.read_store(staging.store)
         if result.complete:
             staging.publish()
 

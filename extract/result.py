@@ -163,9 +163,9 @@ class ExtractResult:
         if summary is not None:
             self.changes, self.changes_text = summary
 
-    def read_store(self) -> None:
-        """Fill in what the store records; a complete one gets its final ledger."""
-        store = open_store(self.store, allow_incomplete=True)
+    def read_store(self, folder: Path | None = None) -> None:
+        """Fill in what the store records; a complete one gets its final ledger. folder: where it is staged, of a URL."""
+        store = open_store(folder or self.store, allow_incomplete=True)
         self.complete = store.manifest.complete
         self.task = store.manifest.task
         self.random_weights = store.manifest.teacher.random_weights
