@@ -125,6 +125,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 def local_store(options: dict[str, Any], folder: Path, **changes: Any) -> dict[str, bytes]:
     """The files of the store that the same extraction makes on this disk."""
+    options = {name: value for name, value in options.items() if name != "staging_gb"}
     extract(options, out=folder, **changes)
     return files_below(folder)
 
