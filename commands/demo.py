@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NamedTuple
@@ -24,6 +25,7 @@ from processes.spawning import child_environment
 # Pixels. The pretrained teacher knows emoji better at 192 than at 128 (probe 54.1 % and 50.8 %), and no better at 256.
 QWEN_SIZE, PRETRAINED_SIZE = "112", "192"
 GRID = "native"
+EMOJI_SIZE = "32"  # of the student's input: emoji are simple, and four trainings fit into the demo
 MIN_FREE_GB = 1.0
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -86,7 +88,8 @@ def demo(
     weights = fetch_pretrained_weights() if teacher_path is None else None
     images = data or write_images(out, size)
     store, sweep = out / "features.zarr", out / "sweep"
-    steps = list_steps(out, store, sweep, images, task, teacher_path, weights, size)
+    changed = {"image-size": EMOJI_SIZE} if data is None else {}
+    steps = list_steps(out, store, sweep, images, task, teacher_path, weights, size, changed)
     for number, step in enumerate(steps, start=1):
         run_step(f"[{number}/{len(steps)}]", step)
     print(f"\nDone in {time.monotonic() - started:.0f} s.\n", flush=True)
@@ -185,8 +188,9 @@ def list_steps(
     teacher_path: Path | None,
     weights: Path | None,
     size: Size,
+    changed: Mapping[str, str],
 ) -> list[Step]:
-    """The commands, in order, for a data set of this task. Paths are relative to the working directory.
+    """The commands, in order, for a data set of this task. `changed`: options of training instead of the suggested ones.
 
     Without `teacher_path`, a teacher with pretrained `weights` teaches, and a random Qwen2.5-VL is only shown.
     """
@@ -213,15 +217,17 @@ def list_steps(
     steps = [Step(f"{title}: every image is seen once", [[*extract, *teacher, *grid, *logits]])]
     if suggestion.control:  # there are labels to measure the features with
         steps.append(Step("What are the teacher's features worth?", [["probe", str(store)]]))
-    steps.append(compare_students(store, sweep, suggestion, task, size))
+    steps.append(compare_students(store, sweep, suggestion, size, changed))
     if teacher_path is None:
         steps.append(show_qwen(out))
     steps.append(Step("The report", [["report", str(sweep)]]))
     return steps
 
 
-def compare_students(store: Path, sweep: Path, suggestion: Suggestion, task: str, size: Size) -> Step:
-    options = {**suggestion.options, "epochs": str(size.epochs), **suggestion.quick}
+def compare_students(
+    store: Path, sweep: Path, suggestion: Suggestion, size: Size, changed: Mapping[str, str]
+) -> Step:
+    options = {**suggestion.options, "epochs": str(size.epochs), **suggestion.quick, **changed}
     sets = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
     command = [
         "sweep",

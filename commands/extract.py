@@ -329,7 +329,7 @@ class Suggestion:
 
 _TIMM = "timm:resnet10t"
 # Small images and few steps from random weights, which the recipe's smaller learning rate is too slow for.
-_TIMM_QUICK = {"image-size": "32", "learning-rate": "3e-3"}
+_TIMM_QUICK = {"image-size": "48", "learning-rate": "3e-3"}
 SUGGESTIONS = {
     "classification": Suggestion("resnet18", _TIMM, _TIMM_QUICK, classes=True),
     "features": Suggestion("resnet18", _TIMM, _TIMM_QUICK, {"task": "features"}, control=False),

@@ -34,7 +34,7 @@ def run_demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def make_unlabelled(root: Path) -> Path:
     root.mkdir(parents=True)
-    for number, picture, _ in pictures(0, 24):
+    for number, (_, picture, _) in enumerate(pictures(0, 24)):
         picture.save(root / f"{number}.png")
     return root
 
