@@ -36,6 +36,14 @@ def plan(fingerprint: str = "f", **options: Any) -> list[Trial]:
     return plan_trials(load_sweep_config({**STORE, "students": ["resnet18"], **options}), fingerprint)
 
 
+def test_teachers_are_an_axis_and_each_choice_has_its_control() -> None:
+    """The first-named teacher's view of the images is the student's too."""
+    trials = plan(set={"teachers": ["qwen2.5-vl", "dino", "qwen2.5-vl+dino"]})
+    names = [(trial.options["teachers"], trial.is_control) for trial in trials]
+    assert len(set(names)) == len(trials) == 6
+    assert all("teachers=" in trial.name for trial in trials)
+
+
 def test_students_seeds_and_values_are_crossed() -> None:
     trials = plan(
         students=["resnet18", "vit-tiny"],

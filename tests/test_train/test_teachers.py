@@ -52,7 +52,7 @@ def test_the_loss_is_the_mean_of_the_teachers(target: str, make_store: Any, make
         targets = parts.objective.prepare(batch)
         output = module(parts.normalize(batch.images))
         losses = parts.objective.losses(output, batch, targets, targets.counts)
-        terms[names] = float(losses["feature_loss"])
+        terms[names] = float(losses["feature_loss"].detach())
         assert "hard_loss" in losses
     assert terms[BOTH] == pytest.approx((terms["synthetic"] + terms["second"]) / 2, rel=1e-5)
     assert terms["synthetic"] != pytest.approx(terms["second"], rel=1e-2)
@@ -180,3 +180,16 @@ def test_alignment_is_that_of_each_head(make_store: Any, make_config: Any) -> No
     assert isinstance(output.others[0], Aligned)
     assert output.cells.shape[-1] == 20
     assert output.others[0].cells.shape[-1] == 24
+
+
+def test_the_report_names_teachers_where_the_first_is_not_alone(tmp_path: Path) -> None:
+    from train.report.build import teachers_text
+    from train.report.runs import Collection, FinishedRun
+
+    def run(name: str, *teachers: str) -> FinishedRun:
+        store = {"teacher": "qwen2.5-vl", "teachers": dict.fromkeys(teachers, "print")}
+        return FinishedRun("sweep", name, tmp_path, {"store": store}, {}, [], False, {})
+
+    assert teachers_text(Collection([run("a", "qwen2.5-vl")], [])) == ""
+    text = teachers_text(Collection([run("a", "qwen2.5-vl"), run("b", "qwen2.5-vl", "dino")], []))
+    assert text == "Teachers: a: qwen2.5-vl; b: qwen2.5-vl, dino."
