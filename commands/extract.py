@@ -153,7 +153,10 @@ def next_step(result: Mapping[str, Any]) -> str:
 
 def probe(
     store: Annotated[
-        Path, typer.Argument(help="A complete store with labels, masks or boxes.", metavar="STORE")
+        str,
+        typer.Argument(
+            help="A complete store (a folder or a URL) with labels, masks or boxes.", metavar="STORE"
+        ),
     ],
     student: Annotated[
         str | None,
@@ -178,7 +181,7 @@ def probe(
     clips over their frames), mean IoU of a probe of every grid cell for masks, whether cells know objects and their
     classes for boxes. Writes the probe's predictions for every row, labeled or not: class logits to
     `logits/probe`, or where the store has masks soft class maps to `maps/probe`. The predictions for a row come from a
-    probe that was not fitted on it.
+    probe that was not fitted on it. Of a store at a URL nothing is written.
 
     cli probe photos.zarr --student resnet18 --epochs 60
 
@@ -187,11 +190,13 @@ def probe(
     from extract.logits import probe_store
     from extract.metadata import note_probe, note_verdict
     from store.format import RANDOM_WEIGHTS_NOTICE
+    from store.metadata import is_url
     from store.reader import open_store
 
     began = time.monotonic()
     result = probe_store(store, seed=seed, device=device)
-    note_probe(store, result)
+    if not is_url(store):
+        note_probe(Path(store), result)
     verdict = None
     if student is not None:
         from commands.verdict import judge_student, verdict_lines
@@ -201,14 +206,18 @@ def probe(
             store, student, result, time.monotonic() - began, {**options, "device": device, "seed": seed}
         )
         verdict = {**vars(judged), "text": verdict_lines(vars(judged))}
-        note_verdict(store, judged.student, verdict)
+        if not is_url(store):
+            note_verdict(Path(store), judged.student, verdict)
     if open_store(store).manifest.teacher.random_weights:
         get_logger("extract").warning("%s: teacher of %s", store, RANDOM_WEIGHTS_NOTICE)
     if json:
-        print_json({"store": str(store), **result, "verdict": verdict})
+        print_json({"store": store, **result, "verdict": verdict})
     else:
         print_probe(result)
-        print(f"{store}: {result['array']} written" if result["array"] else f"{store}: nothing written")
+        kept = (
+            "; cli copy it to this disk and probe the copy to keep the predictions" if is_url(store) else ""
+        )
+        print(f"{store}: {result['array']} written" if result["array"] else f"{store}: nothing written{kept}")
         for line in verdict["text"] if verdict else ():
             print(line)
 

@@ -48,7 +48,7 @@ class Verdict:
 
 
 def judge_student(
-    store: Path, student: str, probed: Mapping[str, Any], probe_seconds: float, options: Mapping[str, Any]
+    store: str, student: str, probed: Mapping[str, Any], probe_seconds: float, options: Mapping[str, Any]
 ) -> Verdict:
     """Train the control and compare. `options`: of `cli train`; those that are None are absent.
 
@@ -59,7 +59,7 @@ def judge_student(
 
     given = {name: value for name, value in options.items() if value is not None}
     with tempfile.TemporaryDirectory(prefix="qwen-distill-control-") as folder:
-        asked = {"store": str(store), "student": student, "out": Path(folder) / "run", **given}
+        asked = {"store": store, "student": student, "out": Path(folder) / "run", **given}
         planned = load_config(asked).epochs
         epochs = max(1, round(SHARE * planned))
         began = time.monotonic()

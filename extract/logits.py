@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,15 +26,19 @@ from extract.output import adopt_rows
 from extract.plan import ExtractTask, decode_workers, make_task, open_data, open_teacher
 from extract.result import ExtractObserver, logits_stop_message
 from extract.teachers.zero_shot import ZeroShotScorer
+from files.cache import cache_folder
 from files.writing import check_writable
 from processes.deadline import StopDeadline
 from store import format as names
 from store.create import add_arrays
-from store.errors import DistillError
+from store.errors import DistillError, disk_errors
 from store.finalize import finalize_store
 from store.format import LOGITS, logits_array
+from store.metadata import is_url
+from store.mirror import CACHE_VARIABLE
 from store.quality import Probe, assign_folds, fit_probe, knn_accuracy
 from store.reader import Split, Store, open_store
+from store.replicate import replicate_store
 from store.summary import target_kind
 from store.writer import StoreWriter
 
@@ -90,11 +96,14 @@ def array_of(logits: str, store: Store) -> str:
 
 
 def probe_store(path: Path | str, *, seed: int = 0, device: str = "auto") -> dict[str, Any]:
-    """Fit the probe that suits the store's targets, write its predictions and measure it.
+    """Fit the probe that suits the store's targets, write its predictions and measure it. Of a store at a URL, what the
+    probe needs is copied to this disk for the time, and the predictions are not kept.
 
     Returns the fields of `ProbeResult`, for masks of `extract.maps.MapResult`, for boxes of `extract.boxes.BoxResult`, and
-    `task` and `array`, what was written: None for boxes.
+    `task` and `array`, what was written: None for boxes and for a URL.
     """
+    if is_url(path):
+        return probe_copy(os.fspath(path), seed=seed, device=device)
     store = open_store(path)
     log.info("fitting the probe, %d folds", FOLDS)
     if target_kind(training_split(store)) == "boxes":
@@ -107,6 +116,25 @@ def probe_store(path: Path | str, *, seed: int = 0, device: str = "auto") -> dic
 
         return {"task": "segmentation", "array": array, **vars(add_maps(path, seed=seed, device=device))}
     return {"task": store.manifest.task, "array": array, **vars(add_probe(path, seed=seed))}
+
+
+def probe_copy(url: str, *, seed: int, device: str) -> dict[str, Any]:
+    """`probe_store` on a copy of the arrays that the probe needs. Raises StoreError."""
+    cache = cache_folder("stores", CACHE_VARIABLE)
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=cache) as folder:
+            copy = Path(folder) / "copy.zarr"
+            replicate_store(url, str(copy), probed_arrays(training_split(open_store(url))))
+            return {**probe_store(copy, seed=seed, device=device), "array": None}
+
+
+def probed_arrays(split: Split) -> list[str]:
+    """The arrays that the split's probe reads: targets, and the features of cells, of frames or of whole images."""
+    targets = [name for name in split.names if name.startswith(names.TARGETS)]
+    if target_kind(split) in ("boxes", "mask"):
+        return [*targets, *(name for name in split.names if name.partition("@")[0] == names.GRID)]
+    return [*targets, *(name for name in (names.FRAMES, names.POOLED) if name in split.names)]
 
 
 # -- the probe ------------------------------------------------------------------------------------------
