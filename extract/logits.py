@@ -131,10 +131,10 @@ def probe_copy(url: str, *, seed: int, device: str) -> dict[str, Any]:
 
 def probed_arrays(split: Split) -> list[str]:
     """The arrays that the split's probe reads: targets, and the features of cells, of frames or of whole images."""
-    targets = [name for name in split.names if name.startswith(names.TARGETS)]
+    targets = [name for name in split.specs if name.startswith(names.TARGETS)]
     if target_kind(split) in ("boxes", "mask"):
-        return [*targets, *(name for name in split.names if name.partition("@")[0] == names.GRID)]
-    return [*targets, *(name for name in (names.FRAMES, names.POOLED) if name in split.names)]
+        return [*targets, *(name for name in split.specs if name.partition("@")[0] == names.GRID)]
+    return [*targets, *(name for name in (names.FRAMES, names.POOLED) if name in split.specs)]
 
 
 # -- the probe ------------------------------------------------------------------------------------------
