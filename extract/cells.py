@@ -31,8 +31,8 @@ LINEAR, TWO_LAYERS = "linear", "two layers"
 
 #: A probe's grid is interpolated to a multiple of the stored side, at most four times it, and at most this.
 MOST_SIDE = 32
-#: Cells that a fit sees at most: 1,280 channels of float32 are half a gigabyte.
-FIT_CELLS = 100_000
+#: Cells, and values of their features, that a fit sees at most: half a gigabyte of float32, 1,280 channels of 100,000 cells.
+FIT_CELLS, FIT_VALUES = 100_000, 128_000_000
 #: Rows that are read at once: a native grid of Qwen2.5-VL at 448 px has 5 MB in float32.
 BLOCK_ROWS = 16
 
@@ -168,15 +168,17 @@ class Cells(NamedTuple):
 def sample_cells(
     plan: FitPlan, targets_of: Callable[[Rows], Tensor], counted: Callable[[Tensor], Tensor]
 ) -> Cells:
-    """At most FIT_CELLS cells of the labeled rows, evenly many of each.
+    """At most FIT_CELLS cells of the labeled rows, fewer of wide features (FIT_VALUES), evenly many of each.
 
     targets_of: rows [n] → targets [n, s, s, K']. counted: targets [m, K'] → bool [m], which cells are labeled.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     rows = plan.labeled
-    if len(rows) > FIT_CELLS:
-        rows = rows[torch.randperm(len(rows), generator=generator)[:FIT_CELLS].sort().values.numpy()]
-    each = min(plan.side**2, FIT_CELLS // len(rows))
+    width = sum(plan.train.specs[name].row_shape[-1] for name in grids_of(plan.train))
+    most = min(FIT_CELLS, FIT_VALUES // width)
+    if len(rows) > most:
+        rows = rows[torch.randperm(len(rows), generator=generator)[:most].sort().values.numpy()]
+    each = min(plan.side**2, most // len(rows))
     parts: list[Cells] = []
     for block in blocks_of(rows):
         fine = read_cells(plan.train, block, plan.side).flatten(1, 2)
@@ -249,10 +251,13 @@ def fit_folds(
     plan: FitPlan, cells: Cells, loss: CellLoss, outputs: int, network: str, device: torch.device
 ) -> list[CellProbe]:
     """One probe for each fold, fitted on the labeled cells of the other folds."""
-    parts = [cells.without(number) for number in range(plan.folds)]
-    if not all(len(part.features) for part in parts):
+    if not all((cells.fold != number).any() for number in range(plan.folds)):
         raise NoTargets(f"{plan.store.location}: fewer than two rows have a labeled cell (255 is ignored)")
-    return [fit_cells(part, loss, outputs, network, plan.seed, device) for part in parts]
+    # One after the other: each is a copy of most of the cells.
+    return [
+        fit_cells(cells.without(number), loss, outputs, network, plan.seed, device)
+        for number in range(plan.folds)
+    ]
 
 
 @torch.inference_mode()

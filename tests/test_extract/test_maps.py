@@ -13,7 +13,7 @@ from PIL import Image
 from extract.cells import NoTargets, fine_side, grids_of, plan_fit, read_cells
 from extract.config import load_config
 from extract.logits import probe_store
-from extract.maps import class_shares, confusion, encode_maps, mean_iou, read_masks
+from extract.maps import class_shares, class_shares_of, confusion, encode_maps, mean_iou, read_masks
 from extract.run import run_extraction
 from store import format as names
 from store.errors import DistillError
@@ -115,6 +115,22 @@ def test_the_probe_sees_every_stored_layer(mask_options: dict[str, Any], tmp_pat
     cells = read_cells(split, np.arange(3), both["side"])
     assert cells.shape == (3, both["side"], both["side"], sum(widths))
     assert split.read("maps/probe").shape[1] == both["side"]
+
+
+def test_wide_features_take_fewer_cells(
+    mask_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several layers must not multiply the memory of a fit."""
+    from extract import cells
+
+    extract({**mask_options, "layers": "2,last"}, data=str(write_scenes(tmp_path / "scenes", 12)))
+    plan = plan_fit(open_store(mask_options["out"]), "mask", 0)
+    width = sum(plan.train.specs[name].row_shape[-1] for name in grids_of(plan.train))
+    monkeypatch.setattr(cells, "FIT_VALUES", 100 * width)
+    found = cells.sample_cells(
+        plan, lambda rows: class_shares_of(plan, plan.train, rows), lambda goal: goal.sum(-1) > 0
+    )
+    assert found.features.shape == (100 // len(plan.labeled) * len(plan.labeled), width)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ CELLS_OF_A_MEAN = (4, 4)
 LEVEL = "level"
 #: The same for soft class maps.
 MAP = "map"
-#: A cell of a soft class map has the class that is at least this probable; others, mostly at edges, are ignored. Learning the
-#: probabilities themselves was worse than learning nothing (CamVid, docs/benchmarks.md): they blur what masks show sharply.
+#: A cell of a soft class map has the class that is at least this probable; others, mostly at edges, are ignored. Students
+#: learned faster from them than from the probabilities themselves, which blur what masks show sharply (docs/benchmarks.md).
 SURE = 0.8
 
 
