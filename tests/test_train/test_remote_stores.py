@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
 from store import mirror, remote
+from store.reader import open_store
 from tests.fault_proxy import (
     INTERNAL_ERROR,
     SLOW_DOWN,
@@ -110,3 +118,101 @@ def test_features_that_are_not_needed_are_not_fetched(
     assert any("features/pooled/c/" in path for path in paths)
     assert not [path for path in paths if "features/grid/" in path]
     assert not list((tmp_path / "cache").glob(".probe-*"))
+
+
+# -- every command, as a user types it -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The URLs of one folder in a bucket and behind a plain web server, and the folder itself."""
+    folder = tmp_path_factory.mktemp("published")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    web = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    with localbucket_server() as server, pytest.MonkeyPatch.context() as patch:
+        use_endpoint(patch, server)
+        yield {
+            "s3": "s3://bucket",
+            "http": f"http://127.0.0.1:{web.server_port}",
+            "folder": str(folder),
+            "server": server,
+        }
+    web.shutdown()
+    web.server_close()
+
+
+def run(*words: str | Path) -> str:
+    """What a command prints. Raises what it raises."""
+    from cli import app
+
+    shown = io.StringIO()
+    arguments = ["cli", *map(str, words)]
+    with contextlib.redirect_stdout(shown), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", arguments)  # which decides what is imported
+        code = app(arguments[1:], prog_name="cli", standalone_mode=False)
+    assert code in (None, 0), shown.getvalue()
+    return shown.getvalue()
+
+
+SMALL = ("--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["s3", "http"])
+def test_every_command_takes_the_address(
+    make_store: Any, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    use_cache(monkeypatch, tmp_path / "cache")
+    publish(make_store(f"{kind}.zarr"), places)
+    url = f"{places[kind]}/{kind}.zarr"
+    assert json.loads(run("inspect", url, "--json"))["complete"]
+    assert "3 pictures" in run("inspect", url, "--pictures", tmp_path / "pictures", "--samples", "2")
+    assert "everything is as recorded" in run("verify", url)
+    assert "nothing written; cli copy it" in run("probe", url, "--device", "cpu")
+    run("convert", url, tmp_path / "a.h5")
+    run("convert", tmp_path / "a.h5", tmp_path / "back.zarr")
+    assert open_store(tmp_path / "back.zarr").fingerprint == open_store(url).fingerprint
+    run("convert", url, tmp_path / "small.zarr", "--int8")
+    out = tmp_path / "run"
+    run("train", url, "--student", "timm:test_resnet", "--image-size", "32", "--out", out, *SMALL)
+    assert "top-1 accuracy" in run("evaluate", out, url)
+    run("report", out, "--out", tmp_path / "report.html")
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_every_kind_of_student_trains_from_a_bucket(
+    make_store: Any,
+    clip_store: Path,
+    yolo_store: Path,
+    places: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_cache(monkeypatch, tmp_path / "cache")
+    stores = {
+        "unet": make_store("masks.zarr", labels=False, masks=True, train=16),
+        "lstm": clip_store,
+        "yolov8/n": yolo_store,
+    }
+    for student, store in stores.items():
+        publish(store, places)
+        out, side = tmp_path / student.replace("/", "-"), "64" if "yolo" in student else "32"
+        url = f"{places['s3']}/{store.name}"
+        run("train", url, "--student", student, "--image-size", side, "--out", out, *SMALL)
+        assert run("evaluate", out, url)
+        if student != "lstm":  # the probes of masks and of boxes
+            assert "nothing written" in run("probe", url, "--device", "cpu")
+    run("report", *(tmp_path / name for name in ("unet", "lstm", "yolov8-n")), "--out", tmp_path / "r.html")
+
+
+def publish(store: Path, places: dict[str, str]) -> None:
+    """Put a store into the folder that the web server shows, and into the bucket."""
+    target = Path(places["folder"]) / store.name
+    shutil.copytree(store, target)
+    files = fsspec.filesystem("s3")
+    if not files.exists("bucket"):
+        files.mkdir("bucket")
+    for path in sorted(path for path in target.rglob("*") if path.is_file()):
+        files.pipe_file(f"bucket/{store.name}/{path.relative_to(target).as_posix()}", path.read_bytes())
