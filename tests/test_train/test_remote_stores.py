@@ -181,6 +181,37 @@ def test_every_command_takes_the_address(
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_every_kind_of_student_trains_from_a_bucket(
+    make_store: Any,
+    clip_store: Path,
+    yolo_store: Path,
+    places: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_cache(monkeypatch, tmp_path / "cache")
+    stores = {
+        "yolov8/n": yolo_store,
+        "lstm/small": clip_store,
+        "unet/small": make_store("masks.zarr", labels=False, masks=True, train=16),
+    }
+    for student, store in stores.items():
+        publish(store, places)
+        out, side = tmp_path / student.replace("/", "-"), "64" if "yolo" in student else "32"
+        url = f"{places['s3']}/{store.name}"
+        run("train", url, "--student", student, "--image-size", side, "--out", out, *SMALL)
+        assert run("evaluate", out, url)
+        if student != "lstm/small":  # the probes of masks and of boxes
+            assert "nothing written" in run("probe", url, "--device", "cpu")
+    run(
+        "report",
+        *(tmp_path / name for name in ("unet-small", "lstm-small", "yolov8-n")),
+        "--out",
+        tmp_path / "r.html",
+    )
+
+
 def publish(store: Path, places: dict[str, str]) -> None:
     """Put a store into the folder that the web server shows, and into the bucket."""
     target = Path(places["folder"]) / store.name
