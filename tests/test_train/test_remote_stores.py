@@ -182,9 +182,8 @@ def test_every_command_takes_the_address(
 
 
 @pytest.mark.slow
-def test_every_kind_of_student_trains_from_a_bucket(
+def test_detectors_and_unets_train_from_a_bucket(
     make_store: Any,
-    clip_store: Path,
     yolo_store: Path,
     places: dict[str, str],
     tmp_path: Path,
@@ -193,7 +192,6 @@ def test_every_kind_of_student_trains_from_a_bucket(
     use_cache(monkeypatch, tmp_path / "cache")
     stores = {
         "yolov8/n": yolo_store,
-        "lstm/small": clip_store,
         "unet/small": make_store("masks.zarr", labels=False, masks=True, train=16),
     }
     for student, store in stores.items():
@@ -202,14 +200,8 @@ def test_every_kind_of_student_trains_from_a_bucket(
         url = f"{places['s3']}/{store.name}"
         run("train", url, "--student", student, "--image-size", side, "--out", out, *SMALL)
         assert run("evaluate", out, url)
-        if student != "lstm/small":  # the probes of masks and of boxes
-            assert "nothing written" in run("probe", url, "--device", "cpu")
-    run(
-        "report",
-        *(tmp_path / name for name in ("unet-small", "lstm-small", "yolov8-n")),
-        "--out",
-        tmp_path / "r.html",
-    )
+    # The probe of cells: targets with offsets, and the stored grids.
+    assert "nothing written" in run("probe", f"{places['s3']}/masks.zarr", "--device", "cpu")
 
 
 def publish(store: Path, places: dict[str, str]) -> None:
