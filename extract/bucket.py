@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 from console.log import get_logger
 from console.stop import StopRequest
-from extract.config import ExtractConfig
+from extract.config import ConfigError, ExtractConfig
 from extract.follow.changes import find_changes
+from extract.logits import PROBE, add_logits, array_of, probed_arrays, training_split
+from extract.metadata import note_probe
 from extract.output import check_same, complete_store
 from extract.plan import DifferentStore, make_task, open_data, open_teacher
 from extract.result import ExtractObserver, ExtractResult
@@ -21,6 +23,7 @@ from files.writing import check_writable
 from store import format as names
 from store.reader import Store, open_store
 from store.staging import Staging, open_staging
+from store.summary import TARGET_ARRAYS
 
 log = get_logger("extract")
 
@@ -65,12 +68,14 @@ def plan(executor: LocalExecutor, staging: Staging) -> None:
             planned = staging.pull()  # another host may have been faster
             if not planned:
                 executor.plan()
+                check_logits(executor.config, staging)
                 staging.push_plan()
                 return
     if staging.complete:
         check_unchanged(executor.config, staging)
     elif not staging.assembled:
         executor.plan()
+        check_logits(executor.config, staging)
 
 
 def encode(executor: LocalExecutor, staging: Staging, result: ExtractResult) -> None:
@@ -93,13 +98,44 @@ def complete(executor: LocalExecutor, staging: Staging, result: ExtractResult) -
         if not staging.assembled and (own_all or staging.committed):
             complete_store(staging.store, own_all=own_all, moments=staging.moments())
         result.read_store(staging.store)
-        if result.complete:
-            staging.publish()
+        if not result.complete:
+            return
+        if executor.config.logits != "none":
+            add_all_logits(executor, staging, result)
+        staging.publish()
+
+
+def add_all_logits(executor: LocalExecutor, staging: Staging, result: ExtractResult) -> None:
+    """What `--logits` asks for, in the staging store: what a probe reads of the bucket's features comes back here."""
+    config = executor.config
+    if config.logits == PROBE:
+        staging.fetch(probed_arrays(training_split(open_store(staging.store))))
+    result.probe = add_logits(config, executor.observers, executor.stop)
+    if result.probe is not None:
+        note_probe(staging.store, result.probe)
+
+
+def check_logits(config: ExtractConfig, staging: Staging) -> None:
+    """Raises ConfigError for a probe of cells: it reads all grids, which do not stay on this disk."""
+    planned = {spec.name for spec in staging.job.arrays}
+    if config.logits == PROBE and planned & {TARGET_ARRAYS["boxes"], TARGET_ARRAYS["mask"]}:
+        raise ConfigError(
+            "--logits probe of boxes or masks reads the grids of all images, which a store at a URL does not keep on "
+            "this disk: extract without it, copy the store to a folder (cli copy) and run cli probe there"
+        )
 
 
 def read_complete(config: ExtractConfig, result: ExtractResult) -> None:
     """Fill in what a complete store records, all of which is in the bucket."""
     store = open_store(config.out)
+    if (
+        config.logits != "none"
+        and (array := array_of(config.logits, store)) not in training_split(store).names
+    ):
+        raise DifferentStore(
+            f"{config.out}: is complete, without {array}. A store at a URL is not updated in place: copy it to a folder "
+            "(cli copy), run the same command there, and copy it back; or pass --overwrite"
+        )
     result.complete, result.task = True, store.manifest.task
     result.random_weights = store.manifest.teacher.random_weights
     result.batch_size, result.fingerprint = store.manifest.batch_rows, store.fingerprint

@@ -234,10 +234,6 @@ class ExtractConfig(BaseModel):
                     "--out with a URL takes one device and no scheduler: start one command for each device or host, "
                     "each with its own --shard-range"
                 )
-            if self.logits != "none":
-                problems.append(
-                    "--logits needs the features on this disk: extract without it, then copy the store here and run cli probe"
-                )
         elif self.staging_dir is not None or self.staging_gb is not None:
             problems.append("--staging-dir and --staging-gb are for a URL at --out (s3://bucket/a.zarr)")
         if self.add_teacher is not None:

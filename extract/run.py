@@ -94,7 +94,7 @@ def extract_and_measure(config: ExtractConfig) -> ExtractResult:
     config = begin_addition(config)
     with PhaseProgress() as progress, ExtractionClock(config.folder) as timer:
         result = run_extraction(config, [progress, timer])
-    if result.probe is not None:
+    if result.probe is not None and config.url is None:  # in a bucket, it went there with the rest
         note_probe(config.folder, result.probe)
     return result
 

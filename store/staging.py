@@ -14,27 +14,28 @@ zarr.json that says complete comes last, then `.work` is deleted.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from files.locking import locked
 from files.writing import replace_file
 from store.errors import LockedError, StoreError, disk_errors
 from store.format import NOTES_FOLDER, WORK_FOLDER
 from store.job import Job, features_job, log_path
-from store.metadata import ZARR_JSON, parse_manifest, read_root
+from store.metadata import ZARR_JSON, parse_manifest, read_root, recorded_checksum
 from store.remote import FIRST_PAUSES_S, LONG_PAUSES_S, Entry, RemoteFiles, same_content
 from store.remote_locks import LOCKS, RemoteLock
-from store.shards import PARTIAL, Layout
+from store.shards import PARTIAL, Layout, crc32c
 from store.statistics import Moments
 from store.upload import (
     UPLOADS,
@@ -217,6 +218,30 @@ class Staging:
                 known.setdefault((split, name), {})[number] = moments
         return known
 
+    def fetch(self, arrays: Sequence[str]) -> None:
+        """Have the shards of these arrays of the complete staging store here, too. Raises StoreError for damaged ones."""
+
+        def download(key: str) -> None:
+            data = b"".join(self.remote.blocks(key))
+            array, _, rest = key.partition("/c/")
+            expected = recorded_checksum(self._record, array, int(rest.partition("/")[0]))
+            got = len(data), crc32c(np.frombuffer(data, np.uint8))
+            if expected not in (None, got):
+                raise StoreError(
+                    f"{self.url}/{key}: is damaged: {got[0]} bytes with crc32c {got[1]:08x}, expected {expected}; pass "
+                    "--overwrite to extract everything again"
+                )
+            with disk_errors(self.store / key):
+                replace_file(self.store / key, data)
+
+        keys = [key for key in self._shard_keys() if key.partition("/")[2].partition("/c/")[0] in arrays]
+        with self._pool() as pool:
+            list(pool.map(download, (key for key in keys if not (self.store / key).exists())))
+
+    def _record(self, file: str) -> Mapping[str, Any]:
+        path = self.store / file
+        return json.loads(path.read_bytes()) if path.exists() else {}
+
     def publish(self) -> None:
         """Send everything that is not there yet, the root's zarr.json last, and delete what was only for the work."""
         found = self.remote.listing()
@@ -367,18 +392,15 @@ def open_staging(url: str, folder: Path, limit: int, *, break_lock: bool = False
         )
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(
-                f"{url}: another process of this machine is writing it (staging folder {folder}); wait for it, or give "
-                "each process its own --shard-range"
-            ) from None
+
+    def refuse(waited_s: float) -> None:
+        raise LockedError(
+            f"{url}: another process of this machine is writing it (staging folder {folder}); wait for it, or give each "
+            "process its own --shard-range"
+        )
+
+    with locked(folder / "lock", refuse):
         staging = Staging(url, folder, limit, break_lock=break_lock)
         yield staging
         if staging.complete:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(file)

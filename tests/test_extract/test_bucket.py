@@ -20,7 +20,9 @@ from random import Random
 from typing import Any, Self
 
 import fsspec
+import numpy as np
 import pytest
+from PIL import Image
 
 from extract.config import ConfigError, load_config
 from extract.plan import DifferentStore
@@ -130,7 +132,11 @@ def local_store(options: dict[str, Any], folder: Path, **changes: Any) -> dict[s
     return files_below(folder)
 
 
-@pytest.mark.parametrize("changes", [{}, {"views": 2, "images": "jpeg"}], ids=["plain", "views"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"views": 2, "images": "jpeg"}, {"logits": "probe"}],
+    ids=["plain", "views", "logits"],
+)
 def test_the_bucket_has_the_bytes_of_a_local_store(
     options: dict[str, Any], bucket: str, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -166,6 +172,67 @@ def test_an_interrupted_extraction_continues_here_and_on_another_host(
     assert result.complete
     assert result.encoded <= 60 - 16 * len(sent)
     assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def test_logits_come_with_the_store_or_not_at_all(
+    options: dict[str, Any], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that is killed between the logits and the last upload, too; a complete store is not changed."""
+    options |= {"out": f"{bucket}/a.zarr", "logits": "probe"}
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.Staging, "publish", raise_crashed)
+        with pytest.raises(Crashed):
+            extract(options)
+    assert not any("logits" in key for key in objects(options["out"]))
+    result = extract(options)
+    assert (result.complete, result.encoded) == (True, 0)
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+    without = {**options, "out": f"{bucket}/b.zarr", "logits": "none"}
+    extract(without)
+    before = objects(without["out"])
+    with pytest.raises(DifferentStore, match=r"complete, without logits/probe.*copy it to a folder"):
+        extract(without, logits="probe")
+    assert objects(without["out"]) == before
+
+
+def raise_crashed(*_: object) -> None:
+    raise Crashed
+
+
+def test_damaged_features_are_not_probed(
+    options: dict[str, Any], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options |= {"out": f"{bucket}/a.zarr", "logits": "probe"}
+    fetch = staging.Staging.fetch
+
+    def fetch_damaged(stage: staging.Staging, arrays: list[str]) -> None:
+        key = "train/features/pooled/c/1/0"
+        stage.remote.write(key, bytes(len(stage.remote.read(key))))
+        fetch(stage, arrays)
+
+    monkeypatch.setattr(staging.Staging, "fetch", fetch_damaged)
+    with pytest.raises(StoreError, match=r"pooled/c/1/0: is damaged.*--overwrite"):
+        extract(options)
+
+
+def test_a_probe_of_cells_is_refused(tmp_path: Path, timm_weights: Path) -> None:
+    data = tmp_path / "masks"
+    for folder in ("images", "masks"):
+        (data / folder).mkdir(parents=True)
+        for number in range(6):
+            values = np.full((64, 64), number % 2, np.uint8)
+            Image.fromarray(values).save(data / folder / f"{number}.png")
+    with pytest.raises(ConfigError, match=r"reads the grids of all images.*cli copy"):
+        extract(
+            {"data": str(data), "source": "masks", "teacher": "timm:test_efficientnet"},
+            teacher_path=str(timm_weights),
+            out="memory://bucket/masks.zarr",
+            image_size=64,
+            workers=0,
+            device="cpu",
+            logits="probe",
+        )
+    assert not objects("memory://bucket/masks.zarr")
 
 
 def test_hosts_with_ranges_of_shards_make_one_store(
@@ -246,8 +313,6 @@ def test_what_cannot_be_written_is_one_line(
         extract(options, out="https://example.org/a.zarr")
     with pytest.raises(ConfigError, match="takes one device and no scheduler"):
         extract(options, device="cpu,cpu")
-    with pytest.raises(ConfigError, match="--logits needs the features on this disk"):
-        extract(options, logits="probe")
     with pytest.raises(ConfigError, match="--staging-dir and --staging-gb are for a URL"):
         load_config({**options, "out": "a.zarr", "staging_gb": 3})
     use_endpoint(monkeypatch, "http://127.0.0.1:9")
