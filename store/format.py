@@ -89,7 +89,7 @@ DIGESTED = (
 NO_LABEL = -1
 IGNORE_INDEX = 255
 # Printed with everything made with a teacher of random weights.
-RANDOM_WEIGHTS_NOTICE = "random weights: shows the machinery, teaches nothing"
+RANDOM_WEIGHTS_NOTICE = "random weights: to try the commands, not for real use"
 # Written by the store itself; `StoreWriter.append` takes them as arguments, not as arrays.
 OWN_ARRAYS = (VALID, REASONS)
 # Large rows go straight into their shard files; the rest waits in the commit log until the end.

@@ -1,7 +1,7 @@
 """A complete store follows its data set: changed samples are encoded, everything else is reused.
 
 1. `find_changes` compares the data set with the store.
-2. Samples whose features are nowhere yet are encoded into a store of their own, `.work/rows`, by the same machinery as
+2. Samples whose features are nowhere yet are encoded into a store of their own, `.work/rows`, by the same code as
    any other: it can be interrupted, and shared between devices and machines.
 3. A new version of the store is put together from its own rows and those, and takes its place (store/version.py).
 

@@ -206,7 +206,7 @@ def load_timm(
 ) -> TimmTeacher:
     """Load the timm model `model_name` with the weights in `path`, or with timm's own from the hub.
 
-    random_weights: neither of them (for trying the machinery); the spec records it. compile_tower: run the model through
+    random_weights: neither of them (to try the commands); the spec records it. compile_tower: run the model through
     `torch.compile`; when that fails, a warning, and it runs as it is.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Small random checkpoints of the Qwen families, to try the machinery without the real weights."""
+"""Small random checkpoints of the Qwen families, to try the commands without the real weights."""
 
 from __future__ import annotations
 

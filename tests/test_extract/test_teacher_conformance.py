@@ -14,7 +14,6 @@ from extract.teachers import Teacher, TeacherError, list_teachers, load_teacher
 from extract.teachers.base import TEACHERS as REGISTRY
 from extract.teachers.timm_rows import TIMM_ROWS
 from imaging.geometry import resize_view
-from store.format import RANDOM_WEIGHTS_NOTICE
 
 
 class Case(NamedTuple):
@@ -254,7 +253,3 @@ def test_importing_the_package_needs_neither_torch_nor_transformers() -> None:
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
-
-
-def test_the_notice_says_both_halves() -> None:
-    assert RANDOM_WEIGHTS_NOTICE == "random weights: shows the machinery, teaches nothing"
