@@ -148,6 +148,8 @@ def next_step(result: Mapping[str, Any]) -> str:
     if not others:
         return "training needs a val split as well: the same command with --val-fraction 0.3 --overwrite"
     command = train_command(result["store"], result["task"])
+    if len(result["teachers"]) > 1:
+        command += f" --teachers {','.join(result['teachers'])}"
     return command if "val" in others else f"{command} --val-split {others[0]}"
 
 

@@ -138,6 +138,7 @@ def read_complete(config: ExtractConfig, result: ExtractResult) -> None:
         )
     result.complete, result.task = True, store.manifest.task
     result.random_weights = store.manifest.teacher.random_weights
+    result.teachers = store.manifest.teacher_names
     result.batch_size, result.fingerprint = store.manifest.batch_rows, store.fingerprint
     result.splits = dict(store.manifest.splits)
     result.rows = sum(result.splits.values())

@@ -142,6 +142,7 @@ class ExtractResult:
     startup_seconds: float = 0.0
     images_per_second: float = 0.0
     random_weights: bool = False
+    teachers: list[str] = field(default_factory=list)
     probe: dict[str, Any] | None = None
     # Samples by what changed since the store was made; None: nothing did.
     changes: dict[str, int] | None = None
@@ -169,6 +170,7 @@ class ExtractResult:
         self.complete = store.manifest.complete
         self.task = store.manifest.task
         self.random_weights = store.manifest.teacher.random_weights
+        self.teachers = store.manifest.teacher_names
         self.batch_size = store.manifest.batch_rows
         job = features_job(store.path)
         splits = {name: split.rows for name, split in job.splits.items()} if job else store.manifest.splits

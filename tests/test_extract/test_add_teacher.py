@@ -130,6 +130,7 @@ def test_the_first_teacher_stays_as_it_was(both: dict[str, Any], first: dict[str
     again = extract(both)
     assert again.encoded == 0
     assert again.changes is None
+    assert again.teachers == ["timm:test_efficientnet", "second"]
     described = describe_store(both["out"])
     assert described["manifest"]["teachers"]["second"]["teacher"]["name"] == "qwen2.5-vl"
     assert SECOND + POOLED in described["splits"]["train"]["arrays"]

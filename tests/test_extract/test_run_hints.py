@@ -85,18 +85,33 @@ def test_without_a_validation_split_the_next_step_is_to_cut_one(
 
 
 @pytest.mark.parametrize(
-    ("splits", "task", "command"),
+    ("splits", "task", "teachers", "command"),
     [
-        (("train", "val"), "classification", "cli train s.zarr --student resnet18 --out runs/resnet18"),
+        (
+            ("train", "val"),
+            "classification",
+            ["a"],
+            "cli train s.zarr --student resnet18 --out runs/resnet18",
+        ),
+        (
+            ("train", "val"),
+            "classification",
+            ["a", "b"],
+            "cli train s.zarr --student resnet18 --out runs/resnet18 --teachers a,b",
+        ),
         (
             ("train", "test"),
             "segmentation",
+            ["a"],
             "cli train s.zarr --student unet/small --out runs/unet-small --val-split test",
         ),
     ],
 )
-def test_the_next_step_fits_the_data(splits: tuple[str, ...], task: str, command: str) -> None:
-    assert next_step({"store": "s.zarr", "task": task, "splits": dict.fromkeys(splits, 9)}) == command
+def test_the_next_step_fits_the_data(
+    splits: tuple[str, ...], task: str, teachers: list[str], command: str
+) -> None:
+    result = {"store": "s.zarr", "task": task, "splits": dict.fromkeys(splits, 9), "teachers": teachers}
+    assert next_step(result) == command
 
 
 def test_a_grid_finer_than_the_teachers_is_warned_of(
