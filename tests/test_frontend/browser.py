@@ -87,7 +87,7 @@ class Visitor:
             ]
         )
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.page.on("pageerror", lambda error: self.troubles.append(f"script: {error}"))
         self.page.on("console", self.note_console)
         self.page.on("request", self.watch)

@@ -55,7 +55,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         pytest.skip(f"{CHROMIUM} is not installed")
     from playwright.sync_api import expect, sync_playwright
 
-    expect.set_options(timeout=20_000)  # other tests run beside these
+    expect.set_options(timeout=60_000)  # other tests run beside these
 
     environment = with_chinese_font(tmp_path_factory.mktemp("fonts"))
     with sync_playwright() as playwright:
