@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from backend.task.errors import OptionError
 from backend.task.options import OPTIONS
 from backend.task.request import TaskRequest
+from extract.qwen_checkpoints import QWEN_CHECKPOINTS
 from train.students.families import recipe_of
 
 if TYPE_CHECKING:
@@ -75,8 +76,6 @@ class StageConfigs:
         asked = self.settings["teacher_image_size"]
         if asked is not None:
             return int(asked)
-        from extract.teachers.base import QWEN_CHECKPOINTS
-
         known = QWEN_CHECKPOINTS.get(self.request.teacher)
         side = DEFAULT_SIDE if known is None else known.side
         size = (int(self.settings["image_size"]) + side // 2) // side * side

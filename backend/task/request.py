@@ -23,6 +23,7 @@ from backend.task.safety import (
     inside,
 )
 from console.devices import device_index, parse_devices
+from extract.qwen_checkpoints import teacher_of_checkpoint
 from train.students.families import FAMILIES, SIZES, StudentName
 
 DATASET_PARAMETER = re.compile(r"(?<![:\w]):dataset_id\b")
@@ -210,8 +211,6 @@ def resolve_teacher(merged: Merged) -> tuple[str, Path]:
         return f"timm:{name[len('timm:') :]}", path
     if path.is_file():
         raise OptionError(f"--teacher_path: expected the folder of a Qwen checkpoint, got the file {path}")
-    from extract.teachers.base import teacher_of_checkpoint
-
     # Of a folder that is no checkpoint the loader says what is wrong with it.
     return teacher_of_checkpoint(path) or "qwen2.5-vl", path
 

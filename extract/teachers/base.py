@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from store.errors import DistillError
@@ -98,22 +97,6 @@ class TeacherEntry(NamedTuple):
     license: str
     how_to_get: str
 
-
-class QwenCheckpoint(NamedTuple):
-    """How a family of Qwen checkpoints is told from the others, before torch is imported.
-
-    model_types: of config.json. side: sides of images are multiples of it, in pixels (patch × merge).
-    """
-
-    model_types: tuple[str, ...]
-    side: int
-
-
-QWEN_CHECKPOINTS = {
-    "qwen2.5-vl": QwenCheckpoint(("qwen2_5_vl",), 28),
-    "qwen3-vl": QwenCheckpoint(("qwen3_vl", "qwen3_vl_moe"), 32),
-    "qwen3.5": QwenCheckpoint(("qwen3_5", "qwen3_5_moe"), 32),
-}
 
 # Licenses of published weights that leave use free. What is not listed here is named before an extraction starts.
 FREE_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0")
@@ -239,20 +222,6 @@ def load_teacher(
     except torch.OutOfMemoryError:
         raise TeacherError(memory_advice(device, image_size)) from None
     return teacher
-
-
-def teacher_of_checkpoint(folder: Path) -> str | None:
-    """The teacher (`qwen2.5-vl`, `qwen3-vl`, `qwen3.5`) that takes a checkpoint folder, from its config.json.
-
-    None for a folder without one, or of another architecture.
-    """
-    from extract.teachers.checkpoint import read_json
-
-    try:
-        model_type = read_json(folder / "config.json").get("model_type")
-    except CheckpointError:
-        return None
-    return next((name for name, known in QWEN_CHECKPOINTS.items() if model_type in known.model_types), None)
 
 
 def choose_layers(layers: str, count: int, automatic: Sequence[int], what: str) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from extract.qwen_checkpoints import QWEN_CHECKPOINTS
 from extract.teachers.base import (
-    QWEN_CHECKPOINTS,
     CheckpointError,
     Encoded,
     Layer,
