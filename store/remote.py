@@ -144,19 +144,21 @@ class RemoteFiles:
             make_folder(files, path)
             try:
                 files.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                # Also when the answer to an earlier try was lost on the way.
-                return bytes(files.cat_file(path)) == data
             except (NotImplementedError, TypeError):
                 return None
             except OSError as error:
+                if exists_already(error):
+                    # Also when the answer to an earlier try was lost on the way.
+                    return bytes(files.cat_file(path)) == data
                 if "NotImplemented" in str(error) or "not implemented" in str(error):
                     return None
                 raise
             try:  # some file systems ignore the mode
                 files.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return True
+            except OSError as error:
+                if exists_already(error):
+                    return True
+                raise
             return None
 
         return self._try(key, None, put, write=True)
@@ -297,6 +299,11 @@ def code_of(error: Exception) -> str:
     answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
     found = next((answer for answer in answers if isinstance(answer, dict)), {})
     return str(found.get("Error", {}).get("Code") or getattr(error, "status", None) or "")
+
+
+def exists_already(error: OSError) -> bool:
+    """Whether a conditional put was refused. s3fs knows that of Amazon's answer; other servers' answers say less."""
+    return isinstance(error, FileExistsError) or code_of(error) in ("PreconditionFailed", "412")
 
 
 def reason_of(error: Exception) -> str | None:

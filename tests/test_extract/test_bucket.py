@@ -48,7 +48,7 @@ from tests.fault_proxy import (
     lost,
     wrong_upload,
 )
-from tests.s3_servers import SECRET, moto_server, use_endpoint
+from tests.s3_servers import SECRET, SERVERS, moto_server, use_endpoint
 from tests.test_extract.extractions import extract
 
 SHARDS = 4 + 1  # of `options`: 49 training rows, 11 validation rows
@@ -319,6 +319,21 @@ def test_what_cannot_be_written_is_one_line(
     with pytest.raises(StoreError, match=r"does not work.*check address and network") as error:
         extract(options)
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_file_is_created_once_on_every_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers word the refusal of a conditional put differently."""
+    with SERVERS[server]() as endpoint:
+        use_endpoint(monkeypatch, endpoint)
+        fsspec.filesystem("s3").mkdir("created")
+        files = RemoteFiles("s3://created/a.zarr")
+        assert [files.create("lock", data) for data in (b"one", b"two", b"one")] == [True, False, True]
+        assert files.read("lock") == b"one"
+        lock = RemoteLock(files, "shards", 0, 4)
+        with pytest.raises(LockedError, match="already being written"):
+            RemoteLock(files, "shards", 0, 4)
+        lock.release()
 
 
 class TestLocks:
