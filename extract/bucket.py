@@ -136,10 +136,8 @@ def read_complete(config: ExtractConfig, result: ExtractResult) -> None:
             f"{config.out}: is complete, without {array}. A store at a URL is not updated in place: copy it to a folder "
             "(cli copy), run the same command there, and copy it back; or pass --overwrite"
         )
-    result.complete, result.task = True, store.manifest.task
-    result.random_weights = store.manifest.teacher.random_weights
-    result.teachers = store.manifest.teacher_names
-    result.batch_size, result.fingerprint = store.manifest.batch_rows, store.fingerprint
+    result.read_manifest(store.manifest)
+    result.fingerprint = store.fingerprint
     result.splits = dict(store.manifest.splits)
     result.rows = sum(result.splits.values())
     result.bad = sum(int((~split.valid).sum()) for split in store.values())

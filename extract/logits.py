@@ -77,13 +77,12 @@ def add_logits(
     config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
 ) -> dict[str, Any] | None:
     """What `--logits` asks for, unless the store has it already. The probe's accuracies, if there is one."""
-    array = array_of(config.logits, open_store(config.folder))
-    if all(array in open_store(config.folder)[split].names for split in open_store(config.folder).splits):
+    store = open_store(config.folder)
+    array = array_of(config.logits, store)
+    if all(array in split.names for split in store.values()):
         return None
     with StopDeadline(stop, lambda: logits_stop_message(config)) as deadline:
         if config.logits.startswith(ZERO_SHOT):
-            from extract.logits import add_zero_shot
-
             add_zero_shot(config, observers, stop, deadline)
             return None
         return probe_store(config.folder, seed=config.seed, device=config.devices[0])

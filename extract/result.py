@@ -21,7 +21,7 @@ from extract.sources.base import REMOVED
 from files.writing import replace_file
 from store import format as names
 from store.errors import DistillError
-from store.format import LEDGER, NOTES_FOLDER
+from store.format import LEDGER, NOTES_FOLDER, Manifest
 from store.job import features_job, progress
 from store.metadata import ZARR_JSON
 from store.reader import open_store
@@ -167,11 +167,7 @@ class ExtractResult:
     def read_store(self, folder: Path | None = None) -> None:
         """Fill in what the store records; a complete one gets its final ledger. folder: where it is staged, of a URL."""
         store = open_store(folder or self.store, allow_incomplete=True)
-        self.complete = store.manifest.complete
-        self.task = store.manifest.task
-        self.random_weights = store.manifest.teacher.random_weights
-        self.teachers = store.manifest.teacher_names
-        self.batch_size = store.manifest.batch_rows
+        self.read_manifest(store.manifest)
         job = features_job(store.path)
         splits = {name: split.rows for name, split in job.splits.items()} if job else store.manifest.splits
         self.splits, self.rows = dict(splits), sum(splits.values())
@@ -181,6 +177,13 @@ class ExtractResult:
             self.warnings = store_warnings(store)
             for text in self.warnings:
                 log.warning("%s: %s", self.store, text)
+
+    def read_manifest(self, manifest: Manifest) -> None:
+        self.complete = manifest.complete
+        self.task = manifest.task
+        self.random_weights = manifest.teacher.random_weights
+        self.teachers = manifest.teacher_names
+        self.batch_size = manifest.batch_rows
 
 
 def stop_message(config: ExtractConfig) -> str:
