@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,14 @@ def on_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu_ranks")
 def test_two_processes_train_report_and_resume(yolo_store: Path, tmp_path: Path) -> None:
+    from train.yolo.ddp import STORE_ADDRESS
+
     out = tmp_path / "out"
     options: dict[str, Any] = {"epochs": 2, "workers": 0}
     run_training(make_config(yolo_store, out, **{**options, "epochs": 1}))
     listener = Listener()
     summary = run_training(make_config(yolo_store, out, resume=True, **options), [listener])
+    assert STORE_ADDRESS not in os.environ
     records = metrics_of(out)
     assert [record["epoch"] for record in records] == [1, 2]
     assert all(record["feature_loss"] > 0 for record in records)

@@ -76,6 +76,16 @@ def save_before_termination(recorder: Any) -> None:
 
 
 @contextmanager
+def address_for_ranks(store: str) -> Iterator[None]:
+    """Inside, processes started from here read the store's address, which may hold a secret, from the environment."""
+    os.environ[STORE_ADDRESS] = store
+    try:
+        yield
+    finally:
+        del os.environ[STORE_ADDRESS]
+
+
+@contextmanager
 def following_rank(events: EventStream, progress: Progress, batches: int) -> Iterator[None]:
     """Inside, a thread passes the events of rank 0 on; at the end all are passed on. `batches`: of one epoch."""
     assert events.file is not None
@@ -118,10 +128,9 @@ def train_on_ranks(
         return stopped_message(job.run)
 
     watch.save = end_ranks
-    os.environ[STORE_ADDRESS] = job.config.store
     with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
         try:
-            with following_rank(events, progress, job.batches_per_epoch):
+            with address_for_ranks(job.config.store), following_rank(events, progress, job.batches_per_epoch):
                 trainer.train()
         except subprocess.CalledProcessError as error:
             if watch.stop.requested:
