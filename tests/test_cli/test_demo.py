@@ -13,10 +13,14 @@ from statistics import fmean
 
 import pytest
 
+import cli
 from commands.assets import AssetError
 from commands.comparison import Comparison, describe, verdict
+from commands.demo import SMALLEST, list_steps
+from commands.extract import SUGGESTIONS
 from commands.images import EMOJI_CATEGORIES, EmojiTable, write_emoji
-from tests.test_backend.platform_data import make_clips, make_masks, make_yolo, pictures
+from tests.test_backend.platform_data import make_yolo, pictures
+from train.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,14 +168,27 @@ def test_the_demo_ends_with_the_comparison_that_its_report_has(emoji: EmojiTable
     assert again.stdout.count("nothing to encode") == 2
 
 
+@pytest.mark.parametrize("task", SUGGESTIONS)
+def test_the_commands_of_every_task_are_valid(task: str, tmp_path: Path) -> None:
+    names = {"store": tmp_path / "features.zarr", "sweep": tmp_path / "sweep", "images": tmp_path}
+    steps = list_steps(
+        tmp_path, task=task, teacher_path=None, weights=tmp_path, size=SMALLEST, changed={}, **names
+    )
+    commands = [command for step in steps for command in step.commands]
+    assert {"extract", "sweep", "report"} <= {command[0] for command in commands}
+    for name, *arguments in commands:
+        command = cli.load(name, cli.COMMANDS[name])
+        context = command.make_context(name, list(arguments))  # raises NoSuchOption
+        sets = [text.partition("=")[0].replace("-", "_") for text in context.params.get("set", None) or ()]
+        assert set(sets) <= set(TrainConfig.model_fields)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "student", "metric"),
     [
         (make_unlabelled, "resnet18 --out runs/resnet18 --task features", "cosine"),
         (make_yolo, "yolov8n --out runs/yolov8n", "map50_95"),
-        (make_masks, "unet/small --out runs/unet-small", "miou"),
-        (make_clips, "lstm/small --out runs/lstm-small", "top1"),
     ],
 )
 def test_the_demo_takes_any_data(
