@@ -1,6 +1,7 @@
-"""Phase one of `cli train --pretrain-epochs`: the student learns the stored features of all rows, labeled or not.
+"""Phase one of `cli train --pretrain-epochs`: the student learns what the teacher knows of all rows, labeled or not.
 
-It is a label-free training (task `features`) in RUN/pretrain, a run folder of its own; phase two starts from its best.pt.
+Those are the stored features, and where phase two learns soft class maps, these too, of rows with a mask as well: no label is
+used. It is a training in RUN/pretrain, a run folder of its own; phase two starts from its best.pt.
 Its epochs are in the run's metrics.jsonl too, before those of phase two. The trials of a sweep that differ in phase two
 alone share one phase one: it is trained in a folder that is named after everything that determines it.
 """
@@ -19,8 +20,8 @@ from console.stop import Stopped, StopRequest
 from files.locking import locked
 from files.writing import publish
 from processes.deadline import StopDeadline
-from store.format import POOLED, TEACHERS
-from store.reader import Store
+from store.format import MAPS, POOLED, TEACHERS
+from store.reader import Split, Store
 from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError
 from train.events import Event, EventStream
@@ -30,6 +31,7 @@ from train.loop.trainer import LoopTrainer
 from train.memory import fit_in_memory
 from train.ranks import barrier, world_size
 from train.run_folder import PRETRAIN, RunFolder, store_reference
+from train.students.families import FAMILIES
 
 log = get_logger("train")
 
@@ -57,28 +59,51 @@ WITHOUT_EFFECT = frozenset(
     ]
 )
 POLL_S = 0.5
+DIGEST_ROWS = 1024
 STOPPED_BETWEEN = "stopped between the phases, phase one is complete: resume with cli train --resume"
 
 
-def phase_one_config(config: TrainConfig, epochs: int) -> TrainConfig:
-    """The label-free training of the student that `config` trains: the same data and student, its own schedule."""
+def phase_one_of(config: TrainConfig, store: Store) -> TrainConfig:
+    """Phase one of a run on this store."""
+    return phase_one_config(config, config.pretrain_epochs, maps=bool(learned_maps(config, store)))
+
+
+def phase_one_config(config: TrainConfig, epochs: int, *, maps: bool = False) -> TrainConfig:
+    """The label-free training of the student that `config` trains: the same data and student, its own schedule.
+
+    maps: it learns soft class maps too.
+    """
     values = {name: getattr(config, name) for name in SHARED}
     sources = {name: source for name, source in config.sources.items() if name in SHARED}
     # YOLO's `auto` is ultralytics' choice, and that of its trainer's loss.
     optimizer = "adamw" if config.optimizer == "auto" else config.optimizer
+    learned: dict[str, Any] = {"task": "features", "distillation_type": "feature"}
+    if maps:
+        learned = {
+            "distillation_type": "hybrid",
+            "teacher_logits": config.teacher_logits,
+            "hard_label_weight": 0.0,
+            "distill_until": "end",
+        }
     return TrainConfig(
         **values,
-        task="features",
+        **learned,
         epochs=epochs,
         learning_rate=config.pretrain_learning_rate,
         optimizer=optimizer,
         image_size=config.pretrain_image_size or config.image_size,
-        distillation_type="feature",
         sources=sources,
     )
 
 
-def learn_features(
+def learned_maps(config: TrainConfig, store: Store) -> list[str]:
+    """The stored soft class maps, if phase two learns them, so that phase one does too; else none."""
+    stored = [name for name in store[config.train_split].names if name.startswith(f"{MAPS}/")]
+    learns = FAMILIES[config.student_type].task == "segmentation" and config.task != "features"
+    return stored if learns and config.distillation_type in ("hybrid", "logit") else []
+
+
+def run_phase_one(
     config: TrainConfig, store: Store, task: str, deadline: StopDeadline, is_main: bool
 ) -> dict[str, Any]:
     """Phase one of a run, or what is left of it; returns the summary's `pretrain`.
@@ -86,13 +111,14 @@ def learn_features(
     Raises ConfigError where there is nothing to learn, and what training raises.
     """
     check(config, store, task)
+    ours = phase_one_of(config, store)
     run = RunFolder(config.out)
     folder = RunFolder(config.out / PRETRAIN)
     if not folder.is_pretrained():
         if config.pretrain_cache is None or world_size() > 1:
-            train_features(config, store, folder, run, deadline, is_main)
+            train_phase_one(config, store, ours, folder, run, deadline, is_main)
         else:
-            share_features(config, store, folder, run, deadline)
+            share_phase_one(config, store, ours, folder, run, deadline)
         deadline.save = lambda: STOPPED_BETWEEN
     barrier()
     if is_main and not run.last.exists():
@@ -112,19 +138,20 @@ def check(config: TrainConfig, store: Store, task: str) -> None:
         )
 
 
-def train_features(
+def train_phase_one(
     config: TrainConfig,
     store: Store,
+    ours: TrainConfig,
     folder: RunFolder,
     run: RunFolder,
     deadline: StopDeadline,
     is_main: bool,
 ) -> None:
-    """Train phase one in `folder`; its epochs go to `run`'s metrics.jsonl as well."""
-    ours = phase_one_config(config, config.pretrain_epochs)
+    """Train phase one, `ours`, in `folder`; its epochs go to the metrics.jsonl of `run` as well."""
     log.info(
-        "phase one: %s learns the teacher's features of all %d samples for %d epochs",
-        *(ours.student, len(store[ours.train_split]), ours.epochs),
+        "phase one: %s learns the teacher's features%s of all %d samples for %d epochs",
+        *(ours.student, "" if ours.task == "features" else " and class maps"),
+        *(len(store[ours.train_split]), ours.epochs),
     )
     trainer = LoopTrainer(ours)
 
@@ -140,15 +167,15 @@ def train_features(
     request = FitRequest(ours, ours, folder, events, deadline, control=False, pretraining=True)
     result = fit_in_memory(trainer, request)
     if is_main:
-        folder.write_summary(summarize(result, len(trainer.data.train_rows)))
+        folder.write_summary(summarize(result, trainer.task, len(trainer.data.train_rows)))
         folder.last.unlink(missing_ok=True)  # optimizer and averages: of no use any more
 
 
-def summarize(result: FitResult, samples: int) -> dict[str, Any]:
+def summarize(result: FitResult, task: str, samples: int) -> dict[str, Any]:
     """The content of phase one's summary.json."""
     return {
         "student": result.student.spec.name,
-        "task": "features",
+        "task": task,
         "epochs": result.config.epochs,
         "epochs_done": result.epochs_done,
         "best_epoch": result.best_epoch,
@@ -164,8 +191,13 @@ def summarize(result: FitResult, samples: int) -> dict[str, Any]:
 # Sharing ---------------------------------------------------------------------------------------------------------
 
 
-def share_features(
-    config: TrainConfig, store: Store, folder: RunFolder, run: RunFolder, deadline: StopDeadline
+def share_phase_one(
+    config: TrainConfig,
+    store: Store,
+    ours: TrainConfig,
+    folder: RunFolder,
+    run: RunFolder,
+    deadline: StopDeadline,
 ) -> None:
     """Phase one from the shared folder, trained there by whoever comes first; its files are copied to the run."""
     assert config.pretrain_cache is not None
@@ -176,7 +208,7 @@ def share_features(
         if shared.is_pretrained():
             log.info("phase one: taken from %s, which differs in nothing", shared.path)
         else:
-            train_features(config, store, shared, run, deadline, True)
+            train_phase_one(config, store, ours, shared, run, deadline, True)
     folder.create()
     for source in (
         shared.config,
@@ -191,7 +223,7 @@ def share_features(
 
 def phase_one_key(config: TrainConfig, store: Store) -> str:
     """Names everything that determines the weights of phase one: options, data, teacher, device, initial weights."""
-    ours = phase_one_config(config, config.pretrain_epochs)
+    ours = phase_one_of(config, store)
     options = {name: value for name, value in config_to_json(ours).items() if name not in WITHOUT_EFFECT}
     options["device"] = choose_device(ours.devices[0]).type
     path = ours.student_path
@@ -206,10 +238,20 @@ def phase_one_key(config: TrainConfig, store: Store) -> str:
         for spec in store.whole.manifest.arrays
         if spec.name.startswith(("features/", "views/", TEACHERS))
     ]
-    reference = store_reference(store, config)
-    learned = [reference["fingerprint"], reference["teachers"]]
+    reference = store_reference(store, ours)
+    maps = [[name, digest_of(store[ours.train_split], name)] for name in learned_maps(config, store)]
+    learned = [reference["fingerprint"], reference["teachers"], *maps]
     text = json.dumps([options, learned, stored, initial], sort_keys=True, default=str)
     return f"{ours.student.replace('/', '-').replace(':', '-')}-{blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def digest_of(split: Split, name: str) -> str:
+    """Of all values of an array: soft class maps are written again, by another probe, under the same name."""
+    digest = blake2b(digest_size=16)
+    for first in range(0, len(split), DIGEST_ROWS):
+        rows = range(first, min(first + DIGEST_ROWS, len(split)))
+        digest.update(split.gather(rows, [name])[name])
+    return digest.hexdigest()
 
 
 def files_of(path: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from train.data.splits import warn_of_splits
 from train.events import EventStream, Listener, TrainingFinished
 from train.fit import FitRequest, FitResult, Trainer
 from train.memory import fit_in_memory
-from train.phase_one import learn_features, phase_one_config
+from train.phase_one import phase_one_config, run_phase_one
 from train.ranks import barrier
 from train.run_folder import RunFolder, store_reference, warn_of_random_teacher
 from train.students.catalog import count_macs, measure_latency
@@ -79,7 +79,7 @@ def train_with_control(
         return folder.read_summary() or {}
     pretrain = None
     if config.pretrain_epochs and not config.control_only:
-        pretrain = learn_features(config, store, trainer.task, deadline, is_main)
+        pretrain = run_phase_one(config, store, trainer.task, deadline, is_main)
     request = FitRequest(config, config, folder, events, deadline, config.control_only)
     main = fit_in_memory(trainer, request)
     summary = summarize(main, trainer.task, store)

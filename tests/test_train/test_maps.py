@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from imaging.geometry import View
 from store.format import MASK
 from store.reader import open_store
 from tests.test_train.runs import records
+from train.checkpoint import load_checkpoint
 from train.data.batches import Batch
 from train.data.images import ImageReader
 from train.distill.objective import SURE, DistillationPlan, Objective, Targets, map_cells
 from train.distill.projector import DistilledOutput
 from train.distill.resolve import resolve_logits
 from train.errors import ConfigError, TrainError
+from train.phase_one import phase_one_key
 from train.run import run_training
 from train.tasks import build_task
 
@@ -176,6 +179,50 @@ class TestMixedStore:
         config = make_config(store, **self.options())
         assert resolve_logits(config, "hybrid", "segmentation", split, notes) == {}
         assert "hybrid uses the feature term alone" in notes[0]
+
+    @pytest.mark.parametrize("unmasked", [frozenset(), keys(4, 24)])
+    def test_phase_one_learns_the_maps_of_every_image(
+        self, make_store: Any, make_config: Any, unmasked: set[str]
+    ) -> None:
+        """No mask is used there, but the head is trained, and phase two goes on with it."""
+        store = make_store(masks=True, maps=True, labels=False, unmasked=unmasked)
+        config = make_config(
+            store, **self.options(distillation_type="hybrid", pretrain_epochs=2, learning_rate=1e-12)
+        )
+        summary = run_training(config)
+        first, second, last = (json.loads(line) for line in (config.out / "metrics.jsonl").open())
+        assert [line.get("phase") for line in (first, second, last)] == ["pretrain", "pretrain", None]
+        assert second["logit_loss"] > 0
+        assert bool(last["logit_loss"]) is bool(unmasked)
+        assert summary["pretrain"]["metrics"]["miou"] is not None
+        before = load_checkpoint(config.out / "pretrain/best.pt")["model_state_dict"]
+        after = load_checkpoint(config.out / "best.pt")["model_state_dict"]
+        assert torch.allclose(before["head.weight"], after["head.weight"], atol=1e-6)
+
+    def test_phase_one_uses_no_mask(self, make_store: Any, make_config: Any, tmp_path: Path) -> None:
+        """Stores that differ in masks alone give the same phase one."""
+        weights = []
+        for number, unmasked in enumerate((keys(4, 24), keys(8, 24))):
+            store = make_store(masks=True, maps=True, labels=False, unmasked=unmasked, name=f"{number}.zarr")
+            options = self.options(distillation_type="hybrid", pretrain_epochs=1, out=tmp_path / str(number))
+            run_training(make_config(store, **options))
+            weights.append(load_checkpoint(tmp_path / str(number) / "pretrain/best.pt")["model_state_dict"])
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    def test_phase_one_of_other_maps_is_another(self, make_store: Any, make_config: Any) -> None:
+        store = open_store(make_store(masks=True, maps=True, labels=False))
+        options = self.options(distillation_type="hybrid", pretrain_epochs=1)
+        hybrid = make_config(store.path, **options)
+        features = make_config(store.path, **{**options, "distillation_type": "feature"})
+        before, other = phase_one_key(hybrid, store), phase_one_key(features, store)
+        assert before != other
+        (shard,) = (path for path in (store.path / "train/maps/probe").rglob("c/*/*/*/*") if path.is_file())
+        content = bytearray(shard.read_bytes())
+        content[0] ^= 1
+        shard.write_bytes(content)
+        changed = open_store(store.path)
+        assert phase_one_key(hybrid, changed) != before
+        assert phase_one_key(features, changed) == other
 
     def test_no_mask_at_all_is_one_line(self, make_store: Any, make_config: Any) -> None:
         store = make_store(masks=True, maps=True, labels=False, unmasked=keys(0, 24))

@@ -150,7 +150,7 @@ def other_teacher(number: int) -> str:
 
 
 class Objective:
-    """total = Σ weight of a term · term, over `hard_loss`, `feature_loss` and `logit_loss`.
+    """total = Σ weight of a term · term, over `hard_loss`, `feature_loss` and `logit_loss`; at weight 0, labels are not learned.
 
     Without a plan, the task alone. `feature_loss` is the mean over the teachers of the mean over their kinds of targets;
     `others`: the objectives of further teachers, of which only the features count. `standardizers`: of `pooled`, `cells` and
@@ -252,6 +252,8 @@ class Objective:
             stored = batch.features[plan.map_array]
             maps = apply_transport(stored, without_prefix(f"{MAP}/", batch.transport))
             targets.mask = sure_classes((maps.cells / -MAP_STEPS).softmax(-1), maps.weight, batch)
+            if self.weights["hard_loss"]:  # else masks are not learned: maps teach every image
+                targets.mask.masked_fill_(has_mask(batch), IGNORE_INDEX)
             targets.counts["logit"] = (targets.mask != IGNORE_INDEX).sum()
             targets.counts["maps"] = targets.mask.flatten(1).ne(IGNORE_INDEX).any(1).sum()
         for name, weight in (
@@ -277,7 +279,7 @@ class Objective:
         `counts`: the sums of `Targets.counts` over the step.
         """
         terms: dict[str, Tensor] = {}
-        hard = self.task.loss(output, batch, counts, mixing)
+        hard = self.task.loss(output, batch, counts, mixing) if self.weights["hard_loss"] else None
         if hard is not None:
             terms["hard_loss"] = hard
         features = [self.feature_term(Aligned(*output[1:4]), targets, counts, mixing)]
@@ -341,15 +343,20 @@ def map_cells(image_size: int, side: int) -> int:
 def sure_classes(probabilities: Tensor, seen: Tensor, batch: Batch) -> Tensor:
     """Masks uint8 [B, S, S] from probabilities [B, m, m, C] carried to the view and `seen` [B, m, m], the part the teacher saw.
 
-    255 where the teacher is not sure, and everywhere in images that have a mask of their own, and in padding.
+    255 where the teacher is not sure, and in padding.
     """
     assert batch.masks is not None
     best, classes = probabilities.max(-1)
     known = (best >= SURE) & (seen > 0.5) & (batch.weight > 0).view(-1, 1, 1)
-    known &= (batch.masks == IGNORE_INDEX).flatten(1).all(1).view(-1, 1, 1)
     cells = classes.masked_fill(~known, IGNORE_INDEX).to(torch.uint8)
     pixels = batch.masks.shape[1] // cells.shape[1]
     return cells.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2)
+
+
+def has_mask(batch: Batch) -> Tensor:
+    """bool [B, 1, 1]: whether an image has a mask of its own."""
+    assert batch.masks is not None
+    return (batch.masks != IGNORE_INDEX).flatten(1).any(1).view(-1, 1, 1)
 
 
 def batch_of(batch: Batch, number: int) -> Batch:

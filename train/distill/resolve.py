@@ -152,7 +152,7 @@ def resolve_logits(
     wanted = config.teacher_logits
     if wanted != "auto" and wanted not in stored:
         raise ConfigError(f"teacher_logits {wanted}: {config.store} has {', '.join(stored) or 'none'}")
-    if stored and field == "maps" and not unlabeled_rows(split, "mask").any():
+    if stored and field == "maps" and config.hard_label_weight and not unlabeled_rows(split, "mask").any():
         problem = f"every image of {split.where} has a mask, and soft class maps teach those without one"
         if kind == "logit":
             raise ConfigError(f"distillation_type logit: {problem}: use feature")

@@ -228,7 +228,7 @@ def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) 
 
     A control, which nothing but labels teaches (`teaches_all` False), sees labeled rows only, in as many full batches.
     """
-    if data.labeled is None or data.labeled.all() or not data.labeled.any():
+    if data.labeled is None or data.labeled.all() or not data.labeled.any() or not config.hard_label_weight:
         return None
     rows = data.train_rows
     if not teaches_all:

@@ -64,14 +64,13 @@ def load_initial_weights(student: Student, path: Path) -> InitialWeights:
 
 
 def load_phase_one(student: Student, checkpoint: Mapping[str, Any]) -> None:
-    """Fill all of `student` but its head from the checkpoint of phase one, which has no head.
+    """Fill `student` from the checkpoint of phase one, which has a head only if it learned soft class maps.
 
     Raises StudentError for tensors of another shape.
     """
     expected = student.state_dict()
-    head = head_names(expected, student.head_prefixes)
     found = resample_positions(dict(checkpoint["model_state_dict"]), student)
-    fitting = {name: value for name, value in found.items() if name in expected and name not in head}
+    fitting = {name: value for name, value in found.items() if name in expected}
     shapes = [name for name, value in fitting.items() if value.shape != expected[name].shape]
     if shapes:
         raise StudentError(
