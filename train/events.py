@@ -31,6 +31,14 @@ class EpochEnded:
 
 
 @dataclass(frozen=True)
+class PhaseOneEpochEnded:
+    """An epoch of phase one (`--pretrain-epochs`), of `epochs`; `record` is its line of metrics.jsonl."""
+
+    record: dict[str, Any]
+    epochs: int
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint of the run folder (best.pt, last.pt …) is complete on disk; `epoch` counts from 1."""
 
@@ -58,12 +66,13 @@ class TrainingFailed:
     exit_code: int
 
 
-Event = EpochEnded | CheckpointSaved | TrainingFinished | TrainingFailed
+Event = EpochEnded | PhaseOneEpochEnded | CheckpointSaved | TrainingFinished | TrainingFailed
 #: Called with each event in the process of rank 0; it must not block for long.
 Listener = Callable[[Event], None]
 
 NAMES: dict[str, type[Event]] = {
     "epoch_ended": EpochEnded,
+    "phase_one_epoch_ended": PhaseOneEpochEnded,
     "checkpoint_saved": CheckpointSaved,
     "training_finished": TrainingFinished,
     "training_failed": TrainingFailed,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +25,7 @@ from store.format import MAPS, POOLED, TEACHERS
 from store.reader import Split, Store
 from train.config import TrainConfig, config_to_json
 from train.errors import ConfigError
-from train.events import Event, EventStream
+from train.events import EpochEnded, Event, EventStream, PhaseOneEpochEnded
 from train.fit import FitRequest, FitResult
 from train.loop.machine import choose_device
 from train.loop.trainer import LoopTrainer
@@ -103,29 +104,103 @@ def learned_maps(config: TrainConfig, store: Store) -> list[str]:
     return stored if learns and config.distillation_type in ("hybrid", "logit") else []
 
 
+@dataclass(frozen=True, kw_only=True)
+class PhaseOne:
+    """Phase one of one run. `config` is the run's, `ours` that of phase one; `run_events`: where the run's listeners are."""
+
+    config: TrainConfig
+    ours: TrainConfig
+    store: Store
+    deadline: StopDeadline
+    run_events: EventStream
+    is_main: bool
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.config.out)
+
+    def complete(self) -> dict[str, Any]:
+        """Train what is left of it; returns the summary's `pretrain`."""
+        folder = RunFolder(self.config.out / PRETRAIN)
+        if not folder.is_pretrained():
+            if self.config.pretrain_cache is None or world_size() > 1:
+                self.train(folder)
+            else:
+                self.share(folder, self.config.pretrain_cache)
+            self.deadline.save = lambda: STOPPED_BETWEEN
+        barrier()
+        if self.is_main and not self.run.last.exists():
+            self.run.write_records([])  # with the lines of phase one
+        summary = folder.read_summary() or {}
+        names = ("epochs", "best_epoch", "metrics", "samples", "wall_time_s", "images_per_second")
+        return {name: summary.get(name) for name in names}
+
+    def train(self, folder: RunFolder) -> None:
+        """Train in `folder`; the epochs go to the run's metrics.jsonl as well."""
+        ours = self.ours
+        log.info(
+            "phase one: %s learns the teacher's features%s of all %d samples for %d epochs",
+            *(ours.student, "" if ours.task == "features" else " and class maps"),
+            *(len(self.store[ours.train_split]), ours.epochs),
+        )
+        trainer = LoopTrainer(ours)
+        if self.is_main:
+            folder.create()
+            reference = store_reference(self.store, self.config)
+            self.run.write_config(self.config, {"phase": PRETRAIN}, reference)
+        events = EventStream([self.pass_on])
+        if self.is_main:
+            events.start(folder)
+        request = FitRequest(ours, ours, folder, events, self.deadline, control=False, pretraining=True)
+        result = fit_in_memory(trainer, request)
+        if self.is_main:
+            folder.write_summary(summarize(result, trainer.task, len(trainer.data.train_rows)))
+            folder.last.unlink(missing_ok=True)  # optimizer and averages: of no use any more
+
+    def pass_on(self, event: Event) -> None:
+        self.run.write_records([])  # the lines of phase one alone, as far as there are any
+        if isinstance(event, EpochEnded):
+            self.run_events.emit(PhaseOneEpochEnded(event.record, self.ours.epochs))
+
+    def share(self, folder: RunFolder, cache: Path) -> None:
+        """Take it from the shared folder, where whoever comes first trains it; its files are copied to the run."""
+        key = phase_one_key(self.config, self.store)
+        shared = RunFolder(cache / key)
+        shared.create()
+        with locked(cache / f"{key}.lock", partial(wait_for_other, shared, self.deadline.stop)):
+            if shared.is_pretrained():
+                log.info("phase one: taken from %s, which differs in nothing", shared.path)
+            else:
+                self.train(shared)
+        folder.create()
+        # The summary, which says that it is complete, comes last.
+        for source in (shared.config, shared.metrics, shared.best, shared.summary):
+            copy = folder.path / f".{source.name}.partial"
+            shutil.copyfile(source, copy)
+            publish(copy, folder.path / source.name)
+
+
 def run_phase_one(
-    config: TrainConfig, store: Store, task: str, deadline: StopDeadline, is_main: bool
+    config: TrainConfig,
+    store: Store,
+    task: str,
+    deadline: StopDeadline,
+    run_events: EventStream,
+    is_main: bool,
 ) -> dict[str, Any]:
     """Phase one of a run, or what is left of it; returns the summary's `pretrain`.
 
     Raises ConfigError where there is nothing to learn, and what training raises.
     """
     check(config, store, task)
-    ours = phase_one_of(config, store)
-    run = RunFolder(config.out)
-    folder = RunFolder(config.out / PRETRAIN)
-    if not folder.is_pretrained():
-        if config.pretrain_cache is None or world_size() > 1:
-            train_phase_one(config, store, ours, folder, run, deadline, is_main)
-        else:
-            share_phase_one(config, store, ours, folder, run, deadline)
-        deadline.save = lambda: STOPPED_BETWEEN
-    barrier()
-    if is_main and not run.last.exists():
-        run.write_records([])  # with the lines of phase one
-    summary = folder.read_summary() or {}
-    names = ("epochs", "best_epoch", "metrics", "samples", "wall_time_s", "images_per_second")
-    return {name: summary.get(name) for name in names}
+    return PhaseOne(
+        config=config,
+        ours=phase_one_of(config, store),
+        store=store,
+        deadline=deadline,
+        run_events=run_events,
+        is_main=is_main,
+    ).complete()
 
 
 def check(config: TrainConfig, store: Store, task: str) -> None:
@@ -136,39 +211,6 @@ def check(config: TrainConfig, store: Store, task: str) -> None:
         raise ConfigError(
             f"{where}: {config.store} has no features to learn: extract it again, or leave --pretrain-epochs out"
         )
-
-
-def train_phase_one(
-    config: TrainConfig,
-    store: Store,
-    ours: TrainConfig,
-    folder: RunFolder,
-    run: RunFolder,
-    deadline: StopDeadline,
-    is_main: bool,
-) -> None:
-    """Train phase one, `ours`, in `folder`; its epochs go to the metrics.jsonl of `run` as well."""
-    log.info(
-        "phase one: %s learns the teacher's features%s of all %d samples for %d epochs",
-        *(ours.student, "" if ours.task == "features" else " and class maps"),
-        *(len(store[ours.train_split]), ours.epochs),
-    )
-    trainer = LoopTrainer(ours)
-
-    def copy_lines(event: Event) -> None:
-        run.write_records([])  # the lines of phase one alone, as far as there are any
-
-    if is_main:
-        folder.create()
-        run.write_config(config, {"phase": PRETRAIN}, store_reference(store, config))
-    events = EventStream([copy_lines])
-    if is_main:
-        events.start(folder)
-    request = FitRequest(ours, ours, folder, events, deadline, control=False, pretraining=True)
-    result = fit_in_memory(trainer, request)
-    if is_main:
-        folder.write_summary(summarize(result, trainer.task, len(trainer.data.train_rows)))
-        folder.last.unlink(missing_ok=True)  # optimizer and averages: of no use any more
 
 
 def summarize(result: FitResult, task: str, samples: int) -> dict[str, Any]:
@@ -186,39 +228,6 @@ def summarize(result: FitResult, task: str, samples: int) -> dict[str, Any]:
         **result.details,
         "complete": True,
     }
-
-
-# Sharing ---------------------------------------------------------------------------------------------------------
-
-
-def share_phase_one(
-    config: TrainConfig,
-    store: Store,
-    ours: TrainConfig,
-    folder: RunFolder,
-    run: RunFolder,
-    deadline: StopDeadline,
-) -> None:
-    """Phase one from the shared folder, trained there by whoever comes first; its files are copied to the run."""
-    assert config.pretrain_cache is not None
-    key = phase_one_key(config, store)
-    shared = RunFolder(config.pretrain_cache / key)
-    shared.create()
-    with locked(config.pretrain_cache / f"{key}.lock", partial(wait_for_other, shared, deadline.stop)):
-        if shared.is_pretrained():
-            log.info("phase one: taken from %s, which differs in nothing", shared.path)
-        else:
-            train_phase_one(config, store, ours, shared, run, deadline, True)
-    folder.create()
-    for source in (
-        shared.config,
-        shared.metrics,
-        shared.best,
-        shared.summary,
-    ):  # the summary says that it is complete
-        copy = folder.path / f".{source.name}.partial"
-        shutil.copyfile(source, copy)
-        publish(copy, folder.path / source.name)
 
 
 def phase_one_key(config: TrainConfig, store: Store) -> str:

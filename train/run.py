@@ -79,7 +79,7 @@ def train_with_control(
         return folder.read_summary() or {}
     pretrain = None
     if config.pretrain_epochs and not config.control_only:
-        pretrain = run_phase_one(config, store, trainer.task, deadline, is_main)
+        pretrain = run_phase_one(config, store, trainer.task, deadline, events, is_main)
     request = FitRequest(config, config, folder, events, deadline, config.control_only)
     main = fit_in_memory(trainer, request)
     summary = summarize(main, trainer.task, store)

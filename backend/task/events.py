@@ -12,7 +12,7 @@ from typing import Any
 from backend.task.calls import Sender, TaskCalls, percent
 from console.log import get_logger
 from files.writing import replacing
-from train.events import CheckpointSaved, EpochEnded, Event
+from train.events import CheckpointSaved, EpochEnded, Event, PhaseOneEpochEnded
 from train.metrics import accuracy_of
 from train.run_folder import RunFolder
 
@@ -56,6 +56,8 @@ class TrainingEvents:
     def __call__(self, event: Event) -> None:
         if isinstance(event, EpochEnded):
             self.send_epoch(int(event.record["epoch"]), event.record)
+        elif isinstance(event, PhaseOneEpochEnded):
+            self.send_phase_one(event)
         elif isinstance(event, CheckpointSaved) and event.path.name == self.run.best.name:
             self.publish_best()
 
@@ -70,6 +72,14 @@ class TrainingEvents:
         )
         self.sender.send(progress)
         self.sender.send(self.calls.history(epoch=epoch, values=history_values(record, accuracy)))
+
+    def send_phase_one(self, event: PhaseOneEpochEnded) -> None:
+        """Phase one is no part of the platform's epochs: progress of epoch 0 with a message, as for extraction."""
+        done, loss = event.record["epoch"], event.record["train_loss"]
+        message = (
+            f"phase one, learning the teacher's features: epoch {done} of {event.epochs}, loss {loss:.4f}"
+        )
+        self.sender.send(self.calls.progress(epoch=0, total_epochs=self.total_epochs, message=message))
 
     def publish_best(self) -> None:
         """Make best.pt the platform's best_model.pt and report it, when it is not that already.

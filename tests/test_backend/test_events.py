@@ -11,7 +11,7 @@ from backend.task import events
 from backend.task.calls import TaskCalls
 from backend.task.events import ExtractionEvents, TrainingEvents
 from tests.test_backend.senders import Told
-from train.events import CheckpointSaved, EpochEnded
+from train.events import CheckpointSaved, EpochEnded, PhaseOneEpochEnded
 
 
 def record(epoch: int) -> dict[str, Any]:
@@ -42,6 +42,15 @@ def test_an_epoch_is_one_progress_and_one_history(tmp_path: Path) -> None:
     assert progress.query == {"currentEpoch": 1, "accuracy": 75.0, "loss": 0.5}
     assert history.body is not None
     assert (history.body["valAccuracy"], history.body["trainAccuracy"]) == (75.0, None)
+
+
+def test_an_epoch_of_phase_one_is_progress_of_epoch_0(tmp_path: Path) -> None:
+    heard, told = hear(tmp_path)
+    heard(PhaseOneEpochEnded({"epoch": 2, "train_loss": 0.51234}, 5))
+    (call,) = told.calls
+    assert call.query == {"currentEpoch": 0}
+    assert call.body is not None
+    assert call.body["message"] == "phase one, learning the teacher's features: epoch 2 of 5, loss 0.5123"
 
 
 def test_only_best_pt_becomes_the_platforms_file_and_is_told_once(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.test_train.test_resume import StopAfter, assert_same, records
 from train.checkpoint import load_checkpoint
 from train.config import load_config
 from train.errors import ConfigError, TrainError
+from train.events import Event, PhaseOneEpochEnded
 from train.phase_one import phase_one_config, phase_one_key
 from train.report.build import build_report
 from train.run import run_training
@@ -33,7 +34,10 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_both_phases_are_in_one_run(make_store, make_config):
     store = make_store(unlabelled=tuple(range(8, 24)))
     config = make_config(store, **TWO_PHASES, control=True, distillation_type="feature")
-    summary = run_training(config)
+    heard: list[Event] = []
+    summary = run_training(config, [heard.append])
+    in_phase_one = [event for event in heard if isinstance(event, PhaseOneEpochEnded)]
+    assert [(event.record["epoch"], event.epochs) for event in in_phase_one] == [(1, 2), (2, 2)]
     assert [(line.get("phase"), line["epoch"]) for line in lines(config.out)] == [
         ("pretrain", 1),
         ("pretrain", 2),
