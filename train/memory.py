@@ -1,4 +1,4 @@
-"""A training that runs out of memory: it ends with advice, or continues with smaller batches (--auto-batch)."""
+"""A training whose batch does not fit: it ends with advice, or out of memory continues with smaller batches (--auto-batch)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import torch
 
 from processes.deadline import nothing_to_save
 from train.config import TrainConfig
+from train.errors import TrainError
 from train.fit import FitRequest, FitResult, Trainer
 from train.loop.machine import MEMORY_ADVICE, OutOfMemoryError, explain_device_error, is_out_of_memory
 from train.run_folder import RunFolder
+
+#: Of torch.nn.functional.batch_norm, which a batch of one sample with a map of 1 × 1 cells causes.
+BATCH_NORM_ERROR = "Expected more than 1 value per channel"
 
 
 def fit_in_memory(trainer: Trainer, request: FitRequest) -> FitResult:
@@ -20,6 +24,13 @@ def fit_in_memory(trainer: Trainer, request: FitRequest) -> FitResult:
     while True:
         try:
             return trainer.fit(request)
+        except ValueError as error:
+            if BATCH_NORM_ERROR not in str(error):
+                raise
+            raise TrainError(
+                f"batch_size {trainer.batch_size}, image_size {request.config.image_size}: batch normalization got one "
+                "value per channel and needs more: pass a larger --batch-size or --image-size"
+            ) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 known = explain_device_error(error)
