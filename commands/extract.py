@@ -18,6 +18,12 @@ from console.progress import clock
 from extract.config import ExtractConfig, load_config
 
 SHOWN_BAD = 5  # bad samples that a dry run shows
+#: What a dry run found at a URL.
+AT_URL = {
+    "starts": "can be written to; a run starts from the beginning",
+    "resumes": "a run resumes what was begun there",
+    "complete": "the store is complete",
+}
 
 
 def extract(
@@ -67,7 +73,11 @@ def print_estimate(result: Mapping[str, Any]) -> None:
     ]
     print_table(rows, ["array", "bytes an image", "total"])
     room = "enough" if figures["fits"] else "NOT ENOUGH"
-    more = f", {figures['needed_bytes'] / 1e6:,.1f} MB more" if figures["to_encode"] < result["rows"] else ""
+    needed = f"{figures['needed_bytes'] / 1e6:,.1f} MB"
+    more = f", {needed} more" if figures["to_encode"] < result["rows"] else ""
+    if figures["state"] is not None:
+        print(f"{result['store']}: {AT_URL[figures['state']]}")
+        more = f", staging folder: {needed} or more"
     print(
         f"store: {figures['total_bytes'] / 1e6:,.1f} MB{more}, free disk: "
         f"{figures['free_bytes'] / 1e6:,.1f} MB ({room})"
@@ -183,22 +193,21 @@ def probe(
     clips over their frames), mean IoU of a probe of every grid cell for masks, whether cells know objects and their
     classes for boxes. Writes the probe's predictions for every row, labeled or not: class logits to
     `logits/probe`, or where the store has masks soft class maps to `maps/probe`. The predictions for a row come from a
-    probe that was not fitted on it. Of a store at a URL nothing is written.
+    probe that was not fitted on it. A complete store at a URL is never changed, because others may be reading it: its
+    result is printed, and its predictions are not kept (cli copy it to a folder, probe that, and copy it back).
 
     cli probe photos.zarr --student resnet18 --epochs 60
 
     Will the teacher help this student? Compares the teacher's ceiling with a short control and prints a verdict.
     """
     from extract.logits import probe_store
-    from extract.metadata import note_probe, note_verdict
+    from extract.metadata import note_verdict
     from store.format import RANDOM_WEIGHTS_NOTICE
     from store.metadata import is_url
     from store.reader import open_store
 
     began = time.monotonic()
     result = probe_store(store, seed=seed, device=device)
-    if not is_url(store):
-        note_probe(Path(store), result)
     verdict = None
     if student is not None:
         from commands.verdict import judge_student, verdict_lines
@@ -217,7 +226,9 @@ def probe(
     else:
         print_probe(result)
         kept = (
-            "; cli copy it to this disk and probe the copy to keep the predictions" if is_url(store) else ""
+            " (a store at a URL is not changed): cli copy it to a folder and probe that to keep the predictions"
+            if is_url(store)
+            else ""
         )
         print(f"{store}: {result['array']} written" if result["array"] else f"{store}: nothing written{kept}")
         for line in verdict["text"] if verdict else ():

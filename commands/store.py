@@ -404,7 +404,9 @@ def convert(
     source: Annotated[
         str, typer.Argument(help="A store (a folder or a URL), or a .h5 file made from one.", metavar="FROM")
     ],
-    target: Annotated[str, typer.Argument(help="What to make: a .h5 file or a store.", metavar="TO")],
+    target: Annotated[
+        str, typer.Argument(help="What to make: a .h5 file or a store; a path or a URL.", metavar="TO")
+    ],
     zstd: Annotated[bool, typer.Option(help="Store to store: compress, lossless.")] = False,
     int8: Annotated[
         bool, typer.Option(help="Store to store: features as int8, scales a channel and a token.")
@@ -436,25 +438,27 @@ def convert_paths(source: str, target: str, *, zstd: bool, int8: bool, pca: int 
     """Convert in the way that the two paths and the options ask for. Raises StoreError where there is none."""
     from store.errors import StoreError
     from store.hdf5 import hdf5_to_store, store_to_hdf5
+    from store.replicate import writing_to
     from store.transfer import pack_store
 
     packing = zstd or int8 or pca is not None
-    refuse_url(target, "convert's target")
     to_hdf5, from_hdf5 = (path.lower().endswith(HDF5_SUFFIXES) for path in (target, source))
     if packing and (to_hdf5 or from_hdf5):
         raise StoreError("--zstd, --int8 and --pca make a store from a store, not from or to HDF5")
-    if from_hdf5 and not to_hdf5:
-        refuse_url(source, "convert from HDF5")
-        hdf5_to_store(source, target)
-    elif to_hdf5 and not from_hdf5:
-        store_to_hdf5(source, target)
-    elif packing:
-        return pack_store(source, target, zstd=zstd, int8=int8, pca=pca)
-    else:
+    if to_hdf5 == from_hdf5 and not packing:
         raise StoreError(
             f"convert {source} to {target}: one of the two must end in .h5, or choose --zstd, --int8 or --pca"
         )
-    return []
+    if from_hdf5:
+        refuse_url(source, "convert from HDF5")
+    with writing_to(target) as place:
+        if packing:
+            return pack_store(source, place, zstd=zstd, int8=int8, pca=pca)
+        if from_hdf5:
+            hdf5_to_store(source, place)
+        else:
+            store_to_hdf5(source, place)
+        return []
 
 
 def print_costs(costs: list[dict[str, Any]]) -> None:

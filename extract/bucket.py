@@ -7,23 +7,26 @@ Several hosts may work on one store, each with its own `--shard-range`; they sha
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from console.log import get_logger
 from console.stop import StopRequest
-from extract.config import ConfigError, ExtractConfig
+from extract.config import ExtractConfig
 from extract.follow.changes import find_changes
 from extract.logits import PROBE, add_logits, array_of, probed_arrays, training_split
-from extract.metadata import note_probe
 from extract.output import check_same, complete_store
-from extract.plan import DifferentStore, make_task, open_data, open_teacher
+from extract.plan import DifferentStore, ExtractTask, make_task, open_data, open_teacher
 from extract.result import ExtractObserver, ExtractResult
-from extract.run import LocalExecutor, open_local
+from extract.run import Executor, open_executor
 from files.writing import check_writable
 from store import format as names
+from store.format import Manifest
+from store.metadata import parse_manifest, read_root
 from store.reader import Store, open_store
 from store.staging import Staging, open_staging
-from store.summary import TARGET_ARRAYS
 
 log = get_logger("extract")
 
@@ -39,16 +42,15 @@ def extract_to_url(
         StoreError: when requests fail for longer than they are repeated; the same command continues.
         DifferentStore: when a complete store was made otherwise, or the data set has changed since.
     """
-    assert config.url is not None
+    url, limit, overwrite = str(config.url), staging_limit(config), config.overwrite
     check_writable(config.staging_folder, "--staging-dir")
-    limit = staging_limit(config)
+    config = config.model_copy(update={"overwrite": False})
     with (
-        open_staging(config.url, config.staging_folder, limit, break_lock=config.break_lock) as staging,
-        open_local(config, observers, stop) as executor,
+        open_staging(url, config.staging_folder, limit, break_lock=config.break_lock) as staging,
+        open_executor(config, observers, stop) as executor,
     ):
-        if config.overwrite:
+        if overwrite:
             staging.delete()
-            executor.config = config = config.model_copy(update={"overwrite": False})
         result = ExtractResult(store=config.out)
         plan(executor, staging)
         if not staging.complete and not staging.assembled:
@@ -60,7 +62,7 @@ def extract_to_url(
         return result
 
 
-def plan(executor: LocalExecutor, staging: Staging) -> None:
+def plan(executor: Executor, staging: Staging) -> None:
     """Have the plan of the bucket here, or make one and send it; a complete store is only compared."""
     planned = staging.pull()
     if not planned:
@@ -68,27 +70,24 @@ def plan(executor: LocalExecutor, staging: Staging) -> None:
             planned = staging.pull()  # another host may have been faster
             if not planned:
                 executor.plan()
-                check_logits(executor.config, staging)
                 staging.push_plan()
                 return
     if staging.complete:
-        check_unchanged(executor.config, staging)
+        config = executor.config
+        teacher = open_teacher(config)
+        check_unchanged(config, make_task(config, open_data(config), teacher), staging)
     elif not staging.assembled:
         executor.plan()
-        check_logits(executor.config, staging)
 
 
-def encode(executor: LocalExecutor, staging: Staging, result: ExtractResult) -> None:
+def encode(executor: Executor, staging: Staging, result: ExtractResult) -> None:
     """Encode what the bucket lacks of this process's shards, and return when it is there."""
-    stop = executor.stop
-    with staging.uploading(executor.config.shards) as uploader:
-        executor.wait_for_room = lambda: uploader.wait_for_room(lambda: stop.requested)
-        executor.between = uploader.check
+    with staging.uploading(executor.config.shards) as executor.uploader:
         executor.encode(result)
-        uploader.finish(executor.raise_if_stopped)
+        executor.uploader.finish(executor.raise_if_stopped)
 
 
-def complete(executor: LocalExecutor, staging: Staging, result: ExtractResult) -> None:
+def complete(executor: Executor, staging: Staging, result: ExtractResult) -> None:
     """Put the store together, if all shards are in the bucket; one process does it."""
     with staging.planning(executor.raise_if_stopped):
         staging.pull()  # another host may have been faster
@@ -105,37 +104,21 @@ def complete(executor: LocalExecutor, staging: Staging, result: ExtractResult) -
         staging.publish()
 
 
-def add_all_logits(executor: LocalExecutor, staging: Staging, result: ExtractResult) -> None:
+def add_all_logits(executor: Executor, staging: Staging, result: ExtractResult) -> None:
     """What `--logits` asks for, in the staging store: what a probe reads of the bucket's features comes back here."""
     config = executor.config
     if config.logits == PROBE:
         staging.fetch(probed_arrays(training_split(open_store(staging.store))))
     result.probe = add_logits(config, executor.observers, executor.stop)
-    if result.probe is not None:
-        note_probe(staging.store, result.probe)
-
-
-def check_logits(config: ExtractConfig, staging: Staging) -> None:
-    """Raises ConfigError for a probe of cells: it reads all grids, which do not stay on this disk."""
-    planned = {spec.name for spec in staging.job.arrays}
-    if config.logits == PROBE and planned & {TARGET_ARRAYS["boxes"], TARGET_ARRAYS["mask"]}:
-        raise ConfigError(
-            "--logits probe of boxes or masks reads the grids of all images, which a store at a URL does not keep on "
-            "this disk: extract without it, copy the store to a folder (cli copy) and run cli probe there"
-        )
 
 
 def read_complete(config: ExtractConfig, result: ExtractResult) -> None:
     """Fill in what a complete store records, all of which is in the bucket."""
     store = open_store(config.out)
-    if (
-        config.logits != "none"
-        and (array := array_of(config.logits, store)) not in training_split(store).names
-    ):
-        raise DifferentStore(
-            f"{config.out}: is complete, without {array}. A store at a URL is not updated in place: copy it to a folder "
-            "(cli copy), run the same command there, and copy it back; or pass --overwrite"
-        )
+    if config.logits != "none":
+        array = array_of(config.logits, store)
+        if array not in training_split(store).names:
+            raise not_in_place(f"{config.out}: is complete, without {array}")
     result.read_manifest(store.manifest)
     result.fingerprint = store.fingerprint
     result.splits = dict(store.manifest.splits)
@@ -143,10 +126,8 @@ def read_complete(config: ExtractConfig, result: ExtractResult) -> None:
     result.bad = sum(int((~split.valid).sum()) for split in store.values())
 
 
-def check_unchanged(config: ExtractConfig, staging: Staging) -> None:
+def check_unchanged(config: ExtractConfig, task: ExtractTask, staging: Staging) -> None:
     """Raises DifferentStore when the complete store was made with other options, or the data set has changed since."""
-    teacher = open_teacher(config)
-    task = make_task(config, open_data(config), teacher)
     store: Store = open_store(staging.url)
     check_same(staging.url, task, store.manifest, config.grid == "auto")
     changes = find_changes(
@@ -159,10 +140,62 @@ def check_unchanged(config: ExtractConfig, staging: Staging) -> None:
         notes=staging.pull_notes(),
     )
     if changes.any:
-        raise DifferentStore(
-            f"{staging.url}: the data set has changed: {changes.describe()}. A store at a URL is not updated in place: "
-            "copy it to a folder (cli copy), extract there with the same options, and copy it back; or pass --overwrite"
-        )
+        raise not_in_place(f"{staging.url}: the data set has changed: {changes.describe()}")
+
+
+def not_in_place(found: str) -> DifferentStore:
+    return DifferentStore(
+        f"{found}. A store at a URL is not updated in place: copy it to a folder (cli copy), run the same command with "
+        "the folder at --out, and copy it back; or pass --overwrite"
+    )
+
+
+# -- the dry run -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FoundStore:
+    """What is at a URL before an extraction. committed: rows; manifest: of the store; None when nothing is planned."""
+
+    complete: bool
+    committed: int | None
+    manifest: Manifest | None
+
+    @property
+    def state(self) -> str:
+        """What a run does there."""
+        if self.manifest is None:
+            return "starts"
+        return "complete" if self.complete else "resumes"
+
+
+def look_at_url(config: ExtractConfig) -> FoundStore:
+    """What a run would find at its URL, which stays as it is.
+
+    Raises StoreError for what ends the run, too: no such bucket, no permission to read or to write, something else there.
+    """
+    assert config.url is not None
+    with tempfile.TemporaryDirectory(prefix="extract-dry-run-") as folder:
+        staging = Staging(config.url, Path(folder), 0)
+        if config.overwrite:
+            staging.check_overwrite()
+            return FoundStore(False, None, None)
+        committed = staging.look(config.staging_folder)
+        if staging.complete:
+            return FoundStore(True, committed, open_store(config.url).manifest)
+        if committed is None:
+            return FoundStore(False, None, None)
+        return FoundStore(False, committed, parse_manifest(read_root(staging.store), config.url))
+
+
+def check_found(config: ExtractConfig, task: ExtractTask, found: FoundStore) -> None:
+    """Raises DifferentStore where the run would: other options, or a complete store of a data set that has changed."""
+    assert config.url is not None
+    if found.manifest is not None:
+        check_same(config.url, task, found.manifest, config.grid == "auto")
+    if found.complete:
+        with tempfile.TemporaryDirectory(prefix="extract-dry-run-") as folder:
+            check_unchanged(config, task, Staging(config.url, Path(folder), 0))
 
 
 def staging_limit(config: ExtractConfig) -> int:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +39,13 @@ from processes.deadline import StopDeadline
 from processes.ending import block_stop_signals
 from store.errors import DistillError, LockedError
 from store.format import NOTES_FOLDER
-from store.job import Unit, count_committed, features_job
+from store.job import Unit, count_committed, features_job, units_left
 from store.writer import StoreWriter
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
+    from store.upload import Uploader
 
 log = get_logger("extract")
 
@@ -234,7 +235,9 @@ def open_cluster(
 
 def absolute(config: ExtractConfig) -> ExtractConfig:
     """The configuration with paths that mean the same in every process of this or another machine."""
-    changes: dict[str, Any] = {"out": os.path.abspath(config.out)}
+    changes: dict[str, Any] = {"out": config.url or os.path.abspath(config.out)}
+    if config.staging_dir is not None:
+        changes["staging_dir"] = config.staging_dir.absolute()
     if Path(config.data).exists():
         changes["data"] = str(Path(config.data).absolute())
     if config.teacher_path is not None and Path(config.teacher_path).exists():
@@ -279,6 +282,7 @@ class ClusterExecutor:
         hosts = Counter(str(worker.get("host", address)) for address, worker in workers.items())
         self.share = max(hosts.values(), default=1)
         self.planned = False
+        self.uploader: Uploader | None = None
 
     def plan(self) -> None:
         self.result_of(self.submit("prepare", prepare_on_worker, self.options))
@@ -311,28 +315,28 @@ class ClusterExecutor:
         if job is None:
             return
         bad, reused = self.result_of(self.submit("bad", count_bad_on_worker, self.options))
-        units = job.units()
-        self.total = sum(end - first for _, first, end in units)
+        self.total = sum(end - first for _, first, end in job.units())
         self.tell(count_committed(path, job))
         started = time.monotonic()
-        futures = [
-            self.submit(f"{unit[0]}-{unit[1]}", encode_unit, self.options, unit, self.share) for unit in units
-        ]
-        for encoded in self.results(futures):
+        for encoded in self.encode_units(units_left(path, job)):
             record_encoded(self.config.folder, encoded)
             bad = count_bad(self.config, bad, encoded.bad, self.total + reused)
             result.add(encoded)
         result.seconds += time.monotonic() - started
         result.add(EncodedRows())
 
-    def results(self, futures: list[Future]) -> Iterator[EncodedRows]:
-        """Results of the tasks as they end. On a stop or an error the workers commit and end, too."""
+    def encode_units(self, units: Sequence[Unit]) -> Iterator[EncodedRows]:
+        """Results of the shards as they end. On a stop or an error the workers commit and end, too."""
         reported = time.monotonic()
-        waiting = dict.fromkeys(futures)
+        left, waiting = deque(units), dict[Future, None]()
         try:
-            while waiting:
+            while left or waiting:
                 if self.stop.requested:
                     raise Stopped("", self.stop.exit_code)
+                while left and self.has_room(len(waiting)):
+                    unit = left.popleft()
+                    name = f"{unit[0]}-{unit[1]}"
+                    waiting[self.submit(name, encode_unit, self.options, unit, self.share)] = None
                 ended = [future for future in waiting if future.done()]
                 if not ended:
                     self.stop.wait(POLL_S / 5)
@@ -351,13 +355,24 @@ class ClusterExecutor:
             raise
         self.tell(self.total)
 
+    def has_room(self, begun: int) -> bool:
+        """Whether another shard may be handed out while `begun` are encoded. Raises what an upload raised."""
+        if self.uploader is None:
+            return True
+        self.uploader.check()
+        return begun < 2 * len(self.config.devices) and self.uploader.has_room(begun)
+
+    def raise_if_stopped(self) -> None:
+        """Raises Stopped when a signal came."""
+        if self.stop.requested:
+            raise Stopped(stop_message(self.config), self.stop.exit_code)
+
     def result_of(self, future: Future) -> Any:
         """A task's result; a worker that dies again and again becomes a readable error."""
         from distributed import KilledWorker
 
         while not future.done():
-            if self.stop.requested:
-                raise Stopped(stop_message(self.config), self.stop.exit_code)
+            self.raise_if_stopped()
             self.stop.wait(0.05)
         try:
             return future.result()

@@ -133,7 +133,8 @@ class ExtractConfig(BaseModel):
     )
     staging_gb: float | None = _run(
         None,
-        "What they may take there; encoding waits for uploads.",
+        "What these shards may take there; encoding waits for uploads. The commit logs, with all labels, masks and JPEG "
+        "images, are not counted.",
         gt=0,
         shown_default="four fifths of the free disk",
     )
@@ -142,7 +143,9 @@ class ExtractConfig(BaseModel):
         False,
         "Read every file to find changed ones, and try bad images again; otherwise size and time decide.",
     )
-    dry_run: bool = _run(False, "Print sizes, an estimated time and what has changed, and stop.")
+    dry_run: bool = _run(
+        False, "Print sizes, an estimated time, what has changed and what is at a URL, and stop."
+    )
     overwrite: bool = _run(False, "Start from the beginning; the store at --out is deleted.")
     break_lock: bool = _run(False, "Take over a lock whose owner is gone.")
 
@@ -229,10 +232,10 @@ class ExtractConfig(BaseModel):
         if self.scheduler is not None and len(self.devices) > 1:
             problems.append("device takes one name with scheduler: each of its workers uses that device")
         if self.url is not None:
-            if self.scheduler is not None or len(self.devices) > 1:
+            if self.scheduler is not None:
                 problems.append(
-                    "--out with a URL takes one device and no scheduler: start one command for each device or host, "
-                    "each with its own --shard-range"
+                    "--out with a URL takes no scheduler, whose workers may not share the staging folder: start one command "
+                    "for each host, each with its own --shard-range"
                 )
         elif self.staging_dir is not None or self.staging_gb is not None:
             problems.append("--staging-dir and --staging-gb are for a URL at --out (s3://bucket/a.zarr)")

@@ -6,8 +6,9 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +39,9 @@ from store.job import count_committed, features_job
 from store.metadata import ZARR_JSON
 from store.reader import open_store
 
+if TYPE_CHECKING:
+    from extract.bucket import FoundStore
+
 log = get_logger("extract")
 
 CHECKED, LEAST_CHECKED = 64, 8  # samples that are read with their targets, in all and of each split
@@ -47,6 +51,11 @@ TIMED_PASSES = 3
 
 def estimate(config: ExtractConfig) -> ExtractResult:
     """Sizes from the arrays, times from a few real samples: decoded once, encoded `TIMED_PASSES` times."""
+    found = None
+    if config.url is not None:
+        from extract.bucket import look_at_url
+
+        found = look_at_url(config)
     teacher = open_teacher(config)
     source = open_data(config)
     task = make_task(config, source, teacher)
@@ -67,7 +76,10 @@ def estimate(config: ExtractConfig) -> ExtractResult:
     per_sample = max(encode_s, decode_s / workers) / len(config.devices)
     total = int(sum(arrays.values()) * task.rows)
     free = free_bytes(config.folder)
-    to_encode, needed, changes = what_is_left(config, task, total)
+    if found is None:
+        to_encode, needed, changes = what_is_left(config, task, total)
+    else:
+        to_encode, needed, changes = *left_for_url(config, task, found, arrays), None
     figures: dict[str, Any] = {
         "batch_size": batch_size,
         "bytes_per_sample": {name: round(size, 1) for name, size in arrays.items()},
@@ -75,6 +87,7 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         "free_bytes": free,
         "needed_bytes": needed,
         "fits": needed < free,
+        "state": None if found is None else found.state,
         "to_encode": to_encode,
         "encode_ms_per_image": 1000 * encode_s,
         "decode_ms_per_image_and_core": 1000 * decode_s,
@@ -132,6 +145,25 @@ def what_is_left(
     if not changes.any:
         return 0, 0, changes
     return changes.counts.encode, bytes_needed(task, open_store(path), changes, linked=True), changes
+
+
+def left_for_url(
+    config: ExtractConfig, task: ExtractTask, found: FoundStore, arrays: Mapping[str, float]
+) -> tuple[int, int]:
+    """Samples that a run would encode, and bytes that staging needs: one shard a device, and small arrays twice.
+
+    arrays: bytes a sample. Raises DifferentStore as the run would.
+    """
+    from extract.bucket import check_found
+
+    check_found(config, task, found)
+    if found.complete:
+        return 0, 0
+    direct = {spec.name for spec in task.arrays if spec.direct}
+    shard = sum(size for name, size in arrays.items() if name in direct) * min(task.shard_rows, task.rows)
+    shard *= len(config.devices)
+    small = sum(size for name, size in arrays.items() if name not in direct) * task.rows
+    return task.rows - (found.committed or 0), int(shard + 2 * small)
 
 
 def check_samples(task: ExtractTask) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from console.log import get_logger
 from console.stop import Stopped, StopRequest
+from extract.cells import NoTargets, plan_fit
 from extract.config import ZERO_SHOT, ConfigError, ExtractConfig
 from extract.decode.pool import DecodePool
 from extract.encode import AdaptiveBatch, DeviceCopies
 from extract.folds import FOLDS, content_groups, folds_of_copies, training_split
+from extract.metadata import note_probe
 from extract.output import adopt_rows
 from extract.plan import ExtractTask, decode_workers, make_task, open_data, open_teacher
 from extract.result import ExtractObserver, logits_stop_message
@@ -95,16 +97,23 @@ def array_of(logits: str, store: Store) -> str:
 
 
 def probe_store(path: Path | str, *, seed: int = 0, device: str = "auto") -> dict[str, Any]:
-    """Fit the probe that suits the store's targets, write its predictions and measure it. Of a store at a URL, what the
-    probe needs is copied to this disk for the time, and the predictions are not kept.
+    """Fit the probe that suits the store's targets, write its predictions, measure it and note that with the store. For a
+    store at a URL, what the probe needs is copied to this disk temporarily, and nothing is kept.
 
     Returns the fields of `ProbeResult`, for masks of `extract.maps.MapResult`, for boxes of `extract.boxes.BoxResult`, and
     `task` and `array`, what was written: None for boxes and for a URL.
     """
     if is_url(path):
         return probe_copy(os.fspath(path), seed=seed, device=device)
-    store = open_store(path)
     log.info("fitting the probe, %d folds", FOLDS)
+    result = fit_and_write(Path(path), seed=seed, device=device)
+    note_probe(Path(path), result)
+    return result
+
+
+def fit_and_write(path: Path, *, seed: int, device: str) -> dict[str, Any]:
+    """The result of `probe_store`, of a store on this disk."""
+    store = open_store(path)
     if target_kind(training_split(store)) == "boxes":
         from extract.boxes import measure_boxes
 
@@ -124,8 +133,22 @@ def probe_copy(url: str, *, seed: int, device: str) -> dict[str, Any]:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=cache) as folder:
             copy = Path(folder) / "copy.zarr"
-            replicate_store(url, str(copy), probed_arrays(training_split(open_store(url))))
-            return {**probe_store(copy, seed=seed, device=device), "array": None}
+            store = open_store(url)
+            check_targets(store, seed)
+            replicate_store(url, str(copy), probed_arrays(training_split(store)))
+            try:
+                return {**probe_store(copy, seed=seed, device=device), "array": None}
+            except (NoLabels, NoTargets) as error:
+                raise type(error)(str(error).replace(str(copy), url)) from error
+
+
+def check_targets(store: Store, seed: int) -> None:
+    """Raises NoLabels or NoTargets, before features are downloaded."""
+    kind = target_kind(training_split(store))
+    if kind in ("boxes", "mask"):
+        plan_fit(store, kind, seed)
+    else:
+        usable_labels(store)
 
 
 def probed_arrays(split: Split) -> list[str]:
@@ -150,17 +173,8 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     """
     store = open_store(path)
     check_writable(store.path, "store")
-    train = training_split(store)
-    labels = labels_of(train)
-    usable = train.valid & (labels != names.NO_LABEL)
-    classes = len(store.manifest.class_names)
-    if usable.sum() < 2 or not classes:
-        raise NoLabels(f"{path}: {int(usable.sum())} labeled rows, a linear probe needs class labels")
-    if usable.sum() < classes:
-        raise NoLabels(
-            f"{path}: {int(usable.sum())} of {len(train)} rows of {train.name} are labeled, a probe of {classes} classes "
-            f"needs {classes} or more: label more images"
-        )
+    train, classes = training_split(store), len(store.manifest.class_names)
+    labels, usable = usable_labels(store)
     groups = content_groups(store)
     fold = np.where(usable, assign_folds(labels, usable, groups[train.name], FOLDS, seed), -1)
     probes = fit_folds(train, labels, fold, classes, seed)
@@ -169,6 +183,23 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     predictors = {split: fold_predictor(held_out[split], probes, whole) for split in store.splits}
     write_logits(path, PROBE, classes, lambda split: predict(store[split], predictors[split]))
     return measure(open_store(path), train.name, labels, classes, fold, seed)
+
+
+def usable_labels(store: Store) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Of the training split [N]: labels, and which rows a probe is fitted on. Raises NoLabels when they are too few."""
+    train, classes = training_split(store), len(store.manifest.class_names)
+    labels = labels_of(train)
+    usable = np.asarray(train.valid & (labels != names.NO_LABEL))
+    if usable.sum() < 2 or not classes:
+        raise NoLabels(
+            f"{store.location}: {int(usable.sum())} labeled rows, a linear probe needs class labels"
+        )
+    if usable.sum() < classes:
+        raise NoLabels(
+            f"{store.location}: {int(usable.sum())} of {len(train)} rows of {train.name} are labeled, a probe of {classes} "
+            f"classes needs {classes} or more: label more images"
+        )
+    return labels, usable
 
 
 def fit_folds(

@@ -72,7 +72,8 @@ def prepare_store(config: ExtractConfig, task: ExtractTask, teacher: Teacher) ->
         shutil.rmtree(path)
     if not (path / ZARR_JSON).exists():
         make_store(config, task, teacher)
-    check_same(path, task, open_store(path, allow_incomplete=True).manifest, config.grid == "auto")
+    found = open_store(path, allow_incomplete=True).manifest
+    check_same(config.url or path, task, found, config.grid == "auto")
     use_threads(path, teacher)
     planned = planned_rows(task)
     gone = sum(samples.missing for samples in planned.splits.values())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from console.log import get_logger
 from console.progress import PhaseProgress
@@ -14,7 +14,7 @@ from console.stop import Stopped, StopRequest
 from extract.addition import addition_task, begin_addition, check_images, finish_addition
 from extract.config import ConfigError, ExtractConfig
 from extract.follow.version import changes_of, follow
-from extract.metadata import ExtractionClock, note_probe
+from extract.metadata import ExtractionClock
 from extract.output import complete_store, count_still_bad, extract_lock, prepare_store, work_path
 from extract.pipeline import Pipeline
 from extract.plan import decode_workers, make_task, open_data, open_teacher
@@ -29,10 +29,13 @@ from extract.result import (
 from files.writing import check_writable
 from processes.deadline import StopDeadline
 from store.create import check_free
-from store.job import Job, Unit, features_job, log_path, read_commits
+from store.job import Job, Unit, features_job, units_left
 from store.metadata import ZARR_JSON
 from store.version import publish_version
 from store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from store.upload import Uploader
 
 log = get_logger("extract")
 
@@ -87,16 +90,13 @@ def run_extraction(
 
 
 def extract_and_measure(config: ExtractConfig) -> ExtractResult:
-    """`run_extraction` with a progress display; the time that it took and what a probe found stay with the store.
+    """`run_extraction` with a progress display; the time that it took stays with the store.
 
     Raises: as `run_extraction`.
     """
     config = begin_addition(config)
     with PhaseProgress() as progress, ExtractionClock(config.folder) as timer:
-        result = run_extraction(config, [progress, timer])
-    if result.probe is not None and config.url is None:  # in a bucket, it went there with the rest
-        note_probe(config.folder, result.probe)
-    return result
+        return run_extraction(config, [progress, timer])
 
 
 def dry_run(config: ExtractConfig, stop: StopRequest) -> ExtractResult:
@@ -111,9 +111,15 @@ def dry_run(config: ExtractConfig, stop: StopRequest) -> ExtractResult:
 
 
 class Executor(Protocol):
-    """What fills the store: this process (`LocalExecutor`), or the workers of a cluster (extract/cluster.py)."""
+    """What fills the store: this process (`LocalExecutor`), or the workers of a cluster (extract/cluster.py).
+
+    uploader: of a store at a URL: another shard is begun only when there is room for it.
+    """
 
     config: ExtractConfig
+    observers: Sequence[ExtractObserver]
+    stop: StopRequest
+    uploader: Uploader | None
 
     def plan(self) -> None:
         """Make the store with its plan of rows, or check the one that exists."""
@@ -123,6 +129,9 @@ class Executor(Protocol):
 
     def follow(self, result: ExtractResult) -> bool:
         """Bring the complete store to what the data set is now. True when rows are to be encoded for that first."""
+
+    def raise_if_stopped(self) -> None:
+        """Raises Stopped when a signal came."""
 
 
 def open_executor(
@@ -157,9 +166,7 @@ class LocalExecutor:
         deadline: StopDeadline,
     ) -> None:
         self.config, self.observers, self.stop, self.deadline = config, observers, stop, deadline
-        # Called before each shard and after each batch; may raise.
-        self.wait_for_room: Callable[[], None] = lambda: None
-        self.between: Callable[[], None] = lambda: None
+        self.uploader: Uploader | None = None
 
     def plan(self) -> None:
         source = open_data(self.config)
@@ -214,7 +221,13 @@ class LocalExecutor:
         self.done += rows
         self.tell()
         self.check_bad()
-        self.between()
+        if self.uploader is not None:
+            self.uploader.check()
+
+    def wait_for_room(self) -> None:
+        """Before each shard. Raises what an upload raised."""
+        if self.uploader is not None:
+            self.uploader.wait_for_room(lambda: self.stop.requested)
 
     def check_bad(self) -> None:
         count_bad(self.config, self.bad, self.encoded.bad, self.total + self.task.reused)
@@ -263,9 +276,9 @@ def ranges_left(config: ExtractConfig, path: Path, job: Job) -> list[Unit]:
             )
         units = units[first:end]
     ranges: list[Unit] = []
+    left = set(units_left(path, job))
     for split, first, end in units:
-        commits = read_commits(log_path(path, job, split, first // job.shard_rows))
-        if commits and commits[-1].finished is not None:
+        if (split, first, end) not in left:
             continue
         if ranges and (ranges[-1][0], ranges[-1][2]) == (split, first):
             ranges[-1] = (split, ranges[-1][1], end)

@@ -82,7 +82,8 @@ def hdf5_to_store(file: str | os.PathLike[str], path: str | os.PathLike[str]) ->
     found = open_store(path).fingerprint
     if found != rows.fingerprint:
         raise StoreError(
-            f"{path}: fingerprint {found}, but {source} was made from {rows.fingerprint}; the file is damaged"
+            f"{source}: the store that it makes has the fingerprint {found}, the one that it was made from "
+            f"{rows.fingerprint}; the file is damaged"
         )
 
 

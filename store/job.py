@@ -271,6 +271,16 @@ def read_parts(log: Path, commits: list[Commit], name: str) -> Iterator[tuple[in
             yield commit.start, commit.stop, file.read(length)
 
 
+def units_left(store: Path, job: Job) -> list[Unit]:
+    """The shards that are not finished: some of their rows are not committed, or their files do not have their names."""
+    left = []
+    for split, first, end in job.units():
+        commits = read_commits(log_path(store, job, split, first // job.shard_rows))
+        if not commits or commits[-1].finished is None:
+            left.append((split, first, end))
+    return left
+
+
 def count_committed(store: Path, job: Job) -> int:
     """Rows that a job has committed so far, with those before its start in the shards that it writes."""
     logs = [(first, log_path(store, job, split, first // job.shard_rows)) for split, first, _ in job.units()]

@@ -278,6 +278,7 @@ class MirroredArray:
         # Whether a shard that was opened can be read from then on: its map outlives the file.
         self.stays = layout.codec == "none" and mirror.fits
         self._here = np.zeros(max(1, layout.shards), bool)  # shards that this process has opened
+        self._all_here = False  # and they stay: from then on, reading costs what it costs of a local store
         self._lock_here = os.getpid(), threading.RLock()
 
     @property
@@ -292,6 +293,9 @@ class MirroredArray:
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """out[i] = array[rows[i]]."""
+        if self._all_here:
+            self.local.take(rows, out)
+            return
         shards = rows // self.layout.shard_rows
         if self.stays and self._here[shards].all():
             self.local.take(rows, out)
@@ -300,6 +304,8 @@ class MirroredArray:
 
     def slice(self, start: int, stop: int) -> np.ndarray:
         """array[start:stop], a view where that is possible."""
+        if self._all_here:
+            return self.local.slice(start, stop)
         stop = min(stop, len(self))
         if start >= stop:
             return self.local.slice(start, stop)
@@ -310,7 +316,7 @@ class MirroredArray:
 
     def prefetch(self, rows: np.ndarray) -> None:
         """As of a local array, for the shards that are here."""
-        here = rows[self._here[rows // self.layout.shard_rows]]
+        here = rows if self._all_here else rows[self._here[rows // self.layout.shard_rows]]
         if len(here):
             self.local.prefetch(here)
 
@@ -332,6 +338,7 @@ class MirroredArray:
                 if isinstance(self.local, MappedArray):
                     self.local.add(shard)
                 self._here[shard] = True
+            self._all_here = self.stays and bool(self._here.all())
 
     def _read(self, shards: Sequence[int], read: Callable[[], Value]) -> Value:
         """`read` with these shards here. Another process may make room at any moment: zarr would make values up."""
@@ -359,7 +366,7 @@ class MirroredArray:
                 self._here[shard] = False
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_here": np.zeros_like(self._here)}
+        state = {**self.__dict__, "_here": np.zeros_like(self._here), "_all_here": False}
         del state["_lock_here"]
         return state
 

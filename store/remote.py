@@ -37,10 +37,16 @@ CREDENTIAL_ERRORS = (
     "ClientAuthenticationError",  # of Azure's
 )
 EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+NO_BUCKET_CODES = ("ContainerNotFound",)  # Azure's; other clients raise FileNotFoundError
 CLOCK_CODES = ("RequestTimeTooSkewed", "RequestInTheFuture")
+
+#: fsspec's names of the file systems (with their endpoints) that were seen to refuse a second `create`.
+CREATE_WORKS: set[str] = set()
 
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)
+# It prints a traceback for every refused request, which is reported here in one line.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 class Entry(NamedTuple):
@@ -120,6 +126,8 @@ class RemoteFiles:
             path = path.rstrip("/")
             start = len(path) - len(folder)
             found = files.find(path, detail=True)
+            if not isinstance(found, Mapping):  # adlfs, of an address that is a file
+                found = {name: files.info(name) for name in found}
             return {
                 name[start:].lstrip("/"): Entry(int(info["size"]), etag_of(info))
                 for name, info in found.items()
@@ -153,10 +161,13 @@ class RemoteFiles:
                 if "NotImplemented" in str(error) or "not implemented" in str(error):
                     return None
                 raise
+            if files._fs_token in CREATE_WORKS:
+                return True
             try:  # some file systems ignore the mode
                 files.pipe_file(path, data, mode="create")
             except OSError as error:
                 if exists_already(error):
+                    CREATE_WORKS.add(files._fs_token)
                     return True
                 raise
             return None
@@ -192,6 +203,12 @@ class RemoteFiles:
 
         return self._try(key, None, put, write=True)
 
+    def check_writable(self, key: str) -> None:
+        """Write an empty file and delete it. Raises StoreError."""
+        files = RemoteFiles(self.url, FIRST_PAUSES_S)
+        files.write(key, b"")
+        files.delete(key)
+
     def delete(self, key: str) -> None:
         """Delete a file, if there is one. Raises StoreError."""
         with contextlib.suppress(FileNotFoundError):
@@ -206,7 +223,7 @@ class RemoteFiles:
             try:
                 return bytes(files.cat_file(path, start=start, end=stop))
             except Exception as error:
-                if code_of(error) in ("InvalidRange", "416"):  # the file is empty or shorter
+                if codes_of(error) & {"InvalidRange", "416"}:  # the file is empty or shorter
                     return b""
                 raise
 
@@ -258,6 +275,15 @@ class RemoteFiles:
         raise AssertionError("unreachable")
 
 
+def refuse_web_server(url: str) -> None:
+    """Raises StoreError for an address that nothing can be written to."""
+    if url.partition("://")[0] in ("http", "https"):
+        raise StoreError(
+            f"{url}: a web server cannot be written to: expected s3://, gs://, az:// or another address that fsspec can "
+            "list and write"
+        )
+
+
 def make_folder(files: Any, path: str) -> None:
     if not hasattr(files, "_s3"):  # object stores have no folders
         files.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -294,21 +320,27 @@ def digest(data: bytes | mmap.mmap, *, parts: bool) -> str:
     return f"{hashlib.md5(b''.join(sums), usedforsecurity=False).hexdigest()}-{len(sums)}"
 
 
-def code_of(error: Exception) -> str:
-    """The error code of S3's answer, or its HTTP status; empty where there was no answer."""
-    answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
-    found = next((answer for answer in answers if isinstance(answer, dict)), {})
-    return str(found.get("Error", {}).get("Code") or getattr(error, "status", None) or "")
+def codes_of(error: Exception) -> set[str]:
+    """The error code of the server's answer and its HTTP status, as far as the client tells; empty without an answer."""
+    found: set[Any] = set()
+    for cause in (error, error.__cause__):
+        answer = getattr(cause, "response", None)
+        if isinstance(answer, dict):  # S3's
+            found.add(answer.get("Error", {}).get("Code"))
+        found.add(getattr(cause, "status", None))  # aiohttp's
+        found |= {getattr(cause, name, None) for name in ("error_code", "status_code")}  # Azure's
+        found.add(getattr(cause, "code", None))  # gcsfs'
+    return {str(getattr(code, "value", code)) for code in found if code}
 
 
 def exists_already(error: OSError) -> bool:
     """Whether a conditional put was refused. s3fs knows that of Amazon's answer; other servers' answers say less."""
-    return isinstance(error, FileExistsError) or code_of(error) in ("PreconditionFailed", "412")
+    return isinstance(error, FileExistsError) or bool(codes_of(error) & {"PreconditionFailed", "412"})
 
 
 def reason_of(error: Exception) -> str | None:
     """What is wrong and what to do, for an error that another try does not help against; None for others."""
-    code = code_of(error)
+    codes = codes_of(error)
     names = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ImportError):
         what = (
@@ -324,10 +356,13 @@ def reason_of(error: Exception) -> str | None:
             "no credentials: set them as for the provider's own tools (for S3 AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true)"
         )
-    if code in EXPIRED_CODES:
+    if codes & set(EXPIRED_CODES):
         return "the credentials have expired: renew them, then run the same command again"
-    if code in CLOCK_CODES:
+    if codes & set(CLOCK_CODES):
         return "the server refuses requests because of this machine's clock: set the clock (NTP)"
-    if isinstance(error, PermissionError) or code in ("401", "403"):
+    if codes & set(NO_BUCKET_CODES):
+        return "cannot be written: there is no such bucket or container: check the address"
+    forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden")  # gcsfs
+    if isinstance(error, PermissionError) or forbidden or codes & {"401", "403"}:
         return "no permission: check the credentials, whether they have expired, and their rights"
     return None

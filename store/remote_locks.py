@@ -46,6 +46,7 @@ class RemoteLock:
         self.token = secrets.token_hex(8)
         self.content = json.dumps({**asdict(self.owner), "token": self.token}).encode()
         self.name = f"{what}-{start}-{stop}"
+        self.key = ""
         taken = self._refuse_overlap(break_lock)
         self.number = 1 + max(taken, default=-1)
         self.key = self._key(self.number)
@@ -65,7 +66,8 @@ class RemoteLock:
 
     def check(self) -> None:
         """Raises StoreError when another process has taken this lock over: it may be writing the same."""
-        if self.remote.size(self.key) is None or self.remote.size(self._key(self.number + 1)) is not None:
+        found = self.remote.listing(LOCKS)  # one request
+        if self.key not in found or self._key(self.number + 1) in found:
             raise StoreError(
                 f"{self.remote.url}: this writer's lock was taken over by another process; nothing more is written"
             )
@@ -117,8 +119,8 @@ class RemoteLock:
         return numbers
 
     def others(self) -> Iterator[tuple[str, Owner, str]]:
-        """(key, owner, token) of all locks."""
-        for key in sorted(self.remote.listing(LOCKS)):
+        """(key, owner, token) of all other locks."""
+        for key in sorted(self.remote.listing(LOCKS).keys() - {self.key}):
             try:
                 found = json.loads(self.remote.read(key))
                 token = found.pop("token")

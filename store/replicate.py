@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from files.cache import cache_folder
 from files.writing import replace_file
 from store.errors import StoreError, disk_errors
 from store.format import (
@@ -35,8 +38,10 @@ from store.metadata import (
     recorded_checksum,
     to_json,
 )
-from store.remote import RemoteFiles
+from store.mirror import CACHE_VARIABLE
+from store.remote import RemoteFiles, refuse_web_server
 from store.shards import READ_BLOCK, Layout, crc32c
+from store.upload import mapped
 
 MARKER = ".copying"  # at the target, while it is no store: which store is being copied to it
 
@@ -116,6 +121,7 @@ def replicate_store(
     Raises StoreError for no or an incomplete store, unknown arrays, a target that is something else, damaged
     files, and a disk or an address that refuses.
     """
+    refuse_web_server(target)
     files, place = files_at(source), files_at(target)
     try:
         content = files.read(ZARR_JSON)
@@ -150,6 +156,34 @@ def replicate_store(
         place.write(ZARR_JSON, plan.content)
     place.delete(MARKER)
     return Copied(0 if done else len(keys) - sizes["skipped"] + 1, sizes["bytes"], sizes["skipped"])
+
+
+@contextlib.contextmanager
+def writing_to(target: str) -> Iterator[Path]:
+    """Where a new store or a new file is made: at `target`, or for a URL on this disk; it is copied there at the end.
+
+    Raises StoreError for an address that is taken or cannot be written to, before anything is made.
+    """
+    if not is_url(target):
+        yield Path(target)
+        return
+    refuse_web_server(target)
+    address, files = target.rstrip("/"), RemoteFiles(target)
+    found = files.listing()  # with an empty key where the address is a file
+    if found and MARKER not in found:
+        raise StoreError(f"{target}: exists; choose another name or delete it")
+    RemoteFiles(f"{address}-check-{secrets.token_hex(8)}").check_writable("")
+    cache = cache_folder("stores", CACHE_VARIABLE)
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".convert-", dir=cache) as place:
+            made = Path(place) / address.rpartition("/")[2]
+            yield made
+            if made.is_dir():
+                replicate_store(str(made), target)
+            else:
+                with mapped(made) as data:
+                    files.write("", data)
 
 
 def chosen_arrays(manifest: Manifest, arrays: Collection[str] | None, source: str) -> frozenset[str]:

@@ -31,9 +31,9 @@ from files.locking import locked
 from files.writing import replace_file
 from store.errors import LockedError, StoreError, disk_errors
 from store.format import NOTES_FOLDER, WORK_FOLDER
-from store.job import Job, features_job, log_path
+from store.job import Job, features_job, log_path, read_commits
 from store.metadata import ZARR_JSON, parse_manifest, read_root, recorded_checksum
-from store.remote import FIRST_PAUSES_S, LONG_PAUSES_S, Entry, RemoteFiles, same_content
+from store.remote import FIRST_PAUSES_S, LONG_PAUSES_S, Entry, RemoteFiles, refuse_web_server, same_content
 from store.remote_locks import LOCKS, RemoteLock
 from store.shards import PARTIAL, Layout, crc32c
 from store.statistics import Moments
@@ -51,7 +51,10 @@ from store.upload import (
 
 PLAN = f"{WORK_FOLDER}/plan.json"
 PLAN_WAIT_S = 1.0
-NO_WRITING = ("http", "https")  # file systems of fsspec that cannot list or delete
+SMALL_BYTES, SMALL_FILES = (
+    1024 * 1024,
+    10,
+)  # how many files up to this size are sent or deleted at the same time
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +65,12 @@ class Staging:
     Attributes:
         store: the staging store, an ordinary store that is being written.
         complete: the store at the URL is complete.
+
+    Raises StoreError for an address that cannot be written to.
     """
 
     def __init__(self, url: str, folder: Path, limit: int, *, break_lock: bool = False) -> None:
+        refuse_web_server(url)
         self.url, self.folder, self.limit, self.break_lock = url, folder, limit, break_lock
         self.store = folder / "store.zarr"
         self.remote = RemoteFiles(url, LONG_PAUSES_S)
@@ -84,23 +90,59 @@ class Staging:
 
         Raises StoreError for an address that holds something else, or does not answer.
         """
-        found = self.remote.listing(pauses_s=FIRST_PAUSES_S)
+        found = self._find()
         if ZARR_JSON not in found:
-            if found and not any(key.startswith(f"{WORK_FOLDER}/") for key in found):
-                raise StoreError(
-                    f"{self.url}: exists and is no store: a store needs a place of its own, choose another address"
-                )
             self._forget()
             return False
-        self.complete = self._is_complete()
         if self.complete:
             self._forget()
             self._clean(key for key in found)
             return True
-        self._pull_plan(found)
+        self._pull_plan()
         if not self.assembled:
             self._pull_logs(found)
         return True
+
+    def look(self, staged: Path) -> int | None:
+        """For a dry run: how many rows are committed, None when nothing is planned yet. Has the plan here, not the logs.
+
+        staged: the staging folder of the run, whose rows count, too, if they are of this plan. Raises as `pull`, and
+        when the address cannot be written to.
+        """
+        found = self._find()
+        self.remote.check_writable(f"{LOCKS}/check-{secrets.token_hex(8)}")
+        if ZARR_JSON not in found or self.complete:
+            return 0 if self.complete else None
+        self._pull_plan()
+        job, mark = self.job, staged / "plan.json"
+        is_own = mark.exists() and mark.read_bytes() == (self.folder / "plan.json").read_bytes()
+        rows = 0
+        for shard in self.shards:
+            first, stop = job.shard_range(*shard)
+            record = sent_path(self.store, job, shard)
+            sent = self._read_sent(record) if self._key(record) in found else None
+            if sent is not None and is_committed(job, shard, sent, found):
+                rows += stop - first
+            elif is_own and not sent_path(staged / "store.zarr", job, shard).exists():
+                commits = read_commits(log_path(staged / "store.zarr", job, *shard))
+                rows += commits[-1].stop - first if commits else 0
+        return rows
+
+    def check_overwrite(self) -> None:
+        """Raises StoreError when `delete` would delete something that is not a store, or the address is not writable."""
+        self._find_store()
+        self.remote.check_writable(f"{LOCKS}/check-{secrets.token_hex(8)}")
+
+    def _find(self) -> dict[str, Entry]:
+        """The files at the URL, of which `complete` is known then. Raises StoreError."""
+        found = self.remote.listing(pauses_s=FIRST_PAUSES_S)
+        if ZARR_JSON in found:
+            self.complete = self._is_complete()
+        elif found and not any(key.startswith(f"{WORK_FOLDER}/") for key in found):
+            raise StoreError(
+                f"{self.url}: exists and is no store: a store needs a place of its own, choose another address"
+            )
+        return found
 
     def _is_complete(self) -> bool:
         try:
@@ -109,7 +151,7 @@ class Staging:
             raise StoreError(f"{self.url}/{ZARR_JSON}: not valid JSON ({error})") from error
         return parse_manifest(root, self.url).complete
 
-    def _pull_plan(self, found: Mapping[str, Entry]) -> None:
+    def _pull_plan(self) -> None:
         try:
             content = self.remote.read(PLAN)
             plan: dict[str, Any] = json.loads(content)
@@ -122,7 +164,7 @@ class Staging:
         if mark.exists() and mark.read_bytes() == content and (self.store / ZARR_JSON).exists():
             return
         self._forget()
-        with self._pool() as pool:
+        with self._pool(SMALL_FILES) as pool:
             list(pool.map(self._download, [key for key in plan["files"] if key != ZARR_JSON]))
         self._download(ZARR_JSON)
         replace_file(mark, content)
@@ -179,9 +221,8 @@ class Staging:
 
     def push_plan(self) -> None:
         """Make the plan of the staging store that of the URL. The caller holds `planning`."""
-        for key in self.remote.listing():  # of a plan that was not sent to its end
-            if not key.startswith(f"{LOCKS}/"):
-                self.remote.delete(key)
+        # Files of a plan that was not sent to its end.
+        self._delete_all(key for key in self.remote.listing() if not key.startswith(f"{LOCKS}/"))
         files = self._files()
         content = json.dumps({"plan": secrets.token_hex(16), "files": files}).encode()
         self.remote.write(PLAN, content)
@@ -235,8 +276,17 @@ class Staging:
                 replace_file(self.store / key, data)
 
         keys = [key for key in self._shard_keys() if key.partition("/")[2].partition("/c/")[0] in arrays]
+        found = self.remote.listing()
+        missing = [key for key in keys if not (self.store / key).exists()]
+        needed = sum(found[key].size for key in missing if key in found)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise StoreError(
+                f"{self.folder}: {needed / 1e9:.2f} GB of features are to be read again, {free / 1e9:.2f} GB are free: "
+                "free some space, or run the same command again with another --staging-dir or without --logits"
+            )
         with self._pool() as pool:
-            list(pool.map(download, (key for key in keys if not (self.store / key).exists())))
+            list(pool.map(download, missing))
 
     def _record(self, file: str) -> Mapping[str, Any]:
         path = self.store / file
@@ -265,11 +315,7 @@ class Staging:
 
     def delete(self) -> None:
         """Delete the store at the URL, for --overwrite. Raises LockedError while a process is writing to it."""
-        found = self.remote.listing(pauses_s=FIRST_PAUSES_S)
-        if found and not any(key == ZARR_JSON or key.startswith(f"{WORK_FOLDER}/") for key in found):
-            raise StoreError(
-                f"--overwrite deletes stores only: {self.url} is something else, choose another --out"
-            )
+        found = self._find_store()
         locks = [
             self.lock("store", break_lock=self.break_lock),
             RemoteLock(self.remote, "shards", 0, 1 << 62, break_lock=self.break_lock),
@@ -277,11 +323,19 @@ class Staging:
         try:
             self._forget()
             self.remote.delete(ZARR_JSON)
-            with self._pool() as pool:
-                list(pool.map(self.remote.delete, (key for key in found if not key.startswith(f"{LOCKS}/"))))
+            self._delete_all(key for key in found if not key.startswith(f"{LOCKS}/"))
         finally:
             for lock in locks:
                 lock.release()
+
+    def _find_store(self) -> dict[str, Entry]:
+        """The files at the URL. Raises StoreError when they are something else than a store."""
+        found = self.remote.listing(pauses_s=FIRST_PAUSES_S)
+        if found and not any(key == ZARR_JSON or key.startswith(f"{WORK_FOLDER}/") for key in found):
+            raise StoreError(
+                f"--overwrite deletes stores only: {self.url} is something else, choose another --out"
+            )
+        return found
 
     @contextmanager
     def planning(self, between: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -348,8 +402,10 @@ class Staging:
                 if not same_content(found.get(key), data):
                     self.remote.write(key, data)
 
-        with self._pool() as pool:
-            list(pool.map(send, keys))
+        small = [key for key in keys if (self.store / key).stat().st_size <= SMALL_BYTES]
+        for some, count in ((set(keys) - set(small), UPLOADS), (small, SMALL_FILES)):
+            with self._pool(count) as pool:
+                list(pool.map(send, some))
 
     def _download(self, key: str) -> None:
         path = self.store / key
@@ -360,10 +416,13 @@ class Staging:
     def _clean(self, keys: Iterable[str]) -> None:
         """Delete those of the files that only the work needed; the plan last, which tells what they are."""
         work = [key for key in keys if key.startswith(f"{WORK_FOLDER}/")]
-        with self._pool() as pool:
-            list(pool.map(self.remote.delete, (key for key in work if key != PLAN)))
+        self._delete_all(key for key in work if key != PLAN)
         if PLAN in work:
             self.remote.delete(PLAN)
+
+    def _delete_all(self, keys: Iterable[str]) -> None:
+        with self._pool(SMALL_FILES) as pool:
+            list(pool.map(self.remote.delete, keys))
 
     def _forget(self) -> None:
         """Delete the staging store. The mark goes first: without it, what is left is not used."""
@@ -373,8 +432,8 @@ class Staging:
     def _key(self, path: Path) -> str:
         return path.relative_to(self.store).as_posix()
 
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(UPLOADS, "store-staging")
+    def _pool(self, requests: int = UPLOADS) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(requests, "store-staging")
 
 
 @contextmanager
@@ -384,12 +443,7 @@ def open_staging(url: str, folder: Path, limit: int, *, break_lock: bool = False
     limit: bytes of shards that may wait in it. Raises StoreError for an address that cannot be written to,
     LockedError while another process of this machine works in the folder.
     """
-    scheme = url.partition("://")[0]
-    if scheme in NO_WRITING:
-        raise StoreError(
-            f"{url}: a web server cannot be written to: expected s3://, gs://, az:// or another address that fsspec can "
-            "list and write"
-        )
+    staging = Staging(url, folder, limit, break_lock=break_lock)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -400,7 +454,6 @@ def open_staging(url: str, folder: Path, limit: int, *, break_lock: bool = False
         )
 
     with locked(folder / "lock", refuse):
-        staging = Staging(url, folder, limit, break_lock=break_lock)
         yield staging
         if staging.complete:
             shutil.rmtree(folder, ignore_errors=True)

@@ -155,13 +155,18 @@ class Uploader:
         told = False
         while True:
             self.check()
-            size = self.staged_bytes()
-            if not size or size + self._shard_bytes() <= self.limit or stopped():
+            if self.has_room() or stopped():
                 return
             if not told:
                 told = True
-                log.info("%.2f GB of shards wait for their upload: encoding waits for it", size / 1e9)
+                size = self.staged_bytes() / 1e9
+                log.info("%.2f GB of shards wait for their upload: encoding waits for it", size)
             time.sleep(POLL_S / 2)
+
+    def has_room(self, begun: int = 0) -> bool:
+        """Whether another shard may be begun here: one always may, more within the limit. begun: not full yet."""
+        size = self.staged_bytes() + begun * self._shard_bytes()
+        return not size or size + self._shard_bytes() <= self.limit
 
     def staged_bytes(self) -> int:
         """Bytes of the shards that are here with all their rows."""

@@ -120,7 +120,6 @@ class TaskPipeline:
             )
         if not result.complete:
             raise PlatformError(f"{path}: the extraction ended without being complete: see the log")
-        keep_probe(path, result.probe)
         counts = (result.rows, result.bad, result.images_per_second)
         log.info("features: %d images, %d unreadable, %.1f images/s", *counts)
 
@@ -130,7 +129,7 @@ class TaskPipeline:
         if config.logits != "none":
             from extract.logits import add_logits
 
-            keep_probe(path, add_logits(config, [self.extraction], self.stop))
+            add_logits(config, [self.extraction], self.stop)
 
     # -- stage two --------------------------------------------------------------------------------------
 
@@ -170,14 +169,6 @@ class TaskPipeline:
             details={name: plain_json(summary[name]) for name in DETAILS if name in summary},
         )
         self.sender.send(evaluations)
-
-
-def keep_probe(store: Path, result: MappingType[str, Any] | None) -> None:
-    """Keep what a probe has measured, for `cli inspect`, reports and the list of stores; None: none was fitted."""
-    if result is not None:
-        from extract.metadata import note_probe
-
-        note_probe(store, result)
 
 
 def make_folder(option: str, path: Path) -> None:

@@ -152,3 +152,12 @@ class TestClips:
         store = self.make(tmp_path / "clips.zarr", [np.ones((2, 4))] * 3, [0, -1, -1])
         with pytest.raises(NoLabels, match="1 labeled rows"):
             probe_store(store)
+
+    def test_a_store_at_a_url_is_named_by_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And where there is nothing to fit a probe on, no feature is downloaded."""
+        monkeypatch.setenv("QWEN_DISTILL_CACHE", str(tmp_path / "cache"))
+        store = self.make(tmp_path / "clips.zarr", [np.ones((2, 4))] * 3, [0, -1, -1])
+        with pytest.raises(NoLabels, match=rf"^file://{tmp_path}/clips\.zarr: 1 labeled rows"):
+            probe_store(f"file://{store}")
+        assert list((tmp_path / "cache").rglob("targets/label/c/0"))
+        assert not list((tmp_path / "cache").rglob("features/*/c/0/*"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, Self
 
 import fsspec
@@ -24,6 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from extract import cells
 from extract.config import ConfigError, load_config
 from extract.plan import DifferentStore
 from extract.run import run_extraction
@@ -215,24 +218,98 @@ def test_damaged_features_are_not_probed(
         extract(options)
 
 
-def test_a_probe_of_cells_is_refused(tmp_path: Path, timm_weights: Path) -> None:
-    data = tmp_path / "masks"
-    for folder in ("images", "masks"):
-        (data / folder).mkdir(parents=True)
-        for number in range(6):
-            values = np.full((64, 64), number % 2, np.uint8)
-            Image.fromarray(values).save(data / folder / f"{number}.png")
-    with pytest.raises(ConfigError, match=r"reads the grids of all images.*cli copy"):
-        extract(
-            {"data": str(data), "source": "masks", "teacher": "timm:test_efficientnet"},
-            teacher_path=str(timm_weights),
-            out="memory://bucket/masks.zarr",
-            image_size=64,
-            workers=0,
-            device="cpu",
-            logits="probe",
-        )
-    assert not objects("memory://bucket/masks.zarr")
+def test_a_probe_of_masks_reads_the_grids_of_the_bucket(
+    options: dict[str, Any], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its maps are uploaded with the rest; without space for the grids, a line says so."""
+    monkeypatch.setattr(cells, "STEPS", 5)
+    data = str(write_masks(tmp_path / "data", 24))
+    options |= {"data": data, "source": "masks", "out": f"{bucket}/a.zarr", "logits": "probe"}
+    with monkeypatch.context() as patch:
+        full = SimpleNamespace(rmtree=shutil.rmtree, disk_usage=lambda _: SimpleNamespace(free=0))
+        patch.setattr(staging, "shutil", full)
+        with pytest.raises(StoreError, match=r"features are to be read again, 0\.00 GB are free"):
+            extract(options)
+    result = extract(options)
+    assert result.probe is not None
+    assert (result.complete, result.encoded, result.probe["array"]) == (True, 0, "maps/probe")
+    assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+def write_masks(root: Path, count: int) -> Path:
+    """Gray images whose left part, of another width each, is white and of class 1."""
+    for number in range(count):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:, : 1 + number] = 1
+        for folder, values in (("images", mask * 200), ("masks", mask)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(root / folder / f"{number:02d}.png")
+    return root
+
+
+def test_a_dry_run_looks_at_the_bucket(options: dict[str, Any], bucket: str, tmp_path: Path) -> None:
+    """What it finds is what the run does, and nothing is changed: not there, not here."""
+    options |= {"out": f"{bucket}/a.zarr", "images": "jpeg"}
+
+    def dry(**changes: Any) -> tuple[str, int]:
+        before = objects(options["out"])
+        estimate = extract(options, dry_run=True, **changes).estimate
+        assert objects(options["out"]) == before
+        assert estimate is not None
+        return estimate["state"], estimate["to_encode"]
+
+    assert dry() == ("starts", 60)
+    assert not list(tmp_path.glob("cache/qwen-distill/staging/*"))
+    crash(options, 40)
+    there = 16 * len([key for key in objects(options["out"]) if key.endswith(".log")])
+    state, left = dry()
+    assert (state, dry(overwrite=True)) == ("resumes", ("starts", 60))
+    assert left <= 60 - there
+    assert dry(staging_dir=tmp_path / "other") == ("resumes", 60 - there)
+    with pytest.raises(
+        DifferentStore, match=r"s3://.*a\.zarr was made with other options: grid is 2, asked for 4"
+    ):
+        dry(grid=4)
+    assert extract(options).encoded == left
+    assert dry() == ("complete", 0)
+    changed = tmp_path / "data"
+    shutil.copytree(options["data"], changed)
+    next(iter(sorted(changed.rglob("*.png")))).unlink()
+    with pytest.raises(DifferentStore, match=r"1 removed.*not updated in place"):
+        dry(data=str(changed))
+
+
+def test_a_dry_run_ends_with_the_line_of_the_run(
+    options: dict[str, Any], bucket: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/other/notes.txt".removeprefix("s3://"), b"x")
+
+    def lines(**changes: Any) -> list[str]:
+        found = []
+        for dry_run in (False, True):
+            with pytest.raises(StoreError) as error:
+                extract(options, **changes, dry_run=dry_run)
+            found.append(re.sub(r"\.work/\S*", "KEY", str(error.value)))
+        return found
+
+    for changes, line in (
+        ({"out": "s3://absent/a.zarr"}, "is there such a bucket"),
+        ({"out": f"{bucket}/other"}, "exists and is no store"),
+        ({"out": f"{bucket}/other", "overwrite": True}, "deletes stores only"),
+        ({"out": "https://example.org/a.zarr"}, "a web server cannot be written to"),
+    ):
+        real, dry = lines(**changes)
+        assert real == dry
+        assert line in dry
+
+    def read_only(request: Request) -> Fault | None:
+        return ACCESS_DENIED if request.method == "PUT" else None
+
+    with fault_proxy(endpoint, read_only) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        real, dry = lines(out=f"{bucket}/a.zarr")
+        assert real == dry
+        assert "no permission: check the credentials" in dry
 
 
 def test_hosts_with_ranges_of_shards_make_one_store(
@@ -245,6 +322,20 @@ def test_hosts_with_ranges_of_shards_make_one_store(
     assert [result.encoded for result in results] == [17, 32, 11]
     assert [result.complete for result in results] == [False, False, True]
     assert objects(options["out"]) == local_store(options, tmp_path / "local.zarr")
+
+
+@pytest.mark.slow
+def test_several_devices_fill_one_staging_folder(options: dict[str, Any], tmp_path: Path) -> None:
+    """With room for one shard and with room for all; a killed run's shards are not encoded again."""
+    expected = local_store(options, tmp_path / "local.zarr")
+    crash(options, 40)
+    there = 16 * len([key for key in objects(options["out"]) if key.endswith(".log")])
+    result = extract(options, device="cpu,cpu", staging_gb=1e-9)
+    assert (result.complete, result.encoded <= 60 - there) == (True, True)
+    assert objects(options["out"]) == expected
+    result = extract(options, device="cpu,cpu", overwrite=True)
+    assert (result.complete, result.encoded) == (True, 60)
+    assert objects(options["out"]) == expected
 
 
 def test_staging_is_bounded(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +402,8 @@ def test_what_cannot_be_written_is_one_line(
         extract(options, out=f"{bucket}/other")
     with pytest.raises(StoreError, match="a web server cannot be written to"):
         extract(options, out="https://example.org/a.zarr")
-    with pytest.raises(ConfigError, match="takes one device and no scheduler"):
-        extract(options, device="cpu,cpu")
+    with pytest.raises(ConfigError, match="takes no scheduler"):
+        extract(options, scheduler="tcp://127.0.0.1:9")
     with pytest.raises(ConfigError, match="--staging-dir and --staging-gb are for a URL"):
         load_config({**options, "out": "a.zarr", "staging_gb": 3})
     use_endpoint(monkeypatch, "http://127.0.0.1:9")
@@ -391,6 +482,7 @@ class TestLocks:
         self, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(remote_locks, "SETTLE_S", 0.05)
+        monkeypatch.setattr(remote, "CREATE_WORKS", set())
         plain = fsspec.get_filesystem_class("memory").pipe_file
         monkeypatch.setattr(
             fsspec.get_filesystem_class("memory"),
@@ -516,28 +608,14 @@ def test_kill_9_at_fifty_random_moments(options: dict[str, Any], bucket: str, tm
     expected = local_store(options, tmp_path / "local.zarr")
     random = Random(0)
     folder = tmp_path / "staging"
-    names = ("teacher", "teacher_path", "image_size", "batch_size", "workers", "device", "grid", "shard_rows")
-    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(options[name]))]
     killed, moments, finished, hosts, seconds = 0, [], 0, 0, 0.0
-
-    def command(number: int) -> list[str]:
-        return [
-            "extract",
-            options["data"],
-            "--out",
-            f"{bucket}/{number}.zarr",
-            "--staging-dir",
-            str(folder),
-            *words,
-        ]
 
     with Extractions(tmp_path / "output.txt") as extractions:
         while killed < KILLS or finished < 2:
             url = f"{bucket}/{finished}.zarr"
             started = time.monotonic()
-            code = extractions.run(
-                command(finished), random.uniform(0, seconds) if seconds and killed < KILLS else None
-            )
+            extractions.start(command({**options, "out": url, "staging_dir": folder}))
+            code = extractions.wait(random.uniform(0, seconds) if seconds and killed < KILLS else None)
             if code == -signal.SIGKILL:
                 killed += 1
                 moments.append(time.monotonic() - started)
@@ -553,6 +631,29 @@ def test_kill_9_at_fifty_random_moments(options: dict[str, Any], bucket: str, tm
     print(
         f"{killed} kills after {min(moments):.2f} to {max(moments):.2f} s, {finished} stores, {hosts} changes of host"
     )
+
+
+@pytest.mark.slow
+def test_two_hosts_at_the_very_same_time(options: dict[str, Any], bucket: str, tmp_path: Path) -> None:
+    """They share nothing but the bucket: both want to plan, and both may find that all shards are there."""
+    expected = local_store(options, tmp_path / "local.zarr")
+    with Extractions(tmp_path / "one.txt") as one, Extractions(tmp_path / "two.txt") as two:
+        for number in range(3):
+            url = f"{bucket}/{number}.zarr"
+            for host, part in ((one, "0:2"), (two, "2:")):
+                staging_dir = tmp_path / host.output.stem
+                changes = {"out": url, "staging_dir": staging_dir, "shard_range": part}
+                host.start(command({**options, **changes}))
+            codes = [one.wait(), two.wait()]
+            assert codes == [0, 0], one.output.read_text() + two.output.read_text()
+            assert objects(url) == expected
+
+
+def command(options: dict[str, Any]) -> list[str]:
+    """The words of `cli extract` with these options."""
+    given = {name: value for name, value in options.items() if name != "data"}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return ["extract", str(options["data"]), *words]
 
 
 class Extractions:
@@ -578,14 +679,16 @@ class Extractions:
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
-    def run(self, arguments: list[str], kill_after_s: float | None) -> int:
-        """The command's exit code, -9 when it was killed."""
+    def start(self, arguments: list[str]) -> None:
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([str(self.output), *arguments]).encode() + b"\n")
-        child = int(self.line())
+        self.child = int(self.line())
+
+    def wait(self, kill_after_s: float | None = None) -> int:
+        """The command's exit code, -9 when it was killed."""
+        assert self.process.stdout is not None
         if kill_after_s is not None and not select.select([self.process.stdout], [], [], kill_after_s)[0]:
-            os.kill(child, signal.SIGKILL)
+            os.kill(self.child, signal.SIGKILL)
         return int(self.line())
 
     def line(self) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import typer
@@ -102,7 +104,7 @@ def test_convert(make_store: Any, tmp_path: Path) -> None:
     for arguments, problem in (
         ((path, tmp_path / "x.zarr"), "one of the two must end in .h5"),
         ((path, tmp_path / "x.h5", "--zstd"), "not from or to HDF5"),
-        ((path, "memory://x.zarr", "--zstd"), "convert's target works on local paths only"),
+        ((path, "https://example.org/x.zarr", "--zstd"), "a web server cannot be written to"),
         (("memory://x.h5", tmp_path / "x.zarr"), "convert from HDF5 works on local paths only"),
         (("memory://none.zarr", tmp_path / "x.h5"), "memory://none.zarr: no such store"),
     ):
@@ -117,6 +119,36 @@ def test_convert_from_a_remote_store(make_store: Any, tmp_path: Path) -> None:
     costs = json.loads(run("convert", url, tmp_path / "small.zarr", "--zstd", "--json").stdout)["costs"]
     assert all(0 < cost["bytes_after"] < cost["bytes_before"] for cost in costs)
     assert run("verify", url).exit_code == 0
+
+
+def test_convert_to_a_url(make_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes as in a folder; what is there is not replaced, and a copy that was interrupted continues."""
+    monkeypatch.setenv("QWEN_DISTILL_CACHE", str(tmp_path / "cache"))
+    path, files = make_store(train=100), fsspec.filesystem("memory")
+
+    def there(address: str) -> dict[str, bytes]:
+        files.invalidate_cache()
+        return {name.partition(address)[2].lstrip("/"): files.cat_file(name) for name in files.find(address)}
+
+    for address, *words in (["/b/small.zarr", "--zstd"], ["/b/s.h5"]):
+        local = tmp_path / address.rpartition("/")[2]
+        assert run("convert", path, local, *words).exit_code == 0
+        assert run("convert", path, f"memory://{address}", *words).exit_code == 0
+        assert not [name for name in files.find("/b") if "-check-" in name]
+        assert "exists" in str(run("convert", path, f"memory://{address}", *words).exception)
+    paths = [file for file in (tmp_path / "small.zarr").rglob("*") if file.is_file()]
+    expected = {file.relative_to(tmp_path / "small.zarr").as_posix(): file.read_bytes() for file in paths}
+    assert there("/b/small.zarr") == expected
+    files.rm_file("/b/small.zarr/zarr.json")
+    content = blake2b(expected["zarr.json"], digest_size=16).hexdigest()
+    files.pipe_file("/b/small.zarr/.copying", json.dumps({"store": content}).encode())
+    assert run("convert", path, "memory:///b/small.zarr", "--zstd").exit_code == 0
+    assert there("/b/small.zarr") == expected
+    (tmp_path / "s.h5").write_bytes(there("/b/s.h5")[""])
+    assert run("convert", tmp_path / "s.h5", "memory:///b/back.zarr").exit_code == 0
+    assert open_store("memory:///b/back.zarr").fingerprint == open_store(path).fingerprint
+    assert not list((tmp_path / "cache").glob(".convert*"))
+    files.store.clear()
 
 
 def test_errors_are_one_line_on_stderr(tmp_path: Path) -> None:

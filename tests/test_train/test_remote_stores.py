@@ -169,7 +169,9 @@ def test_every_command_takes_the_address(
     assert json.loads(run("inspect", url, "--json"))["complete"]
     assert "3 pictures" in run("inspect", url, "--pictures", tmp_path / "pictures", "--samples", "2")
     assert "everything is as recorded" in run("verify", url)
-    assert "nothing written; cli copy it" in run("probe", url, "--device", "cpu")
+    assert "nothing written (a store at a URL is not changed): cli copy it" in run(
+        "probe", url, "--device", "cpu"
+    )
     run("convert", url, tmp_path / "a.h5")
     run("convert", tmp_path / "a.h5", tmp_path / "back.zarr")
     assert open_store(tmp_path / "back.zarr").fingerprint == open_store(url).fingerprint
