@@ -328,7 +328,8 @@ class ClusterExecutor:
     def encode_units(self, units: Sequence[Unit]) -> Iterator[EncodedRows]:
         """Results of the shards as they end. On a stop or an error the workers commit and end, too."""
         reported = time.monotonic()
-        left, waiting = deque(units), dict[Future, None]()
+        left = deque(units)
+        waiting: dict[Future, None] = {}
         try:
             while left or waiting:
                 if self.stop.requested:
