@@ -48,7 +48,11 @@ def refused(config: Any, *parts: str) -> None:
         ({"val": 0}, {}, ("no split val, it has train", "--val-split, or extract with --val-fraction")),
         ({}, {"device": "cuda"}, ("device cuda", "--device cpu")),
         ({}, {"precision": "fp16"}, ("fp16 needs a CUDA GPU",)),
-        ({}, {"batch_size": 1, "student": "resnet18"}, ("batch_size 1, image_size 32", "larger --batch-size")),
+        (
+            {},
+            {"batch_size": 1, "student": "resnet18"},
+            ("batch_size 1, image_size 32", "larger --batch-size"),
+        ),
         ({}, {"student": "timm:test_vit", "image_size": 40}, ("not a multiple", "patch 16")),
         ({}, {"student": "timm:test_rasnet"}, ("no model", "test_resnet")),
         ({}, {"lora_rank": 4}, ("random", "--student-path")),
