@@ -117,9 +117,9 @@ def link(target: Path, name: Path) -> None:
     os.symlink(target, name)
 
 
-def probe_figure(store: Path, metric: str) -> float | None:
-    """What `cli probe` measures of a store in a student's metric, on validation rows; None where it has none (boxes)."""
+def probe_miou(store: Path) -> float | None:
+    """What `cli probe` measures of a store's masks on validation rows; None where there are none (boxes)."""
     from extract.logits import probe_store
 
-    result = probe_store(store)
-    return {"top1": result.get("probe_top1"), "miou": result.get("probe_miou")}.get(metric)
+    measured: float | None = probe_store(store).get("probe_miou")
+    return measured

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.learning_sets import probe_figure
+from benchmarks.learning_sets import probe_miou
 from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
 
 if TYPE_CHECKING:
@@ -20,16 +20,19 @@ PROBE_STRENGTH = 0.003  # of the per-cell probe's regularization (scikit-learn's
 def probe_ceiling(bench: Bench, study: Study, draw: int) -> float | None:
     """The study's metric on the test split, of a linear probe on the teacher's features and the study's labels.
 
-    Of the studies of --data: `cli probe`'s figure on the validation split; None for boxes.
+    Of masks of --data: `cli probe`'s figure on the validation split; None for boxes.
     """
-    if study.data:
-        return probe_figure(bench.store(study, draw, unlabeled=True), study.metric)
-    if study.scenes:
-        return cell_probe_ceiling(bench, study)
-    from store.format import LABEL, POOLED
+    from store.format import LABEL, LOGITS, POOLED
     from store.quality import probe_accuracy
     from store.reader import open_store
 
+    if study.data and study.metric == "top1":
+        tested = open_store(bench.store(study, draw, unlabeled=True))["test"]
+        return float((tested.read(f"{LOGITS}/probe").argmax(1) == tested.read(LABEL)).mean())
+    if study.data:
+        return probe_miou(bench.store(study, draw, unlabeled=True))
+    if study.scenes:
+        return cell_probe_ceiling(bench, study)
     learnt = open_store(bench.store(study, draw, unlabeled=study.unlabeled))["train"]
     parts = []
     for split in (learnt, open_store(bench.test_store(study))["test"]):
