@@ -110,6 +110,11 @@ class TrainConfig(BaseModel):
     foreground_weight: float = _data(
         1.0, "yolov8: weight of cells inside boxes.", ge=1, students=["yolov8"], distills=True
     )
+    boxes_from: Path | None = _data(
+        None,
+        "yolov8: a trained detector (run folder or best.pt) that labels the images without boxes first (self-training).",
+        students=["yolov8"],
+    )
     yolo_settings: str = _data(
         "", "yolov8: ultralytics' own settings, e.g. mosaic=0.5,degrees=10.", students=["yolov8"]
     )

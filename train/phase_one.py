@@ -259,7 +259,7 @@ def digest_of(split: Split, name: str) -> str:
     digest = blake2b(digest_size=16)
     for first in range(0, len(split), DIGEST_ROWS):
         rows = range(first, min(first + DIGEST_ROWS, len(split)))
-        digest.update(split.gather(rows, [name])[name])
+        digest.update(split.gather(rows, [name])[name].tobytes())
     return digest.hexdigest()
 
 

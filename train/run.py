@@ -20,6 +20,7 @@ from train.memory import fit_in_memory
 from train.phase_one import phase_one_config, run_phase_one
 from train.ranks import barrier
 from train.run_folder import RunFolder, store_reference, warn_of_random_teacher
+from train.self_training import label_images
 from train.students.catalog import count_macs, measure_latency
 
 log = get_logger("train")
@@ -77,6 +78,9 @@ def train_with_control(
     if config.resume and folder.is_complete(config):
         log.info("%s is complete: nothing left to do", config.out)
         return folder.read_summary() or {}
+    if config.boxes_from is not None and is_main:
+        label_images(config, store)
+    barrier()
     pretrain = None
     if config.pretrain_epochs and not config.control_only:
         pretrain = run_phase_one(config, store, trainer.task, deadline, events, is_main)
@@ -91,6 +95,7 @@ def train_with_control(
         batches = {name: getattr(main.config, name) for name in ("batch_size", "grad_accum_steps")}
         folder_of_control, events_of_control = RunFolder(config.out / "control"), EventStream()
         if is_main:
+            folder_of_control.take_boxes(folder)
             events_of_control.start(folder_of_control)
         request = FitRequest(
             config=config.replace(**batches),

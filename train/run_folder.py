@@ -17,7 +17,7 @@ from console.log import get_logger
 from console.options import names_where
 from console.output import plain_json
 from console.redaction import redact_values
-from files.writing import check_writable, replace_file, shortened
+from files.writing import check_writable, replace_file, replacing, shortened
 from store.format import RANDOM_WEIGHTS_NOTICE
 from store.reader import Store
 from train.config import TrainConfig, config_to_json
@@ -27,7 +27,9 @@ log = get_logger("train")
 
 CONFIG, METRICS, EVENTS, SUMMARY = "config.json", "metrics.jsonl", "events.jsonl", "summary.json"
 LATENCY = "latency.json"  # measured by `cli report`
-OURS = (CONFIG, METRICS, EVENTS, SUMMARY, LATENCY, "best.pt", "last.pt")
+#: What the detector of `--boxes-from` found.
+BOXES_FOUND = "boxes.npz"
+OURS = (CONFIG, METRICS, EVENTS, SUMMARY, LATENCY, BOXES_FOUND, "best.pt", "last.pt")
 #: The folder of phase one, and the `phase` of its lines in metrics.jsonl.
 PRETRAIN = "pretrain"
 #: The rotations of the teachers' features, with `--standardize phi-s`.
@@ -209,6 +211,13 @@ class RunFolder:
         if config.resume and taken:
             self.check_same_options(config)
             self.check_same_store(store_reference(store, config))
+
+    def take_boxes(self, other: RunFolder) -> None:
+        """Copy what the detector of `--boxes-from` found for another run."""
+        if (other.path / BOXES_FOUND).exists():
+            self.create()
+            with replacing(self.path / BOXES_FOUND) as partial:
+                shutil.copyfile(other.path / BOXES_FOUND, partial)
 
     def remove_run(self) -> None:
         """Delete what an earlier run wrote, and no other file of the folder."""

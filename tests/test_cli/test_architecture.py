@@ -75,7 +75,7 @@ TRAIN_LAYERS = (
     ("memory", "phase_one"),
     ("yolo",),
     ("deliver",),
-    ("run", "sweep", "report"),
+    ("run", "self_training", "sweep", "report"),
 )
 
 

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tests.test_train.yolo_data import make_store, scenes
+from store.errors import DistillError
+from tests.test_train.yolo_data import Row, make_store, scenes
 from tests.test_train.yolo_runs import (
     Listener,
     make_config,
@@ -19,6 +21,7 @@ from train.checkpoint import load_checkpoint, load_student_from_run
 from train.errors import ConfigError, TrainError
 from train.loop.machine import OutOfMemoryError
 from train.run import run_training
+from train.run_folder import RunFolder
 
 pytest.importorskip("ultralytics")
 
@@ -232,12 +235,11 @@ def test_an_explicit_batch_larger_than_the_split_is_an_error(yolo_store: Path, t
         run_training(make_config(yolo_store, tmp_path / "out", batch_size=64))
 
 
-@pytest.mark.slow
-def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_path: Path) -> None:
-    from train.deliver.evaluate import evaluate_run
-
-    store = make_store(tmp_path / "s.zarr", {"train": scenes(64, 0), "val": scenes(16, 1)})
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def learned_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    """A store, the folder of a training that finds objects in it, and the training's summary."""
+    folder = tmp_path_factory.mktemp("learned")
+    store = make_store(folder / "s.zarr", {"train": scenes(64, 0), "val": scenes(16, 1)})
     options = {
         "optimizer": "adamw",
         "learning_rate": 2e-3,
@@ -245,9 +247,21 @@ def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_pa
         "image_size": 96,
         "warmup_epochs": 1,
     }
-    summary = run_training(
-        make_config(store, out, **options, yolo_settings="plots=false,nbs=4,close_mosaic=4")
+    settings = "plots=false,nbs=4,close_mosaic=4"
+    return (
+        store,
+        folder / "out",
+        run_training(make_config(store, folder / "out", **options, yolo_settings=settings)),
     )
+
+
+@pytest.mark.slow
+def test_a_student_learns_and_evaluation_finds_what_the_training_measured(
+    learned_run: tuple[Path, Path, dict[str, Any]],
+) -> None:
+    from train.deliver.evaluate import evaluate_run
+
+    store, out, summary = learned_run
     assert summary["metrics"]["map50"] > 0.3
     records = metrics_of(out)
     assert records[-1]["feature_loss"] < 0.5 * records[0]["feature_loss"]
@@ -256,6 +270,72 @@ def test_a_student_learns_and_evaluation_finds_what_the_training_measured(tmp_pa
     for name, value in summary["exported"].items():
         assert found["metrics"][name] == pytest.approx(value, abs=0.02)
     assert found["per_class"].keys() == {"red", "green"}
+
+
+def unlabeled(rows: list[Row]) -> list[Row]:
+    """The same images as ones without a label file."""
+    return [(image, np.zeros((1, 4), np.float32), np.array([-1], np.int32)) for image, _, _ in rows]
+
+
+@pytest.mark.slow
+def test_a_trained_detector_labels_images_without_boxes(
+    learned_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path, train_log: pytest.LogCaptureFixture
+) -> None:
+    from train.yolo.found_boxes import FoundBoxes
+
+    _, detector, _ = learned_run
+    hidden = scenes(12, 5)
+    splits = {"train": [*unlabeled(hidden[:6]), *scenes(4, 6), *unlabeled(hidden[6:])], "val": scenes(8, 1)}
+    out = tmp_path / "out"
+    config = make_config(
+        make_store(tmp_path / "mixed.zarr", splits), out, epochs=1, boxes_from=detector, control=True
+    )
+    run_training(config)
+    found, truth = FoundBoxes.read(out), dict(zip([*range(6), *range(10, 16)], hidden, strict=True))
+    assert f"{len(found.rows)} boxes of confidence {float(found.confidence):.2f} or more" in train_log.text
+    assert set(found.rows.tolist()) <= truth.keys(), "labeled images keep their boxes"
+    centers, halves = found.boxes[:, :2], found.boxes[:, 2:] / 2
+    corners = np.concatenate([centers - halves, centers + halves], axis=1)
+    right = 0
+    for row, box, label in zip(found.rows.tolist(), corners, found.classes, strict=True):
+        image, boxes, classes = truth[row]
+        overlaps = [overlap(box * np.tile(image.shape[1::-1], 2), true) for true in boxes]
+        best = int(np.argmax(overlaps))
+        right += overlaps[best] > 0.5 and classes[best] == label
+    assert right > 0.6 * len(found.rows) > 0
+    learned = 4 + len(np.unique(found.rows))
+    for folder in (out, out / "control"):
+        assert RunFolder(folder).read_resolved()["train_images"] == learned
+    assert (out / "boxes.npz").read_bytes() == (out / "control/boxes.npz").read_bytes()
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union of two boxes (corners)."""
+    sides = np.clip(np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]), 0, None)
+    both = float(np.prod(sides))
+    return both / float(np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2]) - both)
+
+
+def test_what_cannot_label_images_is_one_line(
+    yolo_store: Path, yolo_run: tuple[Path, Listener], run_folder: Path, tmp_path: Path
+) -> None:
+    folder, _ = yolo_run
+    splits = {"train": [*unlabeled(scenes(2, 5)), *scenes(4, 6)], "val": scenes(4, 1)}
+    store = make_store(tmp_path / "mixed.zarr", splits)
+    other = make_store(tmp_path / "other.zarr", splits, names=("cat", "dog"))
+    for data, detector, problem in (
+        (yolo_store, folder, "every image of .* is labeled: leave the option out"),
+        (store, run_folder, "its task is classification, expected a run of a YOLOv8 student"),
+        (store, tmp_path / "gone", "not a run folder|no such"),
+        (other, folder, "has classes cat, dog, the student of .* knows red, green"),
+        (
+            store,
+            folder,
+            "it finds none of the objects of split val, so it cannot label images: train it longer",
+        ),
+    ):
+        with pytest.raises(DistillError, match=problem):
+            run_training(make_config(data, tmp_path / "out", epochs=1, boxes_from=detector, overwrite=True))
 
 
 def test_evaluation_wants_the_same_classes(yolo_run: tuple[Path, Listener], tmp_path: Path) -> None:

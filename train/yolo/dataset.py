@@ -180,11 +180,15 @@ class StoreDataset(YOLODataset):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class DetectionSplit:
-    """What the trainer needs of one split: `records`, and `read_image(row)` → uint8 [H, W, 3] RGB."""
+    """What the trainer needs of one split: `records`, and `read_image(row)` → uint8 [H, W, 3] RGB.
+
+    `raw`: the images are what the teacher saw, so all of them have its size.
+    """
 
     records: list[DetectionRecord]
     read_image: Callable[[int], NDArray[np.uint8]]
     targets: LevelTargets | None = None
+    raw: bool = False
 
 
 class SourceImages:
@@ -263,7 +267,7 @@ def open_split(
             for teacher, layer, prefix in wanted.values()
         }
         targets = LevelTargets({level: found[prefix, layer] for level, (_, layer, prefix) in wanted.items()})
-    return DetectionSplit(records, SourceImages(reader, image_size), targets)
+    return DetectionSplit(records, SourceImages(reader, image_size), targets, reader.kind == "raw")
 
 
 def detection_records(

@@ -38,12 +38,7 @@ def evaluate_yolo(
     network: Any = str(run) if exported else student.network
     names = dict(enumerate(content["class_names"]))
     with tempfile.TemporaryDirectory() as scratch:
-        validator = build_validator(config, data, names, Path(scratch))
-        if not exported:
-            network.names, network.args = names, vars(validator.args)
-            network.float().eval()
-        with torch.inference_mode():
-            stats = validator(model=network)
+        validator, stats = validate(config, data, network, names, Path(scratch))
     return {
         "samples": len(data.records),
         "metrics": {name: float(stats[key]) for name, key in METRICS.items()},
@@ -57,6 +52,18 @@ def check_same_classes(ours: tuple[str, ...], theirs: tuple[str, ...], store: st
             f"{store} has classes {', '.join(ours[:5])}, the student of {run} knows {', '.join(theirs[:5])}: evaluate on "
             "a store with the same classes in the same order"
         )
+
+
+def validate(
+    config: TrainConfig, data: Any, network: Any, names: dict[int, str], folder: Path
+) -> tuple[Any, dict[str, Any]]:
+    """ultralytics' validator after its run on the records of a split, and the statistics; `network`: or an ONNX file's path."""
+    validator = build_validator(config, data, names, folder)
+    if not isinstance(network, str):
+        network.names, network.args = names, vars(validator.args)
+        network.float().eval()
+    with torch.inference_mode():
+        return validator, validator(model=network)
 
 
 def build_validator(config: TrainConfig, data: Any, names: dict[int, str], folder: Path) -> Any:

@@ -65,7 +65,8 @@ class YoloTrainer:
         first_epoch = 0 if state is None else state["epoch"] + 1
         job = build_job(config, folder.path, self.store, state)
         trainer = StoreTrainer(job)
-        resolved = {"task": self.task, "ultralytics": trainer_arguments(trainer)}
+        images = len(job.splits["train"].records)
+        resolved = {"task": self.task, "train_images": images, "ultralytics": trainer_arguments(trainer)}
         folder.write_config(config, resolved, store_reference(self.store, config))
         train = train_on_ranks if trainer.ddp else train_here
         try:

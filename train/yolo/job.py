@@ -31,6 +31,7 @@ from train.students.families import FAMILIES, parse_student_name
 from train.students.weights import load_phase_one
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
 from train.yolo.dataset import DetectionSplit, open_split
+from train.yolo.found_boxes import add_found_boxes
 from train.yolo.model import LEVELS, Distillation, DistilledDetectionModel, level_of, plain_detector
 from train.yolo.options import (
     clip_norm,
@@ -122,6 +123,8 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     names = class_names(config, store)
     devices = device_arguments(config)
     splits = open_splits(config, store, 2 if mixes_images(parse_settings(config.yolo_settings)) else 1)
+    if config.boxes_from is not None:
+        splits["train"] = add_found_boxes(run, store, config.train_split, splits["train"])
     config = fit_batch(config, len(splits["train"].records), log.info)
     arguments = (
         ultralytics_arguments(config, len(splits["train"].records))
