@@ -62,7 +62,7 @@ class Study:
 
     `labels_per_class`, `unlabeled`: see `write_emoji_table`. `control_unlabeled`: the control trains on the labeled
     images alone (the others teach it nothing), for as many steps. `data`, `labels`: a folder of --data, and how many of
-    its training images are labeled, see `benchmarks.learning_sets.lay_out`.
+    its training images are labeled, see `benchmarks.learning_sets.lay_out`. `rates`: learning rates to choose from.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Study:
     scenes: bool = False
     data: str = ""
     labels: int | None = None
+    rates: tuple[float, ...] = LEARNING_RATES
 
 
 EMOJI = {"image_size": 32, "batch_size": 32, "augment": "mild"}
@@ -103,10 +104,12 @@ STUDIES = {
 }
 USUAL = "few,all,scenes"
 
+DATA_RATES = (1e-3, 3e-3)
 PHOTOS = {"image_size": 64, "batch_size": 32}
-STREETS = {"image_size": 96, "batch_size": 8}
+STREETS = {"image_size": 48, "batch_size": 8}
 CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
-STREETS_FIRST = {"pretrain_epochs": 10, "distillation_type": "hybrid"}
+STREETS_FIRST = {"pretrain_epochs": 20, "distillation_type": "hybrid"}
+STREETS_RATES = (3e-4, 1e-3)
 CELLS_FIRST = {"pretrain_epochs": 20}
 DATA_STUDIES = {
     study.name: study
@@ -120,28 +123,40 @@ DATA_STUDIES = {
             PHOTOS,
             data="clothing",
             labels=10,
+            rates=DATA_RATES,
         ),
-        Study("clothing-all", "clothing, all labels", SMALL, "top1", 12, PHOTOS, data="clothing"),
+        Study(
+            "clothing-all",
+            "clothing, all labels",
+            SMALL,
+            "top1",
+            12,
+            PHOTOS,
+            data="clothing",
+            rates=DATA_RATES,
+        ),
         Study(
             "camvid-few",
             "CamVid, 30 labeled, the rest unlabeled",
             "unet/small",
             "miou",
-            15,
+            10,
             STREETS,
             STREETS_FIRST,
             data="camvid",
             labels=30,
+            rates=STREETS_RATES,
         ),
         Study(
             "camvid-all",
             "CamVid, all labels",
             "unet/small",
             "miou",
-            15,
+            10,
             STREETS,
             STREETS_FIRST,
             data="camvid",
+            rates=STREETS_RATES,
         ),
         Study(
             "bccd-few",
@@ -153,21 +168,31 @@ DATA_STUDIES = {
             CELLS_FIRST,
             data="bccd",
             labels=30,
+            rates=DATA_RATES,
         ),
-        Study("bccd-all", "BCCD, all labels", "yolov8n", "map50_95", 12, CELLS, CELLS_FIRST, data="bccd"),
+        Study(
+            "bccd-all",
+            "BCCD, all labels",
+            "yolov8n",
+            "map50_95",
+            12,
+            CELLS,
+            CELLS_FIRST,
+            data="bccd",
+            rates=DATA_RATES,
+        ),
     )
 }
-DATA_RATES = (1e-3, 3e-3)
 
 
 class Bench:
-    """Stores and finished trainings in one folder."""
+    """Stores and finished trainings in one folder. `rates`: learning rates to choose from instead of those of the studies."""
 
     def __init__(
         self,
         work: Path,
         quick: bool,
-        rates: tuple[float, ...] = LEARNING_RATES,
+        rates: tuple[float, ...] = (),
         draws: int | None = None,
         data: Path | None = None,
     ) -> None:
@@ -291,9 +316,10 @@ class Bench:
 
     def tune(self, study: Study, options: dict[str, Any]) -> float:
         """The learning rate that is best on the validation split."""
-        if len(self.rates) == 1:
-            return self.rates[0]
-        scores = {rate: self.train(study, options, rate, TUNING_SEED)["val"] for rate in self.rates}
+        rates = self.rates or study.rates
+        if len(rates) == 1:
+            return rates[0]
+        scores = {rate: self.train(study, options, rate, TUNING_SEED)["val"] for rate in rates}
         return max(scores, key=scores.__getitem__)
 
 
@@ -464,10 +490,9 @@ def report(arguments: argparse.Namespace, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     grid = arguments.learning_rates
     known, usual = STUDIES, USUAL
-    rates: tuple[float, ...] = LEARNING_RATES
     if arguments.data is not None:
-        known, usual, rates = DATA_STUDIES, ",".join(DATA_STUDIES), DATA_RATES
-    rates = tuple(float(text) for text in grid.split(",")) if grid else rates
+        known, usual = DATA_STUDIES, ",".join(DATA_STUDIES)
+    rates = tuple(float(text) for text in grid.split(",")) if grid else ()
     bench = Bench(work, arguments.quick, rates, arguments.draws, arguments.data)
     names = (arguments.studies or usual).split(",")
     if unknown := [name for name in names if name not in known]:
