@@ -83,6 +83,8 @@ class RemoteFiles:
         """
         if size is None:
             size = self._try(key, None, lambda files, path: int(files.info(path)["size"]))
+        if not size:  # Azure refuses every range of an empty file
+            return
         starts = range(0, size, BLOCK_BYTES)
         if self.url.startswith("http") or len(starts) < 2:
             first = self._range(key, 0, min(size, BLOCK_BYTES))

@@ -40,6 +40,18 @@ def bucket(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> st
     return f"gs://{name}"
 
 
+def test_an_empty_file_is_read_without_a_range(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Azure refuses every range of one."""
+    files = RemoteFiles(f"{bucket}/a.zarr", ())
+    files.write("empty", b"")
+    monkeypatch.setattr(RemoteFiles, "_range", refuse)
+    assert list(files.blocks("empty")) == []
+
+
+def refuse(*_: object) -> bytes:
+    raise AssertionError("a range was asked for")
+
+
 def test_files_and_locks(bucket: str) -> None:
     files = RemoteFiles(f"{bucket}/a.zarr", ())
     etag = files.write("one", b"content")
