@@ -1,6 +1,7 @@
 """Public data sets for benchmarks/learning.py --data DIR, with the labels of some training images hidden.
 
-DIR has the folders `clothing`, `camvid` and `bccd`, as docs/benchmarks.md describes. Images are links to DIR.
+DIR has the folders `clothing`, `camvid` and `bccd`, as docs/benchmarks.md describes; the digits are scikit-learn's. Images are
+links to DIR.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 SPLITS = ("train", "val", "test")
+DIGITS = {"train": 600, "val": 400, "test": 797}  # in their order
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class DataSet:
 UNLABELED = {"source_options": {"unlabeled": True}}
 DATA_SETS = {
     "clothing": DataSet("table", {"image_size": 160, "grid": 0, "logits": "probe"}),
+    "digits": DataSet("table", {"image_size": 160, "grid": 0, "logits": "probe"}),
     "camvid": DataSet(
         "masks",
         {"image_size": 384, "grid": "native", "layers": "3,last", "logits": "probe", **UNLABELED},
@@ -43,12 +47,14 @@ def lay_out(name: str, data: Path, folder: Path, labels: int | None, draw: int, 
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    generator = np.random.default_rng([4, draw])
+    if name == "digits":
+        return digits(folder, labels, generator, every)
     source = (data / name).resolve()
     if not source.is_dir():
         raise SystemExit(
             f"{source} does not exist: --data DIR needs the folder {name}, see docs/benchmarks.md"
         )
-    generator = np.random.default_rng([4, draw])
     return {"clothing": clothing, "camvid": camvid, "bccd": bccd}[name](
         source, folder, labels, generator, every
     )
@@ -72,6 +78,30 @@ def clothing(
             for file in files:
                 image = f"images/{split}/{kind.name}/{file.name}"
                 rows.append({"image": image, "label": kind.name if file in chosen else "", "split": split})
+    return write_table(folder, rows)
+
+
+def digits(folder: Path, labels: int | None, generator: np.random.Generator, every: int) -> Path:
+    """scikit-learn's 1,797 scanned digits as a table of images, in which only some training images have a label."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    (folder / "images").mkdir()
+    rows = []
+    chosen = set(
+        range(DIGITS["train"]) if labels is None else generator.permutation(DIGITS["train"])[:labels]
+    )
+    splits = [split for split, count in DIGITS.items() for _ in range(count)]
+    for number in range(0, len(splits), every):
+        image, split = f"images/{number:04d}.png", splits[number]
+        pixels = np.round(found.images[number] * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(folder / image)
+        shown = split != "train" or number in chosen
+        rows.append({"image": image, "label": str(found.target[number]) if shown else "", "split": split})
+    return write_table(folder, rows)
+
+
+def write_table(folder: Path, rows: list[dict[str, str]]) -> Path:
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as table:
         writer = csv.DictWriter(table, ["image", "label", "split"])
         writer.writeheader()

@@ -69,7 +69,7 @@ def labeled(source: Source, split: str) -> list[str]:
     return [sample.key for sample in source.splits[split] if has(sample)]
 
 
-@pytest.mark.parametrize(("name", "count"), [("clothing", 4), ("camvid", 2), ("bccd", 2)])
+@pytest.mark.parametrize(("name", "count"), [("clothing", 4), ("camvid", 2), ("bccd", 2), ("digits", 2)])
 def test_labels_of_some_training_images_are_kept(name: str, count: int, data: Path, tmp_path: Path) -> None:
     source = opened(name, data, tmp_path / "few", 2)
     everything = opened(name, data, tmp_path / "all", None)
