@@ -118,6 +118,7 @@ FOLLOWED = [
     "augment",
     "auto_batch",
     "batch_size",
+    "boxes_from",
     "cache_dir",
     "cache_gb",
     "checkpoint_interval",
