@@ -79,7 +79,7 @@ class TrainConfig(BaseModel):
         "Share of labeled samples in each batch, where others have no label or mask.",
         gt=0,
         le=1,
-        shown_default="theirs, and at least 5 % where logits teach the others, else a quarter",
+        shown_default="theirs, and at least a quarter",
         distills=True,
         not_for={"yolov8": "detectors train on images with boxes; --pretrain-epochs learns from all"},
     )
@@ -176,11 +176,10 @@ class TrainConfig(BaseModel):
         ge=1,
         shown_default="as many as train as many samples as a validation has",
     )
-    mixup_alpha: float | None = _optimization(
-        None,
+    mixup_alpha: float = _optimization(
+        0.0,
         "MixUp's Beta parameter; 0: off.",
         ge=0,
-        shown_default="0.2 where logits teach samples without a label, else 0",
         not_for={"yolov8": "use --yolo-settings mixup=PROBABILITY"},
     )
     cutmix_alpha: float = _optimization(

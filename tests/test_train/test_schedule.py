@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
 from train.data.batches import Balance, EpochBatches, micro_batches, rank_share
-from train.data.splits import TrainingData
-from train.distill.objective import DistillationPlan
-from train.distill.resolve import default_mixup
 from train.loop import loop
-from train.loop.assemble import balance_rows
 from train.loop.loop import group_sizes, learning_rate_at, warmup_steps
 from train.run import run_training
-from train.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
@@ -137,54 +129,3 @@ def test_a_control_of_mixed_rows_sees_the_labeled_ones_alone_in_full_batches():
     batches = EpochBatches(rows, 8, seed=1, balance=Balance(rows[:3], rows[:0], 1.0))
     assert [len(batch) for batch in batches] == [8, 8, 4]
     assert {item.row for batch in batches for item in batch} == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("labeled", "options", "share", "mixup"),
-    [
-        (2, {}, 0.05, 0.2),  # the teacher's logits teach the others
-        (2, {"labeled_share": 0.5}, 0.5, 0.2),
-        (2, {"cutmix_alpha": 1.0}, 0.05, 0.0),
-        (2, {"feature_loss_type": "relation"}, 0.05, 0.0),
-        (10, {}, None, 0.2),  # as many as that already: every row once an epoch
-        (60, {}, None, 0.0),
-    ],
-)
-def test_defaults_where_logits_teach_rows_without_a_label(
-    make_config: Any, labeled: int, options: dict[str, Any], share: float | None, mixup: float
-) -> None:
-    config, plan = make_config(Path("store"), **options), DistillationPlan(pooled=True, logits="probe")
-    data = data_of(labeled, 60)
-    balance = balance_rows(config, data, plan)
-    assert (None if balance is None else balance.share) == share
-    assert default_mixup(config, data, plan) == mixup
-    features = DistillationPlan(pooled=True)
-    assert default_mixup(config, data, features) == 0.0
-    if labeled < 15 and not config.labeled_share:
-        quarter = balance_rows(config, data, features)
-        assert quarter is not None
-        assert quarter.share == 0.25
-
-
-def data_of(labeled: int, samples: int) -> TrainingData:
-    rows = np.arange(samples)
-    labels = np.where(rows < labeled, 0, -1).astype(np.int32)
-    return TrainingData(
-        task="classification",
-        num_classes=3,
-        train_rows=rows,
-        val_rows=rows,
-        train_labels=labels,
-        val_labels=labels,
-        validation_samples=samples,
-        labeled=labels >= 0,
-    )
-
-
-def test_the_control_has_the_mixup_of_the_distilled_student(make_store: Any, make_config: Any) -> None:
-    store = make_store(logits=True, unlabelled=tuple(range(1, 8)))
-    config = make_config(store, epochs=1, control=True)
-    run_training(config)
-    chosen = [RunFolder(folder).read_resolved() for folder in (config.out, config.out / "control")]
-    assert [resolved["mixup_alpha"] for resolved in chosen] == [0.2, 0.2]
-    assert [resolved["labeled_share"] for resolved in chosen] == [None, 1.0]

@@ -23,7 +23,7 @@ from store.format import (
 from store.reader import Split, Store
 from store.summary import unlabeled_rows
 from train.config import TrainConfig
-from train.data.splits import CLASS_TASKS, TrainingData
+from train.data.splits import CLASS_TASKS
 from train.data.views import AUGMENTATIONS, Augmentation
 from train.distill.levels import (
     DETECTOR_LEVELS,
@@ -36,8 +36,6 @@ from train.distill.objective import DistillationPlan
 from train.errors import ConfigError
 from train.students.base import Student, StudentSpec
 
-#: Default of MixUp's parameter where the teacher's logits teach samples without a label.
-MIXUP_ALPHA = 0.2
 #: Of pooled targets whose mirror images are stored, as in AUGMENTATIONS["full"].
 FLIP_PROBABILITY = 0.5
 
@@ -279,13 +277,6 @@ def resolve_augmentation(
             f"augment {name}: recorded views are replayed as they are: use photometric or --views random"
         )
     return name, AUGMENTATIONS[name]
-
-
-def default_mixup(config: TrainConfig, data: TrainingData, plan: DistillationPlan) -> float:
-    """MixUp's parameter where none was asked for: few labels are learned by heart without it (docs/benchmarks.md)."""
-    unlabeled = data.task == "classification" and data.labeled is not None and not data.labeled.all()
-    excluded = bool(config.cutmix_alpha) or config.feature_loss_type == "relation"
-    return MIXUP_ALPHA if unlabeled and plan.logits is not None and not excluded else 0.0
 
 
 def check_mixing(config: TrainConfig, task: str, plan: DistillationPlan) -> None:

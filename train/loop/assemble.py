@@ -32,13 +32,7 @@ from train.data.views import AUGMENTATIONS, Augmentation
 from train.distill.objective import DistillationPlan, Objective, build_standardizers, other_teacher
 from train.distill.projector import DistilledStudent, TeacherHeads, build_projector, take_over_heads
 from train.distill.reference import teacher_reference
-from train.distill.resolve import (
-    check_mixing,
-    chosen_teachers,
-    default_mixup,
-    resolve_augmentation,
-    resolve_teachers,
-)
+from train.distill.resolve import check_mixing, chosen_teachers, resolve_augmentation, resolve_teachers
 from train.distill.transport import resize_matrices
 from train.errors import ConfigError
 from train.loop.loop import Parts, TrainingState, build_normalizer, derive_seed
@@ -52,8 +46,8 @@ from train.students.build import build_student
 from train.students.weights import load_phase_one
 from train.tasks import Task, build_task
 
-#: Least share of labeled samples in a batch by default; the second one where the teacher's logits teach the others.
-LABELED_SHARE, LABELED_SHARE_WITH_LOGITS = 0.25, 0.05
+#: Least share of labeled samples in a batch by default.
+LABELED_SHARE = 0.25
 #: Sub-seeds: the alignment head must not change the student's initial weights.
 STUDENT_SEED, HEAD_SEED = 1, 2
 
@@ -102,8 +96,6 @@ def build_training(
     plans = resolve_teachers(config, teachers, data.task, student, notes)
     # The control is shown what its distilled counterpart is shown: the plans decide on the images of both.
     name, augmentation = resolve_augmentation(config, plans, notes)
-    if config.mixup_alpha is None:
-        config = config.replace(mixup_alpha=default_mixup(config, data, plans[0]))
     all_learned = [DistillationPlan()] if control else plans
     learned = all_learned[0]
     for plan in all_learned:
@@ -147,7 +139,7 @@ def build_training(
     if accelerator.num_processes > 1 and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     recorded = store.manifest.views if plans[0].recorded else 0
-    balance = balance_rows(config, data, learned)
+    balance = balance_rows(config, data, teaches_all=learned.anything)
     train_loader = build_loader(
         config,
         store,
@@ -198,7 +190,7 @@ def build_training(
         metric = TASK_METRICS[data.task].best
         splits = (store[config.val_split], store[config.train_split])
         parts.reference = teacher_reference(store, *splits, metric, learned.logits)
-        parts.labeled_alone = balance_rows(config, data, DistillationPlan())
+        parts.labeled_alone = balance_rows(config, data, teaches_all=False)
     return Built(parts, student, teachers, plans, name, data.validation_samples, notes, lora)
 
 
@@ -231,20 +223,19 @@ def build_initial_student(config: TrainConfig, data: TrainingData) -> Student:
     return student
 
 
-def balance_rows(config: TrainConfig, data: TrainingData, plan: DistillationPlan) -> Balance | None:
+def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) -> Balance | None:
     """How batches are drawn where only some rows are labeled; None: every row once an epoch.
 
-    A control, whose plan is empty, since nothing but labels teaches it, sees labeled rows only, in as many full batches.
+    A control, which nothing but labels teaches (`teaches_all` False), sees labeled rows only, in as many full batches.
     """
     if data.labeled is None or data.labeled.all() or not data.labeled.any() or not config.hard_label_weight:
         return None
     rows = data.train_rows
-    if not plan.anything:
+    if not teaches_all:
         return Balance(rows[data.labeled], rows[:0], 1.0)
-    least = LABELED_SHARE if plan.logits is None else LABELED_SHARE_WITH_LOGITS
-    if config.labeled_share is None and data.labeled.mean() >= least:
+    if config.labeled_share is None and data.labeled.mean() >= LABELED_SHARE:
         return None
-    return Balance(rows[data.labeled], rows[~data.labeled], config.labeled_share or least)
+    return Balance(rows[data.labeled], rows[~data.labeled], config.labeled_share or LABELED_SHARE)
 
 
 def build_heads(

@@ -295,7 +295,7 @@ class Loop:
         )
         images, mixing = parts.normalize(batch.images), None
         if config.mixup_alpha or config.cutmix_alpha:
-            mixing, box = draw_mixing(config.mixup_alpha or 0.0, config.cutmix_alpha, images)
+            mixing, box = draw_mixing(config.mixup_alpha, config.cutmix_alpha, images)
             images = mix_images(images, mixing, box)
         output = parts.wrapped(images, batch.lengths) if batch.lengths is not None else parts.wrapped(images)
         return parts.objective.losses(output, batch, targets, counts, mixing)

@@ -141,13 +141,11 @@ class LoopTrainer:
 
     def resolved(self, built: Built, control: bool) -> dict[str, Any]:
         """What options and store were resolved to, for config.json."""
-        parts, balance = built.parts, built.parts.train_loader.batches.balance
+        parts = built.parts
         return {
             "task": self.task,
             "num_classes": self.data.num_classes,
             "augment": built.augmentation,
-            "mixup_alpha": parts.config.mixup_alpha,
-            "labeled_share": None if balance is None else balance.share,
             "distilled": None if control else dataclasses.asdict(built.plans[0]),
             # What is distilled of further teachers.
             "other_teachers": {}
