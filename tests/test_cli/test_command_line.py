@@ -205,7 +205,7 @@ def test_help_shows_types_and_the_recipes_defaults() -> None:
         r"--augment +<choice> +.*\[default: auto\]",
         r"--epochs +<int> +.*\[default: 100\]",
         r"--student-path +<path>",
-        r"--cutmix-alpha +<float> +.*\[default: 0\]",
+        r"--mixup-alpha +<float> +.*\[default: 0\]",
     ):
         assert re.search(line, shown["train"]), line
     assert re.search(

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 def test_accumulation_equals_one_large_batch(make_store, make_config, tmp_path):
     """Ragged groups, unlabelled samples: the counts are those of the whole group (a student without batch norm)."""
     store = make_store(train=27, logits=True, unlabelled=(2, 5))
-    common = {"student": "timm:test_vit", "augment": "none", "max_grad_norm": 0.5, "mixup_alpha": 0.0}
+    common = {"student": "timm:test_vit", "augment": "none", "max_grad_norm": 0.5}
     weights = []
     for name, size, steps in (("large", 12, 1), ("small", 3, 4)):
         config = make_config(
