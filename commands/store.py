@@ -318,15 +318,6 @@ def verify(
         raise typer.Exit(1)
 
 
-def refuse_url(path: str, what: str) -> None:
-    """Raises StoreError for an address where a local path is needed."""
-    from store.errors import StoreError
-    from store.metadata import is_url
-
-    if is_url(path):
-        raise StoreError(f"{path}: {what} works on local paths only; copy it to a local disk first")
-
-
 def print_audit(audit: dict[str, Any]) -> None:
     """The result of encoding samples again."""
     line = f"{audit['samples']} samples encoded again: least cosine {audit['pooled']:.6f} (pooled)"
@@ -438,7 +429,7 @@ def convert_paths(source: str, target: str, *, zstd: bool, int8: bool, pca: int 
     """Convert in the way that the two paths and the options ask for. Raises StoreError where there is none."""
     from store.errors import StoreError
     from store.hdf5 import hdf5_to_store, store_to_hdf5
-    from store.replicate import writing_to
+    from store.replicate import reading_from, writing_to
     from store.transfer import pack_store
 
     packing = zstd or int8 or pca is not None
@@ -449,13 +440,12 @@ def convert_paths(source: str, target: str, *, zstd: bool, int8: bool, pca: int 
         raise StoreError(
             f"convert {source} to {target}: one of the two must end in .h5, or choose --zstd, --int8 or --pca"
         )
-    if from_hdf5:
-        refuse_url(source, "convert from HDF5")
     with writing_to(target) as place:
         if packing:
             return pack_store(source, place, zstd=zstd, int8=int8, pca=pca)
         if from_hdf5:
-            hdf5_to_store(source, place)
+            with reading_from(source) as file:
+                hdf5_to_store(file, place)
         else:
             store_to_hdf5(source, place)
         return []

@@ -14,6 +14,7 @@ import mmap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from store.errors import RemoteError, StoreError
@@ -204,6 +205,10 @@ class RemoteFiles:
             return etag_of(info)
 
         return self._try(key, None, put, write=True)
+
+    def download(self, key: str, target: Path) -> None:
+        """Copy a file to this disk, through no more memory than a part needs. Raises StoreError, FileNotFoundError."""
+        self._try(key, FIRST_PAUSES_S, lambda files, path: files.get_file(path, str(target)))
 
     def check_writable(self, key: str) -> None:
         """Write an empty file and delete it. Raises StoreError."""

@@ -186,6 +186,24 @@ def writing_to(target: str) -> Iterator[Path]:
                     files.write("", data)
 
 
+@contextlib.contextmanager
+def reading_from(source: str) -> Iterator[Path]:
+    """A file on this disk: `source`, or for a URL a copy that is deleted afterwards. Raises StoreError."""
+    if not is_url(source):
+        yield Path(source)
+        return
+    cache = cache_folder("stores", CACHE_VARIABLE)
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".convert-", dir=cache) as place:
+            copy = Path(place) / source.rpartition("/")[2]
+            try:
+                RemoteFiles(source).download("", copy)
+            except FileNotFoundError:
+                raise StoreError(f"{source}: no such file: check the address") from None
+            yield copy
+
+
 def chosen_arrays(manifest: Manifest, arrays: Collection[str] | None, source: str) -> frozenset[str]:
     """The names of the manifest's arrays that are copied."""
     known = [spec.name for spec in manifest.arrays]
