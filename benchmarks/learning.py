@@ -15,8 +15,8 @@ the teacher's features, fitted on the same labels, as the ceiling.
     python benchmarks/learning.py --data DIR --work DIR [--studies clothing-few,camvid-few,bccd-few,…]
 
 With --data: clothing photos, CamVid street scenes and BCCD blood cells (docs/benchmarks.md), with few labels and all
-other images unlabeled, or with all labels; and scanned digits, of which the teacher knows little. The control is `cli train --control-only` on the same store: as many updates
-on the labels. Each seed gets another selection of labeled images.
+other images unlabeled, or with all labels; and scanned digits, of which the teacher knows little. The control is
+`cli train --control-only` on the same store: as many updates on the labels. Each seed gets another selection of labeled images.
 
 Finished trainings are kept in --work and not repeated, so a run that was interrupted continues.
 """

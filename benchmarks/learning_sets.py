@@ -9,13 +9,15 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+Item = TypeVar("Item")
 SPLITS = ("train", "val", "test")
 DIGITS = {"train": 600, "val": 400, "test": 797}  # in their order
 
@@ -60,8 +62,8 @@ def lay_out(name: str, data: Path, folder: Path, labels: int | None, draw: int, 
     )
 
 
-def pick(files: list[Path], labels: int | None, generator: np.random.Generator) -> set[Path]:
-    """`labels` of the files at random, None: all."""
+def pick(files: Sequence[Item], labels: int | None, generator: np.random.Generator) -> set[Item]:
+    """`labels` of the files (or their numbers) at random, None: all."""
     return set(files if labels is None else [files[i] for i in generator.permutation(len(files))[:labels]])
 
 
@@ -88,9 +90,7 @@ def digits(folder: Path, labels: int | None, generator: np.random.Generator, eve
     found = load_digits()
     (folder / "images").mkdir()
     rows = []
-    chosen = set(
-        range(DIGITS["train"]) if labels is None else generator.permutation(DIGITS["train"])[:labels]
-    )
+    chosen = pick(range(DIGITS["train"]), labels, generator)
     splits = [split for split, count in DIGITS.items() for _ in range(count)]
     for number in range(0, len(splits), every):
         image, split = f"images/{number:04d}.png", splits[number]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,19 +27,17 @@ from extract.output import adopt_rows
 from extract.plan import ExtractTask, decode_workers, make_task, open_data, open_teacher
 from extract.result import ExtractObserver, logits_stop_message
 from extract.teachers.zero_shot import ZeroShotScorer
-from files.cache import cache_folder
 from files.writing import check_writable
 from processes.deadline import StopDeadline
 from store import format as names
 from store.create import add_arrays
-from store.errors import DistillError, disk_errors
+from store.errors import DistillError
 from store.finalize import finalize_store
 from store.format import LOGITS, logits_array
 from store.metadata import is_url
-from store.mirror import CACHE_VARIABLE
 from store.quality import Probe, assign_folds, fit_probe, knn_accuracy
 from store.reader import Split, Store, open_store
-from store.replicate import replicate_store
+from store.replicate import replicate_store, scratch_folder
 from store.summary import target_kind
 from store.writer import StoreWriter
 
@@ -128,18 +125,14 @@ def fit_and_write(path: Path, *, seed: int, device: str) -> dict[str, Any]:
 
 def probe_copy(url: str, *, seed: int, device: str) -> dict[str, Any]:
     """`probe_store` on a copy of the arrays that the probe needs. Raises StoreError."""
-    cache = cache_folder("stores", CACHE_VARIABLE)
-    with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=cache) as folder:
-            copy = Path(folder) / "copy.zarr"
-            store = open_store(url)
-            check_targets(store, seed)
-            replicate_store(url, str(copy), probed_arrays(training_split(store)))
-            try:
-                return {**probe_store(copy, seed=seed, device=device), "array": None}
-            except (NoLabels, NoTargets) as error:
-                raise type(error)(str(error).replace(str(copy), url)) from error
+    with scratch_folder(".probe-") as folder:
+        copy, store = folder / "copy.zarr", open_store(url)
+        check_targets(store, seed)
+        replicate_store(url, str(copy), probed_arrays(training_split(store)))
+        try:
+            return {**probe_store(copy, seed=seed, device=device), "array": None}
+        except (NoLabels, NoTargets) as error:
+            raise type(error)(str(error).replace(str(copy), url)) from error
 
 
 def check_targets(store: Store, seed: int) -> None:

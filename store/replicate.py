@@ -159,6 +159,16 @@ def replicate_store(
 
 
 @contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """An empty folder in the cache of stores, deleted at the end: for copies of what is at a URL."""
+    cache = cache_folder("stores", CACHE_VARIABLE)
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=cache) as place:
+            yield Path(place)
+
+
+@contextlib.contextmanager
 def writing_to(target: str) -> Iterator[Path]:
     """Where a new store or a new file is made: at `target`, or for a URL on this disk; it is copied there at the end.
 
@@ -173,17 +183,14 @@ def writing_to(target: str) -> Iterator[Path]:
     if found and MARKER not in found:
         raise StoreError(f"{target}: exists; choose another name or delete it")
     RemoteFiles(f"{address}-check-{secrets.token_hex(8)}").check_writable("")
-    cache = cache_folder("stores", CACHE_VARIABLE)
-    with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".convert-", dir=cache) as place:
-            made = Path(place) / address.rpartition("/")[2]
-            yield made
-            if made.is_dir():
-                replicate_store(str(made), target)
-            else:
-                with mapped(made) as data:
-                    files.write("", data)
+    with scratch_folder(".convert-") as place:
+        made = place / address.rpartition("/")[2]
+        yield made
+        if made.is_dir():
+            replicate_store(str(made), target)
+        else:
+            with mapped(made) as data:
+                files.write("", data)
 
 
 @contextlib.contextmanager
@@ -192,16 +199,13 @@ def reading_from(source: str) -> Iterator[Path]:
     if not is_url(source):
         yield Path(source)
         return
-    cache = cache_folder("stores", CACHE_VARIABLE)
-    with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".convert-", dir=cache) as place:
-            copy = Path(place) / source.rpartition("/")[2]
-            try:
-                RemoteFiles(source).download("", copy)
-            except FileNotFoundError:
-                raise StoreError(f"{source}: no such file: check the address") from None
-            yield copy
+    with scratch_folder(".convert-") as place:
+        copy = place / source.rpartition("/")[2]
+        try:
+            RemoteFiles(source).download("", copy)
+        except FileNotFoundError:
+            raise StoreError(f"{source}: no such file: check the address") from None
+        yield copy
 
 
 def chosen_arrays(manifest: Manifest, arrays: Collection[str] | None, source: str) -> frozenset[str]:

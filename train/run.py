@@ -80,7 +80,6 @@ def train_with_control(
         return folder.read_summary() or {}
     if config.boxes_from is not None and is_main:
         label_images(config, store)
-    barrier()
     pretrain = None
     if config.pretrain_epochs and not config.control_only:
         pretrain = run_phase_one(config, store, trainer.task, deadline, events, is_main)

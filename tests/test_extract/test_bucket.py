@@ -221,7 +221,7 @@ def test_damaged_features_are_not_probed(
 def test_a_probe_of_masks_reads_the_grids_of_the_bucket(
     options: dict[str, Any], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its maps are uploaded with the rest; without space for the grids, a line says so."""
+    """Its maps are uploaded with the rest; without space for the grids, the error is one line."""
     monkeypatch.setattr(cells, "STEPS", 5)
     data = str(write_masks(tmp_path / "data", 24))
     options |= {"data": data, "source": "masks", "out": f"{bucket}/a.zarr", "logits": "probe"}
