@@ -3,7 +3,7 @@
 The first folder below the root (or below the split) is the class; deeper folders are just part of the key.
 Class names are sorted by code point (`10` before `9`), exactly as torchvision's `ImageFolder` and ultralytics do,
 so that class numbers agree with theirs. A folder that holds images directly, or has a single sub-folder with
-images, is unlabeled.
+images, is unlabeled. With `unlabeled=true` images or clips beside the class folders are samples without a label.
 
 Clips are video files, or folders of frames, in the same folders: `[train|val|test/][class/]clip.mp4`, or
 `[train|val|test/][class/]clip/000001.jpg`; the two are not mixed. A folder of frames is one clip, its frames sorted by
@@ -26,6 +26,7 @@ from extract.sources.listing import Progress, list_files, make_key, make_keys
 from extract.sources.splitting import SPLIT_NAMES
 from imaging.clips import VIDEO_SUFFIXES, ClipFrame, clip_content, read_clip
 from imaging.decode import IMAGE_SUFFIXES
+from store.format import NO_LABEL
 
 SHOWN = 6
 # A folder of masks or labels, alone or after the name of what it belongs to: `annotations`, `trainannot`, `val_masks`.
@@ -70,19 +71,32 @@ class FileSamples(Samples):
         return Sample(key, label=label, frames=Clip(path)) if self.clips else Sample(key, path, label)
 
 
-def open_folder(path: Path, *, labelled: bool | None = None, progress: Progress | None = None) -> Source:
+def open_folder(
+    path: Path,
+    *,
+    labelled: bool | None = None,
+    unlabeled: bool = False,
+    progress: Progress | None = None,
+) -> Source:
     """Open class folders or an unlabeled folder. `labelled`: None decides by the layout, see above.
 
+    `unlabeled`: images beside the class folders have no label.
     Raises SourceError: no images, or images beside class folders.
     """
     files = list_files(path, IMAGE_SUFFIXES, progress)
     if not files:
         raise SourceError(f"no images in {path}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
-    return class_folders(path, files, labelled, clips=False)
+    return class_folders(path, files, labelled, unlabeled, clips=False)
 
 
-def open_clips(path: Path, *, labelled: bool | None = None, progress: Progress | None = None) -> Source:
-    """Open clips. `labelled`: None decides by the layout, as for images. Raises SourceError."""
+def open_clips(
+    path: Path,
+    *,
+    labelled: bool | None = None,
+    unlabeled: bool = False,
+    progress: Progress | None = None,
+) -> Source:
+    """Open clips. `labelled`, `unlabeled`: as for images. Raises SourceError."""
     videos = list_files(path, VIDEO_SUFFIXES, progress)
     folders = folders_of(list_files(path, IMAGE_SUFFIXES, progress))
     if videos and folders:
@@ -91,20 +105,22 @@ def open_clips(path: Path, *, labelled: bool | None = None, progress: Progress |
         )
     if not videos and not folders:
         raise SourceError(f"no clips in {path}: expected video files or a folder of frames for each clip")
-    return class_folders(path, videos or folders, labelled, clips=True)
+    return class_folders(path, videos or folders, labelled, unlabeled, clips=True)
 
 
-def class_folders(root: Path, paths: list[str], labelled: bool | None, *, clips: bool) -> Source:
+def class_folders(
+    root: Path, paths: list[str], labelled: bool | None, unlabeled: bool, *, clips: bool
+) -> Source:
     """The images or clips at `paths`, with the classes and splits that their folders are named for."""
     by_split = split_paths(paths)
-    names, notes = class_names_of(by_split, root, labelled)
+    names, notes = class_names_of(by_split, root, labelled, unlabeled)
     index = {name: number for number, name in enumerate(names)}
     splits = {}
     for split, (depth, members) in by_split.items():
         labels = None
         if names:
-            folders = (make_key(path.split("/", depth + 1)[depth]) for path in members)
-            labels = np.fromiter((index[folder] for folder in folders), np.int32, len(members))
+            folders = (class_folder(path, depth) for path in members)
+            labels = np.fromiter((index.get(folder, NO_LABEL) for folder in folders), np.int32, len(members))
         splits[split] = FileSamples(root, members, labels, clips=clips)
     return Source(
         kind="clips" if clips else "folder",
@@ -152,28 +168,33 @@ def split_paths(files: list[str]) -> dict[str, tuple[int, list[str]]]:
 
 
 def class_names_of(
-    by_split: dict[str, tuple[int, list[str]]], root: Path, labelled: bool | None
+    by_split: dict[str, tuple[int, list[str]]], root: Path, labelled: bool | None, unlabeled: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The class names of all splits together, sorted, and notes; () when the folder is unlabeled."""
     classes: set[str] = set()
     loose: list[str] = []
     for depth, paths in by_split.values():
         for path in paths:
-            parts = path.split("/", depth + 1)
-            if len(parts) == depth + 2:
-                classes.add(make_key(parts[depth]))
+            if folder := class_folder(path, depth):
+                classes.add(folder)
             else:
                 loose.append(path)
     if labelled is False or (labelled is None and not classes):
         return (), ()
-    if loose:
+    if loose and not unlabeled:
         raise SourceError(
             f"{len(loose)} images are beside the class folders of {root}, first {loose[0]!r}: "
-            "move them into a class, or pass labelled=false to use all images without labels"
+            "move them into a class, or pass unlabeled=true to use them without a label (labelled=false: all images)"
         )
     if len(classes) == 1 and labelled is None:
         return (), (f"one folder of images ({next(iter(classes))!r}) is no class: images taken as unlabeled",)
     return tuple(sorted(classes)), ()
+
+
+def class_folder(path: str, depth: int) -> str:
+    """The class folder of an image or clip below `depth` other folders; "" beside the class folders."""
+    parts = path.split("/", depth + 1)
+    return make_key(parts[depth]) if len(parts) == depth + 2 else ""
 
 
 def folders_of(files: list[str]) -> list[str]:

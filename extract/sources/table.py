@@ -5,6 +5,7 @@ folder, or bytes, or Hugging Face's {bytes, path}), `key id`, `label class categ
 `boxes` (+ `classes`) or `annotation` (JSON, see `parse_annotation`). A CSV with `xmin ymin xmax ymax` columns has one
 row per box: rows of one path make one sample, `label` is the box's class. A folder may hold one table, or one per
 split (`train.csv`, `val.csv`; `train-00000-of-00002.parquet`).
+Clips: the paths are those of video files, or of folders of frames (column `clip` or `video` too).
 Keys: the key column, else the path; bytes without a key: file name and row number.
 """
 
@@ -42,10 +43,12 @@ from extract.sources.base import (
     kinds_of_labels,
     label_of,
 )
-from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside
+from extract.sources.folder import Clip
+from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside, suffix_of
 from extract.sources.splitting import SPLIT_NAMES
 from files.reading import open_regular
-from imaging.decode import ImageError
+from imaging.clips import VIDEO_SUFFIXES
+from imaging.decode import IMAGE_SUFFIXES, ImageError
 
 IMAGE_COLUMNS = (
     "path",
@@ -57,6 +60,10 @@ IMAGE_COLUMNS = (
     "img",
     "bytes",
     "image_bytes",
+    "clip",
+    "video",
+    "clip_path",
+    "video_path",
 )
 KEY_COLUMNS = ("key", "id")
 LABEL_COLUMNS = ("label", "class", "category", "target", "class_name")
@@ -95,11 +102,13 @@ class Rows:
 
 
 class TableSamples(Samples):
-    """Rows of a table; images are paths relative to `root`, or cells."""
+    """Rows of a table; images (or clips) are paths relative to `root`, or cells."""
 
-    def __init__(self, root: Path, rows: Rows, names: Labels, with_boxes: bool) -> None:
+    def __init__(
+        self, root: Path, rows: Rows, names: Labels, with_boxes: bool, *, clips: bool = False
+    ) -> None:
         super().__init__(rows.keys)
-        self.root, self.images = root, rows.images
+        self.root, self.images, self.clips = root, rows.images, clips
         numbers = np.array([names.number(value) for value in rows.labels], np.int32)
         self.labels = numbers if (numbers >= 0).any() else None
         self.boxes: BoxTable | None = None
@@ -114,10 +123,12 @@ class TableSamples(Samples):
         return kinds_of_labels(self.labels, rows) | boxes
 
     def build(self, index: int) -> Sample:
-        image = self.images[index]
+        image, label = self.images[index], label_of(self.labels, index)
+        if self.clips:
+            return Sample(self._keys[index], label=label, frames=Clip(self.root / str(image)))
         content: Path | Payload = self.root / image if isinstance(image, str) else image
         boxes = None if self.boxes is None else self.boxes.of(index)
-        return Sample(self._keys[index], content, label=label_of(self.labels, index), boxes=boxes)
+        return Sample(self._keys[index], content, label=label, boxes=boxes)
 
 
 def open_tables(
@@ -149,9 +160,27 @@ def table_source(
 ) -> Source:
     """The source of rows that are complete; images are relative to `root`, `classes` is what `names` finished with."""
     with_boxes = any(boxes is not None for rows in splits.values() for boxes in rows.boxes)
-    parts = {name: TableSamples(root, rows, names, with_boxes) for name, rows in splits.items()}
-    task = "detection" if with_boxes else "classification" if classes else "features"
+    clips = holds_clips(root, splits, origin)
+    if clips and with_boxes:
+        raise SourceError(f"{origin}: the rows are clips, which have no boxes: give a label, or none")
+    parts = {name: TableSamples(root, rows, names, with_boxes, clips=clips) for name, rows in splits.items()}
+    task = "sequence" if clips else "detection" if with_boxes else "classification" if classes else "features"
     return Source(kind=kind, root=origin, task=task, class_names=classes, splits=parts)
+
+
+def holds_clips(root: Path, splits: Mapping[str, Rows], origin: str) -> bool:
+    """Whether the rows are clips: video files, or folders of frames. Raises SourceError where some are and others are images."""
+    paths = [path for rows in splits.values() for path in rows.images if isinstance(path, str) and path]
+    suffixes = {suffix_of(path) for path in paths}
+    videos, images = suffixes & VIDEO_SUFFIXES, suffixes & IMAGE_SUFFIXES
+    if videos and images:
+        video, image = (next(path for path in paths if suffix_of(path) in kind) for kind in (videos, images))
+        raise SourceError(f"{origin} lists both video files ({video}) and images ({image}): split the table")
+    if videos or images:
+        return bool(videos)
+    # Names without a known suffix: the first that exists decides.
+    found = next((path for path in paths if os.path.exists(root / path)), None)
+    return found is not None and os.path.isdir(root / found)
 
 
 def find_columns(table: TableFile, image: str | None, label: str | None) -> dict[str, str]:

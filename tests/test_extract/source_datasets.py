@@ -188,6 +188,21 @@ def write_clips(root: Path) -> Dataset:
     return Dataset("clips", root, truth)
 
 
+def write_clip_table(root: Path) -> Dataset:
+    """Folders of frames, listed in a table; every third clip has no label."""
+    truth = write_clips(root).truth
+    listed: dict[str, dict[str, Truth]] = empty_truth()
+    with (root / "clips.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clip", "label", "split"])
+        for split, clips in truth.items():
+            for number, (key, clip) in enumerate(clips.items()):
+                label = clip.label if number % 3 else None
+                writer.writerow([key, label or "", split])
+                listed[split][key] = Truth(clip.pixels, label=label)
+    return Dataset("table", root / "clips.csv", listed)
+
+
 def write_hdf5(root: Path) -> Dataset:
     import h5py
 
@@ -274,6 +289,7 @@ WRITERS: dict[str, Callable[[Path], Dataset]] = {
     "clips": write_clips,
     "hdf5": write_hdf5,
     "csv": write_csv,
+    "clip table": write_clip_table,
     "parquet": write_parquet,
     "sqlite": write_sqlite,
 }

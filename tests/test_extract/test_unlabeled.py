@@ -14,11 +14,19 @@ from extract.config import load_config
 from extract.run import run_extraction
 from extract.sources.base import SourceError
 from extract.sources.detect import open_source
-from store.format import BOX_CLASSES, MASK
+from store.format import BOX_CLASSES, FRAMES, LABEL, MASK, NO_LABEL
 from store.reader import Split, open_store
 from store.summary import count_classes, count_kinds, count_measured
 from store.verify import verify_store
-from tests.test_extract.source_datasets import write_coco, write_masks, write_voc, write_yolo
+from tests.test_extract.source_datasets import (
+    write_clip_table,
+    write_clips,
+    write_coco,
+    write_folder,
+    write_masks,
+    write_voc,
+    write_yolo,
+)
 
 
 def forget_voc(root: Path) -> str:
@@ -119,3 +127,47 @@ def test_a_label_that_comes_later_is_followed(extract_options: dict[str, Any], t
     classes = train.ragged([row_of(train, f"{label.stem}.png")], BOX_CLASSES)[0]
     assert len(classes)
     assert (classes >= 0).all()
+
+
+@pytest.mark.parametrize(("layout", "write"), [("folder", write_folder), ("clips", write_clips)])
+def test_files_beside_class_folders_have_no_label(
+    layout: str, write: Callable[[Path], Any], extract_options: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path / "data")
+    moved = sorted((tmp_path / "data/train/bird").iterdir())[0]
+    moved.rename(tmp_path / "data/train" / moved.name)
+    with pytest.raises(SourceError, match="pass unlabeled=true to use them without a label"):
+        open_source(tmp_path / "data", layout)
+    options = {**extract_options, "data": str(tmp_path / "data"), "source": layout, "val_fraction": 0}
+    run_extraction(load_config({**options, "source_options": {"unlabeled": "true"}}))
+    store = open_store(extract_options["out"])
+    labels = dict(zip(store["train"].keys, store["train"].read(LABEL).tolist(), strict=True))
+    assert [key for key, label in labels.items() if label == NO_LABEL] == [f"train/{moved.name}"]
+    assert set(store.manifest.class_names) == {"bird", "cat", "dog"}
+    assert verify_store(extract_options["out"]) == []
+
+
+def test_a_table_of_clips_of_which_some_are_labeled(extract_options: dict[str, Any], tmp_path: Path) -> None:
+    dataset = write_clip_table(tmp_path / "data")
+    run_extraction(load_config({**extract_options, "data": str(dataset.path), "frames": 2}))
+    store = open_store(extract_options["out"])
+    for name, split in store.items():
+        assert FRAMES in split.names
+        found = dict(zip(split.keys, split.read(LABEL).tolist(), strict=True))
+        truth = {key: clip.label for key, clip in dataset.truth[name].items()}
+        names = {
+            key: None if label < 0 else store.manifest.class_names[label] for key, label in found.items()
+        }
+        assert names == truth
+        assert None in truth.values()
+    assert verify_store(extract_options["out"]) == []
+
+
+def test_a_table_of_clips_has_no_images_and_no_boxes(tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text("path,label\na.mp4,x\nb.png,y\n")
+    with pytest.raises(SourceError, match=r"both video files \(a\.mp4\) and images \(b\.png\)"):
+        open_source(file)
+    file.write_text('video,boxes,classes\na.mp4,"[[1, 1, 2, 2]]","[""x""]"\n')
+    with pytest.raises(SourceError, match="clips, which have no boxes"):
+        open_source(file)
