@@ -377,6 +377,10 @@ class TrainConfig(BaseModel):
             ]
         if self.optimizer == "auto" and self.student_type != "yolov8":
             problems.append(f"optimizer auto: only yolov8 students have it, not {self.student}")
+        if self.boxes_from is not None and self.task == "features":
+            problems.append(
+                "boxes_from has no effect with task features, which learns no boxes: leave it out"
+            )
         if self.control and self.control_only:
             problems.append("control and control_only exclude each other: a control has no control")
         if not self.lora_rank and not self.is_explicit("lora_rank"):

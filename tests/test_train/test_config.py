@@ -131,6 +131,8 @@ def test_contradictions_are_reported_together():
                 "control": True,
                 "distillation_type": "none",
                 "lora_alpha": 4,
+                "task": "features",
+                "boxes_from": "runs/detector",
             }
         )
     text = str(caught.value)
@@ -141,6 +143,7 @@ def test_contradictions_are_reported_together():
         "both 0",
         "control and distillation_type none",
         "lora_alpha has no effect without --lora-rank",
+        "boxes_from has no effect with task features, which learns no boxes: leave it out",
     ):
         assert part in text
 

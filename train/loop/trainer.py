@@ -12,24 +12,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from console.log import get_logger
 from console.progress import track_progress
 from console.stop import Stopped
 from processes.deadline import StopDeadline
 from store.format import Manifest
-from store.reader import open_store
+from store.reader import Store, open_store
 from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint
 from train.config import TrainConfig, config_to_json
-from train.data.splits import resolve_data, resolve_task
+from train.data.batches import BatchLoader
+from train.data.splits import TrainingData, resolve_data, resolve_task
+from train.data.views import AUGMENTATIONS
+from train.distill.objective import Objective
+from train.distill.projector import pooled_rows
 from train.distill.resolve import chosen_teachers
 from train.errors import ConfigError
 from train.events import EpochEnded, EventStream
 from train.fit import FitRequest, FitResult
-from train.loop.assemble import Built, build_training
+from train.loop.assemble import Built, build_loader, build_training
 from train.loop.loop import Loop, NotFiniteError, TrainingState
 from train.loop.machine import build_accelerator, peak_memory, set_determinism
 from train.loop.optimizer import match_layout
-from train.loop.quality import feature_quality
 from train.loop.saving import CheckpointWriter, adopt_best
 from train.loop.trackers import Tracker, open_trackers
 from train.metrics import TASK_METRICS, label_of, name_classes, text_of, warn_of_zero_metric
@@ -106,7 +113,7 @@ class LoopTrainer:
         ).fit()
         quality = {}
         if self.task == "features" and not request.pretraining:
-            quality = feature_quality(built, config, self.store, self.data, folder.best)
+            quality = embedding_quality(built, config, self.store, self.data, folder.best)
         return FitResult(
             config=config,
             student=built.student,
@@ -449,3 +456,48 @@ class Training:
             parts.append(f"{label_of(metric)} {text_of(metric, record[metric])} (n={samples})")
         parts.append(f"{record['epoch_time_s']:.1f} s")
         return f"epoch {record['epoch']}/{self.config.epochs}: {', '.join(parts)}"
+
+
+def embedding_quality(
+    built: Built, config: TrainConfig, store: Store, data: TrainingData, best: Path
+) -> dict[str, float]:
+    """k-NN and linear-probe accuracy of a label-free student's embeddings, both fitted on the training split.
+
+    Of the student in `best`, which is loaded. Empty without labels, and on ranks other than 0.
+    """
+    from store.quality import knn_accuracy, probe_accuracy
+
+    labeled = data.train_labels is not None and data.val_labels is not None
+    # Only rank 0 writes the summary, and another machine may not have best.pt.
+    if not labeled or not built.parts.accelerator.is_main_process:
+        return {}
+    built.student.load_state_dict(load_checkpoint(best)["model_state_dict"])
+    arguments = []
+    for training, labels in ((True, data.train_labels), (False, data.val_labels)):
+        assert labels is not None
+        plain = Objective(built.parts.objective.task)
+        loader = build_loader(
+            config, store, data, plain, built.parts.accelerator, AUGMENTATIONS["none"], training=training
+        )
+        rows, features = embed_rows(built, loader)
+        arguments += [features, labels[rows]]
+    if any((labels < 0).all() for labels in arguments[1::2]):
+        return {}
+    return {"knn_top1": knn_accuracy(*arguments), "probe_top1": probe_accuracy(*arguments)}
+
+
+@torch.no_grad()
+def embed_rows(built: Built, loader: BatchLoader) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Rows int64 [N] and embeddings float32 [N, D] (pooled features) of everything a loader shows, this process alone."""
+    loader.batches.rank, loader.batches.world = 0, 1
+    student, device = built.student.eval(), built.parts.accelerator.device
+    rows, features = [], []
+    for batch in loader.epoch(0):
+        images = built.parts.normalize(batch.images.to(device))
+        lengths = batch.lengths
+        output = student(images) if lengths is None else student(images, lengths)
+        mask = None if lengths is None else torch.arange(images.shape[1])[None] < lengths[:, None]
+        pooled = pooled_rows(output.features, None if mask is None else mask.to(device))
+        rows.append(batch.rows)
+        features.append(pooled.float().cpu().numpy())
+    return np.concatenate(rows), np.concatenate(features)
