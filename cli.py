@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from console.stop import Stopped
+from processes.stop import Stopped
 
 
 class Command(NamedTuple):
@@ -157,8 +157,7 @@ def root(
 
 def main() -> None:
     """Run the command line; an error is one readable line on stderr and a non-zero exit code."""
-    from console.log import configure_logging
-    from console.redaction import redact
+    from console.output import configure_logging, redact
     from files.names import printable
 
     configure_logging()

@@ -187,9 +187,9 @@ def idle_share(passes: list[tuple[Any, Any]]) -> float:
 
 def stop_and_resume(settings: Settings, photos: Path, size: int) -> int:
     """1 when an extraction that got SIGTERM at a third of its rows, and went on in a new process, equals the undisturbed one."""
-    from console.stop import Stopped
     from extract.config import load_config
     from extract.run import run_extraction
+    from processes.stop import Stopped
 
     options = options_of(settings, photos, size, settings.work / "stopped.zarr")
     options["grid"] = 4 if settings.quick else 8

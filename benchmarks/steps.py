@@ -11,7 +11,7 @@ Change = Callable[[Any], None]
 
 def build_parts(options: dict[str, Any]) -> Any:
     """The loop's parts for options of `cli train`, without starting it."""
-    from console.stop import StopRequest
+    from processes.stop import StopRequest
     from store.reader import open_store
     from train.config import load_config
     from train.data.splits import resolve_data, resolve_task

@@ -55,7 +55,7 @@ def predict(
     import json
 
     from console.output import print_json
-    from console.stop import Stopped, StopRequest
+    from processes.stop import Stopped, StopRequest
     from train.deliver.files import BadFile
     from train.deliver.predict import Sampling, predict_files
     from train.deliver.prediction_files import PredictionWriter

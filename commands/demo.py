@@ -18,9 +18,9 @@ from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
 from commands.comparison import comparison_lines
 from commands.extract import SUGGESTIONS, Suggestion, train_command
 from commands.images import EMOJI_CATEGORIES, VAL_FRACTION, write_emoji, write_pictures
-from console.stop import Stopped
 from files.writing import check_writable
-from processes.spawning import child_environment
+from processes.children import child_environment
+from processes.stop import Stopped
 
 # Pixels. The pretrained teacher knows emoji better at 192 than at 128 (probe 54.1 % and 50.8 %), and no better at 256.
 QWEN_SIZE, PRETRAINED_SIZE = "112", "192"

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from commands.options import AsJson, offer_options
-from console.log import get_logger
-from console.output import print_json, print_table
+from console.output import get_logger, print_json, print_table
 from console.progress import clock
 from extract.config import ExtractConfig, load_config
 

@@ -44,7 +44,7 @@ def inspect(
 
     cli inspect s3://features/flowers.zarr --json
     """
-    from console.redaction import redact_values
+    from console.output import redact_values
     from store.summary import describe_store
 
     described = redact_values(describe_store(store))
@@ -369,7 +369,7 @@ def copy(
     cli copy s3://features/flowers.zarr flowers.zarr --arrays features/pooled,targets
     """
     from console.progress import PhaseProgress
-    from console.stop import Stopped, StopRequest
+    from processes.stop import Stopped, StopRequest
     from store.replicate import replicate_store
 
     names = None if arrays is None else [name.strip() for name in arrays.split(",")]

@@ -45,8 +45,8 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         RunFolder(settings.out).check_place(settings)
     if settings.needs_ranks:
-        from console.stop import StopRequest
         from processes.ranks import run_ranks
+        from processes.stop import StopRequest
 
         with StopRequest() as stop:
             raise typer.Exit(run_ranks(sys.argv, settings.devices, stop).exit_code)

@@ -1,1 +1,1 @@
-"""What the user sees and presses: progress, stop signals, log lines, tables. Imports only `files` of ours."""
+"""What the user sees and chooses: progress, log lines, tables, options, devices. Imports only `files` of ours."""

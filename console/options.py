@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
+import textwrap
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,6 +24,8 @@ from pydantic.fields import FieldInfo
 from files.reading import load_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
+Keywords = ParamSpec("Keywords")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,3 +174,44 @@ def read_option_file(file: Path, error: type[Exception]) -> dict[str, Any]:
         got = "an empty file" if content is None else type(content).__name__
         raise error(f"configuration {file}: expected `name: value` lines, got {got}")
     return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def takes_options(
+    model: Callable[Keywords, BaseModel],
+) -> Callable[[Callable[..., Result]], Callable[Keywords, Result]]:
+    """A decorator: the function takes the options of `model` as keywords.
+
+    Type checkers see them with their types, and `help()` lists them with their defaults and texts.
+    """
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    options = options_of(model).values()
+    fields = model.model_fields
+
+    def decorate(function: Callable[..., Result]) -> Callable[Keywords, Result]:
+        parameters = [
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if fields[option.name].is_required() else option.default,
+                annotation=fields[option.name].annotation,
+            )
+            for option in options
+        ]
+        own = inspect.signature(function, eval_str=True)
+        function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        about, raised = inspect.cleandoc(function.__doc__ or "").split("\n\nRaises:")
+        listed = "\n".join(describe(option) for option in options)
+        function.__doc__ = f"{about}\n\nArgs:\n{listed}\n\nRaises:{raised}"
+        return function
+
+    return decorate
+
+
+def describe(option: Option) -> str:
+    """`    learning_rate: Peak learning rate. Default: 0.0001.`"""
+    choices = f" One of {', '.join(option.choices)}." if option.choices else ""
+    default: Any = option.shown_default or option.default
+    known = "" if default is None or default in ("", {}) else f" Default: {default}."
+    text = f"{option.name}: {option.help}{choices}{known}"
+    return textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="        ")

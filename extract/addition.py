@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from console.log import get_logger
+from console.output import get_logger
 from extract.config import ConfigError, ExtractConfig
 from extract.follow.version import changes_of
 from extract.output import adopt_rows, extract_lock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from console.keywords import takes_options
+from console.options import takes_options
 from extract.config import ConfigError, ExtractConfig, load_config
 from store.reader import Store, open_store
 
@@ -22,7 +22,7 @@ def extract(**options: Any) -> Store:
     Raises:
         ConfigError: options that make no sense, all problems together.
         store.errors.DistillError: anything else that the caller can do something about.
-        console.stop.Stopped: after Ctrl-C or SIGTERM, with everything encoded committed; the same call resumes.
+        processes.stop.Stopped: after Ctrl-C or SIGTERM, with everything encoded committed; the same call resumes.
     """
     config = load_config(options)
     if config.dry_run:

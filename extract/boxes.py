@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from console.log import get_logger
+from console.output import get_logger
 from extract.cells import (
     LINEAR,
     TWO_LAYERS,

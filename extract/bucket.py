@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from console.log import get_logger
-from console.stop import StopRequest
+from console.output import get_logger
 from extract.config import ExtractConfig
 from extract.follow.changes import find_changes
 from extract.logits import PROBE, add_logits, array_of, probed_arrays, training_split
@@ -22,6 +21,7 @@ from extract.plan import DifferentStore, ExtractTask, make_task, open_data, open
 from extract.result import ExtractObserver, ExtractResult
 from extract.run import Executor, open_executor
 from files.writing import check_writable
+from processes.stop import StopRequest
 from store import format as names
 from store.format import Manifest
 from store.metadata import parse_manifest, read_root

@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console.log import configure_logging, get_logger
-from console.stop import Stopped, StopRequest
+from console.output import configure_logging, get_logger
 from extract.addition import addition_task, check_images
 from extract.config import ExtractConfig
 from extract.follow.version import follow
@@ -34,9 +33,9 @@ from extract.result import (
     stop_message,
 )
 from extract.teachers import Teacher
+from processes.children import block_stop_signals
 from processes.dask_cluster import ClusterStartError, connect, local_cluster
-from processes.deadline import StopDeadline
-from processes.ending import block_stop_signals
+from processes.stop import StopDeadline, Stopped, StopRequest
 from store.errors import DistillError, LockedError
 from store.format import NOTES_FOLDER
 from store.job import Unit, count_committed, features_job, units_left

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from console.log import get_logger
+from console.output import get_logger
 from extract.decode.pool import DecodedBatch, PixelBuffer
 from extract.decode.sample import DecodedSample, Encoding, decode_samples
 from extract.sources.base import Sample

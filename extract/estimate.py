@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from console.log import get_logger
+from console.output import get_logger
 from extract.addition import addition_task, check_images
 from extract.config import ExtractConfig
 from extract.decode.pool import DecodedBatch

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from console.log import get_logger
-from console.stop import Stopped, StopRequest
+from console.output import get_logger
 from extract.cells import NoTargets, plan_fit
 from extract.config import ZERO_SHOT, ConfigError, ExtractConfig
 from extract.decode.pool import DecodePool
@@ -28,7 +27,7 @@ from extract.plan import ExtractTask, decode_workers, make_task, open_data, open
 from extract.result import ExtractObserver, logits_stop_message
 from extract.teachers.zero_shot import ZeroShotScorer
 from files.writing import check_writable
-from processes.deadline import StopDeadline
+from processes.stop import StopDeadline, Stopped, StopRequest
 from store import format as names
 from store.create import add_arrays
 from store.errors import DistillError

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from console.log import get_logger
+from console.output import get_logger
 from extract.cells import (
     FIT_CELLS,
     LINEAR,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from console.log import get_logger
+from console.output import get_logger
 from extract.config import ConfigError, ExtractConfig
 from extract.encode import encode_samples
 from extract.follow.stamps import annotation_stamp, digest_of, load_stamps, save_stamps, stamps_of

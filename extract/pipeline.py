@@ -12,14 +12,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from console.log import get_logger
-from console.stop import StopRequest
+from console.output import get_logger
 from extract.decode.pool import DecodedBatch, DecodePool
 from extract.decode.sample import Encoding
 from extract.encode import Encoder, Pending
 from extract.plan import ExtractTask
 from extract.result import BadSample, EncodedRows
 from extract.teachers import Teacher
+from processes.stop import StopRequest
 from store import format as names
 from store.job import features_job
 from store.writer import StoreWriter

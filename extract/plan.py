@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from console.cores import core_share
-from console.log import get_logger
-from console.output import plain_json
-from console.redaction import redact, redact_values
+from console.devices import core_share
+from console.output import get_logger, plain_json, redact, redact_values
 from extract.config import ConfigError, ExtractConfig
 from extract.decode.sample import Encoding
 from extract.encode import averages_unevenly

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from console.log import get_logger
 from console.options import options_of
-from console.redaction import redact
+from console.output import get_logger, redact
 from extract.config import ExtractConfig
 from extract.output import work_path
 from extract.sources.base import REMOVED

@@ -8,9 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from console.log import get_logger
+from console.output import get_logger
 from console.progress import PhaseProgress
-from console.stop import Stopped, StopRequest
 from extract.addition import addition_task, begin_addition, check_images, finish_addition
 from extract.config import ConfigError, ExtractConfig
 from extract.follow.version import changes_of, follow
@@ -27,7 +26,7 @@ from extract.result import (
     stop_message,
 )
 from files.writing import check_writable
-from processes.deadline import StopDeadline
+from processes.stop import StopDeadline, Stopped, StopRequest
 from store.create import check_free
 from store.job import Job, Unit, features_job, units_left
 from store.metadata import ZARR_JSON

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from processes.spawning import hide_main_module
+from processes.children import hide_main_module
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -56,7 +56,7 @@ def local_cluster(
     """A client of a cluster of this machine: one process with one thread for each of `workers`.
 
     Each entry holds further options of `distributed.Nanny` (`env`, `resources`). `signals` is entered while processes
-    start, and decides which signals they get (`processes.ending`).
+    start, and decides which signals they get (`processes.children`).
 
     Raises:
         ClusterStartError: when a worker cannot be started.

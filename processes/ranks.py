@@ -13,9 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from console.cores import core_share
-from console.devices import device_index
-from console.stop import StopRequest
+from console.devices import core_share, device_index
+from processes.stop import StopRequest
 
 POLL_S = 0.05
 #: A rank that is alone because another one failed waits for it forever: it gets this many seconds to notice.

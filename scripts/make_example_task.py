@@ -14,7 +14,7 @@ from backend.server.settings import load_settings
 from backend.server.tasks import Tasks
 from commands.assets import PRETRAINED_TEACHER, AssetError, pretrained_teacher_weights
 from commands.images import write_digits
-from console.log import configure_logging
+from console.output import configure_logging
 from files.writing import replace_file
 
 IMAGES = 500

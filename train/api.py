@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from console.keywords import takes_options
+from console.options import takes_options
 from console.output import plain_json
-from console.stop import Stopped, StopRequest
+from processes.stop import Stopped, StopRequest
 from train.config import TrainConfig, load_config
 from train.errors import TrainError
 from train.run_folder import RunFolder
@@ -30,7 +30,7 @@ def train(**options: Any) -> dict[str, Any]:
     Raises:
         ConfigError: options that make no sense, all problems together.
         TrainError, StoreError: anything else that the caller can do something about.
-        console.stop.Stopped: after Ctrl-C or SIGTERM; the same call with `resume=True` continues.
+        processes.stop.Stopped: after Ctrl-C or SIGTERM; the same call with `resume=True` continues.
     """
     config = load_config(options)
     if os.environ.get("RANK", "0") == "0":

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from console.devices import KINDS, parse_devices
 from console.options import given, load_options, option, options_of, read_option_file
-from console.output import plain_json
-from console.redaction import redact_values
+from console.output import plain_json, redact_values
 from train.errors import ConfigError
 from train.students.families import UnknownStudentError, parse_student_name, recipe_of
 

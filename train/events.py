@@ -15,8 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from console.output import plain_json
-from console.redaction import redact_values
+from console.output import plain_json, redact_values
 from train.errors import TrainError
 from train.run_folder import RunFolder
 
@@ -56,7 +55,7 @@ class TrainingFinished:
 
 @dataclass(frozen=True)
 class TrainingFailed:
-    """The run ended early: by an error, or by `console.stop.Stopped` after a signal; `kind` is the error's class.
+    """The run ended early: by an error, or by `processes.stop.Stopped` after a signal; `kind` is the error's class.
 
     When a step was too slow to wait for, this comes from another thread, and the process ends within a second.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from processes.deadline import StopDeadline
+from processes.stop import StopDeadline
 from store.reader import Store
 from train.config import TrainConfig
 from train.events import EventStream

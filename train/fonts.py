@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from console.log import get_logger
+from console.output import get_logger
 
 log = get_logger("draw")
 

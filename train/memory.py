@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from processes.deadline import nothing_to_save
+from processes.stop import nothing_to_save
 from train.config import TrainConfig
 from train.errors import TrainError
 from train.fit import FitRequest, FitResult, Trainer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from console.log import get_logger
+from console.output import get_logger
 from train.config import TrainConfig
 
 log = get_logger("train")

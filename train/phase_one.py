@@ -16,11 +16,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from console.log import get_logger
-from console.stop import Stopped, StopRequest
+from console.output import get_logger
 from files.locking import locked
 from files.writing import publish
-from processes.deadline import StopDeadline
+from processes.stop import StopDeadline, Stopped, StopRequest
 from store.format import MAPS, POOLED, TEACHERS
 from store.reader import Split, Store
 from train.config import TrainConfig, config_to_json

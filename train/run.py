@@ -7,9 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from console.log import get_logger
-from console.stop import StopRequest
-from processes.deadline import StopDeadline
+from console.output import get_logger
+from processes.stop import StopDeadline, StopRequest
 from store.mirror import use_cache
 from store.reader import Store
 from train.config import TrainConfig
@@ -34,7 +33,7 @@ def run_training(
     Under torchrun or accelerate launch every rank calls this; rank 0 writes, and passes events to the listeners (not those of the control). A run that is
     complete already is not repeated when resumed.
 
-    Raises ConfigError, TrainError and StoreError for what cannot work, console.stop.Stopped after a signal (the
+    Raises ConfigError, TrainError and StoreError for what cannot work, processes.stop.Stopped after a signal (the
     last finished step of our loop, the last finished epoch of YOLO students is saved), OutOfMemoryError with advice.
     """
     is_main = os.environ.get("RANK", "0") == "0"  # every rank trains, one writes and reports

@@ -13,10 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from console.log import get_logger
 from console.options import names_where
-from console.output import plain_json
-from console.redaction import redact_values
+from console.output import get_logger, plain_json, redact_values
 from files.writing import check_writable, replace_file, replacing, shortened
 from store.format import RANDOM_WEIGHTS_NOTICE
 from store.reader import Store

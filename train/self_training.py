@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from console.log import get_logger
+from console.output import get_logger
 from console.progress import track_progress
 from store.reader import Store
 from store.summary import unlabeled_rows

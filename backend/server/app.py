@@ -20,7 +20,7 @@ from backend.server.routes import router
 from backend.server.security import Guard
 from backend.server.settings import Settings
 from backend.server.tasks import Tasks
-from console.log import get_logger
+from console.output import get_logger
 
 log = get_logger("server")
 

@@ -18,10 +18,9 @@ from backend.server.database import Task
 from backend.server.errors import ServerError
 from backend.server.processes import KILL_AFTER_S, Waiting, start_training
 from backend.server.settings import Settings
-from console.log import get_logger
-from console.redaction import redact
+from console.output import get_logger, redact
+from processes.children import signal_on_parent_death
 from processes.dask_cluster import ClusterStartError, connect, worker_slots
-from processes.ending import signal_on_parent_death
 
 if TYPE_CHECKING:
     from distributed import Client, Future

@@ -18,7 +18,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from backend.server.errors import ServerError
-from console.redaction import HIDDEN, redact, secrets_of
+from console.output import HIDDEN, redact, secrets_of
 
 # The drivers of the extras `mysql` and `postgresql`.
 DRIVERS = {

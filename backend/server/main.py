@@ -15,9 +15,9 @@ import uvicorn
 from backend.server.errors import ServerError
 from backend.server.events import Broadcast
 from backend.server.settings import Settings
-from console.log import get_logger
-from console.stop import StopRequest
+from console.output import get_logger
 from files.locking import locked
+from processes.stop import StopRequest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

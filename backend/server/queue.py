@@ -17,7 +17,7 @@ from backend.server.processes import Waiting
 from backend.server.tasks import Tasks, requested_devices
 from backend.server.undelivered import apply_undelivered
 from backend.task.errors import OptionError
-from console.log import get_logger
+from console.output import get_logger
 
 log = get_logger("server")
 

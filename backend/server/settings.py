@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from backend.server.errors import ServerError
-from console.redaction import redact
+from console.output import redact
 
 TOKEN_VARIABLE = "QWEN_DISTILL_TOKEN"
 DATABASE_VARIABLE = "QWEN_DISTILL_DATABASE_URL"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.server.tools import run_command
-from console.redaction import redact
+from console.output import redact
 from store.errors import StoreError
 from store.format import MEASURED_FILE
 from store.metadata import ZARR_JSON, parse_manifest, read_json

@@ -10,9 +10,8 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from console.redaction import redact
-from processes.ending import kill_group
-from processes.spawning import child_environment
+from console.output import redact
+from processes.children import child_environment, kill_group
 
 AT_A_TIME = 2
 _slots = asyncio.Semaphore(AT_A_TIME)

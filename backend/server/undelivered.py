@@ -24,7 +24,7 @@ from backend.server.schemas import (
 )
 from backend.server.tasks import Tasks
 from backend.task.main import UNDELIVERED
-from console.log import get_logger
+from console.output import get_logger
 from files.reading import open_regular
 
 log = get_logger("server")

@@ -26,7 +26,7 @@ from typing import Protocol
 
 from backend.task.calls import Call
 from backend.task.http_client import Delivery
-from console.log import get_logger
+from console.output import get_logger
 
 log = get_logger("report")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
-from console.redaction import redact
+from console.output import redact
 
 # The descriptor of the pipe to the reporting process, for the process that works and for rank 0.
 PIPE_VARIABLE = "QWEN_DISTILL_PIPE"

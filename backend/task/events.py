@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.task.calls import Sender, TaskCalls, percent
-from console.log import get_logger
+from console.output import get_logger
 from files.writing import replacing
 from train.events import CheckpointSaved, EpochEnded, Event, PhaseOneEpochEnded
 from train.metrics import accuracy_of

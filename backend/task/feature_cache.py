@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.task.errors import PlatformError
-from console.log import get_logger
+from console.output import get_logger
 from console.progress import track_progress
-from console.stop import Stopped, StopRequest
 from files.locking import locked
 from files.reading import open_regular, read_regular
 from files.writing import publish
+from processes.stop import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from extract.sources.base import Source

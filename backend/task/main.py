@@ -23,11 +23,9 @@ from backend.task.http_client import HttpClient, read_token
 from backend.task.options import help_text
 from backend.task.plain_output import finish_output, use_plain_output
 from backend.task.request import TaskRequest, find_addressee, read_request
-from console.log import configure_logging, get_logger
-from console.redaction import redact
-from console.stop import StopRequest
-from processes.ending import exit_now, kill_group
-from processes.spawning import child_environment
+from console.output import configure_logging, get_logger, redact
+from processes.children import child_environment, exit_now, kill_group
+from processes.stop import StopRequest
 
 log = get_logger("platform")
 

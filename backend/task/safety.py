@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from backend.task.errors import OptionError
 from backend.task.options import shown
-from console.redaction import redact
+from console.output import redact
 
 LONGEST_NAME = 200
 FORBIDDEN_IN_IDS = frozenset("/\\:*?\"'<>|#%&;$`")

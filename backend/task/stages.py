@@ -20,8 +20,8 @@ from backend.task.feature_cache import (
 )
 from backend.task.request import TaskRequest
 from console.devices import device_index
-from console.log import get_logger
-from console.stop import Stopped, StopRequest
+from console.output import get_logger
+from processes.stop import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from extract.config import ExtractConfig

@@ -19,11 +19,10 @@ from backend.task.calls import PIPE_VARIABLE, PipeSender, Sender, TaskCalls
 from backend.task.errors import PlatformError
 from backend.task.plain_output import finish_output, use_plain_output
 from backend.task.request import TaskRequest, read_request
-from console.log import configure_logging, get_logger
-from console.stop import Stopped, StopRequest
-from processes.deadline import StopDeadline
-from processes.ending import end_with_parent, exit_now, kill_group
+from console.output import configure_logging, get_logger
+from processes.children import end_with_parent, exit_now, kill_group
 from processes.ranks import run_ranks
+from processes.stop import StopDeadline, Stopped, StopRequest
 
 if TYPE_CHECKING:
     from train.config import TrainConfig

@@ -22,11 +22,10 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from console.log import get_logger
+from console.output import get_logger
 from extract.decode.sample import DecodedSample, Encoding, Pixels, decode_samples
 from extract.sources.base import Sample
-from processes.ending import block_stop_signals, end_with_parent
-from processes.spawning import hide_main_module
+from processes.children import block_stop_signals, end_with_parent, hide_main_module
 from store.errors import DistillError
 
 log = get_logger("extract")

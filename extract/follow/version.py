@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from console.log import get_logger
+from console.output import get_logger
 from extract.config import ExtractConfig
 from extract.decode.sample import boxes_to_store
 from extract.follow.changes import ENCODE, Changes, SplitChange, find_changes, listed

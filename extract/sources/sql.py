@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from console.redaction import HIDDEN, redact, secrets_of
+from console.output import HIDDEN, redact, secrets_of
 from extract.sources.annotations import Labels, parse_annotation
 from extract.sources.base import AnnotationError, Sample, Samples, Source, SourceError
 from extract.sources.listing import PROGRESS_EVERY, Progress, make_key, resolve_inside

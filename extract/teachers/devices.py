@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from console.devices import find_device
-from console.log import get_logger
+from console.output import get_logger
 from extract.teachers.base import TeacherError
 from extract.teachers.checkpoint import one_line
 

@@ -21,7 +21,7 @@ from backend.task.feature_cache import (
     teacher_digest,
 )
 from backend.task.stages import make_folder
-from console.stop import Stopped, StopRequest
+from processes.stop import Stopped, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,7 +196,7 @@ import sys
 from pathlib import Path
 from backend.task.stages import make_folder
 from backend.task.feature_cache import FeatureCache
-from console.stop import StopRequest
+from processes.stop import StopRequest
 with FeatureCache(Path(sys.argv[1])).lock("k", "task 1", StopRequest()):
     print("held", flush=True)
     sys.stdin.readline()

@@ -11,8 +11,8 @@ from backend.task.configs import StageConfigs
 from backend.task.errors import OptionError
 from backend.task.request import read_request
 from backend.task.stages import TaskPipeline, check_data, check_student, is_complete, make_folder
-from console.stop import Stopped, StopRequest
 from extract.run import run_extraction
+from processes.stop import Stopped, StopRequest
 from tests.test_backend.platform_data import make_class_folders
 from tests.test_backend.platform_site import Site
 from tests.test_backend.senders import Told

@@ -15,7 +15,7 @@ from backend.task.calls import read_calls
 from backend.task.http_client import HttpClient
 from backend.task.main import Supervisor, exit_code
 from backend.task.request import read_request
-from console.stop import StopRequest
+from processes.stop import StopRequest
 from tests.test_backend.platform_site import Site
 
 ROOT = Path(__file__).resolve().parents[2]

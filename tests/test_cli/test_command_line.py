@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from console.stop import Stopped
+from processes.stop import Stopped
 from train.errors import ConfigError
 from train.students.families import parse_student_name
 

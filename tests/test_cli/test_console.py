@@ -17,8 +17,8 @@ import pytest
 from console import progress
 from console.output import print_json, print_table
 from console.progress import clock, track_progress
-from console.stop import StopRequest
 from files.writing import PARTIAL_PREFIX, OutputError, replace_file, whole_file
+from processes.stop import StopRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +65,7 @@ def test_first_signal_requests_a_stop_and_handlers_come_back(number: int, code: 
 def test_second_signal_ends_at_once() -> None:
     script = """
 import os, signal, time
-from console.stop import StopRequest
+from processes.stop import StopRequest
 with StopRequest():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)

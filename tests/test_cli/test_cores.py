@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from console.cores import available_cores
+from console.devices import available_cores
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from console.redaction import redact, redact_values, secrets_of
+from console.output import redact, redact_values, secrets_of
 
 SECRET = "s3cr3t"
 

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from console.stop import Stopped, StopRequest
 from extract.config import load_config
 from extract.decode.sample import Encoding, decode_sample
 from extract.run import ExtractResult, run_extraction
 from extract.sources.base import Sample
 from extract.teachers.tiny import TINY_TEXT, tiny_vision
 from imaging.decode import ImageError
+from processes.stop import Stopped, StopRequest
 from store.reader import Store
 
 QWEN_VOCABULARY = 151_936

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from commands.store import convert_paths
-from console.stop import Stopped, StopRequest
 from extract.config import ConfigError, load_config
 from extract.result import ExtractResult, resume_command
 from extract.run import run_extraction
 from extract.verify import audit_store
+from processes.stop import Stopped, StopRequest
 from store import teachers as store_teachers
 from store.errors import DistillError, StoreError
 from store.format import GRID, POOLED

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from console.stop import StopRequest
 from extract.cluster import ClusterExecutor
 from extract.config import load_config
 from extract.encode import explained_errors
 from extract.teachers import TeacherError
 from extract.teachers.devices import device_error
+from processes.stop import StopRequest
 from tests.test_extract.extractions import extract
 
 CUDA = torch.device("cuda:1")

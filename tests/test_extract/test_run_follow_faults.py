@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from console.stop import StopRequest
 from extract.config import load_config
 from extract.follow.version import NoSpace
 from extract.run import run_extraction
+from processes.stop import StopRequest
 from store.reader import open_store
 from store.verify import verify_store
 from tests.test_extract.extractions import extract, files_of, interrupt
@@ -137,7 +137,7 @@ def stop_when(monkeypatch: pytest.MonkeyPatch, name: str, stop: StopRequest) -> 
 def test_a_stopped_run_goes_on(
     follower: Follower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    from console.stop import Stopped
+    from processes.stop import Stopped
 
     follower.extract()
     before = follower.store.fingerprint
@@ -179,7 +179,7 @@ class TestChangesWhileItIsIncomplete:
         self, follower: Follower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Rows of the first change are encoded and wait; the second adds, removes and changes some of them."""
-        from console.stop import Stopped
+        from processes.stop import Stopped
 
         follower.extract()
         root = tmp_path / "data"
@@ -201,7 +201,7 @@ class TestChangesWhileItIsIncomplete:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        from console.stop import Stopped
+        from processes.stop import Stopped
 
         follower.extract()
         root = tmp_path / "data"
@@ -227,7 +227,7 @@ class TestChangesWhileItIsIncomplete:
     def test_a_change_that_is_taken_back_leaves_nothing(
         self, follower: Follower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from console.stop import Stopped
+        from processes.stop import Stopped
 
         follower.extract()
         before = files_of(follower.options["out"])

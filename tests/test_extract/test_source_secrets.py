@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from console.log import Formatter, get_logger
+from console.output import Formatter, get_logger
 from extract.result import resume_command
 from extract.sources.base import SourceError
 from extract.sources.detect import open_source

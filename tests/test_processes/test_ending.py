@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from processes.ending import block_stop_signals, ignore_sigint, stop_group
+from processes.children import block_stop_signals, ignore_sigint, stop_group
 
 ROOT = Path(__file__).parents[2]
 STUCK = """
 import hashlib, multiprocessing, sys, time
-from console.stop import StopRequest
-from processes.deadline import StopDeadline
+from processes.stop import StopRequest
+from processes.stop import StopDeadline
 
 def main():
     child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
@@ -35,8 +35,8 @@ if __name__ == "__main__":
 """
 ORDERLY = """
 import time
-from console.stop import StopRequest
-from processes.deadline import StopDeadline
+from processes.stop import StopRequest
+from processes.stop import StopDeadline
 
 def save():
     raise AssertionError("the work had stopped by itself")
@@ -57,7 +57,7 @@ time.sleep(60)
 """
 CHILD = """
 import signal, sys, time
-from processes.ending import end_with_parent
+from processes.children import end_with_parent
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 end_with_parent(int(sys.argv[1]), signal.SIGKILL)
 time.sleep(60)

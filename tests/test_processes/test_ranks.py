@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from console.cores import core_share
-from console.stop import StopRequest
+from console.devices import core_share
 from processes import ranks
 from processes.ranks import run_ranks, shared_environment, visible_devices
+from processes.stop import StopRequest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "import os; open(os.environ['RANK'] + '.txt', 'w').write(os.environ['OMP_NUM_THREADS'])"
@@ -33,7 +33,7 @@ def test_ranks_share_the_cores_unless_the_user_set_threads(
 
 def test_threads_of_three_ranks_on_twelve_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("console.cores.available_cores", lambda: 12)
+    monkeypatch.setattr("console.devices.available_cores", lambda: 12)
     assert shared_environment(["cpu"] * 3)["OMP_NUM_THREADS"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert shared_environment(["cpu"] * 3)["OMP_NUM_THREADS"] == "2"
@@ -90,7 +90,7 @@ def test_a_signal_reaches_every_rank_and_gives_the_exit_code(tmp_path: Path) -> 
     )
     outer = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from console.stop import StopRequest\nfrom processes.ranks import run_ranks\n"
+        "from processes.stop import StopRequest\nfrom processes.ranks import run_ranks\n"
         "with StopRequest() as stop:\n"
         "    sys.exit(run_ranks(['-c', sys.argv[1]], ['cpu', 'cpu'], stop).exit_code)"
     )

@@ -329,7 +329,7 @@ def yolo_run(yolo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 @pytest.fixture
 def train_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What a user of `cli train` reads on stderr, whether or not an earlier test has configured logging."""
-    from console.log import get_logger
+    from console.output import get_logger
 
     logger = get_logger("train")
     logger.addHandler(caplog.handler)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from console.stop import Stopped
 from files.writing import OutputError
+from processes.stop import Stopped
 from store.reader import open_store
 from tests.test_train.runs import cli, trained
 from train.checkpoint import load_student_from_run

@@ -194,7 +194,7 @@ def test_other_students_learn_the_last_layer_by_default(make_store: Any, make_co
 def test_an_interrupted_run_of_several_levels_equals_a_whole_one(
     make_store: Any, make_config: Any, tmp_path: Any
 ) -> None:
-    from console.stop import Stopped
+    from processes.stop import Stopped
     from tests.test_train.test_resume import StopAfter, assert_same_run
 
     options = {"distill_layers": "p3:8,p5:16", "epochs": 2, "ema_decay": 0.9}

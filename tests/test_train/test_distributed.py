@@ -40,7 +40,7 @@ def run_all(runs: list[dict[str, Any]], processes: int) -> None:
             sys.executable,
             "-c",
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "from console.stop import StopRequest\nfrom processes.ranks import run_ranks\n"
+            "from processes.stop import StopRequest\nfrom processes.ranks import run_ranks\n"
             "with StopRequest() as stop:\n"
             "    sys.exit(run_ranks(sys.argv[1:], ['cpu', 'cpu'], stop).exit_code)",
             *command[1:],

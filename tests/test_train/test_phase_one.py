@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from console.stop import Stopped
+from processes.stop import Stopped
 from store.reader import open_store
 from tests.test_train.test_resume import StopAfter, assert_same, records
 from train.checkpoint import load_checkpoint

@@ -150,19 +150,19 @@ def test_only_the_recorded_view_that_is_shown_leaves_the_host(make_store: Any) -
 
 
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from console import cores
+    from console import devices
 
-    monkeypatch.setattr(cores, "available_cores", lambda: 32)
+    monkeypatch.setattr(devices, "available_cores", lambda: 32)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert (default_workers(gpu), default_workers(cpu)) == (16, 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert (default_workers(gpu), default_workers(cpu)) == (6, 4)
-    monkeypatch.setenv(cores.SHARE_VARIABLE, "2")
+    monkeypatch.setenv(devices.SHARE_VARIABLE, "2")
     assert (default_workers(gpu), default_workers(cpu)) == (2, 2)
 
 
 def test_cores_of_a_container_are_its_quota(tmp_path: Any) -> None:
-    from console.cores import available_cores
+    from console.devices import available_cores
 
     most = available_cores(tmp_path)
     (tmp_path / "cpu.max").write_text("100000 100000\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from console.stop import Stopped, StopRequest
+from processes.stop import Stopped, StopRequest
 from train.checkpoint import load_checkpoint
 from train.config import load_config
 from train.errors import ConfigError

@@ -38,7 +38,7 @@ VARIED = [
 
 
 def built(config: Any, *, control: bool = False) -> Any:
-    from console.stop import StopRequest
+    from processes.stop import StopRequest
 
     store = open_store(config.store)
     data = resolve_data(config, store, resolve_task(config))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from console.cores import core_share
+from console.devices import core_share
 from console.options import read_option_file
 from train.errors import ConfigError, TrainError
 from train.run_folder import RunFolder

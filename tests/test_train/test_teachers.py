@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from console.stop import Stopped, StopRequest
+from processes.stop import Stopped, StopRequest
 from store.errors import StoreError
 from store.reader import open_store
 from tests.test_train.several_teachers import add_teacher

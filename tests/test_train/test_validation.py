@@ -85,7 +85,7 @@ def test_evaluate_shows_the_number_of_samples_and_undefined_classes(
 ):
     """A validation split of one class: the recall of the others is n/a, not 0."""
     from commands.train import evaluate
-    from console.log import configure_logging
+    from console.output import configure_logging
 
     configure_logging()  # as the command line does
     config = make_config(make_store(train=24, val=8), epochs=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from console.stop import Stopped
+from processes.stop import Stopped
 from tests.test_train.test_resume import StopAfter, records
 from train.checkpoint import load_checkpoint
 from train.fit import is_validated, validation_interval

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from console.stop import Stopped
+from processes.stop import Stopped
 from store.reader import open_store
 from tests.test_train.test_resume import StopAfter, records
 from train.checkpoint import load_checkpoint

@@ -222,10 +222,10 @@ def test_fp16_training_is_set_up_without_ultralytics_own_check(
 
 
 def test_loader_processes_are_this_process_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from console import cores
+    from console import devices
     from train.yolo.job import worker_count
 
-    monkeypatch.setattr(cores, "available_cores", lambda: 16)
+    monkeypatch.setattr(devices, "available_cores", lambda: 16)
     assert worker_count(config_of(), {"device": "0"}) == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert worker_count(config_of(), {"device": "0,1,2,3"}) == 4

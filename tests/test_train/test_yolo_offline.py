@@ -98,7 +98,7 @@ sys.meta_path.insert(0, Hidden())
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "polars" else find(name, *rest)
-from console.log import configure_logging
+from console.output import configure_logging
 configure_logging()
 from train.config import TrainConfig
 from train.run import run_training

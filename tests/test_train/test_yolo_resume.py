@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from console.stop import Stopped, StopRequest
+from processes.stop import Stopped, StopRequest
 from tests.test_train.yolo_runs import (
     OPTIONS,
     ROOT,

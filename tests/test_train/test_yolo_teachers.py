@@ -52,7 +52,7 @@ def test_each_teacher_has_heads_and_targets_of_its_own(both: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_an_interrupted_training_equals_an_uninterrupted_one(both: Path, tmp_path: Path) -> None:
-    from console.stop import Stopped, StopRequest
+    from processes.stop import Stopped, StopRequest
     from train.run import run_training
 
     options = {"teachers": names_of(both), "standardize": "phi-s", "epochs": 2}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from console.stop import StopRequest
+from processes.stop import StopRequest
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.events import CheckpointSaved, EpochEnded, Event, TrainingFinished

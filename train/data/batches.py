@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from console.cores import core_share
+from console.devices import core_share
 from imaging.geometry import flips_horizontally
 from store.errors import DistillError
 from store.format import view_array

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from console.log import get_logger
+from console.output import get_logger
 from imaging.decode import FULL_DEPTH, ImageError
 from imaging.masks import IGNORE, decode_mask
 from store.format import IMAGES_RAW, LABEL, MASK, VALID, Preprocessing

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from console.log import get_logger
+from console.output import get_logger
 from store.format import NO_LABEL, POOLED
 from store.quality import knn_accuracy, probe_accuracy
 from store.reader import Store

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from console.log import get_logger
+from console.output import get_logger
 from console.progress import track_progress
-from console.stop import Stopped, StopRequest
 from files.writing import check_writable, whole_file
+from processes.stop import Stopped, StopRequest
 from store.reader import Store, open_store
 from train.checkpoint import BEST, LAST, load_checkpoint
 from train.config import TrainConfig

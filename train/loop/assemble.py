@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from console.options import options_of
-from console.stop import StopRequest
+from processes.stop import StopRequest
 from store.format import IMAGES_ENCODED, IMAGES_RAW, MASK, SIZES, view_array
 from store.reader import Store
 from train.config import TrainConfig

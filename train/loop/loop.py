@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from console.progress import Progress
-from console.stop import Stopped, StopRequest
+from processes.stop import Stopped, StopRequest
 from train.checkpoint import normalization
 from train.config import TrainConfig
 from train.data.batches import Balance, Batch, BatchLoader

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from console.log import get_logger
+from console.output import get_logger
 from console.progress import track_progress
-from console.stop import Stopped
-from processes.deadline import StopDeadline
+from processes.stop import StopDeadline, Stopped
 from store.format import Manifest
 from store.reader import Store, open_store
 from train.checkpoint import LAST, CheckpointError, describe_student, load_checkpoint

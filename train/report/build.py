@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from console.log import get_logger
-from console.redaction import redact
+from console.output import get_logger, redact
 from files.names import printable
 from files.writing import check_writable, whole_file
 from store.errors import StoreError

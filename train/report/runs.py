@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from console.log import get_logger
+from console.output import get_logger
 from files.writing import whole_file
 from store.errors import DistillError
 from train.checkpoint import load_student_from_run

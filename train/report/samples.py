@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from PIL import Image
 
-from console.log import get_logger
+from console.output import get_logger
 from store.errors import DistillError
 from store.reader import Split, Store
 from train.data.images import ImageReader, Shown

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from console.log import get_logger
+from console.output import get_logger
 from files.weights import WeightsError, read_weights
 from train.students.base import InitialWeights, Student, StudentError
 from train.students.foreign import to_timm_names

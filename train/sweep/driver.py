@@ -11,15 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from console.cores import core_share
-from console.log import get_logger
-from console.output import plain_json
-from console.redaction import redact_values
-from console.stop import Stopped, StopRequest
+from console.devices import core_share
+from console.output import get_logger, plain_json, redact_values
 from files.locking import locked
 from files.writing import check_writable
+from processes.children import ignore_sigint
 from processes.dask_cluster import ClusterStartError, connect, local_cluster, worker_slots
-from processes.ending import ignore_sigint
+from processes.stop import Stopped, StopRequest
 from store.reader import open_store
 from train.errors import ConfigError, TrainError
 from train.run_folder import PRETRAIN, SUMMARY, make_folder, read_json, warn_of_random_teacher, write_json

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from console.cores import SHARE_VARIABLE, available_cores
+from console.devices import SHARE_VARIABLE, available_cores
 from files.locking import locked
-from processes.ending import signal_on_parent_death, stop_group
-from processes.spawning import child_environment
+from processes.children import child_environment, signal_on_parent_death, stop_group
 from train.run_folder import CONFIG, METRICS, SUMMARY, RunFolder, write_json
 
 POLL_S = 0.25

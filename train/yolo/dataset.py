@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from ultralytics.data.dataset import YOLODataset
 
-from console.log import get_logger
+from console.output import get_logger
 from imaging.geometry import resize_view
 from store.format import BOX_CLASSES, BOXES, GRID, SIZES, layer_grid, view_array
 from store.reader import Split, Store

@@ -19,8 +19,7 @@ from typing import Any
 import psutil
 
 from console.progress import Progress, track_progress
-from console.stop import Stopped
-from processes.deadline import StopDeadline
+from processes.stop import StopDeadline, Stopped
 from store.reader import open_store
 from train.config import TrainConfig
 from train.errors import TrainError

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from console.log import get_logger
+from console.output import get_logger
 from console.progress import Progress, track_progress
-from console.stop import Stopped
-from processes.deadline import StopDeadline
+from processes.stop import StopDeadline, Stopped
 from store.reader import open_store
 from train.checkpoint import LAST
 from train.config import TrainConfig

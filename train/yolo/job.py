@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from console.cores import core_share
-from console.devices import device_index, find_device
-from console.log import get_logger
+from console.devices import core_share, device_index, find_device
+from console.output import get_logger
 from store.format import stored_layers
 from store.reader import Store
 from train.checkpoint import load_checkpoint

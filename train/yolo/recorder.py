@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from console.log import get_logger
+from console.output import get_logger
 from store.reader import Store
 from train.checkpoint import BEST, FORMAT, LAST, load_checkpoint, load_student_from_run
 from train.config import TrainConfig, config_to_json

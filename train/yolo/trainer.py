@@ -22,7 +22,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
-from console.log import get_logger
+from console.output import get_logger
 from files.writing import publish
 from train.data.batches import start_worker
 from train.errors import TrainError

@@ -1,5 +1,5 @@
-"""How processes end: with their parent, after a signal, together with everything they started; and which signals
-reach the processes that are started.
+"""Child processes: what they inherit when they are started, which signals reach them, and how they end: with their parent, after
+a signal, together with everything they started.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 PARENT_POLL_S = 0.5
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ROOT = Path(__file__).resolve().parents[1]
+_main_module_lock = threading.RLock()
 
 
 def end_with_parent(parent: int, number: int) -> None:
@@ -93,3 +98,26 @@ def block_stop_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a Python process that finds this checkout (or installation), and `more`."""
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+@contextmanager
+def hide_main_module() -> Iterator[None]:
+    """Processes that multiprocessing spawns meanwhile do not import the caller's program as `__mp_main__`.
+
+    They would run every line of it that is not behind `if __name__ == "__main__":`, such as the call that started them.
+    """
+    with _main_module_lock:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType(
+            "__main__"
+        )  # without a file or a spec there is nothing to import
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
