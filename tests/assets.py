@@ -72,6 +72,22 @@ ASSETS: dict[str, tuple[Registry, Asset]] = {
             "BSD",
         ),
     ),
+    "pose2sim": (
+        PYPI,
+        Asset(
+            "pose2sim==0.10.49",
+            "403e0dc4065898ba6a595e72a8970950310979253d60e24c2e00b16b36bf21e1",
+            "BSD-3-Clause",
+        ),
+    ),
+    "sports2d": (
+        PYPI,
+        Asset(
+            "sports2d==0.8.34",
+            "733b6db70742636ae9c35d870c22bd416582f579abd5881bee93a14bb0e2655d",
+            "BSD-3-Clause",
+        ),
+    ),
     "emoji-twitter": (
         NPM,
         Asset(
