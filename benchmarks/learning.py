@@ -10,7 +10,7 @@ split, the mean of the paired differences with its 95 % interval (Student's t), 
 the teacher's features, fitted on the same labels, as the ceiling.
 
     python benchmarks/learning.py [--studies few,all,scenes,mixed] [--seeds 5] [--ablation] [--fidelity]
-                                  [--work DIR] [--quick] [--json]
+                                  [--work DIR] [--device DEVICE] [--jobs N] [--quick] [--json]
 
     python benchmarks/learning.py --data DIR --work DIR [--studies clothing-few,camvid-few,bccd-few,…]
 
@@ -24,17 +24,22 @@ Finished trainings are kept in --work and not repeated, so a run that was interr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
 import math
+import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,179 +47,64 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.learning_data import write_emoji_table, write_scenes
 from benchmarks.learning_sets import DATA_SETS, lay_out
+from benchmarks.learning_studies import (
+    ABLATION,
+    CONTROL,
+    CONTROL_ONLY,
+    DATA_STUDIES,
+    NOT_STANDARDIZED,
+    STUDIES,
+    USUAL,
+    Study,
+)
 from benchmarks.learning_teacher import TEACHER_SIZE, fidelity, probe_ceiling
 from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
 
-LEARNING_RATES = (1e-3, 3e-3, 6e-3)
 TUNING_SEED = 100
-LABELS_PER_CLASS = 10
 REPEAT = 8  # a control on few images: as many steps, but not ten times the validations
 # 95 % quantiles of Student's t by degrees of freedom.
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
-CONTROL: dict[str, Any] = {"distillation_type": "none", "hard_label_weight": 1.0}
-CONTROL_ONLY: dict[str, Any] = {"control_only": True}
 
+class Training(NamedTuple):
+    """One training: a study, the options of its side beyond those of both sides, learning rate and seed.
 
-@dataclass(frozen=True)
-class Study:
-    """One comparison. `distilled`: options of that side beyond the product's defaults; `common`: of both sides.
-
-    `labels_per_class`, `unlabeled`: see `write_emoji_table`. `control_unlabeled`: the control trains on the labeled
-    images alone (the others teach it nothing), for as many steps. `data`, `labels`: a folder of --data, and how many of
-    its training images are labeled, see `benchmarks.learning_sets.lay_out`. `rates`: learning rates to choose from.
+    `raw`: from targets that are not standardized.
     """
 
-    name: str
-    title: str
-    student: str
-    metric: str
-    epochs: int
-    common: dict[str, Any]
-    distilled: dict[str, Any] = field(default_factory=dict)
-    labels_per_class: int | None = None
-    unlabeled: bool = False
-    scenes: bool = False
-    data: str = ""
-    labels: int | None = None
-    rates: tuple[float, ...] = LEARNING_RATES
+    study: Study
+    options: dict[str, Any]
+    learning_rate: float
+    seed: int
+    raw: bool = False
+
+    @property
+    def control(self) -> bool:
+        return self.options in (CONTROL, CONTROL_ONLY)
 
 
-EMOJI = {"image_size": 32, "batch_size": 32, "augment": "mild"}
-SCENES = {"image_size": 48, "batch_size": 8, "augment": "full"}
-SMALL = "timm:resnet10t"
-FEW = LABELS_PER_CLASS
-STUDIES = {
-    study.name: study
-    for study in (
-        Study("few", f"{FEW} labels a class", SMALL, "top1", 40, EMOJI, labels_per_class=FEW),
-        Study("all", "all labels", SMALL, "top1", 12, EMOJI),
-        Study("scenes", "segmentation", "unet/small", "miou", 12, SCENES, scenes=True),
-        Study(
-            "mixed",
-            f"{FEW} labels a class, the other images without labels",
-            SMALL,
-            "top1",
-            12,
-            EMOJI,
-            labels_per_class=FEW,
-            unlabeled=True,
-        ),
-    )
-}
-USUAL = "few,all,scenes"
-
-DATA_RATES = (1e-3, 3e-3)
-PHOTOS = {"image_size": 64, "batch_size": 32}
-STREETS = {"image_size": 48, "batch_size": 8}
-CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
-STREETS_FIRST = {"pretrain_epochs": 20, "distillation_type": "hybrid"}
-STREETS_RATES = (3e-4, 1e-3)
-CELLS_FIRST = {"pretrain_epochs": 20}
-DATA_STUDIES = {
-    study.name: study
-    for study in (
-        Study(
-            "clothing-few",
-            "clothing, 10 labels a class, the rest unlabeled",
-            SMALL,
-            "top1",
-            12,
-            {**PHOTOS, "mixup_alpha": 0.2},
-            {"labeled_share": 0.05},
-            data="clothing",
-            labels=10,
-            rates=DATA_RATES,
-        ),
-        Study(
-            "clothing-all",
-            "clothing, all labels",
-            SMALL,
-            "top1",
-            12,
-            PHOTOS,
-            data="clothing",
-            rates=DATA_RATES,
-        ),
-        Study(
-            "camvid-few",
-            "CamVid, 30 labeled, the rest unlabeled",
-            "unet/small",
-            "miou",
-            10,
-            STREETS,
-            STREETS_FIRST,
-            data="camvid",
-            labels=30,
-            rates=STREETS_RATES,
-        ),
-        Study(
-            "camvid-all",
-            "CamVid, all labels",
-            "unet/small",
-            "miou",
-            10,
-            STREETS,
-            STREETS_FIRST,
-            data="camvid",
-            rates=STREETS_RATES,
-        ),
-        # The teacher knows less of scanned digits than 50 labels teach: distillation must do no harm.
-        Study(
-            "digits",
-            "digits, 50 labeled, 550 unlabeled",
-            SMALL,
-            "top1",
-            16,
-            {"image_size": 32, "batch_size": 32},
-            data="digits",
-            labels=50,
-            rates=DATA_RATES,
-        ),
-        Study(
-            "bccd-few",
-            "BCCD, 30 labeled, the rest unlabeled",
-            "yolov8n",
-            "map50_95",
-            60,
-            CELLS,
-            CELLS_FIRST,
-            data="bccd",
-            labels=30,
-            rates=DATA_RATES,
-        ),
-        Study(
-            "bccd-all",
-            "BCCD, all labels",
-            "yolov8n",
-            "map50_95",
-            12,
-            CELLS,
-            CELLS_FIRST,
-            data="bccd",
-            rates=DATA_RATES,
-        ),
-    )
-}
-
-
+@dataclass
 class Bench:
-    """Stores and finished trainings in one folder. `rates`: learning rates to choose from instead of those of the studies."""
+    """Stores and finished trainings in one folder.
 
-    def __init__(
-        self,
-        work: Path,
-        quick: bool,
-        rates: tuple[float, ...] = (),
-        draws: int | None = None,
-        data: Path | None = None,
-    ) -> None:
-        self.work, self.quick, self.rates, self.draws, self.data = work, quick, rates, draws, data
-        self.results = work / "results.jsonl"
-        self.done: dict[str, dict[str, Any]] = {}
-        if self.results.exists():
-            lines = self.results.read_text(encoding="utf-8").splitlines()
-            self.done = {record["id"]: record for record in map(json.loads, lines)}
+    `rates`: learning rates to choose from instead of those of the studies. `draws`: how many selections of labeled images;
+    None: one a seed. `jobs`: stores and trainings at a time, each in a process of its own.
+    """
+
+    work: Path
+    quick: bool = False
+    rates: tuple[float, ...] = ()
+    draws: int | None = None
+    data: Path | None = None
+    device: str = "cpu"
+    jobs: int = 1
+    done: dict[str, dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.results = self.work / "results.jsonl"
+        lines = self.results.read_text(encoding="utf-8").splitlines() if self.results.exists() else []
+        self.done = {record["id"]: record for record in map(json.loads, lines)}
 
     def store(self, study: Study, draw: int, *, unlabeled: bool) -> Path:
         """The extracted store of a study (a draw of labels), made on first use."""
@@ -266,60 +156,90 @@ class Bench:
             return self.store(study, 0, unlabeled=True)
         return self.store(STUDIES["scenes" if study.scenes else "all"], 0, unlabeled=False)
 
-    def train(
-        self, study: Study, options: dict[str, Any], learning_rate: float, seed: int, *, raw: bool = False
-    ) -> dict[str, Any]:
-        """Train once; `val` and `test`: the study's metric, of the best epoch on the validation split.
-
-        `raw`: from targets that are not standardized.
-        """
-        control = options in (CONTROL, CONTROL_ONLY)
-        unlabeled = study.unlabeled and not control
-        draw = self.draw(seed)
-        chosen = {**study.common, **options, "learning_rate": learning_rate, "seed": seed}
+    def settings(self, training: Training) -> dict[str, Any]:
+        """Options of `cli train`."""
+        study, seed = training.study, training.seed
+        chosen = {**study.common, **training.options, "learning_rate": training.learning_rate, "seed": seed}
         chosen["epochs"] = 1 if self.quick else study.epochs
         if self.quick and "pretrain_epochs" in chosen:
             chosen["pretrain_epochs"] = 1
-        if study.unlabeled and control:
+        if study.unlabeled and training.control:
             # The same number of steps: fewer images make shorter epochs.
+            draw = self.draw(seed)
             chosen["epochs"] = round(
                 chosen["epochs"] * self.size(study, draw, True) / self.size(study, draw, False)
             )
-        identity = hashlib.sha256(
-            json.dumps(
-                [
-                    study.name,
-                    study.student,
-                    study.labels_per_class or study.labels,
-                    draw,
-                    self.quick,
-                    raw,
-                    chosen,
-                ],
-                sort_keys=True,
-            ).encode()
-        ).hexdigest()[:16]
-        if identity not in self.done:
-            record = {
-                "id": identity,
-                "study": study.name,
-                "labels": study.labels_per_class or study.labels,
-                "control": control,
-                "raw": raw,
-                **chosen,
-            }
-            store = self.store(study, draw, unlabeled=unlabeled)
-            record |= run(
-                without_statistics(store) if raw else store,
-                self.test_store(study),
-                study,
-                chosen,
-                self.work / "run",
-            )
+        return chosen
+
+    def identity(self, training: Training) -> str:
+        """Names a training in `results.jsonl`."""
+        study = training.study
+        parts: list[Any] = [
+            study.name,
+            study.student,
+            study.labels_per_class or study.labels,
+            self.draw(training.seed),
+        ]
+        parts += [self.quick, training.raw, self.settings(training)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def train(self, training: Training) -> dict[str, Any]:
+        """The record of a training; `val` and `test`: the study's metric, of the best epoch on the validation split."""
+        self.train_all([training])
+        return self.done[self.identity(training)]
+
+    def train_all(self, trainings: Sequence[Training]) -> None:
+        """Train those that are not done yet, `jobs` at a time."""
+        missing = {self.identity(training): training for training in trainings}
+        missing = {name: training for name, training in missing.items() if name not in self.done}
+        for record in self.each(self.make_record, list(missing.values())):
             with self.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            self.done[identity] = record
-        return self.done[identity]
+            self.done[record["id"]] = record
+
+    def each(self, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """The results of `work`, in processes of their own if there are several jobs, as they end."""
+        if self.jobs == 1 or len(items) <= 1:
+            yield from map(work, items)
+            return
+        with ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(work, item) for item in items]):
+                yield future.result()
+
+    def make_stores(self, trainings: Sequence[Training]) -> None:
+        """The stores of trainings, and before those with some labels the ones of all labels, from which they are copied."""
+        wanted = {}
+        for training in trainings:
+            study, unlabeled = training.study, training.study.unlabeled and not training.control
+            wanted[study.name, self.draw(training.seed), unlabeled] = study
+        bases = {study.data: replace(study, labels=None) for study in wanted.values() if study.data}
+        list(self.each(self.make_store, [(study, 0, False) for study in bases.values()]))
+        list(self.each(self.make_store, [(study, draw, some) for (_, draw, some), study in wanted.items()]))
+
+    def make_store(self, order: tuple[Study, int, bool]) -> None:
+        study, draw, unlabeled = order
+        self.store(study, draw, unlabeled=unlabeled)
+
+    def make_record(self, training: Training) -> dict[str, Any]:
+        """Train and test once."""
+        logging.disable(logging.INFO)
+        study, draw = training.study, self.draw(training.seed)
+        chosen = self.settings(training)
+        store = self.store(study, draw, unlabeled=study.unlabeled and not training.control)
+        if training.raw:
+            store = without_statistics(store)
+        measured = run(
+            store, self.test_store(study), study, chosen, self.work / f"run-{os.getpid()}", self.device
+        )
+        return {
+            "id": self.identity(training),
+            "study": study.name,
+            "labels": study.labels_per_class or study.labels,
+            "control": training.control,
+            "raw": training.raw,
+            **chosen,
+            **measured,
+        }
 
     def size(self, study: Study, draw: int, unlabeled: bool) -> int:
         """Training images of a study's store."""
@@ -327,13 +247,17 @@ class Bench:
 
         return len(open_store(self.store(study, draw, unlabeled=unlabeled))["train"])
 
-    def tune(self, study: Study, options: dict[str, Any]) -> float:
-        """The learning rate that is best on the validation split."""
+    def tuning(self, study: Study, options: dict[str, Any]) -> list[Training]:
+        """One training for each learning rate, unless there is but one."""
         rates = self.rates or study.rates
-        if len(rates) == 1:
-            return rates[0]
-        scores = {rate: self.train(study, options, rate, TUNING_SEED)["val"] for rate in rates}
-        return max(scores, key=scores.__getitem__)
+        return [Training(study, options, rate, TUNING_SEED) for rate in rates if len(rates) > 1]
+
+    def best_rate(self, study: Study, options: dict[str, Any]) -> float:
+        """The learning rate that is best on the validation split."""
+        trainings = self.tuning(study, options)
+        if not trainings:
+            return (self.rates or study.rates)[0]
+        return max(trainings, key=lambda training: self.train(training)["val"]).learning_rate
 
 
 def extract(data: Path, out: Path, *, scenes: bool) -> None:
@@ -354,7 +278,7 @@ def extract_as(data: Path, out: Path, source: str, base: Path | None = None, **o
     run_extraction(
         ExtractConfig(
             data=str(data),
-            out=out,
+            out=str(out),
             source=source,  # type: ignore[arg-type]
             teacher=PRETRAINED_TEACHER,
             teacher_path=str(pretrained_teacher_weights()),
@@ -364,16 +288,18 @@ def extract_as(data: Path, out: Path, source: str, base: Path | None = None, **o
     )
 
 
-def run(store: Path, test_store: Path, study: Study, options: dict[str, Any], out: Path) -> dict[str, Any]:
+def run(
+    store: Path, test_store: Path, study: Study, options: dict[str, Any], out: Path, device: str
+) -> dict[str, Any]:
     """One training and its test."""
     from train.config import TrainConfig
     from train.deliver.evaluate import evaluate_run
     from train.run import run_training
 
     start = time.perf_counter()
-    settings = {**options, "workers": 0, "device": "cpu", "overwrite": True}
+    settings = {**options, "workers": 0, "device": device, "overwrite": True}
     summary = run_training(TrainConfig(store=str(store), student=study.student, out=out, **settings))
-    tested = evaluate_run(out, test_store, split="test", workers=0, device="cpu")
+    tested = evaluate_run(out, test_store, split="test", workers=0, device=device)
     return {
         "val": summary["metrics"][study.metric],
         "test": tested["metrics"][study.metric],
@@ -390,14 +316,34 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return mean, T_QUANTILE[count - 1] * float(np.std(differences, ddof=1)) / math.sqrt(count)
 
 
-def compare(bench: Bench, study: Study, options: dict[str, Any], seeds: int) -> dict[str, Any]:
+def alone(study: Study) -> dict[str, Any]:
+    """Options of the control."""
+    return CONTROL_ONLY if study.data else CONTROL
+
+
+def sides(bench: Bench, study: Study, seeds: int) -> tuple[list[Training], list[Training]]:
+    """The trainings of a comparison, distilled and control, each with its best learning rate."""
+    distilled, control = (
+        [Training(study, options, bench.best_rate(study, options), seed) for seed in range(seeds)]
+        for options in (study.distilled, alone(study))
+    )
+    return distilled, control
+
+
+def train_studies(bench: Bench, studies: Sequence[Study], seeds: int) -> None:
+    """All trainings of the comparisons, as many at a time as the bench has jobs."""
+    tuning = [t for s in studies for options in (s.distilled, alone(s)) for t in bench.tuning(s, options)]
+    bench.make_stores(tuning)
+    bench.train_all(tuning)
+    trainings = [t for study in studies for side in sides(bench, study, seeds) for t in side]
+    bench.make_stores(trainings)
+    bench.train_all(trainings)
+
+
+def compare(bench: Bench, study: Study, seeds: int) -> dict[str, Any]:
     """Distilled against control, each with its own learning rate, over the same seeds."""
-    alone = CONTROL_ONLY if study.data else CONTROL
-    rates = {"distilled": bench.tune(study, options), "control": bench.tune(study, alone)}
-    distilled, control = [], []
-    for seed in range(seeds):
-        distilled.append(bench.train(study, options, rates["distilled"], seed)["test"])
-        control.append(bench.train(study, alone, rates["control"], seed)["test"])
+    trainings = sides(bench, study, seeds)
+    distilled, control = ([bench.train(training)["test"] for training in side] for side in trainings)
     mean, half = interval([a - b for a, b in zip(distilled, control, strict=True)])
     drawn = study.labels_per_class or study.labels
     draws = sorted({bench.draw(seed) for seed in range(seeds)}) if drawn else [0]
@@ -409,44 +355,34 @@ def compare(bench: Bench, study: Study, options: dict[str, Any], seeds: int) -> 
         "seeds": seeds,
         "control": float(np.mean(control)),
         "distilled": float(np.mean(distilled)),
+        "by_seed": {"distilled": distilled, "control": control},
         "difference": mean,
         "low": mean - half,
         "high": mean + half,
         "probe": float(np.mean([value for value in ceilings if value is not None]))
         if any(ceilings)
         else None,
-        "learning_rates": rates,
+        "learning_rates": {
+            name: side[0].learning_rate
+            for name, side in zip(("distilled", "control"), trainings, strict=True)
+        },
         "draws": len(draws),
     }
-
-
-# Variants of the distilled side. `NOT_STANDARDIZED` trains from a store whose statistics say mean 0 and spread 1.
-NOT_STANDARDIZED = "not standardized"
-ABLATION: dict[str, dict[str, Any]] = {
-    "defaults (mse, weight found, hybrid)": {},
-    "feature weight 20": {"feature_weight": 20.0},
-    "feature weight 1": {"feature_weight": 1.0},
-    "cosine": {"feature_loss_type": "cosine"},
-    "smooth_l1": {"feature_loss_type": "smooth_l1"},
-    "relation": {"feature_loss_type": "relation"},
-    "feature term alone": {"distillation_type": "feature"},
-    "logit term alone": {"distillation_type": "logit"},
-    "mlp alignment": {"align_head": "mlp"},
-    "constant schedule": {"lr_scheduler": "constant"},
-    NOT_STANDARDIZED: {},
-}
 
 
 def without_statistics(store: Path) -> Path:
     """A copy of the store whose targets are not standardized: mean 0 and spread 1 in every channel."""
     copy = store.with_name(f"{store.stem}-raw.zarr")
     if not copy.exists():
-        shutil.copytree(store, copy)
-        for file in copy.rglob(
-            "zarr.json"
-        ):  # the arrays' own metadata, and the consolidated copy in the root
+        draft = copy.with_suffix(f".{os.getpid()}")  # several jobs may want it
+        shutil.copytree(store, draft)
+        # The arrays' own metadata, and the consolidated copy in the root.
+        for file in draft.rglob("zarr.json"):
             metadata = json.loads(file.read_text(encoding="utf-8"), object_hook=unstandardize)
             file.write_text(json.dumps(metadata), encoding="utf-8")
+        with contextlib.suppress(OSError):  # another job was faster
+            draft.rename(copy)
+        shutil.rmtree(draft, ignore_errors=True)
     return copy
 
 
@@ -460,12 +396,18 @@ def unstandardize(entry: dict[str, Any]) -> dict[str, Any]:
 
 def ablate(bench: Bench, study: Study, seeds: int) -> list[dict[str, Any]]:
     """Variants of the distilled side at its learning rate: mean test metric over seeds."""
-    rate = bench.tune(study, study.distilled)
+    rate = bench.best_rate(study, study.distilled)
+    variants = {
+        name: [
+            Training(study, {**study.distilled, **change}, rate, seed, raw=name == NOT_STANDARDIZED)
+            for seed in range(seeds)
+        ]
+        for name, change in ABLATION.items()
+    }
+    bench.train_all([training for trainings in variants.values() for training in trainings])
     rows = []
-    for name, change in ABLATION.items():
-        options = {**study.distilled, **change}
-        raw = name == NOT_STANDARDIZED
-        tests = [bench.train(study, options, rate, seed, raw=raw)["test"] for seed in range(seeds)]
+    for name, trainings in variants.items():
+        tests = [bench.train(training)["test"] for training in trainings]
         rows.append({"variant": name, "study": study.title, "tests": tests, "mean": float(np.mean(tests))})
     return rows
 
@@ -488,6 +430,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few images, one epoch: only shows that it runs"
     )
+    parser.add_argument("--device", default="cpu", help="of the trainings, e.g. cuda (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (%(default)s)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
@@ -500,19 +444,21 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace, work: Path) -> None:
     """Run what was asked for and print it."""
-    work.mkdir(parents=True, exist_ok=True)
     grid = arguments.learning_rates
     known, usual = STUDIES, USUAL
     if arguments.data is not None:
         known, usual = DATA_STUDIES, ",".join(DATA_STUDIES)
     rates = tuple(float(text) for text in grid.split(",")) if grid else ()
-    bench = Bench(work, arguments.quick, rates, arguments.draws, arguments.data)
+    bench = Bench(
+        work, arguments.quick, rates, arguments.draws, arguments.data, arguments.device, arguments.jobs
+    )
     names = (arguments.studies or usual).split(",")
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"--studies {','.join(unknown)}: unknown; known are {', '.join(known)}")
     studies = [known[name] for name in names]
     seeds = 2 if arguments.quick else arguments.seeds
-    result: dict[str, Any] = {"comparison": [compare(bench, s, s.distilled, seeds) for s in studies]}
+    train_studies(bench, studies, seeds)
+    result: dict[str, Any] = {"comparison": [compare(bench, study, seeds) for study in studies]}
     if arguments.ablation:
         result["ablation"] = ablate(bench, studies[0], arguments.ablation_seeds)
     if arguments.fidelity:

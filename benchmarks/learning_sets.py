@@ -38,7 +38,7 @@ DATA_SETS = {
         "masks",
         {"image_size": 384, "grid": "native", "layers": "3,last", "logits": "probe", **UNLABELED},
     ),
-    "bccd": DataSet("voc", {"image_size": 384, "grid": "native", **UNLABELED}),
+    "bccd": DataSet("voc", {"image_size": 384, "grid": "native", "layers": "3,last", **UNLABELED}),
 }
 
 
@@ -90,7 +90,7 @@ def digits(folder: Path, labels: int | None, generator: np.random.Generator, eve
     found = load_digits()
     (folder / "images").mkdir()
     rows = []
-    chosen = pick(range(DIGITS["train"]), labels, generator)
+    chosen = pick(range(0, DIGITS["train"], every), labels, generator)
     splits = [split for split, count in DIGITS.items() for _ in range(count)]
     for number in range(0, len(splits), every):
         image, split = f"images/{number:04d}.png", splits[number]

@@ -11,7 +11,8 @@ from benchmarks.learning_sets import probe_miou
 from commands.assets import PRETRAINED_TEACHER, pretrained_teacher_weights
 
 if TYPE_CHECKING:
-    from benchmarks.learning import Bench, Study
+    from benchmarks.learning import Bench
+    from benchmarks.learning_studies import Study
 
 TEACHER_SIZE = 160
 PROBE_STRENGTH = 0.003  # of the per-cell probe's regularization (scikit-learn's C), on standardized features

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.learning import DATA_STUDIES
 from benchmarks.learning_sets import DATA_SETS, lay_out
+from benchmarks.learning_studies import DATA_STUDIES
 from extract.sources.base import Source
 from extract.sources.detect import open_source
 
