@@ -1,7 +1,7 @@
 """Public data sets for benchmarks/learning.py --data DIR, with the labels of some training images hidden.
 
-DIR has the folders `clothing`, `camvid` and `bccd`, as docs/benchmarks.md describes; the digits are scikit-learn's. Images are
-links to DIR.
+DIR has the folders `clothing`, `camvid` and `bccd`, as docs/benchmarks.md describes; the digits are scikit-learn's, and `clips` is
+made from recorded videos where it does not exist (benchmarks/learning_clips.py). Images are links to DIR.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
+
+from benchmarks.learning_clips import FRAMES, write_clips
 
 Item = TypeVar("Item")
 SPLITS = ("train", "val", "test")
@@ -38,6 +40,7 @@ DATA_SETS = {
         "masks",
         {"image_size": 384, "grid": "native", "layers": "3,last", "logits": "probe", **UNLABELED},
     ),
+    "clips": DataSet("table", {"image_size": 160, "logits": "probe", "frames": FRAMES}),
     "bccd": DataSet("voc", {"image_size": 384, "grid": "native", "layers": "3,last", **UNLABELED}),
 }
 
@@ -45,7 +48,7 @@ DATA_SETS = {
 def lay_out(name: str, data: Path, folder: Path, labels: int | None, draw: int, *, every: int = 1) -> Path:
     """What `cli extract` reads: all images of DIR/`name`, and the labels of `labels` training images.
 
-    labels: of each class (clothing) or in all; None: all. draw: which selection. every: take each n-th image only.
+    labels: of each class (clothing, clips) or in all; None: all. draw: which selection. every: take each n-th image only.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -53,11 +56,13 @@ def lay_out(name: str, data: Path, folder: Path, labels: int | None, draw: int, 
     if name == "digits":
         return digits(folder, labels, generator, every)
     source = (data / name).resolve()
+    if name == "clips" and not source.exists():
+        write_clips(source)
     if not source.is_dir():
         raise SystemExit(
             f"{source} does not exist: --data DIR needs the folder {name}, see docs/benchmarks.md"
         )
-    return {"clothing": clothing, "camvid": camvid, "bccd": bccd}[name](
+    return {"clothing": class_table, "clips": class_table, "camvid": camvid, "bccd": bccd}[name](
         source, folder, labels, generator, every
     )
 
@@ -67,10 +72,10 @@ def pick(files: Sequence[Item], labels: int | None, generator: np.random.Generat
     return set(files if labels is None else [files[i] for i in generator.permutation(len(files))[:labels]])
 
 
-def clothing(
+def class_table(
     source: Path, folder: Path, labels: int | None, generator: np.random.Generator, every: int
 ) -> Path:
-    """Class folders as a table of images, in which only some training images have a label."""
+    """Class folders as a table of images (or clips), in which only some training images have a label."""
     (folder / "images").symlink_to(source, target_is_directory=True)
     rows = []
     for split in SPLITS:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from benchmarks import learning_clips
 from benchmarks.learning_clips import BLOCKS, CLIPS, FRAMES, RECORDINGS, SIDE, Recording, write_clips
+from benchmarks.learning_sets import DATA_SETS, lay_out
+from extract.sources.detect import open_source
 from imaging.clips import VIDEO_SUFFIXES
 from tests.assets import ASSETS
 
@@ -69,6 +71,18 @@ def test_clips_are_the_same_each_time(recordings: list[Recording], tmp_path: Pat
         for name in ("once", "again")
     )
     assert once == again
+
+
+def test_some_clips_keep_their_label(recordings: list[Recording], tmp_path: Path) -> None:
+    write_clips(tmp_path / "data/clips", recordings, COUNTS)
+    source = open_source(
+        lay_out("clips", tmp_path / "data", tmp_path / "few", 1, 0), DATA_SETS["clips"].source
+    )
+    assert source.task == "sequence"
+    labels = {name: [sample.label for sample in split] for name, split in source.splits.items()}
+    assert sorted(label for label in labels["train"] if label is not None) == [0, 1]
+    assert labels["train"].count(None) == 2 * (COUNTS["train"] - 1)
+    assert None not in labels["val"] + labels["test"]
 
 
 def test_every_recording_has_a_pinned_asset_and_room_for_its_blocks() -> None:
