@@ -53,8 +53,8 @@ COMMANDS: dict[str, Command] = {
     "copy": Command("commands.store:copy", STORE, "Copy a store between folders and URLs."),
     "convert": Command("commands.store:convert", STORE, "Store to one HDF5 file, or back."),
     "demo": Command("commands.demo:demo", MORE, "What a teacher is worth, on real images in a few minutes."),
-    "serve": Command("commands.serve:serve", MORE, "Create, start and watch training tasks over HTTP."),
-    "distill": Command("commands.platform:distill", MORE, "What a training platform starts."),
+    "serve": Command("commands.backend:serve", MORE, "Create, start and watch training tasks over HTTP."),
+    "distill": Command("commands.backend:distill", MORE, "What a training platform starts."),
 }
 
 # Errors of the disk are one line wherever they occur, like errors that carry an `exit_code`.

@@ -200,7 +200,7 @@ def probe(
     Will the teacher help this student? Compares the teacher's ceiling with a short control and prints a verdict.
     """
     from extract.logits import probe_store
-    from extract.metadata import note_verdict
+    from extract.result import note, read_measured
     from store.format import RANDOM_WEIGHTS_NOTICE
     from store.metadata import is_url
     from store.reader import open_store
@@ -217,7 +217,8 @@ def probe(
         )
         verdict = {**vars(judged), "text": verdict_lines(vars(judged))}
         if not is_url(store):
-            note_verdict(Path(store), judged.student, verdict)
+            known = read_measured(Path(store)).get("verdicts") or {}
+            note(Path(store), verdicts={**known, judged.student: verdict})  # the report repeats it
     if open_store(store).manifest.teacher.random_weights:
         get_logger("extract").warning("%s: teacher of %s", store, RANDOM_WEIGHTS_NOTICE)
     if json:

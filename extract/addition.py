@@ -69,13 +69,18 @@ def decided_options(manifest: Manifest) -> dict[str, Any]:
     return options
 
 
-def addition_task(config: ExtractConfig, task: ExtractTask) -> ExtractTask:
+def addition_task(config: ExtractConfig, task: ExtractTask, *, check: bool = True) -> ExtractTask:
     """The task of encoding a further teacher: the base's rows in their order, and only what is this teacher's.
 
-    A task without `config.base` stays as it is.
+    A task without `config.base` stays as it is. Raises StoreError, if `check`, when the data set is not that of the store.
     """
     if config.base is None:
         return task
+    if check:
+        store = open_store(config.base)
+        changes = changes_of(config, replace(task, path=config.base))
+        if changes.any:
+            raise other_images(store, f"the data set has changed: {changes.describe()}")
     kept = (names.SIZES, names.CONTENT)
     return replace(
         adopt_rows(task, config.base),
@@ -83,16 +88,6 @@ def addition_task(config: ExtractConfig, task: ExtractTask) -> ExtractTask:
         arrays=[spec for spec in task.arrays if of_one_teacher(spec.name) or spec.name in kept],
         shard_rows=open_store(config.base).manifest.shard_rows,
     )
-
-
-def check_images(config: ExtractConfig, task: ExtractTask) -> None:
-    """Raises StoreError when the data set of a task is not that of the store that a teacher is added to."""
-    if config.base is None:
-        return
-    store = open_store(config.base)
-    changes = changes_of(config, replace(task, path=config.base))
-    if changes.any:
-        raise other_images(store, f"the data set has changed: {changes.describe()}")
 
 
 def finish_addition(config: ExtractConfig) -> None:

@@ -1,6 +1,6 @@
 """Probes of grid cells: which rows and cells a fit sees, the networks, and predictions out of fold.
 
-A probe is fitted on the labeled rows of the training split, a fold at a time, so that no prediction for a row comes from a
+Other probes take their folds from here too. A probe is fitted on the labeled rows of the training split, a fold at a time, so that no prediction for a row comes from a
 probe that saw the row or a copy of its file. Rows that are not labeled get the mean of all folds' predictions.
 
 Shapes: `N` rows, `n` cells, `g` side of a stored grid, `s` side of the interpolated grids, `D` width of the features (`ΣD`: of
@@ -9,7 +9,7 @@ all layers), `C` classes, `K` outputs of a probe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from extract.folds import FOLDS, content_groups, folds_of_copies, training_split
 from store import format as names
 from store.errors import DistillError
 from store.format import Preprocessing
@@ -42,6 +41,7 @@ HIDDEN, DROPOUT = 128, 0.3
 OUTLIER = 5.0
 
 Rows = npt.NDArray[np.int64]
+FOLDS = 5
 
 
 class NoTargets(DistillError):
@@ -284,3 +284,29 @@ def predict_rows(
     for number, values in parts.items():
         result[fold == number] = values
     return result
+
+
+def training_split(store: Store) -> Split:
+    """`train`, or the largest split."""
+    return store["train" if "train" in store else max(store.splits, key=lambda name: len(store[name]))]
+
+
+def content_groups(store: Store) -> dict[str, npt.NDArray[np.int64]]:
+    """Split → int64 [N]: rows of equal content have equal numbers, across splits."""
+    content = {name: np.ascontiguousarray(split.read(names.CONTENT)) for name, split in store.items()}
+    digests = np.concatenate(
+        [rows.view(np.dtype((np.void, rows.shape[1]))).ravel() for rows in content.values()]
+    )
+    numbers = np.asarray(np.unique(digests, return_inverse=True)[1]).ravel()
+    ends = np.cumsum([len(rows) for rows in content.values()])[:-1]
+    return dict(zip(content, np.split(numbers, ends), strict=True))
+
+
+def folds_of_copies(
+    groups: Mapping[str, npt.NDArray[np.int64]], train: str, fold: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
+    """Split → [N]: the fold that holds a labeled copy of each row (or the row itself), -1 where none does."""
+    folds = np.full(max(int(numbers.max(initial=-1)) for numbers in groups.values()) + 1, -1)
+    labeled = fold >= 0
+    folds[groups[train][labeled]] = fold[labeled]
+    return {split: folds[numbers] for split, numbers in groups.items()}

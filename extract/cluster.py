@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from console.output import configure_logging, get_logger
-from extract.addition import addition_task, check_images
+from extract.addition import addition_task
 from extract.config import ExtractConfig
 from extract.follow.version import follow
 from extract.output import count_still_bad, planned_rows, prepare_store, use_threads, work_path
@@ -100,9 +100,7 @@ class WorkerState:
             self.close()
             self.teacher = open_teacher(config)
             task = make_task(config, open_data(config), self.teacher)
-            if check:
-                check_images(config, task)
-            self.task = addition_task(config, task)
+            self.task = addition_task(config, task, check=check)
             self.options = options
         return config, self.task, self.teacher
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from console.output import get_logger
-from extract.addition import addition_task, check_images
+from extract.addition import addition_task
 from extract.config import ExtractConfig
 from extract.decode.pool import DecodedBatch
 from extract.decode.sample import DecodedSample
@@ -58,9 +58,7 @@ def estimate(config: ExtractConfig) -> ExtractResult:
         found = look_at_url(config)
     teacher = open_teacher(config)
     source = open_data(config)
-    task = make_task(config, source, teacher)
-    check_images(config, task)
-    task = addition_task(config, task)
+    task = addition_task(config, make_task(config, source, teacher))
     batch_size = task.batch_rows
     samples = calibration_samples(task, min(TIMED_SAMPLES, batch_size))
     decode_here(task.encoding, samples[:1])  # the first one imports the decoder

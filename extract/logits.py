@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from console.output import get_logger
-from extract.cells import NoTargets, plan_fit
+from extract.cells import FOLDS, NoTargets, content_groups, folds_of_copies, plan_fit, training_split
 from extract.config import ZERO_SHOT, ConfigError, ExtractConfig
 from extract.decode.pool import DecodePool
 from extract.encode import AdaptiveBatch, DeviceCopies
-from extract.folds import FOLDS, content_groups, folds_of_copies, training_split
-from extract.metadata import note_probe
 from extract.output import adopt_rows
 from extract.plan import ExtractTask, decode_workers, make_task, open_data, open_teacher
-from extract.result import ExtractObserver, logits_stop_message
+from extract.result import ExtractObserver, logits_stop_message, note_probe
 from extract.teachers.zero_shot import ZeroShotScorer
 from files.writing import check_writable
 from processes.stop import StopDeadline, Stopped, StopRequest

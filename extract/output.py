@@ -14,7 +14,7 @@ import numpy as np
 from console.output import get_logger
 from extract.config import ConfigError, ExtractConfig
 from extract.encode import encode_samples
-from extract.follow.stamps import annotation_stamp, digest_of, load_stamps, save_stamps, stamps_of
+from extract.follow.changes import annotation_stamp, digest_of, load_stamps, save_stamps, stamps_of
 from extract.plan import (
     DifferentStore,
     ExtractTask,

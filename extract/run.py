@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from console.output import get_logger
 from console.progress import PhaseProgress
-from extract.addition import addition_task, begin_addition, check_images, finish_addition
+from extract.addition import addition_task, begin_addition, finish_addition
 from extract.config import ConfigError, ExtractConfig
 from extract.follow.version import changes_of, follow
-from extract.metadata import ExtractionClock
 from extract.output import complete_store, count_still_bad, extract_lock, prepare_store, work_path
 from extract.pipeline import Pipeline
 from extract.plan import decode_workers, make_task, open_data, open_teacher
 from extract.result import (
     EncodedRows,
+    ExtractionClock,
     ExtractObserver,
     ExtractResult,
     count_bad,
@@ -172,9 +172,7 @@ class LocalExecutor:
         self.raise_if_stopped()
         self.teacher = open_teacher(self.config)
         self.raise_if_stopped()
-        data = make_task(self.config, source, self.teacher)
-        check_images(self.config, data)
-        self.data = addition_task(self.config, data)
+        self.data = addition_task(self.config, make_task(self.config, source, self.teacher))
         self.task = prepare_store(self.config, self.data, self.teacher)
 
     def encode(self, result: ExtractResult) -> None:

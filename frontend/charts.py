@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backend.server.results import describe_metric, headline_metric
+from backend.server.results import headline_of, metric_of
 from frontend.layout import metric_label
 from frontend.texts import Texts
 
@@ -28,12 +28,12 @@ def loss_chart(texts: Texts, records: Records) -> dict[str, Any]:
 
 def metric_chart(texts: Texts, records: Records) -> tuple[str, dict[str, Any]]:
     """The label of the metric that counts, and its curve (shares in percent)."""
-    name = headline_metric(
+    name = headline_of(
         [key for record in records for key, value in record.items() if number(value) is not None]
     )
     if name is None:
         return texts("chart.metric"), line_chart(texts, [])
-    metric = describe_metric(name)
+    metric = metric_of(name)
     factor = 100.0 if metric.kind == "share" else 1.0
     unit = "%" if metric.kind == "share" else ""
     curve = [[epoch, round(value * factor, 4)] for epoch, value in points(records, name)]

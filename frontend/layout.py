@@ -9,7 +9,7 @@ from typing import Any
 
 from nicegui import Client, ui
 
-from backend.server.results import describe_metric
+from backend.server.results import metric_of
 from frontend.texts import Texts, preferred_language
 
 STYLE = Path(__file__).with_name("style.css")
@@ -189,7 +189,7 @@ def fact(label: str, value: str, classes: str = "") -> Text:
 
 
 def metric_label(texts: Texts, name: str) -> str:
-    return texts.or_word(f"metric.{name}", describe_metric(name).label)
+    return texts.or_word(f"metric.{name}", metric_of(name).label)
 
 
 def duration(texts: Texts, seconds: float | None) -> str:

@@ -20,11 +20,11 @@ from backend.server.logs import LOG_FILE
 from backend.server.logs import follow as follow_lines
 from backend.server.results import (
     compare_with_control,
-    describe_metric,
     draw_predictions,
     drawn_predictions,
     export_onnx,
     list_downloads,
+    metric_of,
     read_records,
     read_summary,
 )
@@ -266,7 +266,7 @@ class TaskPage:
                 return
             difference = compared.difference
             direction = "up" if difference > 0 else "down" if difference < 0 else ""
-            shares = describe_metric(compared.metric).kind == "share"
+            shares = metric_of(compared.metric).kind == "share"
             number = f"{100 * difference:+.2f}" if shares else f"{difference:+.4f}"
             gain = self.texts("eval.points", value=number) if shares else number
             text(gain.replace("-", "−"), "div", f"gain {direction}")
@@ -415,7 +415,7 @@ def metric_text(name: str, value: Any) -> str:
     """A number of a run with its unit."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "–"
-    kind = describe_metric(name).kind
+    kind = metric_of(name).kind
     if kind == "share":
         return f"{value:.2%}"
     if kind == "count":

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -22,7 +22,9 @@ from store.format import (
     Manifest,
     commits_file,
 )
-from store.shards import Layout
+
+if TYPE_CHECKING:
+    from store.shards import Layout
 
 HOW_TO_MAKE = "make one with `cli extract DATA --out STORE`"
 

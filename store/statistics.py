@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from store.arrays import RowArray
-from store.shards import blocks
+from store.shards import RowArray, blocks
 
 BLOCK_BYTES = 8 * 1024 * 1024  # four times as much in float64
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from files.writing import PARTIAL_PREFIX
-from store.arrays import open_shard
 from store.errors import LockedError, RemoteError, StoreError
 from store.finalize import commit_record
 from store.format import (
@@ -48,7 +47,7 @@ from store.keys import KeyTable
 from store.locks import SUFFIX, Owner, is_abandoned, read_owner
 from store.metadata import ZARR_JSON, is_url, node_names, parse_manifest, read_json, read_root
 from store.reader import Split, Store
-from store.shards import PARTIAL, Layout, ShardFile, blocks, checksum_of
+from store.shards import PARTIAL, Layout, ShardFile, blocks, checksum_of, open_shard
 from store.version import switch_is_done
 from store.writer import all_finite
 

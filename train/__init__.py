@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from train.api import train
-    from train.deliver.load import load_student
+    from train.deliver.model import load_student
 
 __all__ = ["load_student", "train"]
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return train
     if name == "load_student":
-        from train.deliver.load import load_student
+        from train.deliver.model import load_student
 
         return load_student
     raise AttributeError(f"module 'train' has no attribute {name!r}")

@@ -51,12 +51,11 @@ def label_images(config: TrainConfig, store: Store) -> None:
 
 
 def find_boxes(config: TrainConfig, store: Store, rows: NDArray[np.int64]) -> Any:
-    """What the detector finds in these rows of the training split, as `train.yolo.found_boxes.FoundBoxes`."""
+    """What the detector finds in these rows of the training split, as `train.yolo.dataset.FoundBoxes`."""
     from train.deliver.model import TorchModel, choose_device, open_student
     from train.deliver.predict import detect
-    from train.yolo.dataset import clean_boxes
+    from train.yolo.dataset import FoundBoxes, clean_boxes
     from train.yolo.evaluate import check_same_classes
-    from train.yolo.found_boxes import FoundBoxes
 
     source = config.boxes_from
     assert source is not None

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from backend.server.tools import run_command, run_module
-from train.metrics import Metric, headline_of, metric_of
+from train.metrics import (
+    headline_of as headline_of,  # also for the pages, which import nothing but the back end
+)
+from train.metrics import metric_of as metric_of
 from train.run_folder import RunFolder
 
 PREDICTIONS = 12
@@ -64,16 +67,6 @@ def compare_with_control(summary: dict[str, Any]) -> Comparison | None:
     if name is None or control.get(name) is None:
         return None
     return Comparison(metric=name, label=metric_of(name).label, student=metrics[name], control=control[name])
-
-
-def describe_metric(name: str) -> Metric:
-    """How a number of a run is called and written."""
-    return metric_of(name)
-
-
-def headline_metric(names: Sequence[str]) -> str | None:
-    """The number that stands for a task's quality: the first known one that a run has."""
-    return headline_of(names)
 
 
 def list_downloads(folder: Path) -> list[Path]:

@@ -20,11 +20,19 @@ import numpy as np
 from console.output import get_logger
 from extract.config import ExtractConfig
 from extract.decode.sample import boxes_to_store
-from extract.follow.changes import ENCODE, Changes, SplitChange, find_changes, listed
-from extract.follow.stamps import Stamps, load_stamps, save_stamps
-from extract.metadata import forget_probe
+from extract.follow.changes import (
+    ENCODE,
+    Changes,
+    SplitChange,
+    Stamps,
+    find_changes,
+    listed,
+    load_stamps,
+    save_stamps,
+)
 from extract.output import extract_lock, planned_rows, rows_path
 from extract.plan import AGAIN, ExtractTask, record_source
+from extract.result import forget_probe
 from extract.sources.base import Boxes
 from store import format as names
 from store.create import create_store, extend_store, scales_of

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from extract.qwen_checkpoints import QWEN_CHECKPOINTS
 from extract.teachers.base import (
     CheckpointError,
     Encoded,
@@ -43,6 +42,7 @@ from extract.teachers.devices import (
     pick_dtype,
     preferred_attention,
 )
+from extract.teachers.known import QWEN_CHECKPOINTS
 from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, patchify, pooled_mean
 from extract.teachers.vision_tower import (
     GridLayout,

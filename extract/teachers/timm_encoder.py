@@ -26,8 +26,8 @@ from extract.teachers.base import (
 )
 from extract.teachers.checkpoint import endpoint, hub_client, one_line
 from extract.teachers.devices import CompiledModel, device_error, pick_device, pick_dtype, warn_of_compiler
+from extract.teachers.known import TIMM_ROWS
 from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, pooled_mean
-from extract.teachers.timm_rows import TIMM_ROWS
 from files.weights import WeightsError, read_weights
 from store.format import Preprocessing, TeacherSpec
 

@@ -15,8 +15,7 @@ import pytest
 
 import cli
 from commands.assets import AssetError
-from commands.comparison import Comparison, describe, verdict
-from commands.demo import SMALLEST, list_steps
+from commands.demo import SMALLEST, Comparison, describe, list_steps, verdict
 from commands.extract import SUGGESTIONS
 from commands.images import EMOJI_CATEGORIES, EmojiTable, write_emoji
 from tests.test_backend.platform_data import make_yolo, pictures

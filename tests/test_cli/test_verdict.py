@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from commands.verdict import CLOSED, Verdict, compare, verdict_lines
-from extract.metadata import read_measured
+from extract.result import read_measured
 
 ROOT = Path(__file__).parents[2]
 

@@ -557,7 +557,7 @@ class TestLogits:
     def test_those_of_a_probe_are_dropped_or_made_again(
         self, follower: Follower, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        from extract.metadata import note_probe, read_measured
+        from extract.result import note_probe, read_measured
 
         follower.extract(logits="probe")
         note_probe(Path(follower.options["out"]), {"probe_top1": 0.5, "knn_top1": 0.5})

@@ -14,8 +14,8 @@ from PIL import Image
 from commands.extract import next_step, print_estimate
 from commands.store import print_description
 from extract.config import load_config
-from extract.metadata import note_probe
 from extract.plan import DifferentStore
+from extract.result import note_probe
 from extract.run import run_extraction
 from extract.teachers import CheckpointError
 from store.reader import open_store

@@ -12,7 +12,7 @@ from PIL import Image
 
 from extract.teachers import Teacher, TeacherError, list_teachers, load_teacher
 from extract.teachers.base import TEACHERS as REGISTRY
-from extract.teachers.timm_rows import TIMM_ROWS
+from extract.teachers.known import TIMM_ROWS
 from imaging.geometry import resize_view
 
 

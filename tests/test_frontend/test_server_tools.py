@@ -135,7 +135,7 @@ def test_downloads_are_the_useful_files_in_a_fixed_order(tmp_path: Path) -> None
 
 
 def test_the_command_line_starts_without_the_pages() -> None:
-    check = "import sys, cli, commands.serve; assert not {'nicegui', 'fastapi', 'torch'} & set(sys.modules)"
+    check = "import sys, cli, commands.backend; assert not {'nicegui', 'fastapi', 'torch'} & set(sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False
     )

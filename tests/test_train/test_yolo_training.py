@@ -281,7 +281,7 @@ def unlabeled(rows: list[Row]) -> list[Row]:
 def test_a_trained_detector_labels_images_without_boxes(
     learned_run: tuple[Path, Path, dict[str, Any]], tmp_path: Path, train_log: pytest.LogCaptureFixture
 ) -> None:
-    from train.yolo.found_boxes import FoundBoxes
+    from train.yolo.dataset import FoundBoxes
 
     _, detector, _ = learned_run
     hidden = scenes(12, 5)

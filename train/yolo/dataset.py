@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ultralytics.data.dataset import YOLODataset
 
 from console.output import get_logger
+from files.writing import replacing
 from imaging.geometry import resize_view
 from store.format import BOX_CLASSES, BOXES, GRID, SIZES, layer_grid, view_array
 from store.reader import Split, Store
@@ -29,6 +30,7 @@ from train.distill.objective import other_teacher
 from train.distill.phi_s import rotation_of
 from train.distill.projector import TargetStandardizer
 from train.errors import TrainError
+from train.run_folder import BOXES_FOUND
 from train.yolo.geometry import (
     GEOMETRY_KEY,
     SOURCE_PLACEMENTS,
@@ -405,3 +407,43 @@ class GridReader:
                 self.split, [self.name], BUFFERS, device, exact_flip=self.exact_flip
             )
         return self.gatherer.gather(rows, flipped=flipped if self.exact_flip else None)[self.name]
+
+
+@dataclass(frozen=True)
+class FoundBoxes:
+    """`rows` int64 [M] ascending, a row for each box; `boxes` float32 [M, 4]: normalized center and size; `classes` int64 [M].
+
+    `confidence`: what all boxes have at least.
+    """
+
+    rows: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+
+    def records(self, split: Split, side: int | None) -> list[DetectionRecord]:
+        """One record for each image. `side`: of all images, where it is not that of the stored sizes."""
+        sizes, found = split.read(SIZES), []
+        for row in np.unique(self.rows).tolist():
+            width, height = (side, side) if side else sizes[row].tolist()
+            chosen = self.rows == row
+            boxes, classes = self.boxes[chosen], self.classes[chosen]
+            found.append(DetectionRecord(row, str(split.keys[row]), width, height, boxes, classes))
+        return found
+
+    def write(self, run: Path) -> None:
+        with replacing(run / BOXES_FOUND) as partial, partial.open("wb") as stream:
+            np.savez(stream, **vars(self))
+
+    @classmethod
+    def read(cls, run: Path) -> FoundBoxes:
+        with np.load(run / BOXES_FOUND, allow_pickle=False) as stored:
+            return cls(**stored)
+
+
+def add_found_boxes(run: Path, store: Store, name: str, train: DetectionSplit) -> DetectionSplit:
+    """The training split `name` with the images in which boxes were found, in row order."""
+    side = store.whole.manifest.preprocessing.image_size if train.raw else None
+    records = FoundBoxes.read(run).records(store[name], side)
+    together = sorted([*train.records, *records], key=lambda record: record.row)
+    return replace(train, records=together)

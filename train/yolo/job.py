@@ -29,8 +29,7 @@ from train.run_folder import RunFolder, rotations_folder
 from train.students.families import FAMILIES, parse_student_name
 from train.students.weights import load_phase_one
 from train.students.yolo import YoloStudent, build_network, level_widths, student_spec
-from train.yolo.dataset import DetectionSplit, open_split
-from train.yolo.found_boxes import add_found_boxes
+from train.yolo.dataset import DetectionSplit, add_found_boxes, open_split
 from train.yolo.model import LEVELS, Distillation, DistilledDetectionModel, level_of, plain_detector
 from train.yolo.options import (
     clip_norm,
