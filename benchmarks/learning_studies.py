@@ -66,6 +66,8 @@ STREETS = {"image_size": 48, "batch_size": 8}
 CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
 STREETS_FIRST = {"pretrain_epochs": 20, "distillation_type": "hybrid"}
 STREETS_RATES = (3e-4, 1e-3)
+CLIPS = {"image_size": 48, "batch_size": 16}
+CLIPS_RATES = (3e-4, 1e-3)
 CELLS_FIRST = {"pretrain_epochs": 20}
 DATA_STUDIES = {
     study.name: study
@@ -114,6 +116,17 @@ DATA_STUDIES = {
             STREETS_FIRST,
             data="camvid",
             rates=STREETS_RATES,
+        ),
+        Study(
+            "clips-few",
+            "clips, 10 labels a class, the rest unlabeled",
+            "lstm/small",
+            "top1",
+            20,
+            CLIPS,
+            data="clips",
+            labels=10,
+            rates=CLIPS_RATES,
         ),
         # The teacher knows less of scanned digits than 50 labels teach: distillation must do no harm.
         Study(
