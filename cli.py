@@ -87,9 +87,11 @@ class LazyGroup(TyperGroup):
         command = COMMANDS.get(cmd_name)
         if command is None:
             return None
-        if overview_wanted():
-            return stub(cmd_name, command)
-        return load(cmd_name, command)
+        if not overview_wanted():
+            return load(cmd_name, command)
+        app = typer.Typer(add_completion=False)  # a command that has a help line and nothing else
+        app.command(cmd_name, help=command.help, rich_help_panel=command.panel)(lambda: None)
+        return typer.main.get_command(app)
 
 
 def overview_wanted() -> bool:
@@ -97,13 +99,6 @@ def overview_wanted() -> bool:
     # Shell completion passes the line typed so far in the environment, not as arguments.
     completing = os.environ.get("COMP_WORDS", os.environ.get("_TYPER_COMPLETE_ARGS", ""))
     return not any(word in COMMANDS for word in [*sys.argv[1:], *completing.split()])
-
-
-def stub(name: str, command: Command):  # type: ignore[no-untyped-def]
-    """A command that has a help line and nothing else."""
-    app = typer.Typer(add_completion=False)
-    app.command(name, help=command.help, rich_help_panel=command.panel)(lambda: None)
-    return typer.main.get_command(app)
 
 
 def load(name: str, command: Command):  # type: ignore[no-untyped-def]
@@ -168,7 +163,9 @@ def main() -> None:
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
         # Not standalone: typer would frame its own errors (a missing option, a bad value) over several lines.
-        code = app(sys.argv[1:] or ["--help"], prog_name=program_name(), standalone_mode=False)
+        name = os.path.basename(sys.argv[0])  # `python -m cli` is called `cli` too
+        program = name if name == "qwen-distill" else "cli"
+        code = app(sys.argv[1:] or ["--help"], prog_name=program, standalone_mode=False)
     except Exception as error:
         # An error meant for the user carries `exit_code`; anything else is a defect and keeps its traceback.
         refused = isinstance(error, OSError) and error.errno in DISK_ERRORS
@@ -180,12 +177,6 @@ def main() -> None:
     if code == INTERRUPTED:
         print("stopped by Ctrl-C; the same command starts again", file=sys.stderr, flush=True)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def program_name() -> str:
-    """What the user typed; `python -m cli` is called `cli` too."""
-    name = os.path.basename(sys.argv[0])
-    return name if name == "qwen-distill" else "cli"
 
 
 def error_line(error: Exception) -> str:

@@ -85,12 +85,19 @@ def demo(
     size = SMALLEST if smallest else NORMAL
     started = time.monotonic()
     check_disk(out)
-    task = "classification" if data is None else task_of(data)  # before anything is written
+    task = "classification"
+    if data is not None:  # looked at before anything is written
+        from extract.sources.detect import open_source
+
+        task = open_source(data, val_fraction=VAL_FRACTION).task
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--out {out}: cannot be created: {error.strerror}") from None
-    weights = fetch_pretrained_weights() if teacher_path is None else None
+    weights = None
+    if teacher_path is None:
+        print("Fetching the pretrained teacher's weights (23 MB, once) ...", flush=True)
+        weights = pretrained_teacher_weights()
     images = data or write_images(out, size)
     store, sweep = out / "features.zarr", out / "sweep"
     changed = {"image-size": EMOJI_SIZE} if data is None else {}
@@ -98,22 +105,11 @@ def demo(
     for number, step in enumerate(steps, start=1):
         run_step(f"[{number}/{len(steps)}]", step)
     print(f"\nDone in {time.monotonic() - started:.0f} s.\n", flush=True)
-    for line in comparison_lines(store, sweep):
+    compared = read_results(sweep / "results.csv")  # `cli report` has written it
+    for line in describe(compared, probe_result(store, compared.metric)):
         print(line)
     print(f"The report: {(sweep / 'report.html').resolve()}")
     print(f"Next: {next_command(store, task, data)}", flush=True)
-
-
-def task_of(images: Path) -> str:
-    """The task that the data set's annotations allow. Raises SourceError when it cannot be opened."""
-    from extract.sources.detect import open_source
-
-    return open_source(images, val_fraction=VAL_FRACTION).task
-
-
-def fetch_pretrained_weights() -> Path:
-    print("Fetching the pretrained teacher's weights (23 MB, once) ...", flush=True)
-    return pretrained_teacher_weights()
 
 
 def write_images(out: Path, size: Size) -> Path:
@@ -283,12 +279,6 @@ class Comparison(NamedTuple):
     samples: int
     alone: Mapping[int, float]
     taught: Mapping[int, float]
-
-
-def comparison_lines(store: Path, sweep: Path) -> list[str]:
-    """What a sweep of one student with controls shows, for people. `cli report` has written `results.csv`."""
-    compared = read_results(sweep / "results.csv")
-    return describe(compared, probe_result(store, compared.metric))
 
 
 def read_results(path: Path) -> Comparison:

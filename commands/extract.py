@@ -63,7 +63,9 @@ def print_estimate(result: Mapping[str, Any]) -> None:
     splits = ", ".join(f"{rows:,} {name}" for name, rows in result["splits"].items())
     print(f"{result['rows']:,} images ({splits}), batches of {figures['batch_size']}")
     if result["changes"]:
-        print_changes(result["changes"], result["changes_text"])
+        print(f"the data set has changed since the store was made: {result['changes_text']}")
+        rows = [{"samples": name, "count": n} for name, n in result["changes"].items() if name != "encode"]
+        print_table(rows, ["samples", "count"])
     if figures["to_encode"] < result["rows"]:
         print(f"to encode: {figures['to_encode']:,} images, the others are in the store")
     rows = [
@@ -93,13 +95,6 @@ def print_estimate(result: Mapping[str, Any]) -> None:
     if len(bad) > SHOWN_BAD:
         print(f"  and {len(bad) - SHOWN_BAD} more")
     print("dry run: nothing was written")
-
-
-def print_changes(counts: Mapping[str, int], text: str) -> None:
-    """How the data set differs from what the store recorded."""
-    print(f"the data set has changed since the store was made: {text}")
-    rows = [{"samples": name, "count": count} for name, count in counts.items() if name != "encode"]
-    print_table(rows, ["samples", "count"])
 
 
 def print_probe(result: Mapping[str, Any]) -> None:
@@ -366,8 +361,6 @@ def train_command(store: str, task: str) -> str:
     suggestion = SUGGESTIONS[task]
     run = "runs/" + suggestion.student.replace("/", "-")
     words = ["cli", "train", store, "--student", suggestion.student, "--out", run]
-    return shlex.join([*words, *option_words(suggestion.options)])
-
-
-def option_words(options: Mapping[str, str]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
+    for name, value in suggestion.options.items():
+        words += [f"--{name}", value]
+    return shlex.join(words)

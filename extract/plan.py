@@ -317,13 +317,6 @@ def grid_side(config: ExtractConfig, teacher: Teacher, targets: frozenset[str]) 
     return side
 
 
-def layer_sides(teacher: Teacher, image_size: int, grid: int) -> dict[int, int]:
-    """Side of the stored grid of each further layer: as many times the last layer's as the teacher's own is of its last."""
-    native = teacher.grid_size(image_size, image_size)[0]
-    sizes = teacher.layer_sizes(image_size, image_size)
-    return {number: max(1, round(grid * size[0] / native)) for number, size in sizes.items()}
-
-
 def make_manifest(
     config: ExtractConfig, source: Source, teacher: Teacher, clips: bool, grid: int
 ) -> Manifest:
@@ -338,8 +331,12 @@ def make_manifest(
     elif config.views:
         options["seed"] = config.seed
     if teacher.layers:
-        sides = layer_sides(teacher, config.image_size, grid)
-        options[names.LAYERS] = {str(number): side for number, side in sides.items()}
+        # As many times the side of the last layer's stored grid as the teacher's own is of its last.
+        native = teacher.grid_size(config.image_size, config.image_size)[0]
+        sizes = teacher.layer_sizes(config.image_size, config.image_size)
+        options[names.LAYERS] = {
+            str(number): max(1, round(grid * size[0] / native)) for number, size in sizes.items()
+        }
     if clips:
         options |= {"frames": config.frames, "frames_per_row": teacher.temporal_patch_size}
     # Only where the rule makes a difference: stores that were begun before it can be resumed otherwise.

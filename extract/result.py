@@ -6,15 +6,13 @@ manifest: a store is bit-identical however often its extraction was interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -242,52 +240,6 @@ def read_measured(store: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values
-
-
-class ExtractionClock:
-    """An observer of the extraction that adds its time and its images to the record while it runs.
-
-    So a run that is stopped or killed counts too, but for what it did since the last record (`every_s` seconds).
-    """
-
-    def __init__(self, store: Path, every_s: float = 10.0) -> None:
-        self.store, self.every_s = store, every_s
-        self.last: tuple[int, int, float] | None = None  # images done, images in all, when
-        self.seconds, self.encoded = 0.0, 0  # not recorded yet
-
-    def progress(self, done: int, total: int, message: str) -> None:
-        if message != "encoding":
-            return
-        now = time.monotonic()
-        # Otherwise another job begins, with images that came later; what it starts with was done before.
-        if self.last is not None and self.last[1] == total and self.last[0] <= done:
-            self.seconds += now - self.last[2]
-            self.encoded += done - self.last[0]
-        self.last = done, total, now
-        if self.seconds >= self.every_s or done >= total:
-            self.record()
-
-    def record(self) -> None:
-        """Add what is not recorded yet: other processes may be encoding other parts of the store."""
-        if (
-            not self.encoded or not self.store.exists()
-        ):  # the staging store of a bucket is gone when it is complete
-            return
-        before = read_measured(self.store)
-        note(
-            self.store,
-            extraction_s=float(before.get("extraction_s", 0.0)) + self.seconds,
-            encoded=int(before.get("encoded", 0)) + self.encoded,
-        )
-        self.seconds, self.encoded = 0.0, 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        # An extraction that ends with an error, of a full disk for one, must end with that one.
-        with contextlib.suppress(*((OSError, DistillError) if kind else ())):
-            self.record()
 
 
 def note_probe(store: Path, result: Mapping[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from console.output import get_logger
 from console.progress import PhaseProgress
@@ -18,16 +19,18 @@ from extract.pipeline import Pipeline
 from extract.plan import decode_workers, make_task, open_data, open_teacher
 from extract.result import (
     EncodedRows,
-    ExtractionClock,
     ExtractObserver,
     ExtractResult,
     count_bad,
+    note,
+    read_measured,
     record_encoded,
     stop_message,
 )
 from files.writing import check_writable
 from processes.stop import StopDeadline, Stopped, StopRequest
 from store.create import check_free
+from store.errors import DistillError
 from store.job import Job, Unit, features_job, units_left
 from store.metadata import ZARR_JSON
 from store.version import publish_version
@@ -96,6 +99,52 @@ def extract_and_measure(config: ExtractConfig) -> ExtractResult:
     config = begin_addition(config)
     with PhaseProgress() as progress, ExtractionClock(config.folder) as timer:
         return run_extraction(config, [progress, timer])
+
+
+class ExtractionClock:
+    """An observer of the extraction that adds its time and its images to the record while it runs.
+
+    So a run that is stopped or killed counts too, but for what it did since the last record (`every_s` seconds).
+    """
+
+    def __init__(self, store: Path, every_s: float = 10.0) -> None:
+        self.store, self.every_s = store, every_s
+        self.last: tuple[int, int, float] | None = None  # images done, images in all, when
+        self.seconds, self.encoded = 0.0, 0  # not recorded yet
+
+    def progress(self, done: int, total: int, message: str) -> None:
+        if message != "encoding":
+            return
+        now = time.monotonic()
+        # Otherwise another job begins, with images that came later; what it starts with was done before.
+        if self.last is not None and self.last[1] == total and self.last[0] <= done:
+            self.seconds += now - self.last[2]
+            self.encoded += done - self.last[0]
+        self.last = done, total, now
+        if self.seconds >= self.every_s or done >= total:
+            self.record()
+
+    def record(self) -> None:
+        """Add what is not recorded yet: other processes may be encoding other parts of the store."""
+        if (
+            not self.encoded or not self.store.exists()
+        ):  # the staging store of a bucket is gone when it is complete
+            return
+        before = read_measured(self.store)
+        note(
+            self.store,
+            extraction_s=float(before.get("extraction_s", 0.0)) + self.seconds,
+            encoded=int(before.get("encoded", 0)) + self.encoded,
+        )
+        self.seconds, self.encoded = 0.0, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # An extraction that ends with an error, of a full disk for one, must end with that one.
+        with contextlib.suppress(*((OSError, DistillError) if kind else ())):
+            self.record()
 
 
 def dry_run(config: ExtractConfig, stop: StopRequest) -> ExtractResult:

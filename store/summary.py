@@ -31,7 +31,7 @@ from store.teachers import addition_path, pending_additions
 
 TARGET_ARRAYS = {"boxes": BOXES, "mask": MASK, "label": LABEL}
 FEW_SAMPLES = 30  # below, one sample is worth more than three points of accuracy
-SHOWN_CLASSES = 5
+SHOWN_CLASSES = SHOWN_REASONS = 5
 # What a class without samples means, for the split that is measured on and for the one that is trained on.
 UNDEFINED, UNLEARNED = "their metrics are undefined", "they cannot be learned"
 
@@ -238,7 +238,8 @@ def describe_split(split: Split) -> dict[str, Any]:
     described: dict[str, Any] = {"rows": len(split), "arrays": arrays}
     if "valid" in split.names:
         described["invalid_rows"] = int(np.count_nonzero(~split.valid))
-        described["reasons"] = reasons_of(split)
+        first = np.flatnonzero(~split.valid)[:SHOWN_REASONS].tolist()
+        described["reasons"] = {split.keys[row]: split.reason(row) for row in first}
     described["bytes"] = sum(array["bytes"] for array in arrays.values())
     described["bytes_per_sample"] = described["bytes"] / max(1, len(split))
     return described
@@ -260,12 +261,6 @@ def describe_array(split: Split, name: str) -> dict[str, Any]:
         "bytes": size,
         "bytes_per_sample": size / max(1, len(split)),
     }
-
-
-def reasons_of(split: Split, limit: int = 5) -> dict[str, str]:
-    """key → reason of the first invalid rows."""
-    rows = np.flatnonzero(~split.valid)[:limit].tolist()
-    return {split.keys[row]: split.reason(row) for row in rows}
 
 
 def describe_pending(store: Store) -> dict[str, dict[str, list[int]]]:

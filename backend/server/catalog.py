@@ -308,16 +308,11 @@ def task_fields(document: Mapping[str, Any]) -> dict[str, Any]:
 def student_of(document: Mapping[str, Any]) -> StudentName | None:
     """The student that a document names; None for none, or one that is not known."""
     values = read_settings(document).values
+    named = [values.get(f"student_model{part}") for part in ("", "_type", "_size")]
     try:
-        return reconcile(
-            *(text_or_none(values.get(f"student_model{part}")) for part in ("", "_type", "_size"))
-        )
+        return reconcile(*(None if value is None else str(value) for value in named))
     except OptionError:
         return None
-
-
-def text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def document_of(fields: TaskFields) -> dict[str, Any]:

@@ -79,7 +79,9 @@ def options_of_task(fields: TaskFields, place: Place, settings: Settings) -> Ite
     values = fields.model_dump()
     yield "task_id", place.task_id
     yield "api_base_url", settings.api_base_url
-    yield from plain_options(values)
+    for field, option in OPTION_OF_FIELD.items():
+        if values[field] not in (None, ""):
+            yield option, str(values[field])
     for field, option in PATH_OF_FIELD.items():
         # A platform passes <models root>/<teacher> for every task.
         name = values[field] or (default_teacher_path(values) if field == "teacher_path" else None)
@@ -91,12 +93,6 @@ def options_of_task(fields: TaskFields, place: Place, settings: Settings) -> Ite
     yield "gpu_devices", place.devices
     if fields.training_config:
         yield "training_config", json.dumps(fields.training_config, allow_nan=False)
-
-
-def plain_options(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for field, option in OPTION_OF_FIELD.items():
-        if values[field] not in (None, ""):
-            yield option, str(values[field])
 
 
 def default_teacher_path(values: Mapping[str, Any]) -> str | None:

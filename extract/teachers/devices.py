@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from console.devices import find_device
 from console.output import get_logger
@@ -114,13 +113,6 @@ PREFERRED = [
 ]
 
 
-def preferred_attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a GPU, the fastest attention kernel first; elsewhere PyTorch's own choice."""
-    if device.type != "cuda":
-        return nullcontext()
-    return sdpa_kernel(PREFERRED, set_priority=True)
-
-
 class CompiledBlocks:
     """The blocks of a tower, compiled one by one, in place.
 
@@ -129,9 +121,13 @@ class CompiledBlocks:
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        from torch._dynamo import config as dynamo
+
         self.errors = compiler_errors()
         self.blocks = list(blocks)
-        allow_halving()
+        # torch gives up after 8 versions of a function. A block has two for each batch size that out-of-memory halving
+        # can reach: with windows, and over the whole image.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_VERSIONS)
         for block in self.blocks:
             # fullgraph: beyond the limit of shapes an error, and so our warning, where blocks would run slowly unseen
             block.compile(dynamic=False, fullgraph=True)
@@ -159,16 +155,6 @@ def compiler_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo import exc  # a second of imports
 
     return (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
-
-
-def allow_halving() -> None:
-    """Let all batch sizes that out-of-memory halving can reach be compiled: torch gives up after 8 versions of a function.
-
-    A block has two versions for each size: with windows, and over the whole image.
-    """
-    from torch._dynamo import config
-
-    config.recompile_limit = max(config.recompile_limit, MOST_VERSIONS)
 
 
 def warn_of_compiler(error: Exception) -> None:

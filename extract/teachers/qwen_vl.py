@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from extract.teachers.base import (
     CheckpointError,
@@ -36,11 +38,11 @@ from extract.teachers.checkpoint import (
     read_json,
 )
 from extract.teachers.devices import (
+    PREFERRED,
     CompiledBlocks,
     check_memory,
     pick_device,
     pick_dtype,
-    preferred_attention,
 )
 from extract.teachers.known import QWEN_CHECKPOINTS
 from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, patchify, pooled_mean
@@ -232,7 +234,7 @@ class QwenVLTeacher:
     def run_tower(self, patches: Tensor, layout: GridLayout) -> list[Tensor]:
         """The tower's tokens [B, N, D] of every layer; through the compiled blocks while the compiler works."""
         numbers = tuple(layer.number for layer in self.layers)
-        with preferred_attention(self.device):
+        with sdpa_kernel(PREFERRED, set_priority=True) if self.device.type == "cuda" else nullcontext():
             if self.compiled is not None:
                 try:
                     return self.tower(patches, layout, numbers)  # type: ignore[no-any-return]
@@ -311,13 +313,15 @@ def load_qwen_vl(
         mean=tuple(processor.get("image_mean", FAMILIES[family].mean)),
         std=tuple(processor.get("image_std", FAMILIES[family].std)),
     )
+    # Most pixels an image may have, in the spelling of transformers 4 or 5.
+    cap = processor.get("max_pixels") or (processor.get("size") or {}).get("longest_edge")
     teacher = QwenVLTeacher(
         tower,
         spec,
         preprocessing,
         layers=chosen,
         license=None if spec.random_weights else published_license(folder, family),
-        max_pixels=processor_cap(processor) or FAMILIES[family].max_pixels,
+        max_pixels=int(cap) if cap else FAMILIES[family].max_pixels,
         compiled=CompiledBlocks(tower.blocks)
         if (on_cuda if compile_tower is None else compile_tower)
         else None,
@@ -404,12 +408,6 @@ def read_processor_config(folder: Path) -> dict[str, Any]:
     whole = folder / "processor_config.json"
     processor = read_json(whole).get("image_processor") if whole.is_file() else None
     return processor if isinstance(processor, dict) else {}
-
-
-def processor_cap(processor: dict[str, Any]) -> int | None:
-    """Most pixels an image may have, in the spelling of transformers 4 (max_pixels) or 5 (size.longest_edge)."""
-    cap = processor.get("max_pixels") or (processor.get("size") or {}).get("longest_edge")
-    return int(cap) if cap else None
 
 
 def save_random_checkpoint(

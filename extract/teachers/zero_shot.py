@@ -153,7 +153,8 @@ class ZeroShotScorer:
             raise TeacherError("zero-shot logits need at least one class name and one prompt")
         self.language, self.teacher, self.calibrate = language, teacher, calibrate
         self.class_names, self.prompts = tuple(class_names), tuple(prompts)
-        answers = [language.tokens(answer_text(name)) for name in class_names]
+        words = [" ".join(name.replace("_", " ").split()) for name in class_names]
+        answers = [language.tokens(text + END_OF_TURN) for text in words]
         self.first_tokens = torch.tensor([tokens[0] for tokens in answers], device=language.device)
         self.packs = pack_answers(answers, language.device)
         self.priors: dict[tuple[int, int], Tensor] = {}
@@ -232,11 +233,6 @@ class ZeroShotScorer:
             scores.index_add_(1, pack.owners, language.log_probabilities(hidden, pack.targets))
             cache.crop(-len(pack.inputs))
         return scores
-
-
-def answer_text(class_name: str) -> str:
-    """A class name as an answer: underscores are spaces, and the turn ends after it."""
-    return " ".join(class_name.replace("_", " ").split()) + END_OF_TURN
 
 
 def pack_answers(answers: Sequence[Sequence[int]], device: torch.device) -> list[PackedAnswers]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from extract.result import ExtractionClock, read_measured
+from extract.result import read_measured
+from extract.run import ExtractionClock
 
 
 def test_an_extraction_that_was_killed_and_resumed_counts_in_full(tmp_path: Path) -> None:

@@ -173,7 +173,8 @@ class PredictionWriter:
             self.append(prediction.record)
         elif prediction.embedding is not None:
             self.append(prediction.record)
-            self.embeddings.add(key_of(prediction.record), prediction.embedding)
+            file, frame = prediction.record["file"], prediction.record.get("frame")
+            self.embeddings.add(file if frame is None else f"{file}#{frame}", prediction.embedding)
         elif prediction.video_rate is not None:
             self.write_frame(source, prediction, prediction.video_rate)
         else:
@@ -235,9 +236,3 @@ class PredictionWriter:
             self.embeddings.__exit__(kind, *error)
         finally:
             self.records.close()
-
-
-def key_of(record: dict[str, Any]) -> str:
-    """The key of an embedding: the file, of a video with the frame's number."""
-    frame = record.get("frame")
-    return record["file"] if frame is None else f"{record['file']}#{frame}"

@@ -250,8 +250,9 @@ class Loop:
         if not parts.objective.plan.features or parts.config.feature_weight is not None:
             return None
         student = parts.module.student
-        prefixes = student.head_prefixes
-        body = [p for name, p in student.named_parameters() if not is_of_head(name, prefixes)]
+        # Not the task head's; wrappers and LoRA put names in front.
+        prefixes = tuple(f".{prefix}" for prefix in student.head_prefixes)
+        body = [p for name, p in student.named_parameters() if not any(x in f".{name}" for x in prefixes)]
         # The state is looked up at each use: resuming replaces it.
         return Calibration(lambda: parts.progress.calibration, body, self.total_steps)
 
@@ -426,11 +427,6 @@ class StepLosses(NamedTuple):
         for value in norm:
             check_finite({"gradient norm": value}, self.where)
         return values, samples, stop > 0
-
-
-def is_of_head(name: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a parameter belongs to the task head; wrappers and LoRA put names in front."""
-    return any(name.startswith(prefix) or f".{prefix}" in name for prefix in prefixes)
 
 
 def check_finite(values: Mapping[str, float], where: str) -> None:

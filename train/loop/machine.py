@@ -66,7 +66,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     else:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    use_tensor_cores(device)
+    if device.type == "cuda":
+        # TF32 for float32 products: factors with 10 bits of mantissa, sums in float32, several times as fast.
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     # On GPUs batch norm is synchronized: every rank has the same statistics already.
     buffers = DistributedDataParallelKwargs(broadcast_buffers=device.type != "cuda")
     accelerator = Accelerator(
@@ -79,13 +82,6 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         torch.cuda.set_device(accelerator.device)
     leave_at_exit()
     return accelerator
-
-
-def use_tensor_cores(device: torch.device) -> None:
-    """TF32 for float32 products on a GPU: factors with 10 bits of mantissa, sums in float32, several times as fast."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
 
 
 def set_determinism(enabled: bool) -> None:

@@ -133,7 +133,9 @@ def collect(folders: Sequence[Path]) -> Collection:
     runs = [item for item in found if isinstance(item, FinishedRun)]
     unfinished = [item for item in found if isinstance(item, Unfinished)]
     if not runs:
-        raise ReportError(no_finished_run(folders, unfinished))
+        names = ", ".join(str(folder) for folder in folders)
+        reasons = "; ".join(f"{item.name}: {item.state} {item.reason}".strip() for item in unfinished[:3])
+        raise ReportError(f"no finished run in {names}" + (f" ({reasons})" if reasons else ""))
     return Collection(runs, unfinished)
 
 
@@ -195,12 +197,6 @@ def explain_missing(folder: Path) -> str:
         f"{folder}: neither a run ({SUMMARY}) nor a sweep ({PLAN_FILE}), and none below it: name what "
         "`cli train --out` or `cli sweep --out` wrote"
     )
-
-
-def no_finished_run(folders: Sequence[Path], unfinished: Sequence[Unfinished]) -> str:
-    names = ", ".join(str(folder) for folder in folders)
-    reasons = "; ".join(f"{item.name}: {item.state} {item.reason}".strip() for item in unfinished[:3])
-    return f"no finished run in {names}" + (f" ({reasons})" if reasons else "")
 
 
 def trials_of(folder: Path, group: str) -> Iterator[FinishedRun | Unfinished]:

@@ -123,7 +123,8 @@ def train_on_ranks(
     total, done = job.config.epochs * job.batches_per_epoch, first_epoch * job.batches_per_epoch
 
     def end_ranks() -> str:
-        end_children()
+        for child in psutil.Process().children():  # the launcher, which ends its ranks
+            child.terminate()
         return stopped_message(job.run)
 
     watch.save = end_ranks
@@ -145,9 +146,3 @@ def train_on_ranks(
             f"{job.run}: ultralytics' DDP launcher ended, but rank 0 did not finish the training"
         )
     return RunFolder(job.run).read_records(), ending
-
-
-def end_children() -> None:
-    """Ask the launcher to end; it ends its ranks."""
-    for child in psutil.Process().children():
-        child.terminate()

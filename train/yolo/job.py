@@ -33,7 +33,6 @@ from train.yolo.dataset import DetectionSplit, add_found_boxes, open_split
 from train.yolo.model import LEVELS, Distillation, DistilledDetectionModel, level_of, plain_detector
 from train.yolo.options import (
     clip_norm,
-    mixes_images,
     parse_settings,
     ultralytics_arguments,
 )
@@ -120,7 +119,8 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     size = parse_student_name(config.student).size
     names = class_names(config, store)
     devices = device_arguments(config)
-    splits = open_splits(config, store, 2 if mixes_images(parse_settings(config.yolo_settings)) else 1)
+    mixes = parse_settings(config.yolo_settings).get("mixup")  # two images in one pixel
+    splits = open_splits(config, store, 2 if mixes else 1)
     if config.boxes_from is not None:
         splits["train"] = add_found_boxes(run, store, config.train_split, splits["train"])
     config = fit_batch(config, len(splits["train"].records), log.info)

@@ -134,11 +134,6 @@ def clip_norm(config: TrainConfig) -> float:
     return config.max_grad_norm or float("inf")
 
 
-def mixes_images(settings: dict[str, Any]) -> bool:
-    """True when MixUp may blend two images into one pixel."""
-    return bool(settings.get("mixup"))
-
-
 def parse_settings(text: str) -> dict[str, Any]:
     """`mosaic=0.5,freeze=[0,1]` → a dictionary, its values read and checked by ultralytics.
 
