@@ -99,6 +99,12 @@ class TrainConfig(BaseModel):
     attention_pooling: bool = _data(
         False, "lstm: attention over time instead of the mean.", students=["lstm"]
     )
+    frame_encoder: str = _data(
+        "resnet50",
+        "lstm: timm's model that encodes each frame.",
+        students=["lstm"],
+        metavar="NAME",
+    )
     distill_layers: str | None = _data(
         None,
         "The student's maps that learn, and the teacher's layers: p3:8,p4:16,p5:last; of ViTs blocks: 5:8,last.",

@@ -38,7 +38,7 @@ log = get_logger("train")
 #: Options that phase one has in common with phase two. Those of the task and of the losses' weights are not among them.
 SHARED = (
     *("store", "student", "out", "data_root", "student_path", "pretrained", "train_split", "val_split"),
-    *("dropout", "freeze_encoder", "attention_pooling", "gradient_checkpointing", "compile"),
+    *("dropout", "freeze_encoder", "attention_pooling", "frame_encoder", "gradient_checkpointing", "compile"),
     *("batch_size", "lr_scheduler", "warmup_epochs", "weight_decay", "grad_accum_steps", "max_grad_norm"),
     *("precision", "ema_decay", "augment", "views", "auto_batch"),
     *("teachers", "standardize", "feature_loss_type", "feature_target", "align_feature", "align_head"),

@@ -139,7 +139,8 @@ def build_training(
     if accelerator.num_processes > 1 and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     recorded = store.manifest.views if plans[0].recorded else 0
-    balance = balance_rows(config, data, teaches_all=learned.anything)
+    taught = learned.anything and config.soft_label_weight > 0
+    balance = balance_rows(config, data, teaches_all=taught)
     train_loader = build_loader(
         config,
         store,

@@ -23,8 +23,8 @@ def construct_student(
     """A student by name (`resnet18`, `unet/small`, `timm:NAME` …), on the current default device.
 
     `num_classes` None or 0 builds it without a head (label-free training). `image_size` in pixels, None takes
-    the recipe's. `options` are the type's own: timm's `create_model` arguments, the LSTM's `freeze_encoder` and
-    `attention_pooling`.
+    the recipe's. `options` are the type's own: timm's `create_model` arguments, the LSTM's `freeze_encoder`,
+    `attention_pooling` and `frame_encoder`.
 
     Raises UnknownStudentError for a name, StudentError for anything else that cannot be built.
     """

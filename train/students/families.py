@@ -127,7 +127,7 @@ FAMILIES: dict[str, Family] = {
         task="sequence",
         classes=400,
         sizes={"small": 256, "medium": 512, "large": 1024},
-        options=("freeze_encoder", "attention_pooling"),
+        options=("freeze_encoder", "attention_pooling", "frame_encoder"),
         adapters=("conv1", "conv2", "conv3"),
         recipe={**_OWN, "batch_size": 32, "feature_loss_type": "cosine", "image_size": 224},
     ),

@@ -1,4 +1,4 @@
-"""Clips: a ResNet-50 per frame, then a two-layer bidirectional LSTM over time."""
+"""Clips: an image encoder per frame (ResNet-50 by default), then a two-layer bidirectional LSTM over time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from train.students.base import InitialWeights, Student, StudentOutput, StudentS
 from train.students.families import FAMILIES, StudentName
 from train.students.timm_student import create_timm_model
 
-ENCODER = "resnet50"
-ENCODER_WIDTH = 2048
+FRAME_ENCODER = "resnet50"
 
 
 class ClipLSTM(Student):
     """Frame encoder → LSTM → pooling over the valid frames → classes.
 
-    What is distilled depends on what can learn: with the encoder trained its per-frame output [B, T, 2048],
+    What is distilled depends on what can learn: with the encoder trained its per-frame output [B, T, D],
     with it frozen the LSTM's outputs [B, T, 2·hidden]. Padding frames never reach encoder or LSTM, so batch
     statistics and results do not depend on how clips were padded; their features are zero.
     """
@@ -40,7 +39,9 @@ class ClipLSTM(Student):
         self.head_prefixes = ("head.",)
         self.freeze_encoder = freeze_encoder
         self.encoder: Any = encoder
-        self.lstm = nn.LSTM(ENCODER_WIDTH, hidden_size, num_layers=2, bidirectional=True, batch_first=True)
+        self.lstm = nn.LSTM(
+            self.encoder.num_features, hidden_size, num_layers=2, bidirectional=True, batch_first=True
+        )
         self.attention = nn.Linear(2 * hidden_size, 1) if attention_pooling else None
         self.head = nn.Linear(2 * hidden_size, spec.num_classes) if spec.num_classes else nn.Identity()
         self.encoder.requires_grad_(not freeze_encoder)
@@ -65,7 +66,7 @@ class ClipLSTM(Student):
         return StudentOutput(logits, states if self.freeze_encoder else encoded)
 
     def _encode(self, images: Tensor, valid: Tensor | None) -> Tensor:
-        """Encode the valid frames only (`valid` bool [B, T] on the CPU); [B, T, 2048], zeros at padding."""
+        """Encode the valid frames only (`valid` bool [B, T] on the CPU); [B, T, D], zeros at padding."""
         frames, places = images.flatten(0, 1), None
         if valid is not None:
             # Places are found on the CPU: a boolean mask on a GPU would make the host wait for their number.
@@ -141,23 +142,29 @@ def build_lstm(
     pretrained: bool = False,
     freeze_encoder: bool = False,
     attention_pooling: bool = False,
+    frame_encoder: str = FRAME_ENCODER,
 ) -> ClipLSTM:
-    """Build `lstm/small|medium|large`; `pretrained` fetches the frame encoder's weights from timm's hub."""
+    """Build `lstm/small|medium|large` on timm's model `frame_encoder`, whose weights `pretrained` fetches from timm's hub."""
     hidden = FAMILIES[name.type].sizes[name.size]
+    encoder = create_timm_model(frame_encoder, pretrained, num_classes=0)
     spec = StudentSpec.of(
         name,
         num_classes,
         image_size=image_size,
-        feature_width=2 * hidden if freeze_encoder else ENCODER_WIDTH,
+        feature_width=2 * hidden if freeze_encoder else encoder.num_features,
         feature_kind="sequence",
         feature_stride=None,
         distilled_layer="LSTM output per frame" if freeze_encoder else "frame encoder's output per frame",
-        options={"freeze_encoder": freeze_encoder, "attention_pooling": attention_pooling},
+        options={
+            "freeze_encoder": freeze_encoder,
+            "attention_pooling": attention_pooling,
+            # Absent in runs of older versions.
+            **({} if frame_encoder == FRAME_ENCODER else {"frame_encoder": frame_encoder}),
+        },
     )
-    encoder = create_timm_model(ENCODER, pretrained, num_classes=0)
     student = ClipLSTM(
         encoder, hidden, spec, freeze_encoder=freeze_encoder, attention_pooling=attention_pooling
     )
     if pretrained:
-        student.initial_weights = InitialWeights(origin=f"pretrained:{ENCODER}")
+        student.initial_weights = InitialWeights(origin=f"pretrained:{frame_encoder}")
     return student
