@@ -188,7 +188,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         logits: bool = False,
         images: str = "jpeg",
         one_class: bool | None = None,
-        unlabelled: tuple[int, ...] = (),
+        unlabelled: tuple[int, ...] = (),  # places in each batch of 8 rows
         views: int = 0,
         exact_flip: bool = False,
         scales: dict[str, np.ndarray] | None = None,

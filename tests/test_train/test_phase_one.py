@@ -32,7 +32,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_both_phases_are_in_one_run(make_store, make_config):
-    store = make_store(unlabelled=tuple(range(8, 24)))
+    store = make_store(unlabelled=tuple(range(2, 8)))
     config = make_config(store, **TWO_PHASES, control=True, distillation_type="feature")
     heard: list[Event] = []
     summary = run_training(config, [heard.append])

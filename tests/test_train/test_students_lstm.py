@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.students.build import build_student
+from train.students.base import StudentError
+from train.students.build import build_student, rebuild_student
 
 
 def clip_student(**options: bool) -> Any:
@@ -51,6 +52,16 @@ def test_distilled_layer_depends_on_what_trains(clips: Tensor) -> None:
     assert frozen.spec.feature_width == 512
     assert "encoder" in trained.spec.distilled_layer
     assert "LSTM" in frozen.spec.distilled_layer
+
+
+def test_another_frame_encoder_is_built_again_from_the_recorded_options(clips: Tensor) -> None:
+    student = build_student("lstm/small", num_classes=3, image_size=32, frame_encoder="resnet10t").eval()
+    assert student(clips).features.shape == (2, 5, 512) == (2, 5, student.spec.feature_width)
+    again = rebuild_student(student.spec.to_dict()).eval()
+    again.load_state_dict(student.state_dict())
+    torch.testing.assert_close(again(clips).logits, student(clips).logits)
+    with pytest.raises(StudentError, match="timm cannot build nothing with num_classes=0: Unknown model"):
+        build_student("lstm/small", num_classes=3, image_size=32, frame_encoder="nothing")
 
 
 def test_frozen_encoder_stays_as_it_is(clips: Tensor) -> None:

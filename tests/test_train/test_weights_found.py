@@ -14,6 +14,7 @@ from torch import nn
 from processes.stop import Stopped
 from store.reader import open_store
 from tests.test_train.test_resume import StopAfter, records
+from tests.test_train.test_sweep_controls import built
 from train.checkpoint import load_checkpoint
 from train.distill.calibration import MEASUREMENTS, SHARE, Calibration, CalibrationState, measurements_of
 from train.distill.losses import feature_loss
@@ -126,6 +127,16 @@ def test_label_free_training_has_nothing_to_balance(make_store, make_config):
     assert run_training(config)["distillation"]["feature_weight"] == 1.0
 
 
+@pytest.mark.parametrize("soft", [0.5, 0.0])
+def test_without_a_soft_term_the_labeled_rows_alone_are_shown(make_store, make_config, soft):
+    store = make_store(unlabelled=tuple(range(2, 8)))
+    (labeled,) = np.nonzero(open_store(store)["train"].read("targets/label") >= 0)
+    assert 0 < len(labeled) < 24
+    batches = built(make_config(store, soft_label_weight=soft, batch_size=8)).parts.train_loader.batches
+    shown = {item.row for batch in batches for item in batch}
+    assert shown == (set(range(24)) if soft else set(labeled))
+
+
 # Do no harm --------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +166,7 @@ def weak_teacher(monkeypatch):
 
 
 def test_the_terms_end_where_the_student_knows_more(make_store, make_config, weak_teacher, train_log):
-    store = make_store(train=32, val=64, logits=True, unlabelled=tuple(range(28, 32)))
+    store = make_store(train=32, val=64, logits=True, unlabelled=(7,))
     config = make_config(store, epochs=6, batch_size=8)
     summary = run_training(config)
     ended = summary["distillation"]["ended_after_epoch"]
