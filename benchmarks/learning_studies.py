@@ -60,15 +60,15 @@ STUDIES = {
 }
 USUAL = "few,all,scenes"
 
-DATA_RATES = (1e-3, 3e-3)
+DATA_RATES = (3e-3, 1e-3)
 PHOTOS = {"image_size": 64, "batch_size": 32}
-STREETS = {"image_size": 48, "batch_size": 8}
+STREETS = {"image_size": 96, "batch_size": 8}
 CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
-STREETS_FIRST = {"pretrain_epochs": 20, "distillation_type": "hybrid"}
-STREETS_RATES = (3e-4, 1e-3)
+STREETS_RATES = (1e-3,)
+STREETS_FIRST = {"pretrain_epochs": 40, "distillation_type": "hybrid"}
 CLIPS = {"image_size": 48, "batch_size": 16}
 CLIPS_RATES = (3e-4, 1e-3)
-CELLS_FIRST = {"pretrain_epochs": 20}
+CELLS_FIRST = {"pretrain_epochs": 40, "soft_label_weight": 0.0, "hard_label_weight": 1.0}
 DATA_STUDIES = {
     study.name: study
     for study in (
@@ -91,6 +91,7 @@ DATA_STUDIES = {
             "top1",
             12,
             PHOTOS,
+            {"pretrain_epochs": 12},
             data="clothing",
             rates=DATA_RATES,
         ),
@@ -99,7 +100,7 @@ DATA_STUDIES = {
             "CamVid, 30 labeled, the rest unlabeled",
             "unet/small",
             "miou",
-            10,
+            40,
             STREETS,
             STREETS_FIRST,
             data="camvid",
@@ -111,7 +112,7 @@ DATA_STUDIES = {
             "CamVid, all labels",
             "unet/small",
             "miou",
-            10,
+            40,
             STREETS,
             STREETS_FIRST,
             data="camvid",

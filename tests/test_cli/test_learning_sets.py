@@ -84,7 +84,7 @@ def test_labels_of_some_training_images_are_kept(name: str, count: int, data: Pa
 
 
 def test_every_study_has_its_data_set_and_both_sides_their_updates() -> None:
-    assert {study.data for study in DATA_STUDIES.values()} <= set(DATA_SETS)
+    assert {study.data for study in DATA_STUDIES.values()} == set(DATA_SETS)
     assert all(study.epochs > 0 for study in DATA_STUDIES.values())
 
 
