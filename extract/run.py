@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -96,7 +96,6 @@ def extract_and_measure(config: ExtractConfig) -> ExtractResult:
 
     Raises: as `run_extraction`.
     """
-    config = begin_addition(config)
     with PhaseProgress() as progress, ExtractionClock(config.folder) as timer:
         return run_extraction(config, [progress, timer])
 
@@ -182,25 +181,21 @@ class Executor(Protocol):
         """Raises Stopped when a signal came."""
 
 
+@contextlib.contextmanager
 def open_executor(
     config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
-) -> AbstractContextManager[Executor]:
+) -> Iterator[Executor]:
     if config.scheduler is not None or len(config.devices) > 1:
         from extract.cluster import open_cluster
 
-        return open_cluster(config, observers, stop)
-    return open_local(config, observers, stop)
+        with open_cluster(config, observers, stop) as executor:
+            yield executor
+    else:
+        with StopDeadline(stop, lambda: stop_message(config)) as deadline:
+            yield LocalExecutor(config, observers, stop, deadline)
 
 
 # -- one device, in this process ------------------------------------------------------------------------
-
-
-@contextmanager
-def open_local(
-    config: ExtractConfig, observers: Sequence[ExtractObserver], stop: StopRequest
-) -> Iterator[LocalExecutor]:
-    with StopDeadline(stop, lambda: stop_message(config)) as deadline:
-        yield LocalExecutor(config, observers, stop, deadline)
 
 
 class LocalExecutor:

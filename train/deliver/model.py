@@ -105,7 +105,7 @@ class ModelCard:
         return json.dumps(asdict(self), ensure_ascii=False)
 
     def view_of(self, size: tuple[int, int]) -> View:
-        """Where the student's input lies in an image of `size` (width, height)."""
+        """Where the student's input is in an image of `size` (width, height)."""
         return resize_view(self.resize, size, self.image_size)
 
     def render(self, image: Image.Image) -> NDArray[np.uint8]:

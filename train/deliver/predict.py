@@ -116,7 +116,7 @@ def predict_files(
 
 
 def spare_inputs(files: Sequence[Path], out: Path) -> None:
-    """Refuse a folder that inputs lie in (or that is one, of frames): a picture is called like its input."""
+    """Refuse a folder that inputs are in (or that is one, of frames): a picture is called like its input."""
     folder = out.resolve()
     for path in files:
         if folder in (path.resolve(), path.resolve().parent, path.parent.resolve()):

@@ -116,7 +116,7 @@ def count_macs(student: Student, shape: Sequence[int] | None = None) -> int:
     """Multiply-accumulates of one forward pass, counted by torch's FLOP counter (two FLOPs each).
 
     `shape` as `input_shape` (the default). Convolutions, matrix products and attention are counted; norms and
-    activations are not, as usual. The student may lie on any device, "meta" costs nothing.
+    activations are not, as usual. The student may be on any device, "meta" costs nothing.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -71,10 +71,6 @@ def whole_image(row: int, width: int, height: int) -> Placement:
     return Placement(row, UNIT_SQUARE * (width, height))
 
 
-def rectangle_corners(x1: float, y1: float, x2: float, y2: float) -> Floats:
-    return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], dtype=np.float64)
-
-
 class TrackedMosaic(augment.Mosaic):  # type: ignore[misc]
     """ultralytics' Mosaic; the placements of its patches move with their boxes."""
 
@@ -152,7 +148,8 @@ class TrackedCutMix(augment.CutMix):  # type: ignore[misc]
 
     def apply_instances(self, labels: Any, params: Any = None) -> Any:
         if not params.get("skip"):
-            area = rectangle_corners(*params["area"].astype(np.int32).tolist())
+            x1, y1, x2, y2 = params["area"].astype(np.int32).tolist()
+            area = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]], dtype=np.float64)
             inside = [replace(p, region=area) for p in labels["mix_labels"][0][GEOMETRY_KEY]]
             outside = [replace(p, region=area, region_sense=-1) for p in labels[GEOMETRY_KEY]]
             labels[GEOMETRY_KEY] = outside + inside
