@@ -290,13 +290,15 @@ class OnnxStudent(Student):
     def __init__(self, model: OnnxModel) -> None:
         super().__init__()
         card = model.card
+        width = model.session.get_outputs()[0].shape[1]  # more classes than have names, perhaps
+        named = len(card.class_names)
         self.exported = model
         self.spec = StudentSpec(
             name=card.student,
             type=parse_student_name(card.student).type,
             size="",
             task=card.task,
-            num_classes=class_count(model),
+            num_classes=max(named, width) if isinstance(width, int) else named,
             image_size=card.image_size,
             feature_width=0,
             feature_kind="vector",
@@ -321,13 +323,6 @@ def check_frames(model: OnnxModel, length: int) -> None:
             f"the exported student takes clips of {shape[1]} frames, the store has one of {length}: "
             "measure the run folder instead of its ONNX file"
         )
-
-
-def class_count(model: OnnxModel) -> int:
-    """Classes of the head, which may be more than have names."""
-    width = model.session.get_outputs()[0].shape[1]
-    named = len(model.card.class_names)
-    return max(named, width) if isinstance(width, int) else named
 
 
 class Embeddings(NamedTuple):

@@ -170,21 +170,12 @@ def trial_name(options: Mapping[str, Any], config: SweepConfig, store_fingerprin
     ]
     if suffix:
         varied = [part for part in varied if part.split("=")[0] not in DISTILLATION_OPTIONS]
-    words = [short_name(options["student"]), f"seed{options['seed']}", *varied]
+    kind, _, size = options["student"].partition("/")  # `resnet/resnet18` is resnet18, `yolov8/n` stays whole
+    student = size if size.startswith(kind) else options["student"]
+    words = [student, f"seed{options['seed']}", *varied]
     slug = re.sub(r"[^A-Za-z0-9=._-]+", "_", "-".join(words))[:100]
     text = json.dumps([store_fingerprint, dict(options)], sort_keys=True, default=str)
     return f"{slug}{suffix}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
-
-
-def whole_path(value: Any) -> str | None:
-    """A path from the root, since workers may have another working directory; None for anything else."""
-    return str(value.resolve()) if isinstance(value, Path) else None
-
-
-def short_name(student: str) -> str:
-    """`resnet/resnet18` → resnet18; `yolov8/n` stays whole."""
-    kind, _, size = student.partition("/")
-    return size if size.startswith(kind) else student
 
 
 def checked(config: SweepConfig, combinations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -198,7 +189,14 @@ def checked(config: SweepConfig, combinations: Iterable[dict[str, Any]]) -> list
         try:
             parsed = TrainConfig(store=config.store, out=config.out, **options)
             plain = config_to_json(parsed)
-            settled.append({name: whole_path(getattr(parsed, name)) or plain[name] for name in options})
+            # Paths from the root: workers may have another working directory.
+            values = {name: (getattr(parsed, name), plain[name]) for name in options}
+            settled.append(
+                {
+                    n: str(value.resolve()) if isinstance(value, Path) else p
+                    for n, (value, p) in values.items()
+                }
+            )
         except ValidationError as error:
             problems |= dict.fromkeys(describe_problems(error, TrainConfig))
         except ConfigError as error:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from console.output import get_logger
@@ -218,18 +215,6 @@ def hard_sum(items: Mapping[str, float]) -> float:
     return sum(items.get(name, 0.0) for name in HARD_ITEMS)
 
 
-def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
-    """The seed of an epoch's data order, augmentation and dropout; each DDP rank augments differently."""
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
-
-
-def seed_everything(seed: int) -> None:
-    """Python, numpy and torch on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def resume_state(folder: Path) -> dict[str, Any] | None:
     """The state in `last.pt` to resume from, or None for a new run. Raises TrainError when it holds none."""
     if not (folder / LAST).exists():
@@ -274,11 +259,6 @@ def training_state(trainer: Any) -> dict[str, Any]:
             "possible_stop": stopper.possible_stop,
         },
     }
-
-
-def only_validation_left(content: dict[str, Any], epochs: int) -> bool:
-    """True when the run was interrupted after its last epoch."""
-    return bool(content["stopped_early"]) or content["epoch"] + 1 >= epochs
 
 
 def restore_state(trainer: Any, content: dict[str, Any]) -> None:

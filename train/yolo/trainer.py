@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -30,7 +32,7 @@ from train.fit import is_validated
 from train.yolo.dataset import StoreDataset
 from train.yolo.geometry import SOURCE_ROWS
 from train.yolo.job import TrainingJob
-from train.yolo.recorder import METRICS, epoch_seed, only_validation_left, restore_state, seed_everything
+from train.yolo.recorder import METRICS, restore_state
 
 log = get_logger("train")
 ULTRALYTICS_FOLDER = "ultralytics"
@@ -194,7 +196,8 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
     # Loop ------------------------------------------------------------------------------------------------------
 
     def _do_train(self) -> None:
-        if self.job.state is None or not only_validation_left(self.job.state, self.epochs):
+        before = self.job.state
+        if before is None or not (before["stopped_early"] or before["epoch"] + 1 >= self.epochs):
             super()._do_train()
             return
         self._setup_train()  # interrupted after the last epoch: only the final validation is left
@@ -207,8 +210,12 @@ class StoreTrainer(DetectionTrainer):  # type: ignore[misc]
         super()._model_train()
         self.validated = False
         self.args.val = is_validated(self.epoch + 1, self.job.validation_interval, self.epochs)
-        seed = epoch_seed(self.job.config.seed, self.epoch, max(RANK, 0))
-        seed_everything(seed)
+        # Each rank of DDP augments differently.
+        sequence = np.random.SeedSequence([self.job.config.seed, self.epoch, max(RANK, 0)])
+        seed = int(sequence.generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         self.train_loader.dataset.start_epoch(seed)
         self.train_loader.generator.manual_seed(seed)
         self.train_loader.reset()
