@@ -1,7 +1,8 @@
 """Probes of grid cells: which rows and cells a fit sees, the networks, and predictions out of fold.
 
-Other probes take their folds from here too. A probe is fitted on the labeled rows of the training split, a fold at a time, so that no prediction for a row comes from a
-probe that saw the row or a copy of its file. Rows that are not labeled get the mean of all folds' predictions.
+A probe is fitted on the labeled rows of the training split, a fold at a time, so that no prediction for a row comes from a
+probe that saw the row or a copy of its file. Rows that are not labeled get the mean of all folds' predictions. The probes of
+whole images (logits.py) take their folds from here too.
 
 Shapes: `N` rows, `n` cells, `g` side of a stored grid, `s` side of the interpolated grids, `D` width of the features (`ΣD`: of
 all layers), `C` classes, `K` outputs of a probe.
