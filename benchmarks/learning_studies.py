@@ -66,9 +66,12 @@ STREETS = {"image_size": 96, "batch_size": 8}
 CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
 STREETS_RATES = (1e-3,)
 STREETS_FIRST = {"pretrain_epochs": 40, "distillation_type": "hybrid"}
-CLIPS = {"image_size": 48, "batch_size": 16}
-CLIPS_RATES = (3e-4, 1e-3)
-CELLS_FIRST = {"pretrain_epochs": 40, "soft_label_weight": 0.0, "hard_label_weight": 1.0}
+CLIPS = {"image_size": 32, "batch_size": 16, "frame_encoder": "resnet10t"}
+CLIPS_RATES = (1e-3, 3e-3)
+# Phase one, then labels alone.
+LABELS_ALONE = {"soft_label_weight": 0.0, "hard_label_weight": 1.0}
+CLIPS_FIRST = {"pretrain_epochs": 20, **LABELS_ALONE}
+CELLS_FIRST = {"pretrain_epochs": 40, **LABELS_ALONE}
 DATA_STUDIES = {
     study.name: study
     for study in (
@@ -123,8 +126,9 @@ DATA_STUDIES = {
             "clips, 10 labels a class, the rest unlabeled",
             "lstm/small",
             "top1",
-            20,
+            12,
             CLIPS,
+            CLIPS_FIRST,
             data="clips",
             labels=10,
             rates=CLIPS_RATES,

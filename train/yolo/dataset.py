@@ -277,9 +277,9 @@ def detection_records(
 ) -> list[DetectionRecord]:
     """The valid, labeled rows of a split, in row order: an image that is not labeled would count as background.
 
-    `valid` bool [N]: which rows are valid, where it is not for the split alone to say. With `raw` the images are what the teacher saw, so boxes and sizes are those of its view. Boxes are clipped to
-    the image, those without area and repetitions dropped (the log says how many), images without boxes kept as
-    background.
+    `valid` bool [N]: which rows are valid, where it is not for the split alone to say. With `raw` the images are what the
+    teacher saw, so boxes and sizes are those of its view. Boxes are clipped to the image, those without area and
+    repetitions dropped (the log says how many), images without boxes kept as background.
 
     Raises TrainError for a class without a name.
     """
@@ -287,7 +287,10 @@ def detection_records(
     rows = np.flatnonzero((split.valid if valid is None else valid) & ~unlabeled)
     if unlabeled.any():
         log.info(
-            "%s: %d of %d images have no labels and are left out", split.where, unlabeled.sum(), len(split)
+            "%s: %d of %d images have no labels and are left out; --pretrain-epochs N learns their features first",
+            split.where,
+            unlabeled.sum(),
+            len(split),
         )
     sizes = split.read(SIZES)
     boxes, classes = split.ragged(rows, BOXES), split.ragged(rows, BOX_CLASSES)
