@@ -207,13 +207,15 @@ class Bench:
                 yield future.result()
 
     def make_stores(self, trainings: Sequence[Training]) -> None:
-        """The stores of trainings, and before those with some labels the ones of all labels, from which they are copied."""
-        wanted = {}
+        """The stores of trainings; first those that others are copied from or tested on."""
+        first, wanted = {}, {}
         for training in trainings:
             study, unlabeled = training.study, training.study.unlabeled and not training.control
-            wanted[study.name, self.draw(training.seed), unlabeled] = study
-        bases = {study.data: replace(study, labels=None) for study in wanted.values() if study.data}
-        list(self.each(self.make_store, [(study, 0, False) for study in bases.values()]))
+            kind = STUDIES["scenes" if study.scenes else "all"]
+            first[study.data, study.scenes] = replace(study, labels=None) if study.data else kind
+            draw = self.draw(training.seed) if study.labels_per_class or study.labels else 0
+            wanted[study.name, draw, unlabeled] = study
+        list(self.each(self.make_store, [(study, 0, False) for study in first.values()]))
         list(self.each(self.make_store, [(study, draw, some) for (_, draw, some), study in wanted.items()]))
 
     def make_store(self, order: tuple[Study, int, bool]) -> None:
