@@ -330,7 +330,7 @@ def make_tiny_teacher(
 class Suggestion:
     """`student` is for a real training; `small`, with the options `quick`, is for the demo.
 
-    `options`: what a training of this task needs. `control`: whether there is something to learn without the teacher.
+    `options`: what a training of this task needs, or gains from. `control`: whether there is something to learn without the teacher.
     `classes`: whether an image has one class, so that the teacher's logits can be those of a probe. `images`: whether a
     store can hold the images.
     """
@@ -347,12 +347,19 @@ class Suggestion:
 _TIMM = "timm:resnet10t"
 # Small images and few steps from random weights, which the recipe's smaller learning rate is too slow for.
 _TIMM_QUICK = {"image-size": "48", "learning-rate": "3e-3"}
+# The features of all images first, then the labels alone: what helps detectors and clips (docs/benchmarks.md).
+_PHASE_ONE = {"pretrain-epochs": "40", "soft-label-weight": "0", "hard-label-weight": "1"}
+_QUICK_PHASE_ONE = {"pretrain-epochs": "2"}
 SUGGESTIONS = {
     "classification": Suggestion("resnet18", _TIMM, _TIMM_QUICK, classes=True),
     "features": Suggestion("resnet18", _TIMM, _TIMM_QUICK, {"task": "features"}, control=False),
-    "detection": Suggestion("yolov8n", "yolov8n", {"image-size": "64"}),
+    "detection": Suggestion("yolov8n", "yolov8n", {"image-size": "64", **_QUICK_PHASE_ONE}, _PHASE_ONE),
     "segmentation": Suggestion("unet/small", "unet/small", {"image-size": "64"}),
-    "sequence": Suggestion("lstm/small", "lstm/small", {"image-size": "48"}, classes=True, images=False),
+    "sequence": Suggestion(
+        *("lstm/small", "lstm/small", {"image-size": "48", **_QUICK_PHASE_ONE}, _PHASE_ONE),
+        classes=True,
+        images=False,
+    ),
 }
 
 
