@@ -239,6 +239,7 @@ class Bench:
             "labels": study.labels_per_class or study.labels,
             "control": training.control,
             "raw": training.raw,
+            "device": self.device,
             **chosen,
             **measured,
         }
@@ -406,7 +407,9 @@ def ablate(bench: Bench, study: Study, seeds: int) -> list[dict[str, Any]]:
         ]
         for name, change in ABLATION.items()
     }
-    bench.train_all([training for trainings in variants.values() for training in trainings])
+    wanted = [training for trainings in variants.values() for training in trainings]
+    bench.make_stores(wanted)
+    bench.train_all(wanted)
     rows = []
     for name, trainings in variants.items():
         tests = [bench.train(training)["test"] for training in trainings]
@@ -418,7 +421,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="folder of clothing, camvid and bccd: their studies")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder of clothing, camvid and bccd: studies of these, of clips (made there) and of digits",
+    )
     parser.add_argument(
         "--studies", help="a list of: " + ", ".join([*STUDIES, "or with --data", *DATA_STUDIES])
     )

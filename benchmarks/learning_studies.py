@@ -16,8 +16,7 @@ CONTROL_ONLY: dict[str, Any] = {"control_only": True}
 class Study:
     """One comparison. `distilled`: options of that side beyond the product's defaults; `common`: of both sides.
 
-    `labels_per_class`, `unlabeled`: see `write_emoji_table`. `control_unlabeled`: the control trains on the labeled
-    images alone (the others teach it nothing), for as many steps. `data`, `labels`: a folder of --data, and how many of
+    `labels_per_class`, `unlabeled`: see `write_emoji_table`. `data`, `labels`: a folder of --data, and how many of
     its training images are labeled, see `benchmarks.learning_sets.lay_out`. `rates`: learning rates to choose from.
     """
 

@@ -218,7 +218,9 @@ class TrainConfig(BaseModel):
         None, "Default: hybrid for classes, feature for masks and boxes."
     )
     hard_label_weight: float = _distillation(0.5, "Weight of the task loss.", ge=0)
-    soft_label_weight: float = _distillation(0.5, "Weight of the distillation loss.", ge=0)
+    soft_label_weight: float = _distillation(
+        0.5, "Weight of the distillation loss; 0: batches hold labeled samples only.", ge=0
+    )
     feature_weight: float | None = _distillation(
         None,
         "Of the feature term in the distillation loss.",
@@ -380,6 +382,8 @@ class TrainConfig(BaseModel):
                 for name in ("pretrain_learning_rate", "pretrain_image_size")
                 if self.is_explicit(name) and self.task != "features"
             ]
+        if not self.soft_label_weight and self.labeled_share is not None:
+            problems.append("labeled_share has no effect with soft_label_weight 0: every sample is labeled")
         if self.optimizer == "auto" and self.student_type != "yolov8":
             problems.append(f"optimizer auto: only yolov8 students have it, not {self.student}")
         if self.boxes_from is not None and self.task == "features":

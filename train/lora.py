@@ -134,7 +134,13 @@ def choose_targets(student: Student, wanted: Sequence[str]) -> list[str]:
     defaults = FAMILIES[student.spec.type].adapters
     if not wanted:
         inner = [name for name in names if name not in STEMS]
-        return [n for n in inner if defaults is None or n.rsplit(".", 1)[-1] in defaults]
+        chosen = [n for n in inner if defaults is None or n.rsplit(".", 1)[-1] in defaults]
+        if not chosen:
+            raise LoraError(
+                f"lora_rank: {student.spec.name} has none of the layers {', '.join(defaults or ())}; name some with "
+                f"--lora-target-modules, candidates: {', '.join(short_names(inner))}"
+            )
+        return chosen
     unknown = [want for want in wanted if not any(fits(name, want) for name in names)]
     if unknown:
         raise LoraError(

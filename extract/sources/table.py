@@ -169,18 +169,24 @@ def table_source(
 
 
 def holds_clips(root: Path, splits: Mapping[str, Rows], origin: str) -> bool:
-    """Whether the rows are clips: video files, or folders of frames. Raises SourceError where some are and others are images."""
+    """Whether the rows are clips: video files, or folders of frames. Raises SourceError where some are and others are images.
+
+    Without an image among them, names without a known suffix are folders of frames where one of them is a folder.
+    """
     paths = [path for rows in splits.values() for path in rows.images if isinstance(path, str) and path]
     suffixes = {suffix_of(path) for path in paths}
     videos, images = suffixes & VIDEO_SUFFIXES, suffixes & IMAGE_SUFFIXES
     if videos and images:
         video, image = (next(path for path in paths if suffix_of(path) in kind) for kind in (videos, images))
         raise SourceError(f"{origin} lists both video files ({video}) and images ({image}): split the table")
-    if videos or images:
-        return bool(videos)
-    # Names without a known suffix: the first that exists decides.
-    found = next((path for path in paths if os.path.exists(root / path)), None)
-    return found is not None and os.path.isdir(root / found)
+    others = (path for path in paths if suffix_of(path) not in VIDEO_SUFFIXES | IMAGE_SUFFIXES)
+    folder = next((path for path in others if os.path.isdir(root / path)), None)
+    if folder is not None and images:
+        image = next(path for path in paths if suffix_of(path) in images)
+        raise SourceError(
+            f"{origin} lists both folders of frames ({folder}) and images ({image}): split the table"
+        )
+    return bool(videos) or folder is not None
 
 
 def find_columns(table: TableFile, image: str | None, label: str | None) -> dict[str, str]:

@@ -168,6 +168,10 @@ def test_a_table_of_clips_has_no_images_and_no_boxes(tmp_path: Path) -> None:
     file.write_text("path,label\na.mp4,x\nb.png,y\n")
     with pytest.raises(SourceError, match=r"both video files \(a\.mp4\) and images \(b\.png\)"):
         open_source(file)
+    (tmp_path / "frames").mkdir()
+    file.write_text("path,label\nframes,x\nb.png,y\n")
+    with pytest.raises(SourceError, match=r"both folders of frames \(frames\) and images \(b\.png\)"):
+        open_source(file)
     file.write_text('video,boxes,classes\na.mp4,"[[1, 1, 2, 2]]","[""x""]"\n')
     with pytest.raises(SourceError, match="clips, which have no boxes"):
         open_source(file)

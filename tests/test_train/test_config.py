@@ -133,6 +133,7 @@ def test_contradictions_are_reported_together():
                 "lora_alpha": 4,
                 "task": "features",
                 "boxes_from": "runs/detector",
+                "labeled_share": 0.5,
             }
         )
     text = str(caught.value)
@@ -144,6 +145,7 @@ def test_contradictions_are_reported_together():
         "control and distillation_type none",
         "lora_alpha has no effect without --lora-rank",
         "boxes_from has no effect with task features, which learns no boxes: leave it out",
+        "labeled_share has no effect with soft_label_weight 0",
     ):
         assert part in text
 

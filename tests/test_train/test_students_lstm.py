@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from train.lora import LoraError, choose_targets
 from train.students.base import StudentError
-from train.students.build import build_student, rebuild_student
+from train.students.build import build_student, load_local_weights, rebuild_student
 
 
 def clip_student(**options: bool) -> Any:
@@ -60,8 +62,33 @@ def test_another_frame_encoder_is_built_again_from_the_recorded_options(clips: T
     again = rebuild_student(student.spec.to_dict()).eval()
     again.load_state_dict(student.state_dict())
     torch.testing.assert_close(again(clips).logits, student(clips).logits)
-    with pytest.raises(StudentError, match="timm cannot build nothing with num_classes=0: Unknown model"):
-        build_student("lstm/small", num_classes=3, image_size=32, frame_encoder="nothing")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/thing", "local-dir:/tmp", "nothing"])
+def test_a_frame_encoder_is_one_of_timm_also_in_a_checkpoint(name: str) -> None:
+    spec = clip_student().spec.to_dict()
+    with pytest.raises(StudentError, match="timm has no model"):
+        rebuild_student({**spec, "options": {**spec["options"], "frame_encoder": name}})
+
+
+@pytest.mark.parametrize(("name", "width"), [("mobilenetv3_small_050", 1024), ("vit_tiny_patch16_224", 192)])
+def test_the_width_of_a_frame_encoder_is_that_of_its_output(clips: Tensor, name: str, width: int) -> None:
+    student = build_student("lstm/small", num_classes=3, image_size=32, frame_encoder=name).eval()
+    assert student(clips).features.shape == (2, 5, width) == (2, 5, student.spec.feature_width)
+    with pytest.raises(StudentError, match="not a multiple of vit_tiny_patch16_224's patch 16"):
+        build_student("lstm/small", num_classes=3, image_size=40, frame_encoder="vit_tiny_patch16_224")
+
+
+def test_weights_of_a_plain_encoder_and_adapters(tmp_path: Path) -> None:
+    import timm
+
+    student = build_student("lstm/small", num_classes=3, image_size=32, frame_encoder="convnext_atto")
+    plain = timm.create_model("convnext_atto", num_classes=7)
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    load_local_weights(student, tmp_path / "plain.pt")
+    assert torch.equal(student.encoder.stem[0].weight, plain.stem[0].weight)
+    with pytest.raises(LoraError, match="has none of the layers conv1, conv2, conv3; name some with"):
+        choose_targets(student, [])
 
 
 def test_frozen_encoder_stays_as_it_is(clips: Tensor) -> None:

@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from train.data.prefetch import to_device
 from train.distill.losses import full_precision
-from train.students.base import InitialWeights, Student, StudentOutput, StudentSpec
+from train.students.base import InitialWeights, Student, StudentError, StudentOutput, StudentSpec
 from train.students.families import FAMILIES, StudentName
-from train.students.timm_student import create_timm_model
+from train.students.timm_student import check_known, create_timm_model, image_size_settings
 
 FRAME_ENCODER = "resnet50"
 
@@ -28,6 +28,7 @@ class ClipLSTM(Student):
     def __init__(
         self,
         encoder: nn.Module,
+        encoder_width: int,
         hidden_size: int,
         spec: StudentSpec,
         *,
@@ -39,9 +40,7 @@ class ClipLSTM(Student):
         self.head_prefixes = ("head.",)
         self.freeze_encoder = freeze_encoder
         self.encoder: Any = encoder
-        self.lstm = nn.LSTM(
-            self.encoder.num_features, hidden_size, num_layers=2, bidirectional=True, batch_first=True
-        )
+        self.lstm = nn.LSTM(encoder_width, hidden_size, num_layers=2, bidirectional=True, batch_first=True)
         self.attention = nn.Linear(2 * hidden_size, 1) if attention_pooling else None
         self.head = nn.Linear(2 * hidden_size, spec.num_classes) if spec.num_classes else nn.Identity()
         self.encoder.requires_grad_(not freeze_encoder)
@@ -146,12 +145,15 @@ def build_lstm(
 ) -> ClipLSTM:
     """Build `lstm/small|medium|large` on timm's model `frame_encoder`, whose weights `pretrained` fetches from timm's hub."""
     hidden = FAMILIES[name.type].sizes[name.size]
-    encoder = create_timm_model(frame_encoder, pretrained, num_classes=0)
+    check_known(frame_encoder)  # also of a checkpoint: no hub, no folder
+    settings = image_size_settings(frame_encoder, image_size)
+    encoder = create_timm_model(frame_encoder, pretrained, num_classes=0, **settings)
+    width = output_width(frame_encoder, image_size, settings)
     spec = StudentSpec.of(
         name,
         num_classes,
         image_size=image_size,
-        feature_width=2 * hidden if freeze_encoder else encoder.num_features,
+        feature_width=2 * hidden if freeze_encoder else width,
         feature_kind="sequence",
         feature_stride=None,
         distilled_layer="LSTM output per frame" if freeze_encoder else "frame encoder's output per frame",
@@ -163,8 +165,28 @@ def build_lstm(
         },
     )
     student = ClipLSTM(
-        encoder, hidden, spec, freeze_encoder=freeze_encoder, attention_pooling=attention_pooling
+        encoder, width, hidden, spec, freeze_encoder=freeze_encoder, attention_pooling=attention_pooling
     )
     if pretrained:
         student.initial_weights = InitialWeights(origin=f"pretrained:{frame_encoder}")
     return student
+
+
+def output_width(architecture: str, image_size: int, settings: dict[str, Any]) -> int:
+    """Width of what timm's model makes of an image without its classifier, measured on the meta device.
+
+    Raises StudentError when the model does not run at `image_size` or its output is no vector.
+    """
+    with torch.device("meta"):
+        model = create_timm_model(architecture, False, num_classes=0, **settings).eval()
+        try:
+            shape = model(torch.zeros(1, 3, image_size, image_size)).shape
+        except Exception as error:
+            raise StudentError(
+                f"frame_encoder {architecture} does not run at image_size {image_size}: {error}"
+            ) from error
+    if len(shape) != 2:
+        raise StudentError(
+            f"frame_encoder {architecture}: expected one vector per image, got shape {tuple(shape)}"
+        )
+    return int(shape[1])

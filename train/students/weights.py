@@ -168,10 +168,10 @@ def strip_wrappers(state: dict[str, Tensor], student: Student) -> dict[str, Tens
 
 
 def as_frame_encoder(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A plain ResNet-50's names become those of an LSTM's frame encoder (its classifier is dropped)."""
-    if "encoder.conv1.weight" not in expected or "conv1.weight" not in found:
-        return found
-    return {f"encoder.{key}": value for key, value in found.items() if not key.startswith("fc.")}
+    """The names of a plain image encoder become those of an LSTM's frame encoder (its classifier is dropped)."""
+    renamed = {f"encoder.{key}": value for key, value in found.items()}
+    inside = {key: value for key, value in renamed.items() if key in expected}
+    return inside if len(inside) > len(found) / 2 else found
 
 
 def resample_positions(state: dict[str, Tensor], student: Student) -> dict[str, Tensor]:

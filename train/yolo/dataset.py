@@ -287,10 +287,7 @@ def detection_records(
     rows = np.flatnonzero((split.valid if valid is None else valid) & ~unlabeled)
     if unlabeled.any():
         log.info(
-            "%s: %d of %d images have no labels and are left out; --pretrain-epochs N learns their features first",
-            split.where,
-            unlabeled.sum(),
-            len(split),
+            "%s: %d of %d images have no labels and are left out", split.where, unlabeled.sum(), len(split)
         )
     sizes = split.read(SIZES)
     boxes, classes = split.ragged(rows, BOXES), split.ragged(rows, BOX_CLASSES)

@@ -14,6 +14,7 @@ from console.devices import core_share, device_index, find_device
 from console.output import get_logger
 from store.format import stored_layers
 from store.reader import Store
+from store.summary import unlabeled_rows
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data.splits import fit_batch
@@ -123,6 +124,8 @@ def build_job(config: TrainConfig, run: Path, store: Store, state: dict[str, Any
     splits = open_splits(config, store, 2 if mixes else 1)
     if config.boxes_from is not None:
         splits["train"] = add_found_boxes(run, store, config.train_split, splits["train"])
+    elif not config.pretrain_epochs and unlabeled_rows(store[config.train_split], "boxes").any():
+        log.info("--pretrain-epochs N would learn the features of the images without boxes first")
     config = fit_batch(config, len(splits["train"].records), log.info)
     arguments = (
         ultralytics_arguments(config, len(splits["train"].records))
