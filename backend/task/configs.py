@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from backend.task.errors import OptionError
 from backend.task.options import OPTIONS
 from backend.task.request import TaskRequest
-from extract.teachers.known import QWEN_CHECKPOINTS
+from extract.known_teachers import QWEN_CHECKPOINTS
 from train.students.families import recipe_of
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from backend.task.safety import (
     inside,
 )
 from console.devices import device_index, parse_devices
-from extract.teachers.known import teacher_of_checkpoint
+from extract.known_teachers import teacher_of_checkpoint
 from train.students.families import FAMILIES, SIZES, StudentName
 
 DATASET_PARAMETER = re.compile(r"(?<![:\w]):dataset_id\b")

@@ -253,7 +253,7 @@ def spread_layers(count: int) -> tuple[int, ...]:
 
 def list_teachers() -> list[dict[str, str]]:
     """One record per teacher for `cli teachers`: the fields of TeacherEntry but `target`, and what the license asks for."""
-    from extract.teachers.known import TIMM_ROWS
+    from extract.known_teachers import TIMM_ROWS
 
     any_timm = TEACHERS["timm:NAME"]
     entries = dict(TEACHERS)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from extract.known_teachers import QWEN_CHECKPOINTS
 from extract.teachers.base import (
     CheckpointError,
     Encoded,
@@ -44,7 +45,6 @@ from extract.teachers.devices import (
     pick_device,
     pick_dtype,
 )
-from extract.teachers.known import QWEN_CHECKPOINTS
 from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, patchify, pooled_mean
 from extract.teachers.vision_tower import (
     GridLayout,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from extract.known_teachers import TIMM_ROWS
 from extract.teachers.base import (
     CheckpointError,
     Encoded,
@@ -26,7 +27,6 @@ from extract.teachers.base import (
 )
 from extract.teachers.checkpoint import endpoint, hub_client, one_line
 from extract.teachers.devices import CompiledModel, device_error, pick_device, pick_dtype, warn_of_compiler
-from extract.teachers.known import TIMM_ROWS
 from extract.teachers.pixels import as_pixels, as_resize_policy, normalize, pooled_mean
 from files.weights import WeightsError, read_weights
 from store.format import Preprocessing, TeacherSpec

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from extract.known_teachers import TIMM_ROWS
 from extract.teachers import Teacher, TeacherError, list_teachers, load_teacher
 from extract.teachers.base import TEACHERS as REGISTRY
-from extract.teachers.known import TIMM_ROWS
 from imaging.geometry import resize_view
 
 

@@ -10,8 +10,8 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 
+from extract.known_teachers import TIMM_ROWS, TimmRow
 from extract.teachers import TeacherError, license_notice, load_teacher
-from extract.teachers.known import TIMM_ROWS, TimmRow
 from extract.teachers.timm_encoder import TimmTeacher, as_grid
 
 # Quick ones: the narrowest of each kind of architecture. The rest run with -m slow.

@@ -1,6 +1,7 @@
 """Teachers by name, without torch: which Qwen teacher takes a checkpoint folder, and the timm encoders that are tested.
 
-`cli teachers` lists them, and a platform's request is checked with it; any other timm encoder loads too.
+`cli teachers` lists the encoders, and a platform's request is checked by these tables; any other timm encoder loads too.
+Not in `extract.teachers`, which imports numpy: a request is checked before anything heavy is loaded.
 
 The figures are those of timm's own models and configurations; `tests/test_extract/test_teacher_timm_rows.py` compares them,
 and the features of each architecture with timm's `forward_intermediates`.
