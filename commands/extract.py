@@ -347,7 +347,7 @@ class Suggestion:
 _TIMM = "timm:resnet10t"
 # Small images and few steps from random weights, which the recipe's smaller learning rate is too slow for.
 _TIMM_QUICK = {"image-size": "48", "learning-rate": "3e-3"}
-# The features of all images first, then the labels alone: what helps detectors and clips (docs/benchmarks.md).
+# The features of all images first, then the labels alone: better for detectors and clips than both together (docs/benchmarks.md).
 _PHASE_ONE = {"pretrain-epochs": "40", "soft-label-weight": "0", "hard-label-weight": "1"}
 _QUICK_PHASE_ONE = {"pretrain-epochs": "2"}
 SUGGESTIONS = {
