@@ -330,8 +330,8 @@ def make_tiny_teacher(
 class Suggestion:
     """`student` is for a real training; `small`, with the options `quick`, is for the demo.
 
-    `options`: what a training of this task needs, or gains from. `control`: whether there is something to learn without the teacher.
-    `classes`: whether an image has one class, so that the teacher's logits can be those of a probe. `images`: whether a
+    `options`: what a training of this task needs, or gains from. `control`: whether there is something to learn without the
+    teacher. `classes`: whether an image has one class, so that the teacher's logits can be those of a probe. `images`: whether a
     store can hold the images.
     """
 
@@ -347,7 +347,8 @@ class Suggestion:
 _TIMM = "timm:resnet10t"
 # Small images and few steps from random weights, which the recipe's smaller learning rate is too slow for.
 _TIMM_QUICK = {"image-size": "48", "learning-rate": "3e-3"}
-# The features of all images first, then the labels alone: better for detectors and clips than both together (docs/benchmarks.md).
+# The features of all images first, then the labels alone: better for detectors and clips than both together
+# (docs/benchmarks.md).
 _PHASE_ONE = {"pretrain-epochs": "40", "soft-label-weight": "0", "hard-label-weight": "1"}
 _QUICK_PHASE_ONE = {"pretrain-epochs": "2"}
 SUGGESTIONS = {

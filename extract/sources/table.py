@@ -174,19 +174,14 @@ def holds_clips(root: Path, splits: Mapping[str, Rows], origin: str) -> bool:
     Without an image among them, names without a known suffix are folders of frames where one of them is a folder.
     """
     paths = [path for rows in splits.values() for path in rows.images if isinstance(path, str) and path]
-    suffixes = {suffix_of(path) for path in paths}
-    videos, images = suffixes & VIDEO_SUFFIXES, suffixes & IMAGE_SUFFIXES
-    if videos and images:
-        video, image = (next(path for path in paths if suffix_of(path) in kind) for kind in (videos, images))
-        raise SourceError(f"{origin} lists both video files ({video}) and images ({image}): split the table")
+    video = next((path for path in paths if suffix_of(path) in VIDEO_SUFFIXES), None)
+    image = next((path for path in paths if suffix_of(path) in IMAGE_SUFFIXES), None)
     others = (path for path in paths if suffix_of(path) not in VIDEO_SUFFIXES | IMAGE_SUFFIXES)
     folder = next((path for path in others if os.path.isdir(root / path)), None)
-    if folder is not None and images:
-        image = next(path for path in paths if suffix_of(path) in images)
-        raise SourceError(
-            f"{origin} lists both folders of frames ({folder}) and images ({image}): split the table"
-        )
-    return bool(videos) or folder is not None
+    for kind, clip in (("video files", video), ("folders of frames", folder)):
+        if clip is not None and image is not None:
+            raise SourceError(f"{origin} lists both {kind} ({clip}) and images ({image}): split the table")
+    return video is not None or folder is not None
 
 
 def find_columns(table: TableFile, image: str | None, label: str | None) -> dict[str, str]:
