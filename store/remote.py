@@ -131,9 +131,11 @@ class RemoteFiles:
             found = files.find(path, detail=True)
             if not isinstance(found, Mapping):  # adlfs, of an address that is a file
                 found = {name: files.info(name) for name in found}
+            # s3fs lists an empty folder a second time, as one file: if another host writes in between, as a directory.
             return {
                 name[start:].lstrip("/"): Entry(int(info["size"]), etag_of(info))
                 for name, info in found.items()
+                if info["type"] != "directory"
             }
 
         try:

@@ -649,6 +649,27 @@ def test_two_hosts_at_the_very_same_time(options: dict[str, Any], bucket: str, t
             assert objects(url) == expected
 
 
+def test_another_host_begins_between_two_requests_of_a_listing(
+    bucket: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs asks a second time where it found nothing: is the address itself a file?"""
+    address = f"{bucket}/a.zarr".removeprefix("s3://")
+    other = fsspec.filesystem("s3", skip_instance_cache=True, endpoint_url=endpoint, use_listings_cache=False)
+    begun = []
+
+    def begins(request: Request) -> Fault | None:
+        if (request.method, request.path) == ("HEAD", address) and not begun:
+            begun.append(request)
+            other.pipe_file(f"{address}/{staging.PLAN}", b"{}")
+        return None
+
+    with fault_proxy(endpoint, begins) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        assert RemoteFiles(f"{bucket}/a.zarr").listing() == {}
+        assert begun
+        assert list(RemoteFiles(f"{bucket}/a.zarr").listing()) == [staging.PLAN]
+
+
 def command(options: dict[str, Any]) -> list[str]:
     """The words of `cli extract` with these options."""
     given = {name: value for name, value in options.items() if name != "data"}
