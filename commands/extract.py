@@ -102,7 +102,8 @@ def print_probe(result: Mapping[str, Any]) -> None:
     if result["task"] in ("segmentation", "detection"):
         print_cell_probe(result)
         return
-    line = f"linear probe: {result['out_of_fold_top1']:.1%} out of fold ({result['folds']} folds, "
+    averaged = ", averaged over similar images" if result["propagated"] else ""
+    line = f"linear probe: {result['out_of_fold_top1']:.1%} out of fold{averaged} ({result['folds']} folds, "
     line += f"{result['rows']:,} rows, {result['classes']} classes)"
     if result["measured_on"] is not None:
         line += f"; on {result['measured_on']} {result['probe_top1']:.1%}, k-NN {result['knn_top1']:.1%}"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import softmax
 from torch import Tensor
 
 from console.output import get_logger
@@ -22,6 +23,7 @@ from extract.decode.pool import DecodePool
 from extract.encode import AdaptiveBatch, DeviceCopies
 from extract.output import adopt_rows
 from extract.plan import ExtractTask, decode_workers, make_task, open_data, open_teacher
+from extract.propagation import log_probabilities, neighbor_graph, propagate
 from extract.result import ExtractObserver, logits_stop_message, note_probe
 from extract.teachers.zero_shot import ZeroShotScorer
 from files.writing import check_writable
@@ -58,6 +60,7 @@ class ProbeResult:
 
     out_of_fold_top1: on the training split, each row judged by a probe that never saw it.
     probe_top1, knn_top1: fitted on the training split, measured on `measured_on`.
+    propagated: the training split's logits are averaged over similar rows, see extract/propagation.py.
     """
 
     classes: int
@@ -67,6 +70,7 @@ class ProbeResult:
     probe_top1: float | None
     knn_top1: float | None
     measured_on: str | None
+    propagated: bool
 
 
 def add_logits(
@@ -171,8 +175,58 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
     whole = fit_on(train, np.flatnonzero(usable), labels, classes, seed)
     held_out = folds_of_copies(groups, train.name, fold)
     predictors = {split: fold_predictor(held_out[split], probes, whole) for split in store.splits}
-    write_logits(path, PROBE, classes, lambda split: predict(store[split], predictors[split]))
-    return measure(open_store(path), train.name, labels, classes, fold, seed)
+    propagated = None
+    if (train.valid & ~usable).any():
+        propagated = propagated_logits(train, labels, fold, held_out[train.name], probes, whole, seed)
+
+    def blocks(split: str) -> Iterator[Floats]:
+        if split == train.name and propagated is not None:
+            return iter(np.array_split(propagated, -(-len(propagated) // BLOCK_ROWS)))
+        return predict(store[split], predictors[split])
+
+    write_logits(path, PROBE, classes, blocks)
+    return measure(open_store(path), train.name, labels, classes, fold, seed, propagated is not None)
+
+
+def propagated_logits(
+    train: Split,
+    labels: npt.NDArray[np.int32],
+    fold: npt.NDArray[Any],
+    held_out: npt.NDArray[Any],
+    probes: Sequence[Probe],
+    whole: Probe,
+    seed: int,
+) -> Floats | None:
+    """The training split's logits [N, C], averaged over rows with similar features (NaN for invalid rows).
+
+    A row's logits come from a pass that did not see its label, nor that of a copy of its file: one pass for each fold, and one
+    with all labels for the rows that have none. None where held-out rows' classes are clearly better without.
+    """
+    usable, valid = fold >= 0, np.flatnonzero(train.valid)
+    graph = neighbor_graph(valid, partial(pooled_features, train), len(train), seed)
+    logits = np.full((len(train), len(whole.bias)), np.nan, np.float32)
+    right, alone = 0, 0
+    for number, probe in ((-1, whole), *enumerate(probes)):
+        answers = answers_of(probe, train)
+        given = softmax(np.nan_to_num(answers), axis=1)
+        shown = usable & (fold != number)
+        given[shown] = np.eye(given.shape[1], dtype=np.float32)[labels[shown]]
+        averaged = propagate(graph, given)
+        rows = train.valid & (held_out == number)
+        logits[rows] = log_probabilities(averaged[rows])
+        judged = usable & (fold == number)
+        right += int((averaged[judged].argmax(axis=1) == labels[judged]).sum())
+        alone += int((answers[judged].argmax(axis=1) == labels[judged]).sum())
+    count = int(usable.sum())
+    worse, spread = (alone - right) / count, np.sqrt(alone * (count - alone) / count) / count
+    if worse > spread:
+        log.info(
+            "averaging over similar images is left out: held-out images %.1f%% right with it, %.1f%% without",
+            100 * right / count,
+            100 * alone / count,
+        )
+        return None
+    return logits
 
 
 def usable_labels(store: Store) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
@@ -206,7 +260,7 @@ def fit_on(
 ) -> Probe:
     """A probe fitted on at most FIT_ROWS of the rows."""
     rows = limited(rows, seed)
-    return fit_probe(true_features(split, rows), labels[rows], classes)
+    return fit_probe(true_features(split, rows), labels[rows], classes, blocks=blocks_of(split))
 
 
 def fold_predictor(
@@ -226,6 +280,11 @@ def fold_predictor(
     return predict_rows
 
 
+def answers_of(probe: Probe, split: Split) -> Floats:
+    """The probe's logits [N, C] of all rows; NaN for invalid rows."""
+    return np.concatenate(list(predict(split, lambda _, features: probe.logits(features))))
+
+
 def predict(split: Split, predictor: Callable[[int, Floats], Floats]) -> Iterator[Floats]:
     """Blocks of logits, in row order; NaN for invalid rows."""
     for first in range(0, len(split), BLOCK_ROWS):
@@ -242,6 +301,7 @@ def measure(
     classes: int,
     fold: npt.NDArray[Any],
     seed: int,
+    propagated: bool,
 ) -> ProbeResult:
     """Accuracies of the logits just written, and of k-NN, see `ProbeResult`."""
     held_out = accuracy(read_logits(store[train]), labels, fold >= 0)
@@ -259,6 +319,7 @@ def measure(
                 labels[bank],
                 true_features(store[other], queries),
                 other_labels[queries],
+                blocks=blocks_of(store[train]),
             )
     return ProbeResult(
         classes=classes,
@@ -268,6 +329,7 @@ def measure(
         probe_top1=probe_top1,
         knn_top1=knn_top1,
         measured_on=other if probe_top1 is not None else None,
+        propagated=propagated,
     )
 
 
@@ -298,6 +360,16 @@ def true_features(split: Split, rows: npt.NDArray[np.int64]) -> Floats:
     """Pooled features float32 [n, D] in true units; of clips [n, 2 D], see `frame_features`."""
     if names.FRAMES in split.names:
         return frame_features(split, rows)
+    return pooled_features(split, rows)
+
+
+def blocks_of(split: Split) -> int:
+    """Of how many blocks of D channels `true_features` are."""
+    return 2 if names.FRAMES in split.names else 1
+
+
+def pooled_features(split: Split, rows: npt.NDArray[np.int64]) -> Floats:
+    """Pooled features float32 [n, D] in true units; of clips their mean over the frames."""
     stored = split.gather(rows, [names.POOLED])[names.POOLED]
     return np.asarray(stored.astype(np.float32) * split.scale[names.POOLED], np.float32)
 

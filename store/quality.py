@@ -33,15 +33,16 @@ def knn_accuracy(
     *,
     neighbors: int = KNN_NEIGHBORS,
     temperature: float = KNN_TEMPERATURE,
+    blocks: int = 1,
 ) -> float:
     """Top-1 accuracy (fraction) of a cosine k-NN vote weighted by exp(similarity / temperature).
 
     The protocol of Wu et al. 2018 (arXiv:1805.01978), as DINO uses it, on standardized features.
-    Rows without a label are left out. Raises StoreError when either side has none.
+    Rows without a label are left out. blocks: see `standardization`. Raises StoreError when either side has none.
     """
     train, train_labels = labeled(train, train_labels, "train")
     test, test_labels = labeled(test, test_labels, "test")
-    mean, std = standardization(train)
+    mean, std = standardization(train, blocks)
     bank = unit_rows((train - mean) / std)
     queries = unit_rows((test - mean) / std)
     classes = int(train_labels.max()) + 1
@@ -95,16 +96,18 @@ class Probe:
         return logits.astype(np.float32, copy=False)
 
 
-def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int, *, strength: float = 0.1) -> Probe:
+def fit_probe(
+    features: np.ndarray, labels: np.ndarray, classes: int, *, strength: float = 0.1, blocks: int = 1
+) -> Probe:
     """Multinomial logistic regression on standardized features of the labeled rows.
 
-    strength: the inverse of the L2 penalty (scikit-learn's C).
+    strength: the inverse of the L2 penalty (scikit-learn's C). blocks: see `standardization`.
     Raises StoreError with no labeled row, or a label outside 0..classes-1.
     """
     features, labels = labeled(features, labels, "train")
     if labels.max() >= classes:
         raise StoreError(f"probe: label {int(labels.max())}, but only {classes} classes")
-    mean, std = standardization(features)
+    mean, std = standardization(features, blocks)
     seen = np.zeros(classes, dtype=bool)
     present = np.unique(labels)
     seen[present] = True
@@ -141,10 +144,15 @@ def labeled(features: np.ndarray, labels: np.ndarray, what: str) -> tuple[np.nda
     return features[keep].astype(np.float32), labels[keep].astype(np.int64)
 
 
-def standardization(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std [D] float32; a constant channel has std 1."""
+def standardization(features: np.ndarray, blocks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std [D] float32; a constant channel has std 1.
+
+    blocks: of channels, of equal width. All have the deviations of the first: differences of what is in it keep their
+    size, while with their own deviations small ones, which are mostly noise, would count as much as large ones.
+    """
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     std = features.std(axis=0, dtype=np.float64).astype(np.float32)
+    std = np.tile(std[: len(std) // blocks], blocks)
     return mean, np.where(std > 0, std, np.float32(1))
 
 
