@@ -125,9 +125,8 @@ class ExtractionClock:
 
     def record(self) -> None:
         """Add what is not recorded yet: other processes may be encoding other parts of the store."""
-        if (
-            not self.encoded or not self.store.exists()
-        ):  # the staging store of a bucket is gone when it is complete
+        # The staging store of a bucket is gone when it is complete.
+        if not self.encoded or not self.store.exists():
             return
         before = read_measured(self.store)
         note(

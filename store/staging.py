@@ -51,10 +51,8 @@ from store.upload import (
 
 PLAN = f"{WORK_FOLDER}/plan.json"
 PLAN_WAIT_S = 1.0
-SMALL_BYTES, SMALL_FILES = (
-    1024 * 1024,
-    10,
-)  # how many files up to this size are sent or deleted at the same time
+# How many files up to this size are sent or deleted at the same time.
+SMALL_BYTES, SMALL_FILES = 1024 * 1024, 10
 
 log = logging.getLogger(__name__)
 
@@ -184,9 +182,8 @@ class Staging:
             if sent is not None and is_committed(job, shard, sent, found):
                 if not record.exists() or not is_finished(self.store, job, shard):
                     self._download(self._key(log_file))
-                    if not is_finished(
-                        self.store, job, shard
-                    ):  # written by a file system that shows parts of files
+                    # Written by a file system that shows parts of files?
+                    if not is_finished(self.store, job, shard):
                         log_file.unlink()
                         return
                     for key in shard_files(job, shard).values():  # what was written of it here

@@ -160,10 +160,8 @@ def find_yaml(folder: Path) -> Path | None:
         raise SourceError(f"{folder} has several data-set yaml files ({names}): give the path of one")
     if found:
         return found[0]
-    for name in (
-        "data.yaml",
-        "data.yml",
-    ):  # the usual name: a file that cannot be read is reported, not passed over
+    # The usual names: a file that cannot be read is reported, not passed over.
+    for name in ("data.yaml", "data.yml"):
         if (folder / name).exists():
             read_yaml(folder / name)
     return None

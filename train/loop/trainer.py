@@ -112,7 +112,7 @@ class LoopTrainer:
         ).fit()
         quality = {}
         if self.task == "features" and not request.pretraining:
-            quality = embedding_quality(built, config, self.store, self.data, folder.best)
+            quality = accuracy_of_embeddings(built, config, self.store, self.data, folder.best)
         return FitResult(
             config=config,
             student=built.student,
@@ -457,7 +457,7 @@ class Training:
         return f"epoch {record['epoch']}/{self.config.epochs}: {', '.join(parts)}"
 
 
-def embedding_quality(
+def accuracy_of_embeddings(
     built: Built, config: TrainConfig, store: Store, data: TrainingData, best: Path
 ) -> dict[str, float]:
     """k-NN and linear-probe accuracy of a label-free student's embeddings, both fitted on the training split.
