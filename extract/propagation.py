@@ -53,7 +53,8 @@ def neighbor_graph(
             similarity = unit[first : first + QUERY_ROWS] @ unit.T
             own = np.arange(len(similarity))
             similarity[own, first + own] = -1.0
-            found = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
+            # A copy: a view would keep all columns in memory.
+            found = np.argpartition(-similarity, count - 1, axis=1)[:, :count].copy()
             nearest.append(found)
             similar.append(np.take_along_axis(similarity, found, axis=1))
         values = np.maximum(np.concatenate(similar), 0.0).ravel() ** 3
