@@ -19,6 +19,7 @@ from train.checkpoint import load_checkpoint
 from train.distill.calibration import MEASUREMENTS, SHARE, Calibration, CalibrationState, measurements_of
 from train.distill.losses import feature_loss
 from train.distill.reference import TeacherReference, accuracy_of, teacher_reference
+from train.loop.loop import Loop
 from train.run import run_training
 
 
@@ -137,6 +138,21 @@ def test_without_a_soft_term_the_labeled_rows_alone_are_shown(make_store, make_c
     assert shown == (set(range(24)) if soft else set(labeled))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"labeled_share": 0.125}, {"soft_label_weight": 0.0}, {"control_only": True}]
+)
+def test_a_labeled_sample_counts_as_much_among_unlabeled_ones(make_store, make_config, options):
+    """Its cross-entropy is divided by the samples of the batch, not by the few labeled ones among them."""
+    store = make_store(unlabelled=tuple(range(2, 8)), logits=True)
+    parts = built(make_config(store, batch_size=8, hard_label_weight=0.4, **options)).parts
+    Loop(parts).set_weights()
+    labeled = open_store(store)["train"].read("targets/label") >= 0
+    shares = [labeled[[item.row for item in batch]].mean() for batch in parts.train_loader.batches]
+    whole = parts.objective.weights["hard_loss"] / np.mean(shares)
+    alone = built(make_config(make_store("all.zarr"), batch_size=8, hard_label_weight=0.4, **options)).parts
+    assert whole == pytest.approx(alone.objective.weights["hard_loss"])
+
+
 # Do no harm --------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +191,9 @@ def test_the_terms_end_where_the_student_knows_more(make_store, make_config, wea
         "better than a probe of the teacher's features (0.00%): the distillation terms end" in train_log.text
     )
     before, after = lines(config.out)[:ended], lines(config.out)[ended:]
-    assert all(line["train_loss"] > line["hard_loss"] for line in before)
+    for line in before:
+        task, teacher = 0.5 * 28 / 32 * line["hard_loss"], line["feature_loss"] + line["logit_loss"]
+        assert line["train_loss"] > task + 0.5 * teacher > task
     for line in after:
         assert line["train_loss"] == pytest.approx(0.5 * line["hard_loss"], rel=1e-5)
     assert summary["distillation"]["teacher"] == {"top1": 0.0}

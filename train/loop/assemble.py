@@ -186,6 +186,7 @@ def build_training(
         average=WeightAverage(module.student, config.ema_decay) if config.ema_decay is not None else None,
         stop=stop,
         validation_samples=data.validation_samples,
+        labeled_share=labeled_share(config, data, balance),
     )
     if config.distill_until == "auto" and learned.anything:
         metric = TASK_METRICS[data.task].best
@@ -280,6 +281,15 @@ def student_options(config: TrainConfig) -> dict[str, Any]:
     }
     dropout = chosen.pop("dropout", 0.0)
     return chosen | ({"drop_rate": dropout} if dropout else {})
+
+
+def labeled_share(config: TrainConfig, data: TrainingData, balance: Balance | None) -> float:
+    """The mean share of labeled samples in a batch; 1 where the task has no such rows."""
+    if data.labeled is None or not data.labeled.any():
+        return 1.0
+    if balance is None:
+        return float(data.labeled.mean())
+    return balance.count(config.batch_size) / config.batch_size
 
 
 def build_objective(

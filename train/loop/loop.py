@@ -126,6 +126,9 @@ class Parts:
     reference: TeacherReference | None = None
     labeled_alone: Balance | None = None
     validation_samples: int = 0
+    #: Of a batch, on average. The task's loss is a mean over labeled samples: weighted by their share, one of them counts as
+    #: much as in a batch of labeled ones. Otherwise the noise of two labeled samples would drown what the teacher says of thirty.
+    labeled_share: float = 1.0
 
     @property
     def evaluated(self) -> Student:
@@ -157,6 +160,7 @@ class Loop:
             train_samples=len(parts.train_loader.batches.rows),
             val_samples=len(parts.val_loader.batches.rows),
         )
+        self.task_weight = parts.objective.weights["hard_loss"]
         self.calibration = self.build_calibration()
         self.stop_seen = False
         self.lap_started = 0.0
@@ -257,16 +261,21 @@ class Loop:
         return Calibration(lambda: parts.progress.calibration, body, self.total_steps)
 
     def unweighted(self, name: str) -> float:
-        """A term's weight relative to the task's, with hard_label_weight and soft_label_weight left out."""
-        return self.parts.config.logit_weight if name == "logit_loss" else 1.0
+        """A term's weight relative to the task's of labeled batches, without hard_label_weight and soft_label_weight."""
+        return self.parts.config.logit_weight if name == "logit_loss" else self.parts.labeled_share
 
     def set_weights(self) -> None:
         """Use what the calibration has found so far; once the distillation terms have ended, weights of 0."""
-        parts, changed = self.parts, dict[str, float]()
+        parts = self.parts
+        changed = {"hard_loss": self.task_weight * parts.labeled_share}
         if self.calibration is not None:
             changed["feature_loss"] = parts.config.soft_label_weight * parts.progress.calibration.weight
         if parts.progress.distilled_epochs is not None:
-            changed = {"feature_loss": 0.0, "logit_loss": 0.0}
+            changed = {
+                "hard_loss": self.task_weight,
+                "feature_loss": 0.0,
+                "logit_loss": 0.0,
+            }
             # The rows without labels have nothing to teach any more.
             parts.train_loader.batches.balance = parts.labeled_alone or parts.train_loader.batches.balance
         for objective in (parts.objective, parts.val_objective):
