@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.learning import Bench
 from benchmarks.learning_studies import DATA_STUDIES, Study
-from extract.logits import PROBE, add_probe, answers_of, fit_on, usable_labels
+from extract.logits import add_probe, answers_of, fit_on, usable_labels
+from store.format import PROBE
 from store.reader import open_store
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from console.output import get_logger
 from extract.config import ExtractConfig
 from extract.follow.changes import find_changes
-from extract.logits import PROBE, add_logits, array_of, probed_arrays, training_split
+from extract.logits import add_logits, array_of, probed_arrays, training_split
 from extract.output import check_same, complete_store
 from extract.plan import DifferentStore, ExtractTask, make_task, open_data, open_teacher
 from extract.result import ExtractObserver, ExtractResult
@@ -107,7 +107,7 @@ def complete(executor: Executor, staging: Staging, result: ExtractResult) -> Non
 def add_all_logits(executor: Executor, staging: Staging, result: ExtractResult) -> None:
     """What `--logits` asks for, in the staging store: what a probe reads of the bucket's features comes back here."""
     config = executor.config
-    if config.logits == PROBE:
+    if config.logits == names.PROBE:
         staging.fetch(probed_arrays(training_split(open_store(staging.store))))
     result.probe = add_logits(config, executor.observers, executor.stop)
 

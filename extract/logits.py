@@ -42,7 +42,6 @@ from store.writer import StoreWriter
 
 log = get_logger("extract")
 
-PROBE = "probe"
 # Rows that one probe is fitted on at most: beyond that it gets slow, and hardly better.
 FIT_ROWS = 50_000
 BLOCK_ROWS = 8192
@@ -90,7 +89,7 @@ def add_logits(
 
 def array_of(logits: str, store: Store) -> str:
     """The array that `--logits` writes: soft class maps of a probe where the store has masks, else logits [N, C]."""
-    maps = logits == PROBE and target_kind(training_split(store)) == "mask"
+    maps = logits == names.PROBE and target_kind(training_split(store)) == "mask"
     return f"{names.MAPS if maps else names.LOGITS}/{logits}"
 
 
@@ -116,7 +115,7 @@ def fit_and_write(path: Path, *, seed: int, device: str) -> dict[str, Any]:
         from extract.boxes import measure_boxes
 
         return {"task": "detection", "array": None, **vars(measure_boxes(path, seed=seed, device=device))}
-    array = array_of(PROBE, store)
+    array = array_of(names.PROBE, store)
     if array.startswith(names.MAPS):
         from extract.maps import add_maps
 
@@ -184,7 +183,7 @@ def add_probe(path: Path | str, *, seed: int = 0) -> ProbeResult:
             return iter(np.array_split(propagated, -(-len(propagated) // BLOCK_ROWS)))
         return predict(store[split], predictors[split])
 
-    write_logits(path, PROBE, classes, blocks)
+    write_logits(path, names.PROBE, classes, blocks)
     return measure(open_store(path), train.name, labels, classes, fold, seed, propagated is not None)
 
 
@@ -346,7 +345,7 @@ def accuracy(logits: Floats, labels: npt.NDArray[np.int32], rows: npt.NDArray[np
 
 
 def read_logits(split: Split) -> Floats:
-    return split.read(f"{names.LOGITS}/{PROBE}").astype(np.float32)
+    return split.read(f"{names.LOGITS}/{names.PROBE}").astype(np.float32)
 
 
 def labels_of(split: Split) -> npt.NDArray[np.int32]:

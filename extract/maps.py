@@ -51,7 +51,6 @@ from store.writer import StoreWriter
 
 log = get_logger("extract")
 
-PROBE = "probe"
 #: Sample points of a mask along a side of a map's cell: a cell's soft label is the histogram of 64 pixels.
 POINTS = 8
 
@@ -171,13 +170,13 @@ def out_of_fold_entropy(plan: FitPlan, probes: Sequence[CellProbe], device: torc
 
 def write_maps(path: Path | str, plan: FitPlan, probes: Sequence[CellProbe], device: torch.device) -> None:
     """Write `maps/probe` of every split; existing ones are replaced, an interrupted run resumes."""
-    job = add_arrays(path, [map_array(PROBE, plan.side, plan.classes)], replace=True)
+    job = add_arrays(path, [map_array(names.PROBE, plan.side, plan.classes)], replace=True)
     for name, split in open_store(path).items():
         with StoreWriter(path, name, job=job) as writer:
             for rows in blocks_of(np.arange(writer.next_row, len(split))):
                 stored = encode_maps(predict_maps(plan, split, rows, probes, device))
                 stored[~split.valid[rows]] = 0  # all classes equally likely: of no weight in training
-                writer.append({f"{names.MAPS}/{PROBE}": stored})
+                writer.append({f"{names.MAPS}/{names.PROBE}": stored})
     finalize_store(path, job=job)
 
 
@@ -208,7 +207,7 @@ def measure_maps(store: Store, plan: FitPlan, network: str) -> MapResult:
 
 def mean_ious(plan: FitPlan, split: Split, rows: Rows) -> tuple[float, float]:
     """Mean IoU of the grid's cells and of the sample points, of stored maps."""
-    array, grid = f"{names.MAPS}/{PROBE}", split.specs[names.GRID].row_shape[0]
+    array, grid = f"{names.MAPS}/{names.PROBE}", split.specs[names.GRID].row_shape[0]
     cells, points = (torch.zeros(plan.classes, plan.classes, dtype=torch.int64) for _ in range(2))
     for block in blocks_of(rows):
         masks = read_masks(plan, split, block)

@@ -23,6 +23,7 @@ GRID = "features/grid"  # [N, g, g, D] float16: raster order, y before x
 LAYER_MARK = "@"
 LOGITS = "logits"  # logits/<name> [N, C] float16
 MAPS = "maps"  # maps/<name> [N, s, s, C] uint8: -log p of each class in steps of 1 / MAP_STEPS, raster order
+PROBE = "probe"  # the logits, and maps, that a probe of the features gives
 VALID = "valid"  # [N] bool: false for a bad image, whose features are NaN
 SIZES = "sizes"  # [N, 2] int32: width, height of the original in pixels, after EXIF; 0 when unreadable
 CONTENT = "content"  # [N, 16] uint8: blake2b-128 of the file's bytes

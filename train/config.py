@@ -246,8 +246,13 @@ class TrainConfig(BaseModel):
         "auto", "Which stored features are learned; auto: all that the student can match."
     )
     distill_loss_type: Literal["kl_div"] = _distillation("kl_div", "Logit term.", needs="logits")
-    temperature: float = _distillation(
-        4.0, "Of the logit term for classes.", gt=0, needs="logits", not_for=_NO_LOGITS
+    temperature: float | None = _distillation(
+        None,
+        "Of the logit term for classes.",
+        gt=0,
+        needs="logits",
+        not_for=_NO_LOGITS,
+        shown_default="1 for the logits of a probe, else 4",
     )
     teacher_logits: str = _distillation(
         "auto",

@@ -23,7 +23,7 @@ CONTRACT_DEFAULTS = {
     "grad_accum_steps": 1,
     "max_grad_norm": 1.0,
     "distillation_type": "hybrid",
-    "temperature": 4.0,
+    "temperature": None,  # chosen for the logits
     "hard_label_weight": 0.5,
     "soft_label_weight": 0.5,
     "feature_loss_type": "mse",

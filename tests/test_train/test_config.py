@@ -28,7 +28,7 @@ def test_general_defaults_are_those_of_the_specification():
         "grad_accum_steps": 1,
         "max_grad_norm": 1.0,
         "image_size": 224,
-        "temperature": 4.0,
+        "temperature": None,  # chosen for the logits
         "hard_label_weight": 0.5,
         "soft_label_weight": 0.5,
         "feature_loss_type": "mse",
@@ -74,7 +74,7 @@ def test_option_over_file_over_recipe_over_default(tmp_path, suffix):
     file.write_text(texts[suffix])
     config = load_config({**NEEDED, "student": "vit-tiny", "epochs": 3, "temperature": None}, file)
     assert (config.epochs, config.batch_size, config.learning_rate) == (3, 7, 1e-3)
-    assert (config.weight_decay, config.temperature) == (0.05, 4.0)
+    assert (config.weight_decay, config.temperature) == (0.05, None)
     assert config.sources["epochs"] == "option"
     assert config.sources["batch_size"] == "file"
     assert config.sources["weight_decay"] == "recipe"

@@ -260,7 +260,7 @@ def test_resume_with_other_options_names_them(make_store, make_config):
     store = make_store()
     run_training(make_config(store, epochs=1))
     with pytest.raises(
-        ConfigError, match=r"other options.*learning_rate 0.001 → 0.01, temperature 4.0 → 2.0"
+        ConfigError, match=r"other options.*learning_rate 0.001 → 0.01, temperature None → 2.0"
     ):
         run_training(make_config(store, epochs=1, resume=True, learning_rate=0.01, temperature=2.0))
 

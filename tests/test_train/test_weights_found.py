@@ -18,7 +18,9 @@ from tests.test_train.test_sweep_controls import built
 from train.checkpoint import load_checkpoint
 from train.distill.calibration import MEASUREMENTS, SHARE, Calibration, CalibrationState, measurements_of
 from train.distill.losses import feature_loss
+from train.distill.objective import DistillationPlan
 from train.distill.reference import TeacherReference, accuracy_of, teacher_reference
+from train.distill.resolve import logit_temperature
 from train.loop.loop import Loop
 from train.run import run_training
 
@@ -151,6 +153,21 @@ def test_a_labeled_sample_counts_as_much_among_unlabeled_ones(make_store, make_c
     whole = parts.objective.weights["hard_loss"] / np.mean(shares)
     alone = built(make_config(make_store("all.zarr"), batch_size=8, hard_label_weight=0.4, **options)).parts
     assert whole == pytest.approx(alone.objective.weights["hard_loss"])
+
+
+def test_the_temperature_suits_the_logits(make_store, make_config):
+    """1 for a probe's, which are fitted to be probabilities; a given one wins."""
+    store = make_store(logits=True)
+    for given, logits, expected in (
+        (None, "probe", 1.0),
+        (None, "zero-shot", 4.0),
+        (2.5, "probe", 2.5),
+        (None, None, 4.0),
+    ):
+        config = make_config(store, temperature=given)
+        assert logit_temperature(config, DistillationPlan(logits=logits)) == expected
+    assert built(make_config(store)).parts.objective.temperature == 1.0
+    assert run_training(make_config(store, epochs=1))["distillation"]["temperature"] == 1.0
 
 
 # Do no harm --------------------------------------------------------------------------------------------------------

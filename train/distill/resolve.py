@@ -15,6 +15,7 @@ from store.format import (
     LOGITS,
     MAPS,
     POOLED,
+    PROBE,
     VIEWS_GRID,
     VIEWS_POOLED,
     stored_layers,
@@ -159,11 +160,22 @@ def resolve_logits(
         notes.append(f"{problem}: hybrid uses the feature term alone")
         return {}
     if stored:
-        return {field: wanted if wanted != "auto" else "probe" if "probe" in stored else stored[0]}
+        return {field: wanted if wanted != "auto" else PROBE if PROBE in stored else stored[0]}
     if kind == "logit":
         raise ConfigError(f"{missing}: run `cli probe {config.store}` first")
     notes.append(f"{missing} (cli probe makes them): hybrid uses the feature term alone")
     return {}
+
+
+def logit_temperature(config: TrainConfig, plan: DistillationPlan) -> float:
+    """The given one, or what suits the logits.
+
+    A probe's are fitted to give probabilities. Fitted on few labels they differ little, and at temperature 4 hardly at all: the
+    student would learn all classes' small differences alike (benchmarks.md). A model's own scores are larger.
+    """
+    if config.temperature is not None:
+        return config.temperature
+    return 1.0 if plan.logits == PROBE else 4.0
 
 
 def resolve_recorded(config: TrainConfig, names: set[str], exact_flip: bool) -> bool:

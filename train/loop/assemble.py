@@ -32,7 +32,13 @@ from train.data.views import AUGMENTATIONS, Augmentation
 from train.distill.objective import DistillationPlan, Objective, build_standardizers, other_teacher
 from train.distill.projector import DistilledStudent, TeacherHeads, build_projector, take_over_heads
 from train.distill.reference import teacher_reference
-from train.distill.resolve import check_mixing, chosen_teachers, resolve_augmentation, resolve_teachers
+from train.distill.resolve import (
+    check_mixing,
+    chosen_teachers,
+    logit_temperature,
+    resolve_augmentation,
+    resolve_teachers,
+)
 from train.distill.transport import resize_matrices
 from train.errors import ConfigError
 from train.loop.loop import Parts, TrainingState, build_normalizer, derive_seed
@@ -325,7 +331,7 @@ def build_objective(
             "logit_loss": soft * config.logit_weight,
         },
         loss_type=config.feature_loss_type,
-        temperature=config.temperature,
+        temperature=logit_temperature(config, plan),
         standardizers=build_standardizers(plan, store[config.train_split], device, rotations_folder(config)),
         teacher_views=views,
         cell_shapes=cells[0] if plan.grid else (),

@@ -173,7 +173,7 @@ class LoopTrainer:
 def describe_distillation(built: Built) -> dict[str, Any]:
     """What became of the distillation terms, for summary.json.
 
-    `feature_weight`: given, or as it was found; `teacher`: the task's metric of a probe of the teacher's features;
+    `feature_weight`: given, or as it was found; `temperature`: of logits; `teacher`: the task's metric of a probe of the teacher's features;
     `ended_after_epoch`: the student was better than that.
     """
     parts = built.parts
@@ -181,6 +181,7 @@ def describe_distillation(built: Built) -> dict[str, Any]:
     found = progress.calibration.weight if given is None else given
     return {
         "feature_weight": found if built.plans[0].features else None,
+        "temperature": parts.objective.temperature if built.plans[0].logits else None,
         "teacher": None if parts.reference is None else {parts.reference.metric: parts.reference.value},
         "ended_after_epoch": progress.distilled_epochs,
     }
