@@ -45,6 +45,8 @@ log = get_logger("extract")
 # Rows that one probe is fitted on at most: beyond that it gets slow, and hardly better.
 FIT_ROWS = 50_000
 BLOCK_ROWS = 8192
+# Rows times classes whose probabilities are averaged: four copies of 1 GB.
+MOST_AVERAGED = 1 << 28
 
 Floats = npt.NDArray[np.float32]
 
@@ -199,8 +201,16 @@ def propagated_logits(
     """The training split's logits [N, C], averaged over rows with similar features (NaN for invalid rows).
 
     A row's logits come from a pass that did not see its label, nor that of a copy of its file: one pass for each fold, and one
-    with all labels for the rows that have none. None where held-out rows' classes are clearly better without.
+    with all labels for the rows that have none. None where held-out rows' classes are clearly better without, and beyond
+    `MOST_AVERAGED`.
     """
+    if len(train) * len(whole.bias) > MOST_AVERAGED:
+        log.info(
+            "averaging over similar images is left out: %s rows of %s classes would take too much memory",
+            f"{len(train):,}",
+            f"{len(whole.bias):,}",
+        )
+        return None
     usable, valid = fold >= 0, np.flatnonzero(train.valid)
     graph = neighbor_graph(valid, partial(pooled_features, train), len(train), seed)
     logits = np.full((len(train), len(whole.bias)), np.nan, np.float32)

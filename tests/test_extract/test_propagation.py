@@ -138,6 +138,16 @@ class TestStore:
         logits = open_store(path)["train"].read("logits/probe")[:120].astype(np.float32)
         assert result.out_of_fold_top1 == (logits.argmax(1) == labels[:120]).mean() < 0.65
 
+    def test_more_than_memory_allows(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        features, own = clusters(100)
+        path = write_store(tmp_path / "a.zarr", features, few_labels(own, 2), np.ones(100, bool))
+        monkeypatch.setattr("extract.logits.MOST_AVERAGED", 399)
+        with caplog.at_level(logging.INFO):
+            assert not add_probe(path).propagated
+        assert "left out: 100 rows of 4 classes would take too much memory" in caplog.text
+
     def test_all_rows_labeled(self, tmp_path: Path) -> None:
         features, own = clusters(100)
         path = write_store(tmp_path / "a.zarr", features, own.astype(np.int32), np.ones(100, bool))
