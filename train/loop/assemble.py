@@ -147,6 +147,12 @@ def build_training(
     recorded = store.manifest.views if plans[0].recorded else 0
     taught = learned.anything and config.soft_label_weight > 0
     balance = balance_rows(config, data, teaches_all=taught)
+    share = labeled_share(config, data, balance)
+    if taught and data.task == "sequence" and share < 1 and not config.pretrain_epochs:
+        notes.append(
+            "some clips have no label: learning the features of all first, then the labels alone, was better in our studies: "
+            "--pretrain-epochs 40 --soft-label-weight 0 --hard-label-weight 1"
+        )
     train_loader = build_loader(
         config,
         store,
@@ -192,7 +198,7 @@ def build_training(
         average=WeightAverage(module.student, config.ema_decay) if config.ema_decay is not None else None,
         stop=stop,
         validation_samples=data.validation_samples,
-        labeled_share=labeled_share(config, data, balance),
+        labeled_share=share,
     )
     if config.distill_until == "auto" and learned.anything:
         metric = TASK_METRICS[data.task].best
