@@ -108,7 +108,7 @@ def test_options_that_cannot_be_followed_are_errors(option: dict[str, Any], text
 
 def test_defaults_and_hybrid_are_accepted() -> None:
     check_options(make_config())
-    check_options(make_config(distillation_type="hybrid", temperature=4.0))
+    check_options(make_config(distillation_type="hybrid"))
 
 
 # Options that a YOLO training follows; every other one must be refused when it is asked for.
