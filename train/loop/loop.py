@@ -127,7 +127,7 @@ class Parts:
     labeled_alone: Balance | None = None
     validation_samples: int = 0
     #: Of a batch, on average. The task's loss is a mean over labeled samples: weighted by their share, one of them counts as
-    #: much as in a batch of labeled ones. Otherwise the noise of two labeled samples would drown what the teacher says of thirty.
+    #: much as in a batch of labeled ones. Otherwise the noise of two labeled samples would outweigh what the teacher says of thirty.
     labeled_share: float = 1.0
 
     @property
