@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -55,8 +56,10 @@ def run(command: list[str], folder: Path) -> None:
 
 
 @contextmanager
-def running(command: list[str], folder: Path, url: Callable[[], sa.URL]) -> Iterator[None]:
-    """The server while it runs; entered when it answers at `url`."""
+def running(
+    command: list[str], folder: Path, url: Callable[[], sa.URL], *, stop: signal.Signals = signal.SIGTERM
+) -> Iterator[None]:
+    """The server while it runs; entered when it answers at `url`. stop: what ends it."""
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, user=server_user(), stdout=output, stderr=output)
@@ -64,7 +67,7 @@ def running(command: list[str], folder: Path, url: Callable[[], sa.URL]) -> Iter
         wait_until_ready(process, url(), log)
         yield
     finally:
-        process.terminate()
+        process.send_signal(stop)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
@@ -137,5 +140,6 @@ def postgresql() -> Iterator[sa.URL]:
         port = free_port()
         command = [server, "-D", data, "-p", str(port), "-k", str(folder), "-h", "127.0.0.1"]
         url = sa.URL.create("postgresql", "reader", PASSWORD, "127.0.0.1", port, "postgres")
-        with running(command, folder, lambda: url.set(drivername="postgresql+psycopg")):
+        # To SIGTERM it would wait until all clients have closed their connections.
+        with running(command, folder, lambda: url.set(drivername="postgresql+psycopg"), stop=signal.SIGINT):
             yield url
