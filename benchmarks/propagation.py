@@ -47,10 +47,8 @@ def measure(bench: Bench, study: Study, draw: int) -> tuple[int, float, float]:
     """Number of unlabeled images, and the shares of the probe's and of the stored classes that are right."""
     path = bench.store(study, draw, unlabeled=True)
     add_probe(path)
-    store, complete = (
-        open_store(path),
-        open_store(bench.store(replace(study, labels=None), 0, unlabeled=True)),
-    )
+    store = open_store(path)
+    complete = open_store(bench.store(replace(study, labels=None), 0, unlabeled=True))
     train, everything = store["train"], complete["train"]
     truth = everything.read("targets/label")[everything.rows_of(list(train.keys))]
     labels, usable = usable_labels(store)

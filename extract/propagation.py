@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from store.quality import standardization, unit_rows
+from store.quality import nearest_rows, standardization, unit_rows
 
 NEIGHBORS = 5
 # The share that a row takes from its neighbors; the rest is its own label or the probe's answer.
@@ -21,7 +21,6 @@ SHARE = 0.8
 ITERATIONS = 25  # SHARE ** 25 is 0.4 %
 # Neighbors are looked for among so many rows: the time grows with its product with the number of rows.
 GROUP_ROWS = 32_768
-QUERY_ROWS = 1024
 COLUMN_VALUES = 1 << 26  # probabilities that are averaged at once, which bounds the memory
 LEAST = 1e-6
 
@@ -48,15 +47,7 @@ def neighbor_graph(
         count = min(NEIGHBORS, len(group) - 1)
         if count < 1:
             continue
-        nearest, similar = [], []
-        for first in range(0, len(group), QUERY_ROWS):
-            similarity = unit[first : first + QUERY_ROWS] @ unit.T
-            own = np.arange(len(similarity))
-            similarity[own, first + own] = -1.0
-            # A copy: a view would keep all columns in memory.
-            found = np.argpartition(-similarity, count - 1, axis=1)[:, :count].copy()
-            nearest.append(found)
-            similar.append(np.take_along_axis(similarity, found, axis=1))
+        nearest, similar = zip(*nearest_rows(unit, unit, count, itself=True), strict=True)
         values = np.maximum(np.concatenate(similar), 0.0).ravel() ** 3
         places = (np.repeat(group, count), group[np.concatenate(nearest).ravel()])
         weights += sparse.csr_matrix((values, places), shape=weights.shape)

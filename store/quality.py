@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,20 +48,36 @@ def knn_accuracy(
     queries = unit_rows((test - mean) / std)
     classes = int(train_labels.max()) + 1
     k = min(neighbors, len(bank))
-    right = 0
-    for start in range(0, len(queries), QUERY_BLOCK):
-        similarity = queries[start : start + QUERY_BLOCK] @ bank.T
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        weights = np.exp((np.take_along_axis(similarity, nearest, axis=1) - 1) / temperature)
-        votes = np.zeros((len(similarity), classes), np.float32)
+    right, start = 0, 0
+    for nearest, similarity in nearest_rows(queries, bank, k):
+        weights = np.exp((similarity - 1) / temperature)
+        votes = np.zeros((len(nearest), classes), np.float32)
         for neighbor in range(k):
             np.add.at(
                 votes,
                 (np.arange(len(votes)), train_labels[nearest[:, neighbor]]),
                 weights[:, neighbor],
             )
-        right += int((votes.argmax(axis=1) == test_labels[start : start + QUERY_BLOCK]).sum())
+        right += int((votes.argmax(axis=1) == test_labels[start : start + len(votes)]).sum())
+        start += len(votes)
     return right / len(queries)
+
+
+def nearest_rows(
+    queries: np.ndarray, bank: np.ndarray, count: int, *, itself: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The most similar rows of `bank` for blocks of `queries`, in their order: row numbers and cosine similarities [b, count].
+
+    Both hold unit rows. itself: the queries are the bank, and no row is its own neighbor.
+    """
+    for start in range(0, len(queries), QUERY_BLOCK):
+        similarity = queries[start : start + QUERY_BLOCK] @ bank.T
+        if itself:
+            own = np.arange(len(similarity))
+            similarity[own, start + own] = -1.0
+        # A copy: a view would keep all columns in memory.
+        nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count].copy()
+        yield nearest, np.take_along_axis(similarity, nearest, axis=1)
 
 
 def probe_accuracy(

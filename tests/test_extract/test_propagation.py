@@ -11,6 +11,7 @@ import pytest
 from extract import propagation
 from extract.logits import add_probe, answers_of, fit_on, usable_labels
 from extract.propagation import log_probabilities, neighbor_graph, propagate
+from store import quality
 from store.create import create_store
 from store.finalize import finalize_store
 from store.format import Manifest, Preprocessing, TeacherSpec, feature_arrays, target_arrays
@@ -57,7 +58,7 @@ class TestGraph:
 
     def test_many_rows_look_among_some(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(propagation, "GROUP_ROWS", 60)
-        monkeypatch.setattr(propagation, "QUERY_ROWS", 7)
+        monkeypatch.setattr(quality, "QUERY_BLOCK", 7)
         features, own = clusters(200)
         sizes = []
 

@@ -271,11 +271,7 @@ class Loop:
         if self.calibration is not None:
             changed["feature_loss"] = parts.config.soft_label_weight * parts.progress.calibration.weight
         if parts.progress.distilled_epochs is not None:
-            changed = {
-                "hard_loss": self.task_weight,
-                "feature_loss": 0.0,
-                "logit_loss": 0.0,
-            }
+            changed = {"hard_loss": self.task_weight, "feature_loss": 0.0, "logit_loss": 0.0}
             # The rows without labels have nothing to teach any more.
             parts.train_loader.batches.balance = parts.labeled_alone or parts.train_loader.batches.balance
         for objective in (parts.objective, parts.val_objective):

@@ -173,8 +173,8 @@ class LoopTrainer:
 def describe_distillation(built: Built) -> dict[str, Any]:
     """What became of the distillation terms, for summary.json.
 
-    `feature_weight`: given, or as it was found; `temperature`: of logits; `teacher`: the task's metric of a probe of the teacher's features;
-    `ended_after_epoch`: the student was better than that.
+    `feature_weight`: given, or as it was found; `temperature`: of logits; `teacher`: the task's metric of a probe of the
+    teacher's features; `ended_after_epoch`: the student was better than that.
     """
     parts = built.parts
     given, progress = parts.config.feature_weight, parts.progress
