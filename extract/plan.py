@@ -42,6 +42,7 @@ LISTING_LOG_S = 5.0  # between two lines about a large data set that is being li
 SOURCE_FILE = "source.json"  # in the store's notes: how its data set was opened
 AUTO_GRID = 16
 CPU_BATCH = 16
+SMALL_SHARE = 0.75  # of the size that a teacher was trained at: below it, an extraction names that size
 # On a GPU: patches of 14 px in a forward pass (256 images of 224 px, 64 of 448 px), and bytes of decoded pixels.
 CUDA_PATCHES, PATCH_PX = 65_536, 14
 DECODED_BYTES = 512 << 20
@@ -102,6 +103,15 @@ def open_teacher(config: ExtractConfig) -> Teacher:
     log.info("teacher %s on %s, %s", teacher.spec.name, teacher.device, teacher.spec.dtype)
     if notice := license_notice(teacher.license):
         log.warning("%s: weights under %s", teacher.spec.name, notice)
+    trained = teacher.trained_size
+    if trained is not None and config.image_size < SMALL_SHARE * trained:
+        log.info(
+            "%s was trained on images of %d pixels and sees %d here: --image-size %d takes longer and usually gives better features",
+            teacher.spec.name,
+            trained,
+            config.image_size,
+            trained,
+        )
     if teacher.spec.random_weights:
         log.warning("%s", RANDOM_WEIGHTS_NOTICE)
     return teacher

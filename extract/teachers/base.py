@@ -52,7 +52,9 @@ class Teacher(Protocol):
     """A frozen image encoder.
 
     temporal_patch_size: frames of a clip that it encodes together, as uint8 [B, frames, 3, H, W]; 1: single frames.
-    layers: further layers that `encode` gives, in ascending order. license: of the published weights, as the hub spells it (`apache-2.0`); None: not known, or random weights.
+    layers: further layers that `encode` gives, in ascending order. license: of the published weights, as the hub spells it
+    (`apache-2.0`); None: not known, or random weights. trained_size: side in pixels of the images that the weights were
+    trained with; None: any size, or random weights.
     """
 
     spec: TeacherSpec
@@ -60,6 +62,7 @@ class Teacher(Protocol):
     device: torch.device
     temporal_patch_size: int
     license: str | None
+    trained_size: int | None
     layers: tuple[Layer, ...]
 
     def encode(

@@ -181,6 +181,7 @@ class QwenVLTeacher:
         self.mean = 255 * torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
         self.std = 255 * torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
         self.license, self.compiled = license, compiled
+        self.trained_size: int | None = None  # images of many sizes
         self.layers = tuple(Layer(number, tower.config.hidden_size) for number in layers)
         self.layouts: dict[tuple[int, int], GridLayout] = {}
 

@@ -51,10 +51,11 @@ class TimmTeacher:
         pool: str = "mean",
         layers: tuple[Layer, ...] = (),
         license: str | None = None,
+        trained_size: int | None = None,
         compiled: CompiledModel | None = None,
     ) -> None:
         weight = next(model.parameters())
-        self.pool, self.license, self.compiled = pool, license, compiled
+        self.pool, self.license, self.trained_size, self.compiled = pool, license, trained_size, compiled
         self.model, self.spec, self.preprocessing, self.layers = model, spec, preprocessing, layers
         self.device, self.dtype = weight.device, weight.dtype
         self.temporal_patch_size = 1
@@ -243,7 +244,10 @@ def load_timm(
     model = model.requires_grad_(False).eval().to(picked, compute).to(memory_format=torch.channels_last)
     license = None if random_weights else getattr(model, "pretrained_cfg", {}).get("license")
     chosen = timm_layers(model, layers, spec.name)
-    teacher = TimmTeacher(model, spec, preprocessing, pool=pool, layers=chosen, license=license)
+    trained_size = None if random_weights else int(data["input_size"][-1])
+    teacher = TimmTeacher(
+        model, spec, preprocessing, pool=pool, layers=chosen, license=license, trained_size=trained_size
+    )
     check_pooling(teacher, image_size)  # one image: not a shape to compile for
     teacher.compiled = CompiledModel(teacher.forward_layers) if compile_tower else None
     return teacher

@@ -14,10 +14,10 @@ from PIL import Image
 from commands.extract import next_step, print_estimate
 from commands.store import print_description
 from extract.config import load_config
-from extract.plan import DifferentStore
+from extract.plan import DifferentStore, open_teacher
 from extract.result import note_probe
 from extract.run import run_extraction
-from extract.teachers import CheckpointError
+from extract.teachers import CheckpointError, load_teacher
 from store.reader import open_store
 from store.summary import count_shared, describe_store, split_warnings
 from tests.test_extract.source_datasets import mask_of, picture, save
@@ -162,3 +162,18 @@ def test_a_dry_run_checks_targets_and_copies_as_the_run_would(
         "checked: 8 samples with their targets, 1 bad\n  bad: train train/3.png: annotation:"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(("size", "named"), [(64, True), (128, False), (160, False), (192, False)])
+def test_a_size_far_below_the_one_that_the_teacher_was_trained_at_is_named(
+    extract_options: dict[str, Any], caplog: pytest.LogCaptureFixture, size: int, named: bool
+) -> None:
+    with caplog.at_level("INFO"):
+        open_teacher(load_config({**extract_options, "image_size": size}))
+    advice = "timm:test_efficientnet was trained on images of 160 pixels and sees 64 here: --image-size 160 takes"
+    assert (advice in caplog.text) == named
+
+
+def test_a_teacher_with_random_weights_was_trained_at_no_size() -> None:
+    teacher = load_teacher("timm:test_efficientnet", device="cpu", image_size=64, random_weights=True)
+    assert teacher.trained_size is None
