@@ -230,9 +230,9 @@ class Bench:
         store = self.store(study, draw, unlabeled=study.unlabeled and not training.control)
         if training.raw:
             store = without_statistics(store)
-        measured = run(
-            store, self.test_store(study), study, chosen, self.work / f"run-{os.getpid()}", self.device
-        )
+        out = self.work / f"run-{os.getpid()}"
+        measured = run(store, self.test_store(study), study, chosen, out, self.device)
+        shutil.rmtree(out)
         return {
             "id": self.identity(training),
             "study": study.name,
