@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_early_stopping_counts_epochs(make_store, make_config):
 
 
 @pytest.mark.slow
-def test_yolo_validates_as_often(tmp_path, yolo_store):
+def test_yolo_validates_as_often(tmp_path, yolo_store, capsys):
     pytest.importorskip("ultralytics")
     from tests.test_train.yolo_runs import make_config as yolo_config
 
@@ -82,3 +83,16 @@ def test_yolo_validates_as_often(tmp_path, yolo_store):
     assert measured == [2, 4, 5]
     assert [line["epoch"] for line in lines(config.out) if line["val_loss"] is not None] == measured
     assert summary["best_epoch"] in measured
+    # What is shown of an epoch is what it measured, not what the one before it did.
+    shown = [line for line in capsys.readouterr().err.splitlines() if re.match(r"epoch \d/5: box_loss", line)]
+    assert [number for number, line in enumerate(shown, 1) if "mAP50" in line] == measured
+
+
+def test_what_is_shown_of_a_detectors_epoch():
+    from train.yolo.fit import epoch_line
+
+    record = {"epoch": 3, "box_loss": 1.5, "cls_loss": 2.0, "dfl_loss": 0.25, "feature_loss": None}
+    record |= {"map50": None, "map50_95": None}
+    assert epoch_line(record, 9, 87) == "epoch 3/9: box_loss 1.500, cls_loss 2.000, dfl_loss 0.250"
+    record |= {"feature_loss": 0.5, "map50": 0.61342, "map50_95": 0.0}
+    assert epoch_line(record, 9, 87).endswith(", feature_loss 0.500; mAP50 0.6134, mAP50-95 0.0000 (n=87)")

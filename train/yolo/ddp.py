@@ -25,7 +25,7 @@ from train.config import TrainConfig
 from train.errors import TrainError
 from train.events import EpochEnded, EventStream, follow
 from train.run_folder import RunFolder, read_json, write_json
-from train.yolo.fit import stopped_message
+from train.yolo.fit import epoch_line, stopped_message
 from train.yolo.job import TrainingJob
 
 # What rank 0 leaves for summary.json (`train.yolo.recorder.ending_of`).
@@ -85,16 +85,16 @@ def address_for_ranks(store: str) -> Iterator[None]:
 
 
 @contextmanager
-def following_rank(events: EventStream, progress: Progress, batches: int) -> Iterator[None]:
-    """Inside, a thread passes the events of rank 0 on; at the end all are passed on. `batches`: of one epoch."""
+def following_rank(events: EventStream, progress: Progress, job: TrainingJob) -> Iterator[None]:
+    """Inside, a thread passes the events of rank 0 on; at the end all are passed on."""
     assert events.file is not None
     ended, position = threading.Event(), events.file.stat().st_size if events.file.exists() else 0
 
     def pass_on() -> None:
         for event in follow(file, ended, position):
             if isinstance(event, EpochEnded):
-                progress.advance(batches)
-                progress.note(f"epoch {event.record['epoch']}: mAP50 {event.record['map50'] or 0:.4f}")
+                progress.advance(job.batches_per_epoch)
+                progress.note(epoch_line(event.record, job.config.epochs, len(job.splits["val"].records)))
             events.pass_on(event)
 
     file = events.file
@@ -130,7 +130,7 @@ def train_on_ranks(
     watch.save = end_ranks
     with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
         try:
-            with address_for_ranks(job.config.store), following_rank(events, progress, job.batches_per_epoch):
+            with address_for_ranks(job.config.store), following_rank(events, progress, job):
                 trainer.train()
         except subprocess.CalledProcessError as error:
             if watch.stop.requested:

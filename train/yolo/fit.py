@@ -7,9 +7,9 @@ last.pt, summary.json) and `ultralytics/` with what ultralytics writes (best.pt,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from console.output import get_logger
 from console.progress import Progress, track_progress
@@ -25,6 +25,9 @@ from train.loop.machine import is_out_of_memory
 from train.run_folder import RunFolder, store_reference
 from train.students.offline import prepare_ultralytics
 from train.yolo.options import check_options
+
+if TYPE_CHECKING:
+    from train.yolo.recorder import Recorder
 
 log = get_logger("train")
 
@@ -106,9 +109,7 @@ def train_here(
         watch.save = stop
         with track_progress(total, f"training {job.run.name}", "batches", done) as progress:
             job.batch_finished = count_batches(watch, progress, stop)
-            job.epoch_finished = announce_epochs(
-                recorder.epoch_finished, progress, len(job.splits["val"].records)
-            )
+            job.epoch_finished = announce_epochs(recorder, progress, len(job.splits["val"].records))
             trainer.train()
     except TrainError as error:
         raise type(error)(last_line(str(error))) from error
@@ -156,18 +157,20 @@ def stopped_message(folder: Path) -> str:
     return f"stopped: in the first epoch, of which nothing is saved in {folder}"
 
 
-def announce_epochs(
-    epoch_finished: Callable[[Any], None], progress: Progress, samples: int
-) -> Callable[[Any], None]:
+def announce_epochs(recorder: Recorder, progress: Progress, samples: int) -> Callable[[Any], None]:
     """After every epoch: record it, and show a line; `samples`: validation images."""
 
     def finished(trainer: Any) -> None:
-        epoch_finished(trainer)
-        losses = ", ".join(f"{name} {float(value):.3f}" for name, value in trainer.tloss.items())
-        values = trainer.metrics
-        progress.note(
-            f"epoch {trainer.epoch + 1}/{trainer.epochs}: {losses}; mAP50 {values.get('metrics/mAP50(B)', 0):.4f}, "
-            f"mAP50-95 {values.get('metrics/mAP50-95(B)', 0):.4f} (n={samples})"
-        )
+        recorder.epoch_finished(trainer)
+        progress.note(epoch_line(recorder.records[-1], trainer.epochs, samples))
 
     return finished
+
+
+def epoch_line(record: Mapping[str, Any], epochs: int, samples: int) -> str:
+    """`epoch 3/60: box_loss 1.204, …; mAP50 0.6134, mAP50-95 0.3851 (n=87)`; without the latter where it was not validated."""
+    losses = ("box_loss", "cls_loss", "dfl_loss", "feature_loss")
+    parts = [", ".join(f"{name} {record[name]:.3f}" for name in losses if record.get(name) is not None)]
+    if record["map50"] is not None:
+        parts.append(f"mAP50 {record['map50']:.4f}, mAP50-95 {record['map50_95']:.4f} (n={samples})")
+    return f"epoch {record['epoch']}/{epochs}: {'; '.join(parts)}"
