@@ -170,7 +170,9 @@ def test_a_size_far_below_the_one_that_the_teacher_was_trained_at_is_named(
 ) -> None:
     with caplog.at_level("INFO"):
         open_teacher(load_config({**extract_options, "image_size": size}))
-    advice = "timm:test_efficientnet was trained on images of 160 pixels and sees 64 here: --image-size 160 takes"
+    advice = (
+        "timm:test_efficientnet was trained on images of 160 pixels and sees 64 here: --image-size 160 takes"
+    )
     assert (advice in caplog.text) == named
 
 
