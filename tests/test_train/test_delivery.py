@@ -30,8 +30,6 @@ from train.deliver.predict import Prediction, predict_files, to_image
 from train.deliver.prediction_files import PredictionWriter
 from train.errors import DeliveryError
 
-SURE_BOXES = 5
-
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
@@ -365,12 +363,16 @@ def test_detectors_go_through_ultralytics_and_predict_the_same(tmp_path: Path, p
     assert [len(records) for records in results] == [3, 3, 3]
     assert any(record["boxes"] for record in results[0])
     assert results[1] == results[0]  # the same weights in the same runtime: every box, to the last digit
-    for ours, theirs in zip(results[0], results[2], strict=True):
-        # ONNX Runtime rounds otherwise, and one epoch leaves a long tail of boxes with nearly equal scores.
-        best, exported_best = ours["boxes"][:SURE_BOXES], theirs["boxes"][:SURE_BOXES]
-        assert [box["class"] for box in best] == [box["class"] for box in exported_best]
-        for one, other in zip(best, exported_best, strict=True):
-            np.testing.assert_allclose(one["xyxy"], other["xyxy"], atol=0.05)
+    # ONNX Runtime rounds otherwise, and after one epoch boxes have nearly equal scores, also those of the two classes of one
+    # box: their order is chance. So what both are made of is compared, for every cell.
+    assert all(record["boxes"] for record in results[2])
+    raw = []
+    for model in (run, exported.path):
+        opened = open_model(model)
+        pixels = np.stack([opened.card.render(Image.open(path)) for path in find_images([str(pictures)])])
+        raw.append(opened.run(opened.card.normalize(pixels)))
+    np.testing.assert_allclose(raw[0][:, :4], raw[1][:, :4], atol=0.05)  # pixels
+    np.testing.assert_allclose(raw[0][:, 4:], raw[1][:, 4:], atol=1e-5)  # scores
     program = export_student(run, "torch-export")
     assert torch.export.load(str(program.path)).module()(torch.zeros(5, 3, 64, 64)).shape[:2] == (5, 6)
     with pytest.raises(DeliveryError, match="operator set 30: ultralytics makes 11 to 20"):
