@@ -387,7 +387,7 @@ class TrainConfig(BaseModel):
                 for name in ("pretrain_learning_rate", "pretrain_image_size")
                 if self.is_explicit(name) and self.task != "features"
             ]
-        if not self.soft_label_weight and self.labeled_share is not None:
+        if not self.soft_label_weight and self.is_explicit("labeled_share"):
             problems.append("labeled_share has no effect with soft_label_weight 0: every sample is labeled")
         if self.optimizer == "auto" and self.student_type != "yolov8":
             problems.append(f"optimizer auto: only yolov8 students have it, not {self.student}")

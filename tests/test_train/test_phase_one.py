@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zarr
 
 from processes.stop import Stopped
 from store.reader import open_store
@@ -155,25 +154,6 @@ def test_without_a_grid_the_decoder_rests(make_store, make_config):
     config = make_config(make_store(grid=0), student="unet/small", task="features", epochs=1)
     summary = run_training(config)
     assert 0 < summary["trainable_parameters"] < summary["parameters"]
-
-
-@pytest.mark.slow
-def test_students_of_few_labeled_clips_are_told_of_it(clip_store, make_config, train_log):
-    hint = "--pretrain-epochs 40 --soft-label-weight 0 --hard-label-weight 1"
-    options = {
-        "student": "lstm/small",
-        "batch_size": 3,
-        "epochs": 1,
-        "image_size": 32,
-        "frame_encoder": "resnet10t",
-    }
-    run_training(make_config(clip_store, **options))
-    assert hint not in train_log.text, "all clips have labels"
-    zarr.open_array(store=clip_store / "train/targets/label", mode="r+")[:3] = -1
-    run_training(make_config(clip_store, **options, control_only=True, overwrite=True))
-    assert hint not in train_log.text, "nothing but labels teaches"
-    run_training(make_config(clip_store, **options, overwrite=True))
-    assert hint in train_log.text
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import zarr
 from torch import nn
 
 from processes.stop import Stopped
@@ -138,6 +139,44 @@ def test_without_a_soft_term_the_labeled_rows_alone_are_shown(make_store, make_c
     batches = built(make_config(store, soft_label_weight=soft, batch_size=8)).parts.train_loader.batches
     shown = {item.row for batch in batches for item in batch}
     assert shown == (set(range(24)) if soft else set(labeled))
+
+
+CLIPS = {"student": "lstm/small", "frame_encoder": "resnet10t", "image_size": 32, "batch_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "unlabeled_shown", "note"),
+    [
+        ({}, False, "they are left out; --pretrain-epochs N learns their features first"),
+        ({"pretrain_epochs": 1}, False, "phase one learns their features, phase two leaves them out"),
+        ({"control_only": True}, False, "they are left out"),
+        ({"labeled_share": 0.5}, True, "they are learned from the teacher alone"),
+        ({"hard_label_weight": 0.0}, True, "they are learned from the teacher alone"),
+        (
+            {"distillation_type": "none"},
+            False,
+            "they are left out; --pretrain-epochs N learns their features first",
+        ),
+    ],
+)
+def test_clips_without_a_label_are_left_out_of_phase_two(
+    clip_store, make_config, options, unlabeled_shown, note
+):
+    zarr.open_array(store=clip_store / "train/targets/label", mode="r+")[:3] = -1
+    store = open_store(clip_store)["train"]
+    (labeled,) = np.nonzero(store.read("targets/label") >= 0)
+    run = built(make_config(clip_store, **CLIPS, **options), control=options.get("control_only", False))
+    batches = run.parts.train_loader.batches
+    shown = {item.row for batch in batches for item in batch}
+    assert shown >= set(labeled)
+    assert bool(shown - set(labeled)) is unlabeled_shown
+    assert [text for text in run.notes if "have no label" in text] == [
+        f"3 samples of train have no label: {note}"
+    ]
+
+
+def test_a_recipes_share_of_labels_is_no_contradiction(clip_store, make_config):
+    assert make_config(clip_store, **CLIPS, soft_label_weight=0.0).labeled_share == 1.0
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def check_labels(
         raise TrainError(f"{config.store}: split {config.val_split} has no labels to validate against")
     if missing := int((present < 0).sum()):
         notes.append(
-            f"{missing} samples of {config.train_split} have no label: they are learned from the teacher alone"
+            f"{missing} samples of {config.train_split} have no label: {fate_without_target(config)}"
         )
 
 
@@ -231,9 +231,19 @@ def check_masks(
         if not labeled_rows(split, "mask")[rows].any():
             raise TrainError(f"{config.store}: split {name} has no masks: {LABEL_FREE}")
     if missing := int((~labeled_rows(train, "mask")[train_rows]).sum()):
-        notes.append(
-            f"{missing} samples of {config.train_split} have no mask: they are learned from the teacher alone"
-        )
+        notes.append(f"{missing} samples of {config.train_split} have no mask: {fate_without_target(config)}")
+
+
+def fate_without_target(config: TrainConfig) -> str:
+    """What a training does with the samples that have no label or mask."""
+    if config.control_only:
+        return "they are left out"
+    teaches = config.distillation_type != "none" and config.soft_label_weight > 0
+    if teaches and (config.labeled_share != 1 or not config.hard_label_weight):
+        return "they are learned from the teacher alone"
+    if config.pretrain_epochs:
+        return "phase one learns their features, phase two leaves them out"
+    return "they are left out; --pretrain-epochs N learns their features first"
 
 
 def fit_batch(config: TrainConfig, rows: int, note: Callable[[str], object]) -> TrainConfig:

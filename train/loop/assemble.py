@@ -148,11 +148,6 @@ def build_training(
     taught = learned.anything and config.soft_label_weight > 0
     balance = balance_rows(config, data, teaches_all=taught)
     share = labeled_share(config, data, balance)
-    if taught and data.task == "sequence" and share < 1 and not config.pretrain_epochs:
-        notes.append(
-            "some clips have no label: learning the features of all first, then the labels alone, was better in our studies: "
-            "--pretrain-epochs 40 --soft-label-weight 0 --hard-label-weight 1"
-        )
     train_loader = build_loader(
         config,
         store,

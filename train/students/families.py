@@ -129,7 +129,15 @@ FAMILIES: dict[str, Family] = {
         sizes={"small": 256, "medium": 512, "large": 1024},
         options=("freeze_encoder", "attention_pooling", "frame_encoder"),
         adapters=("conv1", "conv2", "conv3"),
-        recipe={**_OWN, "batch_size": 32, "feature_loss_type": "cosine", "image_size": 224},
+        recipe={
+            **_OWN,
+            "batch_size": 32,
+            "feature_loss_type": "cosine",
+            "image_size": 224,
+            # Clips without a label made the joint training worse, also with good logits (docs/benchmarks.md); phase one
+            # learns from all of them.
+            "labeled_share": 1.0,
+        },
     ),
 }
 
