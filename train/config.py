@@ -238,12 +238,6 @@ class TrainConfig(BaseModel):
     feature_loss_type: Literal["mse", "cosine", "smooth_l1", "relation"] = _distillation(
         "mse", "Feature term."
     )
-    cell_relation_weight: float = _distillation(
-        0.0,
-        "Of the similarities between an image's cells, added to the feature term; 0: off. Needs a stored grid.",
-        ge=0,
-        students=["resnet", "vit", "timm", "unet", "yolov8"],
-    )
     standardize: Literal["channel", "phi-s"] = _distillation(
         "channel",
         "How targets get variance 1: each channel on its own, or PHI-S, a rotation and one scale for all.",

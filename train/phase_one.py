@@ -41,8 +41,7 @@ SHARED = (
     *("dropout", "freeze_encoder", "attention_pooling", "frame_encoder", "gradient_checkpointing", "compile"),
     *("batch_size", "lr_scheduler", "warmup_epochs", "weight_decay", "grad_accum_steps", "max_grad_norm"),
     *("precision", "ema_decay", "augment", "views", "auto_batch"),
-    *("teachers", "standardize", "feature_loss_type", "cell_relation_weight", "feature_target"),
-    *("align_feature", "align_head"),
+    *("teachers", "standardize", "feature_loss_type", "feature_target", "align_feature", "align_head"),
     *("device", "workers", "seed", "deterministic", "resume", "tracker", "checkpoint_minutes"),
 )
 #: What of them has no influence on the weights.

@@ -266,18 +266,6 @@ def test_label_free_unets_rest_what_no_level_needs(make_store: Any, make_config:
         ({}, {"distill_layers": "p3", "feature_loss_type": "relation"}, r"other than relation"),
         (
             {},
-            {"cell_relation_weight": 10, "feature_loss_type": "relation"},
-            r"cell_relation_weight 10: .*other than",
-        ),
-        ({"layers": None, "grid": 0}, {"cell_relation_weight": 10}, r"needs a store with a grid"),
-        ({}, {"cell_relation_weight": 10, "mixup_alpha": 0.2}, r"cells of mixed images have no similarities"),
-        (
-            {},
-            {"cell_relation_weight": 10, "student": "lstm/small"},
-            r"cell_relation_weight is an option of resnet",
-        ),
-        (
-            {},
             {"distill_layers": "p3:8", "task": "features", "feature_target": "grid"},
             r"nothing would teach the layers behind it: add P5",
         ),

@@ -11,13 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from train.distill import losses
-from train.distill.losses import (
-    cell_relation_loss,
-    feature_loss,
-    logit_loss,
-    relational_loss,
-    weighted_mean,
-)
+from train.distill.losses import feature_loss, logit_loss, relational_loss, weighted_mean
 
 KINDS = ("mse", "cosine", "smooth_l1")
 
@@ -141,43 +135,13 @@ def test_relational_loss_ignores_scale_and_weightless_rows() -> None:
     assert float(relational_loss(student[:1], target[:1])) == 0.0
 
 
-def test_cell_relations_equal_a_loop_over_the_pairs_of_each_image() -> None:
-    student, target, weight = rows(2, 2, 3, 4), rows(2, 2, 3, 7, seed=1), rows(2, 2, 3, seed=2).abs()
-    total = 0.0
-    for image in range(2):
-        own, goal = (side[image].flatten(0, 1).double().numpy() for side in (student, target))
-        cells = weight[image].flatten().double().numpy()
-        own, goal = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (own, goal))
-        pairs = np.outer(cells, cells)
-        total += cells.sum() * (pairs * (own @ own.T - goal @ goal.T) ** 2).sum() / pairs.sum()
-    expected = total / float(weight.sum())
-    assert float(cell_relation_loss(student, target, weight)) == pytest.approx(expected, rel=1e-5)
-    added = feature_loss("mse", student, target[..., :4], weight, cell_relations=2.0)
-    relations = cell_relation_loss(student, target[..., :4], weight)
-    torch.testing.assert_close(added, feature_loss("mse", student, target[..., :4], weight) + 2 * relations)
-
-
-def test_cell_relations_of_micro_batches_add_up() -> None:
-    student, target, weight = rows(4, 3, 3, 5), rows(4, 3, 3, 5, seed=1), rows(4, 3, 3, seed=2).abs()
-    whole = cell_relation_loss(student, target, weight)
-    parts = [
-        cell_relation_loss(student[part], target[part], weight[part], weight.sum())
-        for part in (slice(0, 1), slice(1, 4))
-    ]
-    torch.testing.assert_close(sum(parts), whole)
-    torch.testing.assert_close(cell_relation_loss(student * 7, target * 0.1, weight), whole)
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "relation", "cell relation", "logit"])
+@pytest.mark.parametrize("kind", [*KINDS, "relation", "logit"])
 class TestEveryLoss:
     """A new loss gets every check by one name."""
 
     def value(self, kind: str, student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         if kind == "relation":
             return relational_loss(student, target, weight)
-        if kind == "cell relation":  # the rows are the cells of one image
-            cells = None if weight is None else weight[None, :, None]
-            return cell_relation_loss(student[None, :, None], target[None, :, None], cells)
         if kind == "logit":
             return logit_loss(student, target, 4.0, weight)
         return feature_loss(kind, student, target, weight)
@@ -269,7 +233,6 @@ def test_a_wider_head_pushes_the_extra_class_down() -> None:
         (lambda: logit_loss(rows(2, 3), rows(2, 4), 1.0), r"\(2, 3\) do not cover.*\(2, 4\)"),
         (lambda: logit_loss(rows(2, 3), rows(2, 3), 0.0), "above 0, got 0.0"),
         (lambda: relational_loss(rows(2, 3), rows(3, 3)), "equal N"),
-        (lambda: cell_relation_loss(rows(1, 2, 2, 3), rows(1, 2, 3, 3)), "of the same cells"),
     ],
 )
 def test_wrong_shapes_and_values_are_refused(call: object, text: str) -> None:

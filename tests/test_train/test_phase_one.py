@@ -142,23 +142,6 @@ def test_unet_learns_encoder_and_decoder(make_store, make_config):
         assert moved, f"{part} has not learned"
 
 
-def test_similarities_of_cells_belong_to_the_feature_term_of_both_phases(make_store, make_config, tmp_path):
-    store = make_store(masks=True, labels=False)
-    options = {"student": "unet/small", "pretrain_epochs": 1, "epochs": 1}
-    still = {"learning_rate": 1e-12, "pretrain_learning_rate": 1e-12}
-    losses = []
-    for weight in (0.0, 5.0, 10.0):
-        config = make_config(
-            store, **options, **still, cell_relation_weight=weight, out=tmp_path / f"{weight}"
-        )
-        run_training(config)
-        losses.append([line["feature_loss"] for line in lines(config.out)])
-    without, some, more = np.asarray(losses)
-    assert len(without) == 2
-    assert (some > without + 0.01).all()
-    np.testing.assert_allclose(more - some, some - without, rtol=1e-3)
-
-
 def build_initial(config) -> dict[str, torch.Tensor]:
     from train.loop.assemble import STUDENT_SEED
     from train.loop.loop import derive_seed

@@ -107,19 +107,6 @@ def test_the_term_is_the_mean_distance_to_the_teacher_under_each_cell(grid: np.n
     assert loss == pytest.approx(float((values[0].permute(1, 2, 0)[:, :2] - under).square().mean()), rel=1e-5)
 
 
-def test_similarities_of_cells_are_added(grid: np.ndarray) -> None:
-    from train.distill.losses import cell_relation_loss
-
-    values = torch.randn(1, WIDTH, 4, 4)
-    batch, targets = shifted_batch(1), {"P5": one_image_targets(grid)}
-    plain, added = (
-        build_distillation(cell_relations=weight)(maps_of(values), batch, targets) for weight in (0.0, 3.0)
-    )
-    seen = values.permute(0, 2, 3, 1)[:, :, :2]
-    expected = plain + 3 * cell_relation_loss(seen, torch.from_numpy(grid)[None, :, 2:])
-    torch.testing.assert_close(added, expected)
-
-
 def test_foreground_weights_are_weights_of_the_mean(grid: np.ndarray) -> None:
     values = torch.randn(1, WIDTH, 4, 4)
     batch, targets = shifted_batch(1), one_image_targets(grid)

@@ -137,14 +137,11 @@ def feature_loss(
     target: Tensor,
     weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
-    *,
-    cell_relations: float = 0.0,
 ) -> Tensor:
     """Weighted mean distance of `student` and `target` [..., D] with `weight` [...]; scalar float32.
 
     `kind`: mse and smooth_l1 (beta 1) are means over D; cosine is 1 − cosine similarity. (`relation` compares rows with
     each other: `relational_loss`.) `weight` and `normalizer` as in `weighted_mean`. The backward pass can run once.
-    `cell_relations`: weight of `cell_relation_loss`, which is added for maps [B, h, w, D].
     Raises ValueError for an unknown kind or shapes that differ (never broadcasts).
     """
     if kind not in DISTANCES:
@@ -160,10 +157,7 @@ def feature_loss(
         weights = weight.detach().float().expand(student.shape[:-1]).flatten()
     with full_precision(student):
         total: Tensor = _WeightedSum.apply(kind, rows, goal, weights)  # type: ignore[no-untyped-call]
-        distance = divide(total, weights.sum() if normalizer is None else normalizer)
-    if cell_relations and student.ndim == 4:
-        distance = distance + cell_relations * cell_relation_loss(student, target, weight, normalizer)
-    return distance
+        return divide(total, weights.sum() if normalizer is None else normalizer)
 
 
 def logit_loss(
@@ -219,42 +213,6 @@ def relational_loss(student: Tensor, target: Tensor, weight: Tensor | None = Non
         own, goal = (functional.normalize(side, dim=-1, eps=1e-8) for side in (student.float(), clean))
         pairs = torch.outer(rows, rows).fill_diagonal_(0.0)
         return ((own @ own.T - goal @ goal.T).square() * pairs).sum() / pairs.sum().clamp_min(1e-12)
-
-
-def cell_relation_loss(
-    student: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    normalizer: Tensor | float | None = None,
-) -> Tensor:
-    """Mean squared difference of the cosine similarities between the cells of an image; scalar float32.
-
-    The student copies which places of an image resemble each other: Liu et al., "Structured Knowledge Distillation for
-    Semantic Segmentation", CVPR 2019 (the pair-wise term).
-
-    `student` [B, h, w, Ds], `target` [B, h, w, Dt] (widths may differ), `weight` [B, h, w]: a pair weighs the product of its
-    cells' weights, and an image the sum of its own, so `normalizer` is as in `feature_loss`.
-    Raises ValueError when the cells differ.
-    """
-    if student.ndim != 4 or student.shape[:3] != target.shape[:3]:
-        raise ValueError(
-            f"expected [B, h, w, D] features of the same cells, got {tuple(student.shape)} and {tuple(target.shape)}"
-        )
-    with full_precision(student):
-        cells = torch.ones(student.shape[:3], device=student.device)
-        if weight is not None:
-            cells = weight.detach().float().expand(student.shape[:3])
-        clean = torch.where(cells.unsqueeze(-1) > 0, target.detach().float(), 0.0)
-        own, goal = (
-            functional.normalize(side.flatten(1, 2), dim=-1, eps=1e-8) for side in (student.float(), clean)
-        )
-        cells = cells.flatten(1)
-        differences = torch.baddbmm(goal @ goal.mT, own, own.mT, beta=-1).square()
-        # Σ over the pairs of an image, by its cells' weights on both sides.
-        sums = (cells.unsqueeze(1) @ differences @ cells.unsqueeze(2)).flatten()
-        image = cells.sum(1)
-        total = (sums / image.clamp_min(1e-12)).sum()  # of an image's weight: sums / image² · image
-        return divide(total, image.sum() if normalizer is None else normalizer)
 
 
 def cross_entropy(

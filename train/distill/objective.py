@@ -77,10 +77,6 @@ class DistillationPlan:
         return self.pooled or self.cells or bool(self.levels)
 
     @property
-    def learns_cells(self) -> bool:
-        return self.cells or bool(self.levels)
-
-    @property
     def anything(self) -> bool:
         return self.features or self.logits is not None or self.maps is not None
 
@@ -169,7 +165,6 @@ class Objective:
         *,
         weights: Mapping[str, float] | None = None,
         loss_type: str = "mse",
-        cell_relations: float = 0.0,
         temperature: float = 4.0,
         standardizers: Mapping[str, TargetStandardizer] | None = None,
         teacher_views: NDArray[np.float64] | None = None,
@@ -179,7 +174,7 @@ class Objective:
         self.others = list(others)
         self.task, self.plan = task, plan or DistillationPlan()
         self.weights = dict(weights or {"hard_loss": 1.0})
-        self.loss_type, self.cell_relations, self.temperature = loss_type, cell_relations, temperature
+        self.loss_type, self.temperature = loss_type, temperature
         self.standardizers = standardizers or {}
         self.teacher_views = teacher_views
         self.cell_shape, *self.level_shapes = cell_shapes or [CELLS_OF_A_MEAN]
@@ -326,13 +321,7 @@ class Objective:
                 share = everywhere.sum() / (counts[name].clamp_min(1e-12) * world_size())
                 distances.append(distance * share)
             else:
-                term = partial(
-                    feature_loss,
-                    self.loss_type,
-                    student,
-                    normalizer=counts[name],
-                    cell_relations=self.cell_relations,
-                )
+                term = partial(feature_loss, self.loss_type, student, normalizer=counts[name])
                 distances.append(mix(term, target, weight, mixing))
         return torch.stack(distances).mean() if distances else None
 

@@ -128,12 +128,6 @@ def resolve_features(
         pooled=pooled, cells=cells, grid=grid, recorded=recorded, logits=logits, maps=maps
     )
     plan = resolve_levels(config, student, plan, names)
-    if config.cell_relation_weight and config.is_explicit("cell_relation_weight") and not plan.learns_cells:
-        raise ConfigError(
-            f"cell_relation_weight {config.cell_relation_weight:g}: no cells are learned from {config.store}: it needs a store "
-            "with a grid (cli extract --grid 7 or more), a student with a feature map, --feature-target auto, grid or both, "
-            "and a feature_loss_type other than relation"
-        )
     # A copy of some arrays may have left the mirror images out.
     mirrored = {view_array(name) for name in plan.arrays} - set(plan.arrays)
     return replace(plan, exact_flip=exact_flip and config.views != "random" and mirrored <= names)
@@ -308,11 +302,7 @@ def check_mixing(config: TrainConfig, task: str, plan: DistillationPlan) -> None
         raise ConfigError(
             f"{chosen}: mixed samples have no relation to compare: use another feature_loss_type"
         )
-    if config.cell_relation_weight and plan.learns_cells:
-        raise ConfigError(
-            f"{chosen}: cells of mixed images have no similarities to compare: leave cell_relation_weight out"
-        )
-    if config.cutmix_alpha and plan.learns_cells:
+    if config.cutmix_alpha and (plan.cells or plan.levels):
         raise ConfigError(
             "cutmix_alpha: cells of two images cannot share one target: use feature_target pooled, or MixUp"
         )

@@ -332,7 +332,6 @@ def build_objective(
             "logit_loss": soft * config.logit_weight,
         },
         loss_type=config.feature_loss_type,
-        cell_relations=config.cell_relation_weight,
         temperature=logit_temperature(config, plan),
         standardizers=build_standardizers(plan, store[config.train_split], device, rotations_folder(config)),
         teacher_views=views,

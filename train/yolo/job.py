@@ -245,7 +245,6 @@ def attach_teacher(
         {level: widths[level_of(level)] for level in train.by_level},
         {level: targets.standardizer.gain.numel() for level, targets in train.by_level.items()},
         kind=config.feature_loss_type,
-        cell_relations=config.cell_relation_weight,
         hard_weight=config.hard_label_weight,
         soft_weight=config.soft_label_weight
         * (1.0 if config.feature_weight is None else config.feature_weight),

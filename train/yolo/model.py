@@ -42,7 +42,6 @@ class Distillation(nn.Module):
         teacher_widths: dict[str, int],
         *,
         kind: str,
-        cell_relations: float = 0.0,
         hard_weight: float,
         soft_weight: float,
         foreground: float,
@@ -62,7 +61,7 @@ class Distillation(nn.Module):
         if batches:
             # Number and sum of the logarithms of what was measured: in the state that a run is resumed from.
             self.register_buffer("calibration", torch.zeros(2))  # float32, as checkpoints keep it
-        self.kind, self.cell_relations, self.foreground = kind, cell_relations, foreground
+        self.kind, self.foreground = kind, foreground
         self.hard_weight, self.soft_weight = hard_weight, soft_weight
         self.heads = nn.ModuleDict(
             {
@@ -109,8 +108,7 @@ class Distillation(nn.Module):
             target, weight = targets[level].at(batch, height, width)
             weight = weight * foreground_weights(batch, height, width, self.foreground)
             teacher = level.rpartition("/")[0]
-            term = feature_loss(self.kind, head(rows), target, weight, cell_relations=self.cell_relations)
-            terms.setdefault(teacher, []).append(term)
+            terms.setdefault(teacher, []).append(feature_loss(self.kind, head(rows), target, weight))
         return torch.stack([torch.stack(own).mean() for own in terms.values()]).mean()
 
 
