@@ -211,7 +211,7 @@ def check_labels(
         raise TrainError(f"{config.store}: split {config.val_split} has no labels to validate against")
     if missing := int((present < 0).sum()):
         notes.append(
-            f"{missing} samples of {config.train_split} have no label: {fate_without_target(config)}"
+            f"{missing} samples of {config.train_split} have no label: {describe_unlabeled(config)}"
         )
 
 
@@ -231,10 +231,10 @@ def check_masks(
         if not labeled_rows(split, "mask")[rows].any():
             raise TrainError(f"{config.store}: split {name} has no masks: {LABEL_FREE}")
     if missing := int((~labeled_rows(train, "mask")[train_rows]).sum()):
-        notes.append(f"{missing} samples of {config.train_split} have no mask: {fate_without_target(config)}")
+        notes.append(f"{missing} samples of {config.train_split} have no mask: {describe_unlabeled(config)}")
 
 
-def fate_without_target(config: TrainConfig) -> str:
+def describe_unlabeled(config: TrainConfig) -> str:
     """What a training does with the samples that have no label or mask."""
     if config.control_only:
         return "they are left out"
