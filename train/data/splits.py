@@ -210,9 +210,7 @@ def check_labels(
     if val is None or not (val[val_rows] >= 0).any():
         raise TrainError(f"{config.store}: split {config.val_split} has no labels to validate against")
     if missing := int((present < 0).sum()):
-        notes.append(
-            f"{missing} samples of {config.train_split} have no label: {describe_unlabeled(config)}"
-        )
+        notes.append(f"{missing} samples of {config.train_split} have no label: {describe_unlabeled(config)}")
 
 
 def check_masks(
