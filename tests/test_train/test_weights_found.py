@@ -148,7 +148,6 @@ CLIPS = {"student": "lstm/small", "frame_encoder": "resnet10t", "image_size": 32
     ("options", "unlabeled_shown", "note"),
     [
         ({}, False, "they are left out; --pretrain-epochs N learns their features first"),
-        ({"pretrain_epochs": 1}, False, "phase one learns their features, phase two leaves them out"),
         ({"control_only": True}, False, "they are left out"),
         ({"labeled_share": 0.5}, True, "they are learned from the teacher alone"),
         ({"hard_label_weight": 0.0}, True, "they are learned from the teacher alone"),
@@ -173,6 +172,20 @@ def test_clips_without_a_label_are_left_out_of_phase_two(
     assert [text for text in run.notes if "have no label" in text] == [
         f"3 samples of train have no label: {note}"
     ]
+
+
+def test_phase_one_learns_clips_without_a_label(clip_store, make_config, train_log):
+    zarr.open_array(store=clip_store / "train/targets/label", mode="r+")[:3] = -1
+    run_training(make_config(clip_store, **CLIPS, pretrain_epochs=1, epochs=1))
+    assert "3 samples of train have no label: phase one learned their features" in train_log.text
+    assert "they are left out; " not in train_log.text
+
+
+def test_a_control_of_a_training_on_the_teacher_alone_sees_labeled_clips_alone(clip_store, make_config):
+    zarr.open_array(store=clip_store / "train/targets/label", mode="r+")[:3] = -1
+    (labeled,) = np.nonzero(open_store(clip_store)["train"].read("targets/label") >= 0)
+    run = built(make_config(clip_store, **CLIPS, hard_label_weight=0.0), control=True)
+    assert {item.row for batch in run.parts.train_loader.batches for item in batch} == set(labeled)
 
 
 def test_a_recipes_share_of_labels_is_no_contradiction(clip_store, make_config):

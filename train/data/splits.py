@@ -119,9 +119,9 @@ def resolve_data(config: TrainConfig, store: Store, task: str, others: Sequence[
     kind, train_labels, val_labels = TASK_METRICS[task].target, labels_of(train), labels_of(val)
     num_classes = 0 if task == "features" else resolve_classes(config, store, train_labels, notes)
     if task in CLASS_TASKS:
-        check_labels(config, train_labels, val_labels, train_rows, val_rows, notes)
+        check_labels(config, train_labels, val_labels, train_rows, val_rows)
     if task == "segmentation":
-        check_masks(config, train, val, train_rows, val_rows, notes)
+        check_masks(config, train, val, train_rows, val_rows)
     return TrainingData(
         task=task,
         num_classes=num_classes,
@@ -197,7 +197,6 @@ def check_labels(
     val: NDArray[np.int32] | None,
     train_rows: NDArray[np.int64],
     val_rows: NDArray[np.int64],
-    notes: list[str],
 ) -> None:
     assert train is not None
     present = train[train_rows]
@@ -209,8 +208,6 @@ def check_labels(
         )
     if val is None or not (val[val_rows] >= 0).any():
         raise TrainError(f"{config.store}: split {config.val_split} has no labels to validate against")
-    if missing := int((present < 0).sum()):
-        notes.append(f"{missing} samples of {config.train_split} have no label: {describe_unlabeled(config)}")
 
 
 def check_masks(
@@ -219,29 +216,14 @@ def check_masks(
     val: Split,
     train_rows: NDArray[np.int64],
     val_rows: NDArray[np.int64],
-    notes: list[str],
 ) -> None:
-    """Raises TrainError when no row has a mask; a note counts the rows without one."""
+    """Raises TrainError when no row has a mask."""
     for name, split, rows in (
         (config.train_split, train, train_rows),
         (config.val_split, val, val_rows),
     ):
         if not labeled_rows(split, "mask")[rows].any():
             raise TrainError(f"{config.store}: split {name} has no masks: {LABEL_FREE}")
-    if missing := int((~labeled_rows(train, "mask")[train_rows]).sum()):
-        notes.append(f"{missing} samples of {config.train_split} have no mask: {describe_unlabeled(config)}")
-
-
-def describe_unlabeled(config: TrainConfig) -> str:
-    """What a training does with the samples that have no label or mask."""
-    if config.control_only:
-        return "they are left out"
-    teaches = config.distillation_type != "none" and config.soft_label_weight > 0
-    if teaches and (config.labeled_share != 1 or not config.hard_label_weight):
-        return "they are learned from the teacher alone"
-    if config.pretrain_epochs:
-        return "phase one learns their features, phase two leaves them out"
-    return "they are left out; --pretrain-epochs N learns their features first"
 
 
 def fit_batch(config: TrainConfig, rows: int, note: Callable[[str], object]) -> TrainConfig:

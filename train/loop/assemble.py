@@ -148,6 +148,8 @@ def build_training(
     taught = learned.anything and config.soft_label_weight > 0
     balance = balance_rows(config, data, teaches_all=taught)
     share = labeled_share(config, data, balance)
+    if note := describe_unlabeled(config, data, balance, taught=taught, pretrained=initial is not None):
+        notes.append(note)
     train_loader = build_loader(
         config,
         store,
@@ -237,14 +239,36 @@ def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) 
 
     A control, which nothing but labels teaches (`teaches_all` False), sees labeled rows only, in as many full batches.
     """
-    if data.labeled is None or data.labeled.all() or not data.labeled.any() or not config.hard_label_weight:
+    if data.labeled is None or data.labeled.all() or not data.labeled.any():
         return None
     rows = data.train_rows
     if not teaches_all:
         return Balance(rows[data.labeled], rows[:0], 1.0)
+    if not config.hard_label_weight:
+        return None
     if config.labeled_share is None and data.labeled.mean() >= LABELED_SHARE:
         return None
     return Balance(rows[data.labeled], rows[~data.labeled], config.labeled_share or LABELED_SHARE)
+
+
+def describe_unlabeled(
+    config: TrainConfig, data: TrainingData, balance: Balance | None, *, taught: bool, pretrained: bool
+) -> str:
+    """What the training does with the samples that have no label or mask; empty without such samples.
+
+    `pretrained`: phase one learned the features of all samples.
+    """
+    if data.labeled is None or data.labeled.all():
+        return ""
+    target, missing = TASK_METRICS[data.task].target, int((~data.labeled).sum())
+    counted = f"{missing} samples of {config.train_split} have no {target}"
+    if taught and (balance is None or balance.count(config.batch_size) < config.batch_size):
+        return f"{counted}: they are learned from the teacher alone"
+    if pretrained:
+        return f"{counted}: phase one learned their features, this phase leaves them out"
+    if config.control_only:
+        return f"{counted}: they are left out"
+    return f"{counted}: they are left out; --pretrain-epochs N learns their features first"
 
 
 def build_heads(
