@@ -314,6 +314,7 @@ class ClusterExecutor:
         bad, reused = self.result_of(self.submit("bad", count_bad_on_worker, self.options))
         self.total = sum(end - first for _, first, end in job.units())
         self.tell(count_committed(path, job))
+        bad = count_bad(self.config, bad, [], self.total + reused)  # of an earlier run
         started = time.monotonic()
         for encoded in self.encode_units(units_left(path, job)):
             record_encoded(self.config.folder, encoded)

@@ -104,7 +104,6 @@ def probe_store(path: Path | str, *, seed: int = 0, device: str = "auto") -> dic
     """
     if is_url(path):
         return probe_copy(os.fspath(path), seed=seed, device=device)
-    log.info("fitting the probe, %d folds", FOLDS)
     result = fit_and_write(Path(path), seed=seed, device=device)
     note_probe(Path(path), result)
     return result
@@ -113,6 +112,7 @@ def probe_store(path: Path | str, *, seed: int = 0, device: str = "auto") -> dic
 def fit_and_write(path: Path, *, seed: int, device: str) -> dict[str, Any]:
     """The result of `probe_store`, of a store on this disk."""
     store = open_store(path)
+    log.info("fitting the probe, %d folds", FOLDS)
     if target_kind(training_split(store)) == "boxes":
         from extract.boxes import measure_boxes
 

@@ -228,6 +228,7 @@ class LocalExecutor:
         self.bad = bad + self.task.reused_bad
         self.total = sum(end - first for _, first, end in job.units())
         self.tell()
+        self.check_bad()  # of an earlier run: there may be no batch left to check after
         with Pipeline(self.task, self.teacher, job.batch_rows, decode_workers(self.config)) as pipeline:
 
             def commit_in_time() -> str:

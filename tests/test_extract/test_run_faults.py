@@ -59,6 +59,16 @@ class TestBadImages:
             extract(broken)
         assert extract(broken, max_bad="5%").complete
 
+    @pytest.mark.parametrize("devices", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.slow)])
+    def test_the_same_command_again_ends_as_well_when_nothing_is_left_to_encode(
+        self, broken: dict[str, Any], devices: str
+    ) -> None:
+        broken.pop("bad")
+        for device in ("cpu", devices):
+            with pytest.raises(TooManyBad, match="2 bad images, --max-bad 1% allows 1"):
+                extract(broken, batch_size=64, device=device)
+        assert extract(broken, batch_size=64, max_bad=2).complete
+
     def test_an_image_with_more_pixels_than_the_limit_is_bad(
         self, extract_options: dict[str, Any], tmp_path: Path
     ) -> None:
