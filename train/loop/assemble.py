@@ -148,7 +148,7 @@ def build_training(
     taught = learned.anything and config.soft_label_weight > 0
     balance = balance_rows(config, data, teaches_all=taught)
     share = labeled_share(config, data, balance)
-    if note := describe_unlabeled(config, data, balance, taught=taught, pretrained=initial is not None):
+    if note := describe_unlabeled(config, data, share, pretrained=initial is not None):
         notes.append(note)
     train_loader = build_loader(
         config,
@@ -251,18 +251,16 @@ def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) 
     return Balance(rows[data.labeled], rows[~data.labeled], config.labeled_share or LABELED_SHARE)
 
 
-def describe_unlabeled(
-    config: TrainConfig, data: TrainingData, balance: Balance | None, *, taught: bool, pretrained: bool
-) -> str:
+def describe_unlabeled(config: TrainConfig, data: TrainingData, share: float, *, pretrained: bool) -> str:
     """What the training does with the samples that have no label or mask; empty without such samples.
 
-    `pretrained`: phase one learned the features of all samples.
+    `share`: of labeled samples in a batch; `pretrained`: phase one learned the features of all samples.
     """
     if data.labeled is None or data.labeled.all():
         return ""
     target, missing = TASK_METRICS[data.task].target, int((~data.labeled).sum())
     counted = f"{missing} samples of {config.train_split} have no {target}"
-    if taught and (balance is None or balance.count(config.batch_size) < config.batch_size):
+    if share < 1:
         return f"{counted}: they are learned from the teacher alone"
     if pretrained:
         return f"{counted}: phase one learned their features, this phase leaves them out"
