@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from extract.config import ConfigError, load_config
-from extract.logits import NoLabels, add_probe, true_features
+from extract.logits import NoLabels, add_probe, probe_store, true_features
 from extract.run import ExtractResult, run_extraction
+from store.errors import StoreError
 from store.reader import open_store
 
 
@@ -184,3 +185,11 @@ class TestDryRun:
         )
         encoded = sum(len(item) for item in train.ragged(range(60), "images/encoded/values")) + 8 * 60
         assert predicted["total_bytes"] == pytest.approx(exact + encoded, rel=0.02)
+
+
+def test_a_folder_that_is_no_store_is_not_announced_as_fitted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), pytest.raises(StoreError, match="not a store"):
+        probe_store(tmp_path)
+    assert "fitting the probe" not in caplog.text
