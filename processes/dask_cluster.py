@@ -25,6 +25,11 @@ WORKER_ENVIRONMENT = {
     # The tracker gives back what processes leave that were killed; that it had to is nothing the user can act on.
     "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
 }
+# What dask's nannies set in the environment of their workers.
+NANNY_ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
+# One of it: glibc then returns the memory of every tensor of 128 KB or more to the kernel as soon as it is freed, and the
+# next one faults each page in again. It is meant for workers that hold tables; a training takes up to twice as long.
+ALLOCATOR_VARIABLE = "MALLOC_TRIM_THRESHOLD_"
 
 
 class ClusterStartError(Exception):
@@ -73,9 +78,12 @@ def local_cluster(
         }
         causes: list[str] = []
         try:
-            # Daemonic workers could not start processes of their own.
+            settings = {
+                "distributed.worker.daemon": False,  # daemonic workers could not start processes of their own
+                f"{NANNY_ENVIRONMENT}.{ALLOCATOR_VARIABLE}": None,  # not set
+            }
             with (
-                dask.config.set({"distributed.worker.daemon": False}),
+                dask.config.set(settings),
                 signals,
                 hide_main_module(),
                 nanny_errors(causes),
@@ -110,6 +118,25 @@ def worker_slots(client: Client) -> tuple[dict[str, float], int]:
         if offered:
             return {name: 1}, offered
     return {}, sum(worker["nthreads"] for worker in workers.values())
+
+
+def dask_defaults() -> dict[str, str]:
+    """What dask sets in the environment of its workers where the user set nothing."""
+    import dask
+    import distributed  # noqa: F401  its defaults become part of dask's configuration
+
+    values: dict[str, Any] = dask.config.get(NANNY_ENVIRONMENT, {})
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def unset_allocator_variable() -> None:
+    """For a worker that someone else started, before it starts a training: see ALLOCATOR_VARIABLE.
+
+    A value that is not dask's own is the user's, and stays.
+    """
+    value = os.environ.get(ALLOCATOR_VARIABLE)
+    if value is not None and value == dask_defaults().get(ALLOCATOR_VARIABLE):
+        del os.environ[ALLOCATOR_VARIABLE]
 
 
 @contextmanager

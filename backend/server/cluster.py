@@ -20,7 +20,7 @@ from backend.server.processes import KILL_AFTER_S, Waiting, start_training
 from backend.server.settings import Settings
 from console.output import get_logger, redact
 from processes.children import signal_on_parent_death
-from processes.dask_cluster import ClusterStartError, connect, worker_slots
+from processes.dask_cluster import ClusterStartError, connect, unset_allocator_variable, worker_slots
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -143,6 +143,7 @@ def run_on_worker(order: Order, token: str | None, stop: str) -> int:
     event = Event(stop)
     if event.is_set():
         return STOPPED
+    unset_allocator_variable()
     # With this worker's end the training stops, too: another worker then resumes it.
     process = start_training(order, token, preexec_fn=signal_on_parent_death)
     while process.poll() is None:

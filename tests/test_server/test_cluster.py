@@ -6,8 +6,10 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
+from processes.dask_cluster import ALLOCATOR_VARIABLE, dask_defaults
 from tests.test_server.server_process import ServerProcess, wait_until
 from tests.test_train.test_sweep_run import find_line, running, start_worker
 
@@ -21,7 +23,10 @@ def scheduler() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_tasks_on_a_cluster(serve: Callable[..., ServerProcess], scheduler: str) -> None:
+def test_tasks_on_a_cluster(
+    serve: Callable[..., ServerProcess], scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ALLOCATOR_VARIABLE, dask_defaults()[ALLOCATOR_VARIABLE])  # as dask's nannies do
     with pytest.raises(AssertionError, match=r"has no workers: start some with `dask worker"):
         serve("--scheduler", scheduler)
     with contextlib.ExitStack() as stack:
@@ -29,6 +34,13 @@ def test_tasks_on_a_cluster(serve: Callable[..., ServerProcess], scheduler: str)
         server = serve("--scheduler", scheduler)
         long, second = server.run(totalEpochs=400), server.run()
         server.wait_log(long, "epoch")
+        training = [
+            child.environ()
+            for child in psutil.process_iter(["cmdline"])
+            if long in " ".join(child.info["cmdline"] or [])
+        ]
+        assert training
+        assert all(ALLOCATOR_VARIABLE not in environment for environment in training)
         assert server.get(f"/tasks/{second}")["state"] == "QUEUED"  # the worker offers one slot
         server.end(signal.SIGKILL)
         server.start()

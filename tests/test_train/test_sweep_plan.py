@@ -12,15 +12,16 @@ import pytest
 
 from console.devices import core_share
 from console.options import read_option_file
+from processes.dask_cluster import ALLOCATOR_VARIABLE, dask_defaults
 from train.errors import ConfigError, TrainError
 from train.run_folder import RunFolder
 from train.sweep.board import best_of, line, read_state
 from train.sweep.config import Trial, load_sweep_config, plan_trials
 from train.sweep.driver import (
-    dask_defaults,
     is_done,
     local_workers,
     only_sweep,
+    run_on_worker,
     set_thread_variables,
     thread_share,
     trial_folder,
@@ -309,6 +310,25 @@ def test_a_trial_sees_the_gpu_of_its_worker(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # as dask's nanny sets it in the worker
     run_trial(order(tmp_path / "trial", "x"), lambda: False)
     assert (tmp_path / "trial" / "log.txt").read_text().strip() == "7"
+
+
+def test_a_trial_does_not_inherit_what_dask_sets_for_a_worker_s_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is a thread of this process, which stands for one that `dask worker` started."""
+    from distributed import LocalCluster
+
+    script = f"import os; print(os.environ.get({ALLOCATOR_VARIABLE!r}))"
+    monkeypatch.setattr("train.sweep.trial.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setenv(ALLOCATOR_VARIABLE, dask_defaults()[ALLOCATOR_VARIABLE])
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        cluster.get_client() as client,
+    ):
+        client.submit(run_on_worker, order(tmp_path / "trial", "x", cores=None), "stop").result()
+    assert (tmp_path / "trial" / "log.txt").read_text().strip() == "None"
 
 
 def test_local_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

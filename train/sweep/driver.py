@@ -16,7 +16,14 @@ from console.output import get_logger, plain_json, redact_values
 from files.locking import locked
 from files.writing import check_writable
 from processes.children import ignore_sigint
-from processes.dask_cluster import ClusterStartError, connect, local_cluster, worker_slots
+from processes.dask_cluster import (
+    ClusterStartError,
+    connect,
+    dask_defaults,
+    local_cluster,
+    unset_allocator_variable,
+    worker_slots,
+)
 from processes.stop import Stopped, StopRequest
 from store.reader import open_store
 from train.errors import ConfigError, TrainError
@@ -162,6 +169,7 @@ def run_on_worker(order: Order, event_name: str) -> tuple[TrialResult, str]:
     """What dask calls on a worker: one trial, stopped when the sweep's event is set. Also returns where it ran."""
     from distributed import Event, get_worker
 
+    unset_allocator_variable()
     worker: Any = get_worker()
     if order["cores"] is None:
         beside = order["gpu_trials"].get(host_of(worker.address))
@@ -181,15 +189,6 @@ def set_thread_variables(defaults: Mapping[str, str] = MappingProxyType({})) -> 
     """The variables that set numbers of threads and that the user has set: their values are not those of `defaults`."""
     found = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
     return {name: value for name, value in found.items() if value != defaults.get(name)}
-
-
-def dask_defaults() -> dict[str, str]:
-    """What dask sets in the environment of its workers where the user set nothing."""
-    import dask
-    import distributed  # noqa: F401  its defaults become part of dask's configuration
-
-    values: dict[str, Any] = dask.config.get("distributed.nanny.pre-spawn-environ", {})
-    return {name: str(value) for name, value in values.items()}
 
 
 def host_of(address: str) -> str:
