@@ -145,7 +145,8 @@ class TrainConfig(BaseModel):
     learning_rate: float = _optimization(1e-4, "Peak learning rate.", gt=0)
     optimizer: Literal["adamw", "adam", "sgd", "auto"] = _optimization(
         "adamw",
-        "sgd uses momentum 0.9; auto: ultralytics' choice, also of the learning rate unless given (yolov8).",
+        "adam adds the weight decay to the gradient, adamw does not; sgd uses momentum 0.9; auto: ultralytics' choice, "
+        "also of the learning rate unless given (yolov8).",
     )
     lr_scheduler: Literal["cosine", "linear", "constant"] = _optimization("cosine", "After the warm-up.")
     warmup_epochs: float = _optimization(

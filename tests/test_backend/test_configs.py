@@ -96,8 +96,11 @@ def test_every_setting_of_the_back_end_arrives(site: Site) -> None:
                 "distillation_type": "feature",
             },
         ),
-        ("unet/small", {"optimizer": "adam", "batch_size": 8, "image_size": 512, "feature_loss_type": "mse"}),
-        ("lstm/small", {"optimizer": "adam", "feature_loss_type": "cosine", "distillation_type": "feature"}),
+        (
+            "unet/small",
+            {"optimizer": "adamw", "batch_size": 8, "image_size": 512, "feature_loss_type": "mse"},
+        ),
+        ("lstm/small", {"optimizer": "adamw", "feature_loss_type": "cosine", "distillation_type": "feature"}),
         ("timm:mobilenetv3_small_050", {"distillation_type": "hybrid", "image_size": 224, "lora_rank": 0}),
     ],
 )

@@ -50,8 +50,8 @@ def test_general_defaults_are_those_of_the_specification():
         ("vit-tiny", (5e-5, "adamw", 64, 0.05, "hybrid", "mse", None, 224)),
         ("timm:resnet10t", (1e-4, "adamw", 32, 0.01, "hybrid", "mse", None, 224)),
         ("yolov8n", (1e-4, "auto", 16, 0.0005, "feature", "mse", None, 640)),
-        ("unet/small", (1e-4, "adam", 8, 0.01, "feature", "mse", None, 512)),
-        ("lstm/small", (1e-4, "adam", 32, 0.01, "feature", "cosine", None, 224)),
+        ("unet/small", (1e-4, "adamw", 8, 0.01, "feature", "mse", None, 512)),
+        ("lstm/small", (1e-4, "adamw", 32, 0.01, "feature", "cosine", None, 224)),
     ],
 )
 def test_recipes(student, expected):

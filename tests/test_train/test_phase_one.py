@@ -142,6 +142,31 @@ def test_unet_learns_encoder_and_decoder(make_store, make_config):
         assert moved, f"{part} has not learned"
 
 
+@pytest.mark.parametrize("optimizer", [None, "adam"])
+def test_the_recipe_of_a_unet_keeps_its_weights_alive(make_store, make_config, caplog, optimizer):
+    """The decay of plain Adam outweighs what the features say: 18 steps take most of the decoder to 0."""
+    options = {} if optimizer is None else {"optimizer": optimizer}
+    config = make_config(
+        make_store(),
+        student="unet/small",
+        task="features",
+        epochs=6,
+        learning_rate=3e-3,
+        image_size=16,
+        lr_scheduler="constant",
+        **options,
+    )
+    with caplog.at_level("INFO"):
+        run_training(config)
+    learned, start = load_checkpoint(config.out / "last.pt")["model_state_dict"], build_initial(config)
+    kept = [
+        float(learned[name].norm() / start[name].norm())
+        for name in ("encoder.4.3.weight", "decoder.0.3.weight", "decoder.1.3.weight")
+    ]
+    assert (min(kept) > 0.9) == (optimizer is None), kept
+    assert ("use --optimizer adamw" in caplog.text) == (optimizer == "adam")
+
+
 def build_initial(config) -> dict[str, torch.Tensor]:
     from train.loop.assemble import STUDENT_SEED
     from train.loop.loop import derive_seed

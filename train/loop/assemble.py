@@ -176,6 +176,13 @@ def build_training(
         raise ConfigError(
             f"{config.student}: nothing of it learns: it has no place for the teacher's features, or all of it is frozen"
         )
+    if config.optimizer == "adam" and config.weight_decay and learned.anything:
+        # A feature term is a mean over cells and channels: its gradients are smaller than decay · weight, and Adam, which
+        # divides by the gradient's size, then takes steps of full length towards 0.
+        notes.append(
+            f"optimizer adam adds the weight decay of {config.weight_decay:g} to the gradient, which can drive weights that "
+            "learn features to 0: use --optimizer adamw"
+        )
     optimizer = build_optimizer(module, config.optimizer, config.learning_rate, config.weight_decay)
     if config.compile:
         module.compile_student(-(-config.batch_size // accelerator.num_processes))

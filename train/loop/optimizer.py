@@ -17,7 +17,11 @@ SGD_MOMENTUM = 0.9
 def build_optimizer(
     module: nn.Module, name: str, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`adamw`, `adam` or `sgd` over the trainable parameters of `module`."""
+    """`adamw`, `adam` or `sgd` over the trainable parameters of `module`.
+
+    `adam` adds the decay to the gradient; `adamw` takes it from the weight (Loshchilov and Hutter: "Decoupled Weight Decay
+    Regularization", ICLR 2019).
+    """
     groups = parameter_groups(module, weight_decay)
     # One fused kernel instead of a dozen passes over all parameters.
     fused = all(

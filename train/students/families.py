@@ -23,7 +23,7 @@ _TIMM: dict[str, Any] = {
 }
 _OWN: dict[str, Any] = {
     "learning_rate": 1e-4,
-    "optimizer": "adam",
+    "optimizer": "adamw",
     "weight_decay": 0.01,
     "distillation_type": "feature",
 }
