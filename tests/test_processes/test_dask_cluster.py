@@ -42,7 +42,7 @@ def test_the_environment_of_workers_does_not_stay_in_this_process() -> None:
 def test_workers_keep_freed_memory_unless_the_user_chose_otherwise(
     monkeypatch: pytest.MonkeyPatch, chosen: str | None
 ) -> None:
-    """With dask's own value, each tensor's memory comes from the kernel anew."""
+    """With dask's own value, each freed tensor's memory goes back to the kernel."""
     monkeypatch.delenv(ALLOCATOR_VARIABLE, raising=False)
     if chosen:
         monkeypatch.setenv(ALLOCATOR_VARIABLE, chosen)
