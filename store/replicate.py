@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from files.cache import cache_folder
-from files.writing import replace_file
+from files.writing import PARTIAL_PREFIX, replace_file
 from store.errors import StoreError, disk_errors
 from store.format import (
     CONTENT,
@@ -309,7 +309,8 @@ def begin(place: Files, target: str, content: bytes) -> bool:
         marked: bytes | None = place.read(MARKER)
     except OSError:
         marked = None
-    if marked is None and place.names(""):
+    # A copy that was killed before its marker had a name left the marker's temporary file.
+    if marked is None and set(place.names("")) - {f"{PARTIAL_PREFIX}{MARKER}"}:
         raise StoreError(f"{target}: exists and is no store: a copy needs a place of its own")
     if marked is not None and marked != mark:
         raise StoreError(
