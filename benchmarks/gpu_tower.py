@@ -176,7 +176,7 @@ def make_checkpoint(settings: Settings) -> Path:
     """
     from safetensors.torch import save_file
 
-    from extract.teachers.qwen_vl import RANDOM_WEIGHTS_FILE
+    from extract.teachers.qwen_config import RANDOM_WEIGHTS_FILE
 
     depth = 2 if settings.quick else 32
     folder = settings.work / f"tower-{depth}"

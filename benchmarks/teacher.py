@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.teachers import load_teacher
 from extract.teachers.pixels import normalize
-from extract.teachers.qwen_vl import QwenVLTeacher, save_random_checkpoint
+from extract.teachers.qwen_transformers import save_random_checkpoint
+from extract.teachers.qwen_vl import QwenVLTeacher
 from extract.teachers.tiny import TINY_TEXT, tiny_vision
 
 LIMIT = 2500

@@ -431,7 +431,8 @@ def add_zero_shot(
         Stopped: when a signal came, with the scores so far committed.
         ConfigError: for a teacher without a language model, or a data set without class names.
     """
-    from extract.teachers.qwen_vl import QwenVLTeacher, load_zero_shot
+    from extract.teachers.qwen_transformers import load_zero_shot
+    from extract.teachers.qwen_vl import QwenVLTeacher
 
     source, teacher = open_data(config), open_teacher(config)
     if not source.class_names or not isinstance(teacher, QwenVLTeacher):

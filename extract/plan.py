@@ -300,7 +300,7 @@ def check_options(config: ExtractConfig, source: Source, clips: bool) -> None:
     if problems:
         raise ConfigError("; ".join(problems))
     if config.logits.startswith("zero-shot"):
-        from extract.teachers.qwen_vl import check_zero_shot
+        from extract.teachers.qwen_transformers import check_zero_shot
 
         check_zero_shot(str(config.teacher_path))  # before hours of encoding, not after
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from extract.sources.listing import list_files
 from extract.teachers.base import Teacher, TeacherError, load_teacher
 from extract.teachers.pixels import as_pixels
-from extract.teachers.qwen_vl import QwenVLTeacher, transformers_encoder
+from extract.teachers.qwen_transformers import transformers_encoder
+from extract.teachers.qwen_vl import QwenVLTeacher
 from extract.teachers.timm_encoder import TimmTeacher, timm_encoder
 from imaging.decode import IMAGE_SUFFIXES, ImageError, decode_image, read_file
 

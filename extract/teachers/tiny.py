@@ -23,7 +23,8 @@ def make_tiny_teacher(
     """
     from safetensors import SafetensorError
 
-    from extract.teachers.qwen_vl import FAMILIES, RANDOM_WEIGHTS_FILE, save_random_checkpoint
+    from extract.teachers.qwen_config import FAMILIES, RANDOM_WEIGHTS_FILE
+    from extract.teachers.qwen_transformers import save_random_checkpoint
 
     target = Path(folder)
     if family not in FAMILIES:
@@ -76,7 +77,7 @@ def tiny_vision(depth: int, family: str = "qwen2.5-vl") -> dict[str, object]:
     Qwen2.5-VL: the last of every four blocks attends to the whole image. Qwen3-VL: DeepStack's taps are after a
     quarter, a half and three quarters of the blocks.
     """
-    from extract.teachers.qwen_vl import FAMILIES
+    from extract.teachers.qwen_config import FAMILIES
 
     tower = FAMILIES[family].tower
     vision: dict[str, object] = {

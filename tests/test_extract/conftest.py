@@ -19,7 +19,7 @@ def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def micro_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The published layout with two narrow blocks: a few hundred kilobytes, for tests of files and not of features."""
-    from extract.teachers.qwen_vl import save_random_checkpoint
+    from extract.teachers.qwen_transformers import save_random_checkpoint
     from extract.teachers.tiny import TINY_TEXT, tiny_vision
 
     folder = tmp_path_factory.mktemp("micro") / "checkpoint"
@@ -35,7 +35,7 @@ def sharp_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     Of Qwen2.5-VL, two blocks of the published width: `full`: the second attends to the whole image; `windows`: none
     does. `qwen3-vl` and `qwen3.5`: three narrow blocks with heads of the published 72.
     """
-    from extract.teachers.qwen_vl import save_random_checkpoint
+    from extract.teachers.qwen_transformers import save_random_checkpoint
     from extract.teachers.tiny import TINY_TEXT, tiny_vision
 
     folders = {}

@@ -80,7 +80,7 @@ def make_tiny_model(folder: str | Path, tokenizer: str | Path, *, depth: int = 1
 
     tokenizer: a folder with Qwen's `tokenizer.json` and `tokenizer_config.json`, which are copied.
     """
-    from extract.teachers.qwen_vl import save_random_checkpoint
+    from extract.teachers.qwen_transformers import save_random_checkpoint
 
     target = Path(folder)
     text = {**TINY_TEXT, "num_hidden_layers": 2, "vocab_size": QWEN_VOCABULARY, "initializer_range": 0.1}

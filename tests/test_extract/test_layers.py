@@ -104,7 +104,7 @@ def test_auto_takes_what_each_family_names(
     import json
     from dataclasses import replace
 
-    from extract.teachers.qwen_vl import FAMILIES, automatic_layers
+    from extract.teachers.qwen_config import FAMILIES, automatic_layers
 
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": changes}))
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}

