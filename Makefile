@@ -45,7 +45,7 @@ test: $(BIN)/.installed-dev
 	@$(BIN)/python -m pytest
 
 test-slow: $(BIN)/.installed-dev
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow --durations=30
 
 lint: $(BIN)/.installed-dev
 	@$(BIN)/ruff check .
