@@ -9,6 +9,8 @@ SERVE ?= serve
 PORT ?= 8080
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Compiling all modules takes longer than downloading them; Python compiles those that are imported, once.
+INSTALL := install --no-compile --progress-bar off --quiet --constraint constraints.txt
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help install install-dev demo serve test test-slow lint types check clean
@@ -21,12 +23,12 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) scripts/check_machine.py $(VENV)
 	@echo "making the environment $(VENV): about 3 minutes and 7 GB"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --progress-bar off --quiet --constraint constraints.txt --editable .
+	@$(PIP) $(INSTALL) --editable .
 	@touch $@
 
 $(BIN)/.installed-dev: $(BIN)/.installed
 	@echo "adding the test tools"
-	@$(PIP) install --progress-bar off --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) $(INSTALL) --editable '.[dev]'
 	@touch $@
 
 install: $(BIN)/.installed
