@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from files.writing import sync_folder
+from store.arrays import MappedArray, open_array
 from store.errors import StoreError, disk_errors
 from store.format import (
     COMMITS_FOLDER,
@@ -57,7 +58,7 @@ from store.metadata import (
     write_json,
     write_manifest,
 )
-from store.shards import PARTIAL, ArrayWriter, Layout, MappedArray, byte_view, open_array, read_data
+from store.shards import PARTIAL, ArrayWriter, Layout, byte_view, read_data
 from store.statistics import Moments, combine, mean_and_std, moments_of, statistics_json
 
 NOTHING_KNOWN: Mapping[Any, Any] = {}

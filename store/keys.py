@@ -17,10 +17,11 @@ from typing import overload
 
 import numpy as np
 
+from store.arrays import MappedArray
 from store.errors import RowRangeError, StoreError, UnknownNameError
 from store.format import COMMITS_FOLDER, KEY_HASHES, KEY_OFFSETS, KEY_ROWS, KEY_VALUES, ArraySpec
 from store.metadata import write_array_metadata, write_json
-from store.shards import ArrayWriter, Layout, MappedArray
+from store.shards import ArrayWriter, Layout
 
 
 def key_hash(key: str) -> int:

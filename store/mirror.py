@@ -28,10 +28,11 @@ import numpy as np
 
 from files.cache import cache_folder
 from files.locking import locked
+from store.arrays import MappedArray, ZarrArray
 from store.errors import StoreError, disk_errors
 from store.metadata import ZARR_JSON, recorded_checksum, to_json
 from store.remote import FIRST_PAUSES_S, RemoteFiles
-from store.shards import PARTIAL, Layout, MappedArray, ZarrArray, crc32c
+from store.shards import PARTIAL, Layout, crc32c
 
 if TYPE_CHECKING:
     from store.reader import Split

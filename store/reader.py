@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from store.arrays import RowArray, open_array
 from store.errors import RowRangeError, StoreError, UnknownNameError
 from store.format import (
     COMPONENTS,
@@ -35,7 +36,6 @@ from store.format import (
 from store.job import describe_progress
 from store.keys import KeyTable
 from store.metadata import is_url, parse_manifest, read_root, to_json
-from store.shards import RowArray, open_array
 
 if TYPE_CHECKING:
     from store.mirror import Mirror

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from store.shards import RowArray, blocks
+from store.arrays import RowArray
+from store.shards import blocks
 
 BLOCK_BYTES = 8 * 1024 * 1024  # four times as much in float64
 

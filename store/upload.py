@@ -29,11 +29,12 @@ from typing import Any, Self
 import numpy as np
 
 from files.writing import replace_file
+from store.arrays import MappedArray, RowArray, ZarrArray
 from store.errors import StoreError
 from store.format import VALID
 from store.job import Job, log_path, read_commits, read_parts
 from store.remote import LONG_PAUSES_S, Entry, RemoteFiles
-from store.shards import PARTIAL, Layout, MappedArray, RowArray, ZarrArray, crc32c
+from store.shards import PARTIAL, Layout, crc32c
 from store.statistics import Moments, moments_of
 
 UPLOADS = 4  # shards at the same time

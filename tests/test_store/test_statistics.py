@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_store_backends import write_store
 
-from store.shards import MappedArray
+from store.arrays import MappedArray
 from store.statistics import Moments, combine, mean_and_std, moments_of
 
 
