@@ -61,12 +61,10 @@ USUAL = "few,all,scenes"
 
 DATA_RATES = (3e-3, 1e-3)
 PHOTOS = {"image_size": 64, "batch_size": 32}
-STREETS = {"image_size": 96, "batch_size": 8}
+STREETS = {"image_size": 48, "batch_size": 8}
 CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
-STREETS_RATES = (1e-3,)
-STREETS_FIRST = {"pretrain_epochs": 40, "distillation_type": "hybrid"}
+STREETS_FIRST = {"pretrain_epochs": 20, "distillation_type": "hybrid"}
 CLIPS = {"image_size": 32, "batch_size": 16, "frame_encoder": "resnet10t"}
-CLIPS_RATES = (1e-3, 3e-3)
 # Phase one, then labels alone.
 LABELS_ALONE = {"soft_label_weight": 0.0, "hard_label_weight": 1.0}
 CLIPS_FIRST = {"pretrain_epochs": 20, **LABELS_ALONE}
@@ -103,22 +101,22 @@ DATA_STUDIES = {
             "unet/small",
             "miou",
             10,
-            {**STREETS, "image_size": 48},
-            {**STREETS_FIRST, "pretrain_epochs": 20},
+            STREETS,
+            STREETS_FIRST,
             data="camvid",
             labels=30,
-            rates=(1e-3, 3e-4),
+            rates=DATA_RATES,
         ),
         Study(
             "camvid-all",
             "CamVid, all labels",
             "unet/small",
             "miou",
-            40,
+            10,
             STREETS,
             STREETS_FIRST,
             data="camvid",
-            rates=STREETS_RATES,
+            rates=DATA_RATES,
         ),
         Study(
             "clips-few",
@@ -130,7 +128,7 @@ DATA_STUDIES = {
             CLIPS_FIRST,
             data="clips",
             labels=10,
-            rates=CLIPS_RATES,
+            rates=DATA_RATES,
         ),
         # The teacher knows less of scanned digits than 50 labels teach: distillation must do no harm.
         Study(
