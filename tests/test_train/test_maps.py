@@ -180,20 +180,25 @@ class TestMixedStore:
         assert resolve_logits(config, "hybrid", "segmentation", split, notes) == {}
         assert "hybrid uses the feature term alone" in notes[0]
 
-    @pytest.mark.parametrize("unmasked", [frozenset(), keys(4, 24)])
+    @pytest.mark.parametrize(
+        ("unmasked", "kind"),
+        [
+            (frozenset(), {"distillation_type": "hybrid"}),
+            (keys(4, 24), {"distillation_type": "hybrid"}),
+            (keys(4, 24), {}),  # the default, with which phase two learns features alone
+        ],
+    )
     def test_phase_one_learns_the_maps_of_every_image(
-        self, make_store: Any, make_config: Any, unmasked: set[str]
+        self, make_store: Any, make_config: Any, unmasked: set[str], kind: dict[str, str]
     ) -> None:
         """No mask is used there, but the head is trained, and phase two goes on with it."""
         store = make_store(masks=True, maps=True, labels=False, unmasked=unmasked)
-        config = make_config(
-            store, **self.options(distillation_type="hybrid", pretrain_epochs=2, learning_rate=1e-12)
-        )
+        config = make_config(store, **self.options(**kind, pretrain_epochs=2, learning_rate=1e-12))
         summary = run_training(config)
         first, second, last = (json.loads(line) for line in (config.out / "metrics.jsonl").open())
         assert [line.get("phase") for line in (first, second, last)] == ["pretrain", "pretrain", None]
         assert second["logit_loss"] > 0
-        assert bool(last["logit_loss"]) is bool(unmasked)
+        assert bool(last["logit_loss"]) is bool(unmasked and kind)
         assert summary["pretrain"]["metrics"]["miou"] is not None
         before = load_checkpoint(config.out / "pretrain/best.pt")["model_state_dict"]
         after = load_checkpoint(config.out / "best.pt")["model_state_dict"]
@@ -216,6 +221,7 @@ class TestMixedStore:
         features = make_config(store.path, **{**options, "distillation_type": "feature"})
         before, other = phase_one_key(hybrid, store), phase_one_key(features, store)
         assert before != other
+        assert phase_one_key(make_config(store.path, **self.options(pretrain_epochs=1)), store) == before
         (shard,) = (path for path in (store.path / "train/maps/probe").rglob("c/*/*/*/*") if path.is_file())
         content = bytearray(shard.read_bytes())
         content[0] ^= 1
