@@ -63,11 +63,11 @@ DATA_RATES = (3e-3, 1e-3)
 PHOTOS = {"image_size": 64, "batch_size": 32}
 STREETS = {"image_size": 48, "batch_size": 8}
 CELLS = {"image_size": 160, "batch_size": 8, "optimizer": "adamw"}
-STREETS_FIRST = {"pretrain_epochs": 20, "distillation_type": "hybrid"}
 CLIPS = {"image_size": 32, "batch_size": 16, "frame_encoder": "resnet10t"}
 # Phase one, then labels alone.
 LABELS_ALONE = {"soft_label_weight": 0.0, "hard_label_weight": 1.0}
 CLIPS_FIRST = {"pretrain_epochs": 20, **LABELS_ALONE}
+STREETS_FIRST = {"pretrain_epochs": 20}
 CELLS_FIRST = {"pretrain_epochs": 40, **LABELS_ALONE}
 DATA_STUDIES = {
     study.name: study
@@ -102,7 +102,7 @@ DATA_STUDIES = {
             "miou",
             10,
             STREETS,
-            STREETS_FIRST,
+            {**STREETS_FIRST, **LABELS_ALONE},
             data="camvid",
             labels=30,
             rates=DATA_RATES,
