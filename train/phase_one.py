@@ -1,8 +1,8 @@
 """Phase one of `cli train --pretrain-epochs`: the student learns what the teacher knows of all rows, labeled or not.
 
-Those are the stored features, and the stored soft class maps of U-Nets, of rows with a mask as well: no label is
-used. It is a training in RUN/pretrain, a run folder of its own; phase two starts from its best.pt.
-Its epochs are in the run's metrics.jsonl too, before those of phase two. The trials of a sweep that differ in phase two
+Those are the stored features, and for U-Nets the stored soft class maps, of rows with a mask as well: no label is used. It is a
+training in RUN/pretrain, a run folder of its own; phase two starts from its best.pt. Its epochs are in the run's metrics.jsonl
+too, before those of phase two. The trials of a sweep that differ in phase two
 alone share one phase one: it is trained in a folder that is named after everything that determines it.
 """
 
@@ -99,8 +99,8 @@ def phase_one_config(config: TrainConfig, epochs: int, *, maps: bool = False) ->
 def learned_maps(config: TrainConfig, store: Store) -> list[str]:
     """The stored soft class maps, which U-Nets learn in phase one unless `feature` is asked for.
 
-    They do so where phase two learns features alone, its default: phase one with maps is what helps, with features alone it
-    does not (docs/benchmarks.md, street scenes).
+    Also where phase two learns features alone by default: a phase one with maps helps, one with features alone does not
+    (docs/benchmarks.md, street scenes).
     """
     if FAMILIES[config.student_type].task != "segmentation" or config.task == "features":
         return []
