@@ -44,12 +44,12 @@ class StageEntry(NamedTuple):
 
 
 STAGES: dict[str, StageEntry] = {
-    "ceilings": StageEntry("benchmarks.gpu_tower:measure_ceilings", 40, 60),
-    "tower": StageEntry("benchmarks.gpu_tower:measure_tower", 130, 90),
-    "correctness": StageEntry("benchmarks.gpu_tower:check_correctness", 80, 90),
-    "extraction": StageEntry("benchmarks.gpu_extraction:measure_extraction", 190, 150),
-    "training": StageEntry("benchmarks.gpu_training:measure_training", 240, 240),
-    "distributed": StageEntry("benchmarks.gpu_training:check_distributed", 110, 150),
+    "ceilings": StageEntry("benchmarks.gpu_tower:measure_ceilings", 40, 180),
+    "tower": StageEntry("benchmarks.gpu_tower:measure_tower", 130, 300),
+    "correctness": StageEntry("benchmarks.gpu_tower:check_correctness", 80, 300),
+    "extraction": StageEntry("benchmarks.gpu_extraction:measure_extraction", 190, 600),
+    "training": StageEntry("benchmarks.gpu_training:measure_training", 240, 900),
+    "distributed": StageEntry("benchmarks.gpu_training:check_distributed", 110, 600),
 }
 
 

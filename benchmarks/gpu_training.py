@@ -309,7 +309,9 @@ class Training(NamedTuple):
 
 TRAININGS: dict[str, Training] = {
     "resnet18": Training("classes", "resnet18", 224, {"control": True}),
-    "resnet18_bf16": Training("classes", "resnet18", 224, {"precision": "bf16", "mixup_alpha": 0.2}),
+    "resnet18_bf16": Training(
+        "classes", "resnet18", 224, {"precision": "bf16", "mixup_alpha": 0.2}, cuda_only=True
+    ),
     "resnet18_fp16": Training("classes", "resnet18", 224, {"precision": "fp16"}, cuda_only=True),
     "resnet18_fp32": Training(
         "classes", "resnet18", 224, {"precision": "fp32", "ema_decay": 0.99}, cuda_only=True

@@ -78,7 +78,7 @@ class TrainConfig(BaseModel):
         "Share of labeled samples in each batch, where others have no label or mask.",
         gt=0,
         le=1,
-        shown_default="theirs, and at least a quarter; lstm: 1",
+        shown_default="theirs, and at least a quarter; lstm, and unet after phase one: 1",
         distills=True,
         not_for={"yolov8": "detectors train on images with boxes; --pretrain-epochs learns from all"},
     )
@@ -127,7 +127,8 @@ class TrainConfig(BaseModel):
     epochs: int = _optimization(100, "Passes over the training split.", ge=1, free_on_resume=True)
     pretrain_epochs: int = _optimization(
         0,
-        "Phase one: first learn the features of all samples, labeled or not, for so many epochs; 0: off.",
+        "Phase one: first learn the features of all samples, labeled or not, for so many epochs (unet: also stored class "
+        "maps); 0: off.",
         ge=0,
         distills=True,
     )

@@ -147,6 +147,7 @@ def test_without_a_control_nothing_is_compared() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_demo_ends_with_the_comparison_that_its_report_has(emoji: EmojiTable, tmp_path: Path) -> None:
     done = run_demo(tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -183,6 +184,7 @@ def test_the_commands_of_every_task_are_valid(task: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("make", "student", "metric"),
     [

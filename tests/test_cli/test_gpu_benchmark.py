@@ -81,7 +81,7 @@ def test_an_unknown_stage_lists_the_valid_ones(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_every_stage_runs_on_a_cpu(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--work", str(tmp_path)],

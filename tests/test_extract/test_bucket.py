@@ -598,12 +598,12 @@ def test_no_credentials(
         extract(options, out=f"{bucket}/a.zarr")
 
 
-KILLS = 50
+KILLS = int(os.environ.get("CRASH_KILLS", "15"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_kill_9_at_fifty_random_moments(options: dict[str, Any], bucket: str, tmp_path: Path) -> None:
+def test_kill_9_at_random_moments(options: dict[str, Any], bucket: str, tmp_path: Path) -> None:
     """Every store that is finished in spite of the kills has the bytes of a local one; sometimes the host changes."""
     expected = local_store(options, tmp_path / "local.zarr")
     random = Random(0)

@@ -74,7 +74,7 @@ def die_at_call(number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("codec", "step", "kills"), [("none", 9, 50), ("zstd", 27, 15)])
+@pytest.mark.parametrize(("codec", "step", "kills"), [("none", 23, 19), ("zstd", 67, 6)])
 def test_killed_at_system_calls_all_over(tmp_path: Path, codec: str, step: int, kills: int) -> None:
     """Kill one run at its first call, the next at call 1 + step, … until a run ends by itself.
 

@@ -15,6 +15,7 @@ from imaging.geometry import View
 from store.format import MASK
 from store.reader import open_store
 from tests.test_train.runs import records
+from tests.test_train.test_sweep_controls import built
 from train.checkpoint import load_checkpoint
 from train.data.batches import Batch
 from train.data.images import ImageReader
@@ -203,6 +204,27 @@ class TestMixedStore:
         before = load_checkpoint(config.out / "pretrain/best.pt")["model_state_dict"]
         after = load_checkpoint(config.out / "best.pt")["model_state_dict"]
         assert torch.allclose(before["head.weight"], after["head.weight"], atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("options", "unmasked_shown"),
+        [
+            ({"pretrain_epochs": 1}, False),
+            ({}, True),
+            ({"pretrain_epochs": 1, "labeled_share": 0.5}, True),
+            # Their maps were asked for.
+            ({"pretrain_epochs": 1, "distillation_type": "hybrid"}, True),
+        ],
+    )
+    def test_after_phase_one_images_without_a_mask_are_left_out(
+        self, make_store: Any, make_config: Any, options: dict[str, Any], unmasked_shown: bool
+    ) -> None:
+        store = make_store(masks=True, maps=True, labels=False, unmasked=keys(4, 24))
+        run = built(make_config(store, **self.options(**options)))
+        shown = {item.row for batch in run.parts.train_loader.batches for item in batch}
+        assert shown >= set(range(4))
+        assert (len(shown) > 4) is unmasked_shown
+        (note,) = [text for text in run.notes if "have no mask" in text]
+        assert ("they are left out" in note) is not unmasked_shown
 
     def test_phase_one_uses_no_mask(self, make_store: Any, make_config: Any, tmp_path: Path) -> None:
         """Stores that differ in masks alone give the same phase one."""

@@ -68,7 +68,7 @@ def test_training_quantized_starts_where_calibration_ended() -> None:
 def test_quantized_students_are_smaller_and_as_good(make_store: Any, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     store = make_store(train=96, val=48)
-    run = trained(store, tmp_path / "run", epochs=8, student="timm:resnet10t")
+    run = trained(store, tmp_path / "run", epochs=3, student="timm:resnet10t")
     done = cli("quantize", run, store, "--mode", "qat", "--epochs", "1", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
