@@ -10,7 +10,7 @@ from typing import Any
 from nicegui import ui
 from nicegui.elements.mixins.validation_element import ValidationElement
 
-from backend.server.catalog import Setting
+from backend.server.document import Setting
 from backend.task.errors import OptionError
 from frontend.layout import element, text
 from frontend.messages import translate

@@ -10,13 +10,10 @@ from typing import Any
 
 from nicegui import Client, background_tasks, ui
 
-from backend.server.catalog import (
-    DataSet,
+from backend.server.catalog import DataSet, detect_data_set, list_data_sets, list_teachers
+from backend.server.document import (
     Setting,
-    detect_data_set,
     document_of,
-    list_data_sets,
-    list_teachers,
     preview_task,
     read_settings,
     settings_of,

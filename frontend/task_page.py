@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from nicegui import Client, background_tasks, ui
 
-from backend.server.catalog import document_of
 from backend.server.database import TaskState
+from backend.server.document import document_of
 from backend.server.errors import NotFoundError, TaskError
 from backend.server.events import Change
 from backend.server.logs import LOG_FILE

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from backend.server.catalog import preview_task
 from backend.server.database import Task, TaskState, open_database
+from backend.server.document import preview_task
 from backend.server.errors import TaskError
 from backend.server.schemas import NewTask, TaskFields
 from backend.server.settings import Settings

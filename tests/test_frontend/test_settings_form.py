@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 from PIL import Image
 
-from backend.server.catalog import (
-    detect_data_set,
+from backend.server.catalog import detect_data_set
+from backend.server.document import (
     document_of,
     read_settings,
     settings_of,
