@@ -78,7 +78,7 @@ class TrainConfig(BaseModel):
         "Share of labeled samples in each batch, where others have no label or mask.",
         gt=0,
         le=1,
-        shown_default="theirs, and at least a quarter; lstm, and unet after phase one: 1",
+        shown_default="theirs, and at least a quarter; lstm, and unet without maps: 1",
         distills=True,
         not_for={"yolov8": "detectors train on images with boxes; --pretrain-epochs learns from all"},
     )

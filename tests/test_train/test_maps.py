@@ -208,14 +208,14 @@ class TestMixedStore:
     @pytest.mark.parametrize(
         ("options", "unmasked_shown"),
         [
+            ({}, False),
             ({"pretrain_epochs": 1}, False),
-            ({}, True),
-            ({"pretrain_epochs": 1, "labeled_share": 0.5}, True),
-            # Their maps were asked for.
-            ({"pretrain_epochs": 1, "distillation_type": "hybrid"}, True),
+            ({"labeled_share": 0.5}, True),
+            ({"distillation_type": "hybrid"}, True),  # their maps are learned
+            ({"distillation_type": "hybrid", "pretrain_epochs": 1}, True),
         ],
     )
-    def test_after_phase_one_images_without_a_mask_are_left_out(
+    def test_images_without_a_mask_are_left_out_where_no_map_is_learned(
         self, make_store: Any, make_config: Any, options: dict[str, Any], unmasked_shown: bool
     ) -> None:
         store = make_store(masks=True, maps=True, labels=False, unmasked=keys(4, 24))

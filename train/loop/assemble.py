@@ -254,10 +254,9 @@ def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) 
     if not config.hard_label_weight:
         return None
     share = config.labeled_share
-    if share is None and data.task == "segmentation" and config.pretrain_epochs:
-        # Images without a mask take phase one's gain away (docs/benchmarks.md, street scenes). Where their maps were
-        # asked for, they stay.
-        share = 1.0 if config.distillation_type == "feature" else None
+    if share is None and data.task == "segmentation" and config.distillation_type == "feature":
+        # The features of images without a mask make a U-Net worse (docs/benchmarks.md, street scenes).
+        share = 1.0
     if share is None and data.labeled.mean() >= LABELED_SHARE:
         return None
     return Balance(rows[data.labeled], rows[~data.labeled], share or LABELED_SHARE)
