@@ -206,19 +206,19 @@ class TestMixedStore:
         assert torch.allclose(before["head.weight"], after["head.weight"], atol=1e-6)
 
     @pytest.mark.parametrize(
-        ("options", "unmasked_shown"),
+        ("maps", "options", "unmasked_shown"),
         [
-            ({}, False),
-            ({"pretrain_epochs": 1}, False),
-            ({"labeled_share": 0.5}, True),
-            ({"distillation_type": "hybrid"}, True),  # their maps are learned
-            ({"distillation_type": "hybrid", "pretrain_epochs": 1}, True),
+            (True, {}, False),
+            (True, {"pretrain_epochs": 1}, False),
+            (True, {"labeled_share": 0.5}, True),
+            (True, {"distillation_type": "hybrid"}, True),  # their maps are learned
+            (False, {"distillation_type": "hybrid"}, False),  # there are none
         ],
     )
     def test_images_without_a_mask_are_left_out_where_no_map_is_learned(
-        self, make_store: Any, make_config: Any, options: dict[str, Any], unmasked_shown: bool
+        self, make_store: Any, make_config: Any, maps: bool, options: dict[str, Any], unmasked_shown: bool
     ) -> None:
-        store = make_store(masks=True, maps=True, labels=False, unmasked=keys(4, 24))
+        store = make_store(masks=True, maps=maps, labels=False, unmasked=keys(4, 24))
         run = built(make_config(store, **self.options(**options)))
         shown = {item.row for batch in run.parts.train_loader.batches for item in batch}
         assert shown >= set(range(4))

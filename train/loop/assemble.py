@@ -146,7 +146,7 @@ def build_training(
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     recorded = store.manifest.views if plans[0].recorded else 0
     taught = learned.anything and config.soft_label_weight > 0
-    balance = balance_rows(config, data, teaches_all=taught)
+    balance = balance_rows(config, data, teaches_all=taught, maps=learned.maps is not None)
     share = labeled_share(config, data, balance)
     if note := describe_unlabeled(config, data, share, pretrained=initial is not None):
         notes.append(note)
@@ -208,7 +208,7 @@ def build_training(
         metric = TASK_METRICS[data.task].best
         splits = (store[config.val_split], store[config.train_split])
         parts.reference = teacher_reference(store, *splits, metric, learned.logits)
-        parts.labeled_alone = balance_rows(config, data, teaches_all=False)
+        parts.labeled_alone = balance_rows(config, data, teaches_all=False, maps=False)
     return Built(parts, student, teachers, plans, name, data.validation_samples, notes, lora)
 
 
@@ -241,10 +241,11 @@ def build_initial_student(config: TrainConfig, data: TrainingData) -> Student:
     return student
 
 
-def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) -> Balance | None:
+def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool, maps: bool) -> Balance | None:
     """How batches are drawn where only some rows are labeled; None: every row once an epoch.
 
     A control, which nothing but labels teaches (`teaches_all` False), sees labeled rows only, in as many full batches.
+    `maps`: soft class maps teach rows without a mask.
     """
     if data.labeled is None or data.labeled.all() or not data.labeled.any():
         return None
@@ -254,7 +255,7 @@ def balance_rows(config: TrainConfig, data: TrainingData, *, teaches_all: bool) 
     if not config.hard_label_weight:
         return None
     share = config.labeled_share
-    if share is None and data.task == "segmentation" and config.distillation_type == "feature":
+    if share is None and data.task == "segmentation" and not maps:
         # The features of images without a mask make a U-Net worse (docs/benchmarks.md, street scenes).
         share = 1.0
     if share is None and data.labeled.mean() >= LABELED_SHARE:
